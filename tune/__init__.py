@@ -1,0 +1,1 @@
+"""Search over pruning budgets with Ray Tune."""
