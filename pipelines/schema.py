@@ -1,0 +1,176 @@
+"""What one training sample is, and the strict parser from the members of a shard to it.
+
+A sample is `KEY.json` (a LLaVA record: {"id", "conversations": [{"from": "human"|"gpt"|"system", "value"}]}) plus its
+images: `KEY.jpg` for one, `KEY.0.jpg, KEY.1.jpg, ...` for several, none for text. Each image is one `<image>` in a
+human turn; the images are taken in the order of their placeholders.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+IMAGE_PLACEHOLDER = "<image>"
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif")
+RECORD_EXTENSION = "json"
+
+Role = Literal["user", "assistant", "system"]
+Reason = Literal[
+    "missing_json",
+    "bad_json",
+    "bad_conversation",
+    "placeholder_missing",
+    "placeholder_excess",
+    "undecodable_image",
+    "image_too_large",
+    "too_long",
+]
+REASONS: tuple[str, ...] = get_args(Reason)
+
+_ROLE_OF_SPEAKER: dict[str, Role] = {"human": "user", "gpt": "assistant", "system": "system"}
+_IMAGE_MEMBER = re.compile(rf"^(?:(\d{{1,6}})\.)?({'|'.join(IMAGE_EXTENSIONS)})$", re.IGNORECASE)
+
+
+class SampleError(ValueError):
+    """One sample cannot be used. `reason` is one of REASONS (what is counted), `detail` says what is wrong with it."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        if reason not in REASONS:
+            raise AssertionError(f"unknown reason {reason!r}; REASONS lists them")
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[type["SampleError"], tuple[str, str]]:
+        return type(self), (self.reason, self.detail)  # survives the way between Ray processes
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One utterance; a user turn holds one `<image>` for each of its images."""
+
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """A parsed sample: encoded images in the order of their placeholders, and turns that alternate user, assistant."""
+
+    key: str
+    images: tuple[bytes, ...]
+    turns: tuple[Turn, ...]
+
+
+def image_members(extensions: Sequence[str]) -> tuple[str, ...]:
+    """The image members of one sample in order (`jpg`, or `0.jpg, 1.png, ...`); members of other kinds are left out.
+
+    Raises SampleError("bad_conversation") when the order is not given: several images without numbers, a number twice
+    or a gap in the numbers.
+    """
+    numbered: dict[int, str] = {}
+    plain: list[str] = []
+    for extension in sorted(extensions):
+        match = _IMAGE_MEMBER.match(extension)
+        if match is None:
+            continue
+        if match.group(1) is None:
+            plain.append(extension)
+        elif int(match.group(1)) in numbered:
+            raise SampleError("bad_conversation", f"image number {int(match.group(1))} is there twice")
+        else:
+            numbered[int(match.group(1))] = extension
+    if plain and (numbered or len(plain) > 1):
+        names = ", ".join([*plain, *numbered.values()])
+        raise SampleError("bad_conversation", f"several images must be numbered 0, 1, ...; found {names}")
+    if plain:
+        return tuple(plain)
+    order = sorted(numbered)
+    if order != list(range(len(order))):
+        raise SampleError("bad_conversation", f"images must be numbered 0 to {len(order) - 1}; found {order}")
+    return tuple(numbered[number] for number in order)
+
+
+def _parse_record(data: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(data.decode("utf-8-sig"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise SampleError("bad_json", f"{type(error).__name__}: {error}") from error
+    if not isinstance(record, dict):
+        raise SampleError("bad_json", f"the record is a {type(record).__name__}, not an object")
+    return record
+
+
+def _parse_turn(position: int, turn: Any) -> Turn:
+    if not isinstance(turn, dict):
+        raise SampleError("bad_conversation", f"turn {position} is a {type(turn).__name__}, not an object")
+    speaker, text = turn.get("from"), turn.get("value")
+    if not isinstance(speaker, str) or speaker not in _ROLE_OF_SPEAKER:
+        raise SampleError("bad_conversation", f"turn {position} is from {speaker!r}; expected human, gpt or system")
+    if not isinstance(text, str):
+        raise SampleError("bad_conversation", f"turn {position} has no text in 'value'")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise SampleError("bad_conversation", f"turn {position} is not valid Unicode: {error}") from error
+    if speaker != "human" and IMAGE_PLACEHOLDER in text:
+        raise SampleError("bad_conversation", f"turn {position} ({speaker}) holds {IMAGE_PLACEHOLDER}; only human may")
+    return Turn(_ROLE_OF_SPEAKER[speaker], text)
+
+
+def parse_turns(record: Mapping[str, Any]) -> tuple[Turn, ...]:
+    """The turns of a LLaVA record: an optional system turn, then human and gpt in alternation, gpt last.
+
+    Raises SampleError("bad_conversation") naming the turn (counted from 0) that breaks the form.
+    """
+    conversation = record.get("conversations")
+    if not isinstance(conversation, list) or not conversation:
+        raise SampleError("bad_conversation", "'conversations' must be a list with at least one human and one gpt turn")
+    turns = tuple(_parse_turn(position, turn) for position, turn in enumerate(conversation))
+    first = 1 if turns[0].role == "system" else 0
+    for position, turn in enumerate(turns[first:], start=first):
+        expected = "user" if (position - first) % 2 == 0 else "assistant"
+        if turn.role != expected:
+            raise SampleError("bad_conversation", f"turn {position} is from the {turn.role}, expected the {expected}")
+    if turns[-1].role != "assistant":
+        raise SampleError("bad_conversation", "the last turn must be from gpt: there is nothing to learn after it")
+    return turns
+
+
+def check_placeholders(turns: Sequence[Turn], num_images: int) -> None:
+    """Raise SampleError unless the turns hold exactly one `<image>` for each of the images."""
+    placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
+    if placeholders < num_images:
+        detail = f"{num_images} images but {placeholders} {IMAGE_PLACEHOLDER} in the conversation"
+        raise SampleError("placeholder_missing", detail)
+    if placeholders > num_images:
+        detail = f"{placeholders} {IMAGE_PLACEHOLDER} in the conversation but {num_images} images"
+        raise SampleError("placeholder_excess", detail)
+
+
+def parse_sample(key: str, members: Mapping[str, bytes]) -> RawSample:
+    """The sample of one key from its members by extension; members that are neither record nor image are left out.
+
+    Raises SampleError with one of the reasons missing_json, bad_json, bad_conversation, placeholder_missing,
+    placeholder_excess. Images are not decoded here.
+    """
+    records = [name for name in members if name.lower() == RECORD_EXTENSION]
+    if not records:
+        raise SampleError("missing_json", f"no {key}.json; members: {', '.join(sorted(members)) or 'none'}")
+    turns = parse_turns(_parse_record(members[records[0]]))
+    images = image_members(tuple(members))
+    check_placeholders(turns, len(images))
+    return RawSample(key, tuple(members[name] for name in images), turns)
+
+
+def build_members(record: Mapping[str, Any], images: Sequence[tuple[str, bytes]]) -> dict[str, bytes]:
+    """The members of a shard for a record and its (extension, bytes) images: the inverse of parse_sample.
+
+    The JSON is canonical (sorted keys, no spaces), so equal records give equal bytes.
+    """
+    text = json.dumps(record, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    members = {RECORD_EXTENSION: text.encode()}
+    for position, (extension, data) in enumerate(images):
+        members[extension if len(images) == 1 else f"{position}.{extension}"] = data
+    return members
