@@ -1,0 +1,110 @@
+"""Stage 1, encoding: run a tower segment by segment and prune its tokens between segments.
+
+Shallow boundaries drop the tokens most similar to the map's mean token; deep boundaries keep the tokens with the most
+attention (from CLS, or received). Source: METEOR (arXiv 2507.20842), section on encoding; boundaries after every segment
+are this project's decision (docs/composability.md).
+
+Legend: M images, N tokens of the full grid, K tokens kept, P prefix tokens, D width, T = P + N or P + K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from meteor_model.encoders.base import VisionEncoder, VisionTokens
+from meteor_model.pruning import gather_tokens, mean_similarity, select_top
+
+
+def segment_ends(num_blocks: int, num_segments: int) -> tuple[int, ...]:
+    """Block index after which each of `num_segments` (near) equal segments ends; the last is `num_blocks`.
+
+    >>> segment_ends(24, 3)
+    (8, 16, 24)
+    """
+    return tuple(round(num_blocks * (segment + 1) / num_segments) for segment in range(num_segments))
+
+
+def encode_pruned(
+    encoder: VisionEncoder,
+    pixels_MCRR: torch.Tensor,
+    budgets: Sequence[int],
+    first_deep_segment: int,
+) -> tuple[VisionTokens, tuple[torch.Tensor, ...]]:
+    """Tokens of one encoder after the last boundary, and what every boundary kept.
+
+    Args:
+        encoder: the tower.
+        pixels_MCRR: normalised pixels (M, 3, R, R).
+        budgets: tokens to keep after each segment; non-increasing. A convolutional tower is pruned by the last only.
+        first_deep_segment: first segment (counted from 1) whose boundary scores by attention.
+
+    Returns:
+        the finished tokens, and for each boundary the kept positions (M, K) in the full grid.
+    """
+    if not encoder.prunes_between_blocks:
+        return _prune_output(encoder, pixels_MCRR, budgets[-1])
+
+    num_prefix = encoder.num_prefix_tokens
+    hidden_MTD = encoder.embed(pixels_MCRR)
+    images, total = len(hidden_MTD), hidden_MTD.shape[1] - num_prefix
+    positions_MN = torch.arange(total, device=hidden_MTD.device).expand(images, -1)
+    kept, start = [], 0
+    for segment, (end, budget) in enumerate(zip(segment_ends(len(encoder.blocks), len(budgets)), budgets, strict=True)):
+        for index in range(start, end - 1):
+            hidden_MTD = encoder.run_block(index, hidden_MTD, positions_MN)
+        last_input_MTD = hidden_MTD
+        hidden_MTD = encoder.run_block(end - 1, last_input_MTD, positions_MN)
+        start = end
+        if budget < positions_MN.shape[1]:
+            with torch.no_grad():  # selection has no gradient; what is kept carries its own
+                if segment + 1 < first_deep_segment:
+                    scores_MN = -mean_similarity(hidden_MTD[:, num_prefix:])
+                else:
+                    scores_MN = encoder.importance(end - 1, last_input_MTD)
+                keep_MK = select_top(scores_MN, budget)
+            patches_MKD = gather_tokens(hidden_MTD[:, num_prefix:], keep_MK)
+            hidden_MTD = torch.cat([hidden_MTD[:, :num_prefix], patches_MKD], dim=1)
+            positions_MN = gather_tokens(positions_MN, keep_MK)
+        kept.append(positions_MN)
+    hidden_MTD = encoder.finish(hidden_MTD)
+    return VisionTokens(hidden_MTD[:, num_prefix:], positions_MN, hidden_MTD[:, :num_prefix]), tuple(kept)
+
+
+def _prune_output(
+    encoder: VisionEncoder, pixels_MCRR: torch.Tensor, budget: int
+) -> tuple[VisionTokens, tuple[torch.Tensor, ...]]:
+    """A convolutional tower: dense, then the tokens least like the mean of the output map are kept."""
+    hidden_MND = _run_dense(encoder, pixels_MCRR)[-1]
+    positions_MN = torch.arange(hidden_MND.shape[1], device=hidden_MND.device).expand(len(hidden_MND), -1)
+    if budget < hidden_MND.shape[1]:
+        with torch.no_grad():
+            keep_MK = select_top(-mean_similarity(hidden_MND), budget)
+        hidden_MND, positions_MN = gather_tokens(hidden_MND, keep_MK), gather_tokens(positions_MN, keep_MK)
+    return VisionTokens(hidden_MND, positions_MN, hidden_MND[:, :0]), (positions_MN,)
+
+
+def dense_maps(encoder: VisionEncoder, pixels_MCRR: torch.Tensor, num_segments: int) -> tuple[torch.Tensor, ...]:
+    """The unpruned feature map (M, N, D) at every boundary of this encoder: what its ranks are measured on.
+
+    A convolutional tower has one boundary, its output.
+    """
+    if not encoder.prunes_between_blocks:
+        return (_run_dense(encoder, pixels_MCRR)[-1],)
+    maps = _run_dense(encoder, pixels_MCRR)
+    return tuple(maps[end][:, encoder.num_prefix_tokens :] for end in segment_ends(len(encoder.blocks), num_segments))
+
+
+def _run_dense(encoder: VisionEncoder, pixels_MCRR: torch.Tensor) -> list[torch.Tensor]:
+    """Output of `embed` and of every block; for a convolutional tower only its finished tokens."""
+    hidden = encoder.embed(pixels_MCRR)
+    total = 1
+    for side in encoder.grid_size(encoder.config):
+        total *= side
+    positions_MN = torch.arange(total, device=hidden.device).expand(len(hidden), -1)
+    maps = [hidden]
+    for index in range(len(encoder.blocks)):
+        hidden = encoder.run_block(index, hidden, positions_MN)
+        maps.append(hidden)
+    return maps if encoder.prunes_between_blocks else [encoder.finish(hidden)]

@@ -1,0 +1,35 @@
+"""Vision encoders: one short adapter per family, and the registry that names them."""
+
+from __future__ import annotations
+
+import difflib
+
+from meteor_model.encoders.base import EncoderConfig, VisionEncoder, VisionTokens
+from meteor_model.encoders.clip import ClipEncoder
+from meteor_model.encoders.convnext import ConvNextEncoder
+from meteor_model.encoders.pix2struct import Pix2StructEncoder
+from meteor_model.encoders.siglip import SiglipEncoder
+
+ENCODERS: dict[str, type[VisionEncoder]] = {
+    "clip": ClipEncoder,
+    "convnext": ConvNextEncoder,
+    "pix2struct": Pix2StructEncoder,
+    "siglip": SiglipEncoder,
+}
+
+
+def encoder_class(family: str) -> type[VisionEncoder]:
+    """The adapter of a family. Raises ValueError that names the known families and the nearest one."""
+    if family not in ENCODERS:
+        near = difflib.get_close_matches(family, ENCODERS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown encoder family {family!r}; known: {', '.join(sorted(ENCODERS))}{hint}")
+    return ENCODERS[family]
+
+
+def build_encoder(config: EncoderConfig) -> VisionEncoder:
+    """A tower with random weights from its configuration."""
+    return encoder_class(config.family)(config)
+
+
+__all__ = ["ENCODERS", "EncoderConfig", "VisionEncoder", "VisionTokens", "build_encoder", "encoder_class"]

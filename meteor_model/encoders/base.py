@@ -1,0 +1,173 @@
+"""The contract of a vision encoder: a library's tower, driven block by block so that tokens can be pruned in between.
+
+Legend: M images, N patch tokens present, P prefix tokens (CLS, registers), T = P + N, D width, H heads, d head width,
+S travelling image size (uint8), R the encoder's own resolution.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import nn
+from torchvision.transforms.v2 import functional as tvf
+
+from meteor_model.pruning import prefix_attention, received_attention
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+HALF_MEAN, HALF_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """One tower of the model.
+
+    Attributes:
+        name: unique within the model; part of parameter names, so letters, digits and underscores.
+        family: key of the encoder registry (`meteor_model.encoders.ENCODERS`).
+        image_size: side in pixels of the square image that the tower sees.
+        tower: arguments of the library's own configuration class.
+    """
+
+    name: str
+    family: str
+    image_size: int
+    tower: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.name.isidentifier():
+            raise ValueError(f"encoder name {self.name!r} must be letters, digits and underscores: it names parameters")
+        if self.image_size < 1:
+            raise ValueError(f"encoder {self.name!r}: image_size must be positive, got {self.image_size}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionary for config.json."""
+        return asdict(self)
+
+
+class VisionTokens(NamedTuple):
+    """The currency between stages.
+
+    Attributes:
+        hidden: (M, N, D) patch tokens; prefix tokens are apart.
+        positions: (M, N) int64, ascending, index of each token into the encoder's full grid (row * width + column).
+        prefix: (M, P, D) CLS and register tokens, never pruned.
+    """
+
+    hidden: torch.Tensor
+    positions: torch.Tensor
+    prefix: torch.Tensor
+
+
+class ScoreProjections(NamedTuple):
+    """What one block's attention scores are recomputed from: its own modules, called on its own input."""
+
+    norm: nn.Module
+    query: nn.Module
+    key: nn.Module
+    num_heads: int
+    scaling: float
+
+
+class VisionEncoder(nn.Module, ABC):
+    """A library's vision tower as embed -> blocks -> finish. A subclass names the pieces; nothing is copied or patched.
+
+    Run without pruning, `embed`, every `run_block` in order and `finish` equal the library's own forward.
+    """
+
+    #: Whether tokens may be dropped between blocks. A convolutional tower says False: it runs dense and is pruned at
+    #: its output only.
+    prunes_between_blocks: ClassVar[bool] = True
+    #: Prefix tokens (CLS first, then registers) in front of the patch tokens.
+    num_prefix_tokens: ClassVar[int] = 0
+    #: Channel mean and standard deviation of the pixels in [0, 1].
+    mean: ClassVar[tuple[float, float, float]] = HALF_MEAN
+    std: ClassVar[tuple[float, float, float]] = HALF_STD
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    @classmethod
+    @abstractmethod
+    def grid_size(cls, config: EncoderConfig) -> tuple[int, int]:
+        """Rows and columns of the full token grid, from the configuration alone."""
+
+    @classmethod
+    @abstractmethod
+    def num_blocks(cls, config: EncoderConfig) -> int:
+        """Number of blocks, from the configuration alone."""
+
+    @property
+    @abstractmethod
+    def embed_dim(self) -> int:
+        """Width D of the finished tokens."""
+
+    @property
+    @abstractmethod
+    def blocks(self) -> Sequence[nn.Module]:
+        """The library's blocks, in order."""
+
+    @abstractmethod
+    def embed(self, pixels_MCRR: torch.Tensor) -> torch.Tensor:
+        """Normalised pixels (M, 3, R, R) -> (M, P + N, D), prefix tokens first."""
+
+    def run_block(self, index: int, hidden_MTD: torch.Tensor, positions_MN: torch.Tensor) -> torch.Tensor:
+        """Block `index` on the tokens present. `positions_MN` is for towers whose blocks depend on position."""
+        output: torch.Tensor = self.blocks[index](hidden_MTD, None)
+        return output
+
+    def finish(self, hidden_MTD: torch.Tensor) -> torch.Tensor:
+        """What the library does after the last block, token by token."""
+        return hidden_MTD
+
+    def score_projections(self, index: int) -> ScoreProjections:
+        """The modules of block `index` from which its attention scores are recomputed."""
+        raise NotImplementedError(f"{type(self).__name__} does not score tokens by attention")
+
+    def importance(self, index: int, input_MTD: torch.Tensor) -> torch.Tensor:
+        """Attention-based importance of the patch tokens in block `index`, given that block's input.
+
+        CLS attention where there is a CLS token, else the attention received (column mean over queries), heads
+        averaged. Only the score row is computed; the block itself keeps its fused attention.
+
+        Returns: (M, N) fp32, high = keep.
+        """
+        parts = self.score_projections(index)
+        normed_MTD = parts.norm(input_MTD)
+        key_MHTd = split_heads(parts.key(normed_MTD), parts.num_heads)
+        if self.num_prefix_tokens:
+            query_MH1d = split_heads(parts.query(normed_MTD[:, :1]), parts.num_heads)
+            return prefix_attention(query_MH1d, key_MHTd, scaling=parts.scaling, num_prefix=self.num_prefix_tokens)
+        query_MHTd = split_heads(parts.query(normed_MTD), parts.num_heads)
+        return received_attention(query_MHTd, key_MHTd, scaling=parts.scaling)
+
+    def normalize(self, pixels_MCSS: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """uint8 images (M, 3, S, S) -> this tower's resolution and value range, on the images' device."""
+        if pixels_MCSS.dtype != torch.uint8:
+            raise ValueError(f"images travel as uint8, got {pixels_MCSS.dtype}")
+        size = self.config.image_size
+        if pixels_MCSS.shape[-2:] != (size, size):
+            pixels_MCSS = tvf.resize(pixels_MCSS, [size, size], antialias=True)
+        mean = torch.tensor(self.mean, device=pixels_MCSS.device).view(3, 1, 1)
+        std = torch.tensor(self.std, device=pixels_MCSS.device).view(3, 1, 1)
+        return ((pixels_MCSS.float() / 255 - mean) / std).to(dtype)
+
+
+def split_heads(hidden_BTD: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """(B, T, H * d) -> (B, H, T, d)."""
+    return hidden_BTD.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def square_grid(config: EncoderConfig, patch_size: int) -> tuple[int, int]:
+    """Grid of a square image cut into square patches; ValueError where the patch does not divide the image."""
+    if config.image_size % patch_size:
+        raise ValueError(
+            f"encoder {config.name!r}: image_size {config.image_size} is not a multiple of patch size {patch_size}"
+        )
+    side = config.image_size // patch_size
+    return side, side

@@ -1,0 +1,89 @@
+"""Pix2Struct's vision encoder (transformers): no CLS token, row and column embeddings, unscaled T5-style attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import Pix2StructVisionConfig, Pix2StructVisionModel
+
+from meteor_model.encoders.base import EncoderConfig, ScoreProjections, VisionEncoder, square_grid
+
+
+class Pix2StructEncoder(VisionEncoder):
+    """`transformers.Pix2StructVisionModel` on a fixed square grid, block by block.
+
+    The patch size is not a field of the library's configuration: it follows from `patch_embed_hidden_size` = 3 p^2.
+    """
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__(config)
+        self.tower = Pix2StructVisionModel(Pix2StructVisionConfig(**config.tower))
+
+    @classmethod
+    def _patch_size(cls, config: EncoderConfig) -> int:
+        width = Pix2StructVisionConfig(**config.tower).patch_embed_hidden_size
+        side = round((width / 3) ** 0.5)
+        if 3 * side * side != width:
+            raise ValueError(
+                f"encoder {config.name!r}: patch_embed_hidden_size {width} is not 3 * p * p for any whole patch size p"
+            )
+        return side
+
+    @classmethod
+    def grid_size(cls, config: EncoderConfig) -> tuple[int, int]:
+        return square_grid(config, cls._patch_size(config))
+
+    @classmethod
+    def num_blocks(cls, config: EncoderConfig) -> int:
+        return Pix2StructVisionConfig(**config.tower).num_hidden_layers
+
+    @property
+    def embed_dim(self) -> int:
+        return self.tower.config.hidden_size
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return self.tower.encoder.layer
+
+    def normalize(self, pixels_MCSS: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Per-image standardisation, as the library's image processor does it."""
+        pixels_MCRR = super().normalize(pixels_MCSS, torch.float32)
+        mean = pixels_MCRR.mean(dim=(1, 2, 3), keepdim=True)
+        std = pixels_MCRR.std(dim=(1, 2, 3), keepdim=True)
+        return ((pixels_MCRR - mean) / std.clamp_min(pixels_MCRR[0].numel() ** -0.5)).to(dtype)
+
+    def flatten_patches(self, pixels_MCRR: torch.Tensor) -> torch.Tensor:
+        """(M, 3, R, R) -> (M, N, 2 + 3 p^2): the library's patches, led by their row and column, counted from 1."""
+        rows, columns = self.grid_size(self.config)
+        patch = self._patch_size(self.config)
+        patches_MNE = pixels_MCRR.unflatten(2, (rows, patch)).unflatten(4, (columns, patch))
+        patches_MNE = patches_MNE.permute(0, 2, 4, 3, 5, 1).flatten(1, 2).flatten(2)
+        cells_N = torch.arange(rows * columns, device=pixels_MCRR.device)
+        index_N2 = torch.stack([cells_N // columns + 1, cells_N % columns + 1], dim=-1).to(torch.float32)
+        return torch.cat([index_N2.expand(len(patches_MNE), -1, -1), patches_MNE.float()], dim=-1)
+
+    def embed(self, pixels_MCRR: torch.Tensor) -> torch.Tensor:
+        embeddings = self.tower.embeddings
+        flattened = self.flatten_patches(pixels_MCRR)
+        if pixels_MCRR.dtype == torch.float32:
+            return embeddings(flattened)
+        # The library reads row and column out of the float input: in half precision indices above 256 would round.
+        row_MN, column_MN = flattened[..., 0].long(), flattened[..., 1].long()
+        hidden = embeddings.patch_projection(flattened[..., 2:].to(pixels_MCRR.dtype))
+        return embeddings.dropout(hidden + embeddings.row_embedder(row_MN) + embeddings.column_embedder(column_MN))
+
+    def run_block(self, index: int, hidden_MTD: torch.Tensor, positions_MN: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = self.blocks[index](hidden_MTD, None)[0]
+        return output
+
+    def finish(self, hidden_MTD: torch.Tensor) -> torch.Tensor:
+        return self.tower.layernorm(hidden_MTD)
+
+    def score_projections(self, index: int) -> ScoreProjections:
+        block = self.tower.encoder.layer[index]
+        attention = block.attention
+        return ScoreProjections(
+            block.pre_attention_layer_norm, attention.query, attention.key, attention.n_heads, scaling=1.0
+        )

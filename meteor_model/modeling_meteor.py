@@ -1,0 +1,351 @@
+"""MeteorForConditionalGeneration: several vision encoders, one projector each, one language model, three prunings.
+
+The forward reads like the paper:
+
+    1. encode   every tower runs segment by segment; tokens are pruned between segments to the budget its rank earned
+    2. project  each encoder's tokens go through their own MLP into the LLM's width
+    3. fuse     the tokens of all encoders are pooled; those that another encoder already says are dropped
+    4. scatter  the survivors replace the placeholders in the text embeddings, counted sample by sample
+    5. decode   the LLM; in `generate`, text-guided pruning after one early layer (meteor_model/decoder.py)
+
+Legend: B samples, M images of the batch, N tokens of one encoder, K visual tokens per image, T sequence length,
+D encoder width, C LLM width, V vocabulary, S travelling image size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
+
+from meteor_model.configuration_meteor import MeteorConfig
+from meteor_model.decoder import MeteorCache, decode_pruned
+from meteor_model.encode import dense_maps, encode_pruned
+from meteor_model.encoders import build_encoder
+from meteor_model.pruning import feature_rank, gather_tokens, mutual_redundancy, select_top
+
+IGNORE_INDEX = -100
+
+
+@dataclass
+class PruningStats:
+    """What each stage was given and what it kept.
+
+    Attributes:
+        encode: for each encoder, the kept positions (M, K_b) in its full grid at every boundary.
+        encoder_tokens: for each encoder, the tokens of its full grid.
+        fuse: kept indices (M, K) into the pool of all encoders' tokens, in encoder order.
+        decode: visual tokens kept per sample (B,) where stage 3 acted, else None.
+    """
+
+    encode: dict[str, tuple[torch.Tensor, ...]]
+    encoder_tokens: dict[str, int]
+    fuse: torch.Tensor
+    decode: torch.Tensor | None = None
+
+    def as_metrics(self) -> dict[str, float]:
+        """Tokens per image by stage, under the names that are logged."""
+        metrics: dict[str, float] = {}
+        for name, kept in self.encode.items():
+            metrics[f"visual_tokens/{name}/in"] = self.encoder_tokens[name]
+            for boundary, positions in enumerate(kept, start=1):
+                metrics[f"visual_tokens/{name}/kept_{boundary}"] = positions.shape[1]
+        metrics["visual_tokens/in"] = sum(self.encoder_tokens.values())
+        metrics["visual_tokens/fuse/in"] = sum(kept[-1].shape[1] for kept in self.encode.values())
+        metrics["visual_tokens/fuse/kept"] = self.fuse.shape[1]
+        if self.decode is not None:
+            metrics["visual_tokens/decode/kept_mean"] = self.decode.float().mean().item()
+        return metrics
+
+
+@dataclass
+class MeteorOutput(ModelOutput):
+    """Output of `MeteorForConditionalGeneration.forward`.
+
+    Attributes:
+        loss: scalar, where labels were given.
+        logits: (B, T, V), or the last `logits_to_keep` positions.
+        past_key_values: the cache, where one is used.
+        pruning_stats: what stages 1 to 3 kept, where images were run.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Any = None
+    pruning_stats: PruningStats | None = None
+
+
+class MeteorProjector(nn.Module):
+    """One encoder's way into the LLM: Linear, GELU, Linear."""
+
+    def __init__(self, embed_dim: int, hidden_size: int) -> None:
+        super().__init__()
+        self.input = nn.Linear(embed_dim, hidden_size)
+        self.output = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, hidden_MND: torch.Tensor) -> torch.Tensor:
+        projected: torch.Tensor = self.output(F.gelu(self.input(hidden_MND)))
+        return projected
+
+
+class MeteorPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation."""
+
+    config_class = MeteorConfig
+    config: MeteorConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Towers and LLM initialise themselves; the projectors and the head follow the LLM's range."""
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=self.config.text_config.initializer_range)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+class MeteorForConditionalGeneration(MeteorPreTrainedModel, GenerationMixin):
+    """Image(s) and text to text, with visual tokens pruned in three stages.
+
+    Args:
+        config: see `MeteorConfig`.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "language_model.embed_tokens.weight"}  # noqa: RUF012 (transformers' form)
+
+    def __init__(self, config: MeteorConfig) -> None:
+        super().__init__(config)
+        width = config.text_config.hidden_size
+        self.encoders = nn.ModuleDict({item.name: build_encoder(item) for item in config.encoders})
+        self.projectors = nn.ModuleDict(
+            {name: MeteorProjector(encoder.embed_dim, width) for name, encoder in self.encoders.items()}
+        )
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.lm_head = nn.Linear(width, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+    # ---------------------------------------------------------------------------------------------------------- vision
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, PruningStats]:
+        """Stages 1 and 2.
+
+        Args:
+            pixel_values: (M, 3, S, S) uint8, M >= 1.
+
+        Returns:
+            (M, K, C) visual tokens in encoder order, then raster order; and what was kept.
+        """
+        config = self.config
+        projected, kept = [], {}
+        for name, encoder in self.encoders.items():
+            pixels = encoder.normalize(pixel_values, self.dtype)
+            budgets = config.encode_budgets[name]
+            tokens, kept[name] = encode_pruned(encoder, pixels, budgets, config.pruning.encode.first_deep_segment)
+            projected.append(self.projectors[name](tokens.hidden))
+        pool_MNC = torch.cat(projected, dim=1)
+        if config.tokens_per_image < pool_MNC.shape[1]:
+            with torch.no_grad():
+                keep_MK = select_top(-mutual_redundancy(projected), config.tokens_per_image)
+            pool_MNC = gather_tokens(pool_MNC, keep_MK)
+        else:
+            keep_MK = torch.arange(pool_MNC.shape[1], device=pool_MNC.device).expand(len(pool_MNC), -1)
+        return pool_MNC, PruningStats(kept, dict(config.encoder_tokens), keep_MK)
+
+    @torch.no_grad()
+    def measure_ranks(self, pixel_values: torch.Tensor, estimators: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+        """Rank of every encoder's unpruned feature map at each boundary, image by image.
+
+        Args:
+            pixel_values: (M, 3, S, S) uint8.
+            estimators: keys of `meteor_model.pruning.RANK_ESTIMATORS`.
+
+        Returns:
+            estimator -> encoder -> float array (M, boundaries).
+        """
+        segments = len(self.config.pruning.encode.totals) or 1
+        ranks: dict[str, dict[str, Any]] = {estimator: {} for estimator in estimators}
+        for name, encoder in self.encoders.items():
+            maps = dense_maps(encoder, encoder.normalize(pixel_values, self.dtype), segments)
+            for estimator in estimators:
+                values = [feature_rank(hidden_MND, estimator) for hidden_MND in maps]
+                ranks[estimator][name] = torch.stack(values, dim=1).float().cpu().numpy()
+        return ranks
+
+    def _check_placeholders(self, is_image_BT: torch.Tensor, num_images: int) -> None:
+        """Every sample holds whole images, and all samples together the images that came. Raises ValueError."""
+        per_image = self.config.tokens_per_image
+        counts = is_image_BT.sum(dim=1).tolist()
+        for sample, count in enumerate(counts):
+            if count % per_image:
+                raise ValueError(
+                    f"sample {sample} of the batch has {count} image placeholders, not a multiple of the {per_image} "
+                    "visual tokens of an image: was it encoded for another pruning configuration?"
+                )
+        if sum(counts) != num_images * per_image:
+            raise ValueError(
+                f"the batch has {sum(counts)} image placeholders ({counts} by sample), its {num_images} images give "
+                f"{num_images * per_image} visual tokens ({per_image} each)"
+            )
+
+    def _scatter(
+        self, embeds_BTC: torch.Tensor, is_image_BT: torch.Tensor, pixel_values: torch.Tensor
+    ) -> tuple[torch.Tensor, PruningStats]:
+        """Visual tokens into the placeholders. A batch without images runs the towers on a zero image, times 0, so
+        that every rank of a distributed run executes every module."""
+        num_images = len(pixel_values)
+        self._check_placeholders(is_image_BT, num_images)
+        if num_images == 0:
+            size = self.config.image_size
+            features_MKC, stats = self.get_image_features(pixel_values.new_zeros(1, 3, size, size))
+            return embeds_BTC + 0.0 * features_MKC.sum(), stats
+        features_MKC, stats = self.get_image_features(pixel_values)
+        visual = features_MKC.flatten(0, 1).to(embeds_BTC.dtype)
+        return embeds_BTC.masked_scatter(is_image_BT.unsqueeze(-1).expand_as(embeds_BTC), visual), stats
+
+    # ------------------------------------------------------------------------------------------------------- the model
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        image_mask: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        num_items_in_batch: torch.Tensor | float | None = None,
+        **kwargs: Any,
+    ) -> MeteorOutput:
+        """One pass.
+
+        Args:
+            input_ids: (B, T) with `config.image_token_id` once per visual token.
+            attention_mask: (B, T) of 0 and 1; padding on either side.
+            pixel_values: (M, 3, S, S) uint8, the images of all samples in order; M = 0 runs the towers on a dummy.
+            labels: (B, T) token ids, -100 where not supervised.
+            position_ids: (B, T); counted from the attention mask where None.
+            past_key_values: a cache. With a `MeteorCache`, stage 3 prunes at prefill.
+            inputs_embeds: (B, T, C) instead of `input_ids`; `image_mask` then says where visual tokens are.
+            image_mask: (B, T) bool, see above.
+            use_cache: as in transformers.
+            logits_to_keep: compute only the last so many logits (0: all).
+            num_items_in_batch: divisor of the summed loss; None: the supervised tokens of this batch.
+
+        Raises:
+            ValueError: where placeholders and visual tokens differ, naming the sample and both counts.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        stats = None
+        if inputs_embeds is None:
+            assert input_ids is not None
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+            image_mask = input_ids == self.config.image_token_id
+            if pixel_values is not None:
+                inputs_embeds, stats = self._scatter(inputs_embeds, image_mask, pixel_values)
+        if position_ids is None and attention_mask is not None:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -inputs_embeds.shape[1] :]
+        if isinstance(past_key_values, MeteorCache):
+            decoded = decode_pruned(
+                self.language_model, inputs_embeds, attention_mask, position_ids, image_mask, past_key_values
+            )
+        else:
+            decoded = self.language_model(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+            )
+        hidden_BTC = decoded.last_hidden_state
+        logits = self.lm_head(hidden_BTC[:, -logits_to_keep:] if logits_to_keep else hidden_BTC)
+        loss = None if labels is None else token_loss(logits, labels, num_items_in_batch)
+        return MeteorOutput(loss, logits, decoded.past_key_values, stats)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As in transformers, with all three stages.
+
+        The towers run once, before beams or samples multiply the batch; the result goes on as embeddings. Stage 3
+        needs a cache: with `use_cache=False` nothing is pruned in the LLM. Pass your own `MeteorCache` (`new_cache()`)
+        to read afterwards how many visual tokens each sample kept.
+
+        Args:
+            inputs: (B, T) prompt ids, left-padded; or `input_ids` by name.
+            pixel_values: (M, 3, S, S) uint8, the images of all prompts in order.
+            past_key_values: a cache; by default one that prunes, where `config.pruning.decode` says so.
+            kwargs: what `GenerationMixin.generate` takes.
+        """
+        input_ids = kwargs.pop("input_ids", inputs)
+        if past_key_values is None and kwargs.get("use_cache", True) is not False:
+            past_key_values = self.new_cache()
+        if past_key_values is not None:
+            kwargs["past_key_values"] = past_key_values
+        if input_ids is not None and "inputs_embeds" not in kwargs:
+            embeds_BTC = self.get_input_embeddings()(input_ids)
+            is_image_BT = input_ids == self.config.image_token_id
+            if pixel_values is not None and len(pixel_values):
+                embeds_BTC, _ = self._scatter(embeds_BTC, is_image_BT, pixel_values)
+            else:
+                self._check_placeholders(is_image_BT, 0)
+            kwargs.update(input_ids=input_ids, inputs_embeds=embeds_BTC, image_mask=is_image_BT)
+        return super().generate(**kwargs)
+
+    def new_cache(self) -> Any:
+        """A cache for `generate`: one that prunes where `config.pruning.decode` is enabled and lambda is known."""
+        decode = self.config.pruning.decode
+        if not decode.enabled or decode.lam is None:
+            return None
+        return MeteorCache(self.config.text_config, decode, self.config.decode_heads)
+
+
+def token_loss(
+    logits_BTV: torch.Tensor, labels_BT: torch.Tensor, num_items_in_batch: torch.Tensor | float | None = None
+) -> torch.Tensor:
+    """Next-token cross entropy, summed over supervised tokens in fp32 and divided by `num_items_in_batch`.
+
+    With None the divisor is this batch's own count of supervised tokens (at least 1): the mean. A distributed run
+    passes global tokens / (world * accumulation), so that averaging gradients gives the mean over the global batch.
+    """
+    shifted_BT = labels_BT[:, 1:].to(logits_BTV.device)
+    total = F.cross_entropy(
+        logits_BTV[:, :-1].flatten(0, 1).float(), shifted_BT.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+    )
+    if num_items_in_batch is None:
+        num_items_in_batch = (shifted_BT != IGNORE_INDEX).sum().clamp_min(1)
+    return total / num_items_in_batch
+
+
+def supervised_tokens(labels_BT: torch.Tensor) -> int:
+    """Tokens of a batch that `token_loss` counts."""
+    return int((labels_BT[:, 1:] != IGNORE_INDEX).sum())
