@@ -1,0 +1,401 @@
+"""Token pruning as pure functions on tensors: ranks, budgets, scores, selection, gather.
+
+Nothing here knows a model. Every function takes tensors (or plain numbers) and returns new ones; scores are fp32
+whatever the input's dtype, selections are deterministic (ties go to the lower index) and indices come back ascending,
+so kept tokens stay in raster order.
+
+Shape legend: B images or samples, E encoders, N tokens of one encoder, K kept tokens, Q query rows, T text + visual
+tokens of one sequence, H heads, G key/value heads (G divides H), D encoder width, C language model width, d head width.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+# --------------------------------------------------------------------------------------------------------------------
+# Selection
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _refuse_nan(scores: Tensor) -> None:
+    """A NaN sorts as the largest value and would be kept silently. Reading the data is impossible while compiling."""
+    if not torch.compiler.is_compiling() and bool(torch.isnan(scores).any()):
+        count = int(torch.isnan(scores).sum())
+        raise ValueError(
+            f"{count} of {scores.numel()} token scores are NaN; the features they were computed from are not finite"
+        )
+
+
+def select_top(scores_BN: Tensor, k: int) -> Tensor:
+    """Indices of the `k` largest scores of each row: int64 (B, k), ascending; ties go to the lower index.
+
+    `k == N` gives exactly `arange(N)`. To keep the smallest, negate the scores.
+
+    Raises ValueError when `k` is outside 1..N or a score is NaN.
+    """
+    count = scores_BN.shape[-1]
+    if not 1 <= k <= count:
+        raise ValueError(f"cannot keep {k} of {count} tokens: the number kept must be between 1 and {count}")
+    _refuse_nan(scores_BN)
+    order_BN = torch.sort(scores_BN, dim=-1, descending=True, stable=True).indices
+    return torch.sort(order_BN[..., :k], dim=-1).values
+
+
+def select_visual(scores_BT: Tensor, visual_mask_BT: Tensor, counts_B: Tensor) -> Tensor:
+    """Mask (B, T) of the `counts_B[b]` best-scored visual tokens of each row; ties go to the lower index.
+
+    A row's count may differ from its neighbour's and may be 0. Raises ValueError when a count is larger than the row's
+    number of visual tokens, or when a score is NaN.
+    """
+    _refuse_nan(scores_BT)
+    present_B = visual_mask_BT.sum(dim=-1)
+    if bool((counts_B > present_B).any()):
+        row = int((counts_B > present_B).nonzero()[0])
+        raise ValueError(
+            f"cannot keep {int(counts_B[row])} visual tokens of row {row}: it has only {int(present_B[row])}"
+        )
+    ranked_BT = scores_BT.masked_fill(~visual_mask_BT, -math.inf)
+    order_BT = torch.sort(ranked_BT, dim=-1, descending=True, stable=True).indices
+    rank_BT = torch.empty_like(order_BT).scatter_(
+        -1, order_BT, torch.arange(order_BT.shape[-1], device=order_BT.device).expand_as(order_BT)
+    )
+    return visual_mask_BT & (rank_BT < counts_B[:, None])
+
+
+def gather_tokens(tokens_BN: Tensor, keep_BK: Tensor) -> Tensor:
+    """The tokens at `keep_BK`: (B, N, ...) -> (B, K, ...). Serves features (B, N, D) and positions (B, N) alike.
+
+    Differentiable in the tokens; a token that is not kept gets gradient zero.
+    """
+    trailing = tokens_BN.shape[2:]
+    index = keep_BK.reshape(*keep_BK.shape, *(1 for _ in trailing)).expand(*keep_BK.shape, *trailing)
+    return torch.gather(tokens_BN, 1, index)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Stage 1, encoding: scores of one encoder's tokens
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _unit(hidden: Tensor) -> Tensor:
+    """fp32 unit vectors along the last axis; a zero vector stays zero, so its cosine with anything is 0."""
+    hidden = hidden.float()
+    norm = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
+    return hidden / torch.where(norm > 0, norm, torch.ones_like(norm))
+
+
+def mean_similarity(hidden_BND: Tensor) -> Tensor:
+    """Redundancy of each token: its cosine similarity to the mean token of its map. (B, N) fp32, high = drop first.
+
+    METEOR's shallow criterion: the mean token is the low-frequency background. A zero token, and every token of a map
+    whose mean is zero, has similarity 0.
+    """
+    mean_B1D = hidden_BND.float().mean(dim=1, keepdim=True)
+    return (_unit(hidden_BND) * _unit(mean_B1D)).sum(dim=-1)
+
+
+def prefix_attention(query_BHQd: Tensor, key_BHNd: Tensor, scaling: float, num_prefix: int) -> Tensor:
+    """Importance of each patch token: the attention that CLS (prefix token 0) pays it, heads averaged. (B, N - P) fp32.
+
+    METEOR's deep criterion. `key_BHNd` holds all tokens, the P = `num_prefix` prefix tokens first; the softmax runs
+    over all of them. Of the queries only row 0 is used, so the caller may pass CLS alone (Q = 1).
+
+    Raises ValueError when there is no prefix token.
+    """
+    if num_prefix < 1:
+        raise ValueError("attention from CLS needs at least one prefix token; use received_attention without one")
+    logits_BHN = torch.einsum("bhd,bhnd->bhn", query_BHQd[:, :, 0].float(), key_BHNd.float()) * scaling
+    return logits_BHN.softmax(dim=-1).mean(dim=1)[:, num_prefix:]
+
+
+def received_attention(
+    query_BHQd: Tensor, key_BHNd: Tensor, scaling: float, num_prefix: int = 0, chunk: int = 128
+) -> Tensor:
+    """Importance of each patch token where no CLS is usable: the attention it receives. (B, N - P) fp32.
+
+    The column mean of the attention map over all queries (prefix tokens included), heads averaged. Queries are taken
+    `chunk` rows at a time, so at most B x H x chunk x N attention values live at once.
+    """
+    key_BHNd = key_BHNd.float()
+    total_BN = key_BHNd.new_zeros(key_BHNd.shape[0], key_BHNd.shape[2])
+    for query_BHcd in query_BHQd.split(chunk, dim=2):
+        logits_BHcN = torch.einsum("bhcd,bhnd->bhcn", query_BHcd.float(), key_BHNd) * scaling
+        total_BN = total_BN + logits_BHcN.softmax(dim=-1).mean(dim=1).sum(dim=1)
+    return total_BN[:, num_prefix:] / query_BHQd.shape[2]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Stage 1, encoding: ranks and the budgets they earn
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _spectrum(hidden_BND: Tensor) -> Tensor:
+    """Singular values (B, min(N, D)), fp32, largest first, of each map. Raises ValueError on non-finite features."""
+    hidden_BND = hidden_BND.detach().float()
+    if not bool(torch.isfinite(hidden_BND).all()):
+        raise ValueError("the feature map has NaN or infinite values, so it has no rank")
+    return torch.linalg.svdvals(hidden_BND)
+
+
+def numerical_rank(hidden_BND: Tensor, rtol: float = 1e-3) -> Tensor:
+    """Number of singular values above `rtol` times the largest. (B,) fp32; a zero map has rank 0."""
+    spectrum_BR = _spectrum(hidden_BND)
+    return (spectrum_BR > rtol * spectrum_BR[:, :1]).sum(dim=-1).float()
+
+
+def energy_rank(hidden_BND: Tensor, tau: float = 0.99) -> Tensor:
+    """Smallest r whose r largest squared singular values hold at least the share `tau` of them all. (B,) fp32.
+
+    A zero map has rank 0. Raises ValueError when `tau` is outside (0, 1].
+    """
+    if not 0 < tau <= 1:
+        raise ValueError(f"the energy share tau must be in (0, 1], not {tau}")
+    energy_BR = _spectrum(hidden_BND).double().square()
+    held_BR = energy_BR.cumsum(dim=-1)
+    total_B1 = held_BR[:, -1:]
+    # The r-th value is needed when the ones before it do not reach the share yet.
+    before_BR = torch.cat([torch.zeros_like(total_B1), held_BR[:, :-1]], dim=-1)
+    return ((before_BR < tau * total_B1) & (energy_BR > 0)).sum(dim=-1).float()
+
+
+def effective_rank(hidden_BND: Tensor) -> Tensor:
+    """exp of the entropy of the singular values normalised to sum 1 (Roy & Vetterli, 2007). (B,) fp32; zero map: 0."""
+    spectrum_BR = _spectrum(hidden_BND).double()
+    total_B1 = spectrum_BR.sum(dim=-1, keepdim=True)
+    share_BR = spectrum_BR / torch.where(total_B1 > 0, total_B1, torch.ones_like(total_B1))
+    entropy_B = -torch.xlogy(share_BR, share_BR).sum(dim=-1)
+    return torch.where(total_B1[:, 0] > 0, entropy_B.exp(), torch.zeros_like(entropy_B)).float()
+
+
+RANK_ESTIMATORS: dict[str, Callable[..., Tensor]] = {
+    "numerical": numerical_rank,
+    "energy": energy_rank,
+    "effective": effective_rank,
+}
+
+
+def feature_rank(hidden_BND: Tensor, estimator: str, **options: float) -> Tensor:
+    """Rank (B,) fp32 of each map by the named estimator; `options` are that estimator's own (`rtol`, `tau`).
+
+    Raises ValueError for an unknown estimator, naming the nearest one.
+    """
+    if estimator not in RANK_ESTIMATORS:
+        near = difflib.get_close_matches(estimator, RANK_ESTIMATORS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown rank estimator {estimator!r}, choose one of {sorted(RANK_ESTIMATORS)}{hint}")
+    return RANK_ESTIMATORS[estimator](hidden_BND, **options)
+
+
+def _budget_weights(ranks: Sequence[float], exponent: float) -> list[Fraction]:
+    for index, rank in enumerate(ranks):
+        if not math.isfinite(rank) or rank < 0 or (rank == 0 and exponent < 0):
+            raise ValueError(f"encoder {index} has rank {rank}: cannot share tokens by rank to the power {exponent}")
+    weights = [Fraction(rank**exponent) for rank in ranks]
+    if not any(weights):
+        raise ValueError(f"every encoder has rank 0 ({list(ranks)}): there is nothing to share tokens by")
+    return weights
+
+
+def allocate_budgets(
+    ranks: Sequence[float], total: int, capacities: Sequence[int], exponent: float = 1.0
+) -> tuple[int, ...]:
+    """Share `total` tokens among the encoders in proportion to rank ** exponent: k_l = total * r_l^t / sum r^t.
+
+    Each encoder gets at least 1 token and at most its capacity; what a bound takes or leaves is re-shared in proportion
+    among the others. Integers by largest remainder, ties to the lower index. The sum is exactly `total`. Exponent 1 is
+    the paper's rule, 0 is uniform, -1 inverse. Exact rational arithmetic: the same input gives the same budgets on
+    every machine.
+
+    Raises ValueError when `total` is below one token each or above the capacities, or when a rank cannot be used.
+    """
+    if len(ranks) != len(capacities) or not ranks:
+        raise ValueError(f"{len(ranks)} ranks for {len(capacities)} encoders: one rank each is needed")
+    if min(capacities) < 1:
+        raise ValueError(f"an encoder without tokens cannot take part: capacities {list(capacities)}")
+    if total > sum(capacities):
+        raise ValueError(
+            f"a budget of {total} tokens is larger than the {sum(capacities)} tokens there are ({list(capacities)})"
+        )
+    if total < len(ranks):
+        raise ValueError(f"a budget of {total} tokens does not give each of {len(ranks)} encoders at least one")
+    weights = _budget_weights(ranks, exponent)
+
+    shares: dict[int, Fraction] = {}  # decided: held by a bound
+    free = list(range(len(ranks)))
+    while free:
+        left = total - sum(shares.values())
+        scale = sum(weights[i] for i in free)
+        wanted = {i: left * weights[i] / scale if scale else Fraction(left) / len(free) for i in free}
+        bounded = {i: min(max(share, Fraction(1)), Fraction(capacities[i])) for i, share in wanted.items()}
+        excess = sum(bounded.values()) - left
+        # Hold only the bounds on the side that overshoots: holding the other side could leave it away from its bound.
+        if excess > 0:
+            held = [i for i in free if bounded[i] > wanted[i]]
+        elif excess < 0:
+            held = [i for i in free if bounded[i] < wanted[i]]
+        else:
+            held = list(free)
+        shares.update({i: bounded[i] for i in held})
+        free = [i for i in free if i not in shares]
+
+    budgets = [math.floor(shares[i]) for i in range(len(ranks))]
+    by_remainder = sorted(range(len(ranks)), key=lambda i: (budgets[i] - shares[i], i))
+    for i in by_remainder[: total - sum(budgets)]:
+        budgets[i] += 1
+    return tuple(budgets)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Stage 2, fusion
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def mutual_redundancy(tokens: Sequence[Tensor]) -> Tensor:
+    """How much the OTHER encoders already say of each token. `tokens`: E tensors (B, N_l, C) -> (B, sum N_l) fp32.
+
+    METEOR's R_i^j = sum over l != j and m of cos(z_i^j, z_m^l); high = drop first. Since cosine is a product of unit
+    vectors, the double sum is one product with the sum of the other encoders' unit tokens: O(N C), no N x N matrix.
+    One encoder alone has redundancy 0; a zero token has similarity 0.
+
+    Raises ValueError when there is no encoder or batch or width differ.
+    """
+    if not tokens:
+        raise ValueError("mutual redundancy needs the tokens of at least one encoder")
+    shapes = [tuple(hidden.shape) for hidden in tokens]
+    if len({(shape[0], shape[2]) for shape in shapes}) > 1:
+        raise ValueError(f"the encoders' tokens differ in batch or width: {shapes}")
+    units = [_unit(hidden) for hidden in tokens]
+    sums_EBC = torch.stack([unit_BNC.sum(dim=1) for unit_BNC in units])
+    scores = []
+    for j, unit_BNC in enumerate(units):
+        others = [sums_EBC[i] for i in range(len(units)) if i != j]  # added up, not subtracted: no cancellation
+        others_BC = torch.stack(others).sum(dim=0) if others else torch.zeros_like(sums_EBC[j])
+        scores.append(torch.einsum("bnc,bc->bn", unit_BNC, others_BC))
+    return torch.cat(scores, dim=1)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Stage 3, decoding
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def attention_rows(
+    query_BHQd: Tensor, key_BGTd: Tensor, allowed_BQT: Tensor, scaling: float, chunk: int = 128
+) -> Tensor:
+    """Attention of each head to each key, averaged over the query rows. (B, H, T) fp32.
+
+    `allowed_BQT` says which keys a row may see (causality, padding). A row that may see none is left out of the mean;
+    a sample without any row has attention 0. Key heads may be fewer than query heads (grouped-query attention): query
+    head h reads key head h // (H / G), as in every Hugging Face decoder.
+    """
+    batch, heads, _, width = query_BHQd.shape
+    groups = key_BGTd.shape[1]
+    key_BGTd = key_BGTd.float()
+    total_BHT = key_BGTd.new_zeros(batch, heads, key_BGTd.shape[2])
+    for query_BHcd, allowed_BcT in zip(query_BHQd.split(chunk, dim=2), allowed_BQT.split(chunk, dim=1), strict=True):
+        query_BGRcd = query_BHcd.float().reshape(batch, groups, heads // groups, -1, width)
+        logits_BHcT = (torch.einsum("bgrcd,bgtd->bgrct", query_BGRcd, key_BGTd) * scaling).flatten(1, 2)
+        blocked_B1cT = ~allowed_BcT[:, None]
+        # finfo.min, not -inf: a row that may see nothing stays finite and is zeroed right after.
+        logits_BHcT = logits_BHcT.masked_fill(blocked_B1cT, torch.finfo(torch.float32).min)
+        total_BHT = total_BHT + logits_BHcT.softmax(dim=-1).masked_fill(blocked_B1cT, 0.0).sum(dim=2)
+    rows_B = allowed_BQT.any(dim=-1).sum(dim=-1).clamp(min=1)
+    return total_BHT / rows_B[:, None, None]
+
+
+def select_heads(visual_mass_BH: Tensor, num_heads: int) -> Tensor:
+    """The `num_heads` heads of each sample with the largest attention mass on visual tokens (VAV). (B, k) ascending.
+
+    Ties go to the lower index. Raises ValueError when `num_heads` is outside 1..H.
+    """
+    return select_top(visual_mass_BH, num_heads)
+
+
+def text_guided_scores(
+    query_BHQd: Tensor,
+    key_BGTd: Tensor,
+    visual_mask_BT: Tensor,
+    allowed_BQT: Tensor,
+    scaling: float,
+    num_heads: int,
+) -> tuple[Tensor, Tensor]:
+    """How much the text looks at each visual token, by the heads that look at the image most.
+
+    The query rows are the last prompt token (Q = 1) or all text rows; see `attention_rows` for `allowed_BQT`. Of each
+    sample the `num_heads` heads with the largest attention on visual tokens are used.
+
+    Returns `scores_BT` fp32, the attention summed over those heads, 0 off the visual tokens, and `mass_B` fp32, the sum
+    of `scores_BT` over the row: between 0 and `num_heads`.
+    """
+    attention_BHT = attention_rows(query_BHQd, key_BGTd, allowed_BQT, scaling)
+    visual_BHT = attention_BHT * visual_mask_BT[:, None]
+    heads_Bk = select_heads(visual_BHT.sum(dim=-1), num_heads)
+    scores_BT = gather_tokens(visual_BHT, heads_Bk).sum(dim=1)
+    return scores_BT, scores_BT.sum(dim=-1)
+
+
+def adaptive_counts(mass_B: Tensor, lam: float, num_visual_B: Tensor, k_min: int) -> Tensor:
+    """Visual tokens to keep of each sample: K = lam * mass, rounded half up, clamped to [min(k_min, N), N]. (B,) int64.
+
+    Rounding is floor(x + 0.5) in fp64. A sample without visual tokens (N = 0) has K = 0.
+
+    Raises ValueError when a mass is NaN, or `lam` or `k_min` is negative.
+    """
+    if not (math.isfinite(lam) and lam >= 0) or k_min < 0:
+        raise ValueError(f"lambda must be finite and not negative, k_min not negative; got lambda={lam}, k_min={k_min}")
+    _refuse_nan(mass_B)
+    num_visual_B = num_visual_B.to(torch.int64)
+    wanted_B = torch.floor(mass_B.double() * lam + 0.5)
+    # The bound first, in fp64: a huge lambda must not overflow int64.
+    wanted_B = torch.minimum(wanted_B, num_visual_B.double()).to(torch.int64)
+    return torch.maximum(wanted_B, num_visual_B.clamp(max=k_min))
+
+
+def solve_lambda(mass_B: Tensor, num_visual_B: Tensor, target_mean: float, k_min: int) -> float:
+    """The lambda whose `adaptive_counts` on these samples have the mean `target_mean`, as near as integers allow.
+
+    Samples without visual tokens do not count in the mean. The mean is a step function of lambda that jumps where some
+    lam * mass passes j + 1/2; the search bisects over the middles of its steps, so that the result is not on an edge.
+    Of two equally near steps the lower is taken.
+
+    Raises ValueError when no sample has a visual token, or the target is outside what any lambda reaches.
+    """
+    present_B = num_visual_B > 0
+    if not bool(present_B.any()):
+        raise ValueError("lambda needs a calibration batch with visual tokens: no sample has any")
+    mass_B, num_visual_B = mass_B[present_B].double(), num_visual_B[present_B].to(torch.int64)
+    lowest_B = num_visual_B.clamp(max=k_min)
+    highest_B = torch.where(mass_B > 0, num_visual_B, lowest_B)
+    lowest, highest = float(lowest_B.double().mean()), float(highest_B.double().mean())
+    if not lowest <= target_mean <= highest:
+        raise ValueError(
+            f"a mean of {target_mean} visual tokens cannot be reached on these {len(mass_B)} samples: "
+            f"any lambda keeps between {lowest:g} (k_min={k_min}) and {highest:g} (all tokens)"
+        )
+
+    edges = [
+        (torch.arange(int(low) + 1, int(high) + 1, dtype=torch.float64) - 0.5) / mass.cpu()
+        for mass, low, high in zip(mass_B, lowest_B, highest_B, strict=True)
+    ]
+    edges_S = torch.unique(torch.cat(edges))  # sorted
+    if edges_S.numel() == 0:
+        return 0.0
+    steps = list(chain([float(edges_S[0]) / 2], ((edges_S[:-1] + edges_S[1:]) / 2).tolist(), [float(edges_S[-1]) * 2]))
+
+    def mean_count(lam: float) -> float:
+        return float(adaptive_counts(mass_B, lam, num_visual_B, k_min).double().mean())
+
+    low, high = 0, len(steps) - 1
+    while low < high:  # the first step that reaches the target
+        middle = (low + high) // 2
+        low, high = (low, middle) if mean_count(steps[middle]) >= target_mean else (middle + 1, high)
+    below = max(low - 1, 0)
+    nearer_below = target_mean - mean_count(steps[below]) <= mean_count(steps[low]) - target_mean
+    return steps[below] if nearer_below and mean_count(steps[low]) != target_mean else steps[low]
