@@ -63,7 +63,7 @@ def architecture(name: str) -> Architecture:
 
 
 def build_config(
-    name: str, pruning: PruningConfig, vocab_size: int, special_ids: dict[str, int | None], image_token_id: int
+    name: str, pruning: PruningConfig, vocab_size: int, special_ids: dict[str, Any], image_token_id: int
 ) -> MeteorConfig:
     """MeteorConfig of a named architecture for a tokenizer.
 

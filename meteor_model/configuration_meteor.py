@@ -33,9 +33,7 @@ class EncodePruning:
     def __post_init__(self) -> None:
         object.__setattr__(self, "totals", tuple(int(total) for total in self.totals))
         if self.enabled and not self.totals:
-            raise ValueError(
-                "pruning.encode.totals is empty: give the tokens to keep after each segment, or disable it"
-            )
+            raise ValueError("pruning.encode.totals is empty: give the tokens to keep after each segment, or disable")
         if any(later > earlier for earlier, later in zip(self.totals, self.totals[1:], strict=False)):
             raise ValueError(f"pruning.encode.totals must not grow from boundary to boundary, got {self.totals}")
         if self.first_deep_segment < 1:
@@ -157,7 +155,7 @@ class MeteorConfig(PreTrainedConfig):
         )
         if isinstance(text_config, Mapping):
             text_config = AutoConfig.for_model(**{"model_type": "llama", **text_config})
-        self.text_config = text_config if text_config is not None else AutoConfig.for_model("llama")
+        self.text_config: Any = text_config if text_config is not None else AutoConfig.for_model("llama")
         if pruning is None:
             pruning = PruningConfig(EncodePruning(enabled=False), FusePruning(enabled=False), DecodePruning(False))
         self.pruning = pruning if isinstance(pruning, PruningConfig) else PruningConfig.from_dict(pruning)
@@ -180,7 +178,7 @@ class MeteorConfig(PreTrainedConfig):
             blocks = encoder_class(item.family).num_blocks(item)
             if encode.enabled and encoder_class(item.family).prunes_between_blocks and len(encode.totals) > blocks:
                 raise ValueError(
-                    f"pruning.encode.totals has {len(encode.totals)} segments, encoder {item.name!r} only {blocks} blocks"
+                    f"pruning.encode.totals has {len(encode.totals)} segments, encoder {item.name!r} {blocks} blocks"
                 )
         pool = sum(self.encode_budgets[name][-1] for name in names)  # raises where totals exceed the tokens there are
         if fuse.enabled and fuse.keep > pool:
@@ -189,12 +187,10 @@ class MeteorConfig(PreTrainedConfig):
         if decode.enabled and decode.layer >= layers:
             raise ValueError(f"pruning.decode.layer {decode.layer} must be below the LLM's {layers} layers")
         if decode.num_heads is not None and not 1 <= decode.num_heads <= heads:
-            raise ValueError(
-                f"pruning.decode.num_heads {decode.num_heads} is not between 1 and the LLM's {heads} heads"
-            )
+            raise ValueError(f"pruning.decode.num_heads {decode.num_heads} is not in 1..{heads}, the LLM's heads")
         if decode.target_mean is not None and decode.target_mean > self.tokens_per_image:
             raise ValueError(
-                f"pruning.decode.target_mean {decode.target_mean} exceeds the {self.tokens_per_image} tokens of an image"
+                f"pruning.decode.target_mean {decode.target_mean} exceeds an image's {self.tokens_per_image} tokens"
             )
         if not 0 <= self.image_token_id < self.text_config.vocab_size:
             raise ValueError(

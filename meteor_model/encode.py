@@ -1,8 +1,8 @@
 """Stage 1, encoding: run a tower segment by segment and prune its tokens between segments.
 
 Shallow boundaries drop the tokens most similar to the map's mean token; deep boundaries keep the tokens with the most
-attention (from CLS, or received). Source: METEOR (arXiv 2507.20842), section on encoding; boundaries after every segment
-are this project's decision (docs/composability.md).
+attention (from CLS, or received). Source: METEOR (arXiv 2507.20842), its encoding stage; a boundary after every segment
+is this project's decision (docs/composability.md).
 
 Legend: M images, N tokens of the full grid, K tokens kept, P prefix tokens, D width, T = P + N or P + K.
 """

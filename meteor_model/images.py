@@ -61,7 +61,7 @@ def decode_image(data: bytes, size: int, *, max_pixels: int = MAX_PIXELS, max_by
             raise ImageError("image_too_large", f"{width} x {height} pixels, the limit is {max_pixels} in all")
         image_3HW = _decode_jpeg(data) if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L") else None
         if image_3HW is None:
-            image_3HW = _decode_pillow(image)
+            image_3HW = pillow_to_rgb(image)
     except (ImageError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
@@ -94,7 +94,7 @@ def _decode_jpeg(data: bytes) -> torch.Tensor | None:
         return None
 
 
-def _decode_pillow(image: Image.Image) -> torch.Tensor:
+def pillow_to_rgb(image: Image.Image) -> torch.Tensor:
     """Uint8 (3, H, W) of the first frame of any Pillow image, orientation applied, alpha over white."""
     image.seek(0)
     image = ImageOps.exif_transpose(image)

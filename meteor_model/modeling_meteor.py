@@ -14,8 +14,9 @@ D encoder width, C LLM width, V vocabulary, S travelling image size.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -26,7 +27,7 @@ from transformers.modeling_outputs import ModelOutput
 from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.decoder import MeteorCache, decode_pruned
 from meteor_model.encode import dense_maps, encode_pruned
-from meteor_model.encoders import build_encoder
+from meteor_model.encoders import VisionEncoder, build_encoder
 from meteor_model.pruning import feature_rank, gather_tokens, mutual_redundancy, select_top
 
 IGNORE_INDEX = -100
@@ -125,10 +126,9 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, GenerationMixin):
     def __init__(self, config: MeteorConfig) -> None:
         super().__init__(config)
         width = config.text_config.hidden_size
-        self.encoders = nn.ModuleDict({item.name: build_encoder(item) for item in config.encoders})
-        self.projectors = nn.ModuleDict(
-            {name: MeteorProjector(encoder.embed_dim, width) for name, encoder in self.encoders.items()}
-        )
+        towers = {item.name: build_encoder(item) for item in config.encoders}
+        self.encoders = nn.ModuleDict(towers)
+        self.projectors = nn.ModuleDict({name: MeteorProjector(t.embed_dim, width) for name, t in towers.items()})
         self.language_model = AutoModel.from_config(config.text_config)
         self.lm_head = nn.Linear(width, config.text_config.vocab_size, bias=False)
         self.post_init()
@@ -142,10 +142,14 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.lm_head = new_embeddings
 
     # ---------------------------------------------------------------------------------------------------------- vision
+
+    def _towers(self) -> Iterator[tuple[str, VisionEncoder]]:
+        for name, encoder in self.encoders.items():
+            yield name, cast(VisionEncoder, encoder)
 
     def get_image_features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, PruningStats]:
         """Stages 1 and 2.
@@ -158,7 +162,7 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, GenerationMixin):
         """
         config = self.config
         projected, kept = [], {}
-        for name, encoder in self.encoders.items():
+        for name, encoder in self._towers():
             pixels = encoder.normalize(pixel_values, self.dtype)
             budgets = config.encode_budgets[name]
             tokens, kept[name] = encode_pruned(encoder, pixels, budgets, config.pruning.encode.first_deep_segment)
@@ -185,7 +189,7 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, GenerationMixin):
         """
         segments = len(self.config.pruning.encode.totals) or 1
         ranks: dict[str, dict[str, Any]] = {estimator: {} for estimator in estimators}
-        for name, encoder in self.encoders.items():
+        for name, encoder in self._towers():
             maps = dense_maps(encoder, encoder.normalize(pixel_values, self.dtype), segments)
             for estimator in estimators:
                 values = [feature_rank(hidden_MND, estimator) for hidden_MND in maps]

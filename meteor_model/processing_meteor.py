@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
 
 from meteor_model.chat import IMAGE_PLACEHOLDER, chat_template, render
-from meteor_model.images import decode_image, fit_image
+from meteor_model.images import decode_image, fit_square, pillow_to_rgb
 
 IGNORE_INDEX = -100
 PROCESSOR_FILE = "meteor_processor.json"
@@ -84,9 +84,7 @@ class MeteorProcessor:
         """
         written = sum(text.count(IMAGE_PLACEHOLDER) for _, text in turns)
         if written != num_images:
-            raise ValueError(
-                f"the conversation has {written} {IMAGE_PLACEHOLDER} placeholders, {num_images} images came"
-            )
+            raise ValueError(f"{written} {IMAGE_PLACEHOLDER} placeholders in the conversation, {num_images} images")
         bos = self.tokenizer.bos_token_id
         input_ids: list[int] = [] if bos is None else [bos]
         labels: list[int] = [IGNORE_INDEX] * len(input_ids)
@@ -121,7 +119,14 @@ class MeteorProcessor:
             return decode_image(Path(image).read_bytes(), self.image_size)
         if isinstance(image, bytes):
             return decode_image(image, self.image_size)
-        return fit_image(image, self.image_size)
+        if isinstance(image, Image.Image):
+            return fit_square(pillow_to_rgb(image), self.image_size)
+        if isinstance(image, np.ndarray):
+            image = torch.from_numpy(image).movedim(-1, 0)
+        if image.ndim != 3 or image.shape[0] != 3 or image.dtype != torch.uint8:
+            shape = tuple(image.shape)
+            raise ValueError(f"image tensors are uint8 (3, H, W), arrays uint8 (H, W, 3); got {image.dtype} {shape}")
+        return fit_square(image, self.image_size)
 
     def __call__(
         self,
@@ -141,10 +146,9 @@ class MeteorProcessor:
         prompts = [text] if isinstance(text, str) else list(text)
         if images is None:
             groups: list[list[ImageInput]] = [[] for _ in prompts]
-        elif isinstance(images, list | tuple):
-            groups = [list(item) if isinstance(item, list | tuple) else [item] for item in images]
         else:
-            groups = [[images]]
+            entries: Sequence[Any] = images if isinstance(images, list | tuple) else [images]
+            groups = [list(item) if isinstance(item, list | tuple) else [item] for item in entries]
         if len(groups) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts came with images for {len(groups)}")
         rows = []
@@ -188,7 +192,7 @@ def collate(examples: Sequence[Mapping[str, Any]], pad_token_id: int, image_size
     """Examples -> one right-padded training batch.
 
     Args:
-        examples: mappings with `input_ids`, `labels` (sequences of int) and `images` (uint8 tensor (n, 3, S, S), n >= 0).
+        examples: mappings with `input_ids`, `labels` (sequences of int) and `images` (uint8 (n, 3, S, S), n >= 0).
         pad_token_id: id that fills `input_ids`.
         image_size: S, for a batch without any image.
 
