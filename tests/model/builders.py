@@ -1,0 +1,93 @@
+"""Small models with random weights for tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from meteor_model.architectures import build_config
+from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, MeteorConfig, PruningConfig
+from meteor_model.encoders import EncoderConfig
+from meteor_model.modeling_meteor import MeteorForConditionalGeneration
+from meteor_model.processing_meteor import MeteorProcessor
+from meteor_model.tokenizer import train_tokenizer
+
+TEXTS = ("What colour is the background? red", "Where is the drawing? left", "Name it. a grinning face")
+PRUNED = PruningConfig(
+    EncodePruning(totals=(96, 64, 60)), FusePruning(keep=24), DecodePruning(layer=2, target_mean=12.0, lam=30.0)
+)
+DENSE = PruningConfig(EncodePruning(enabled=False), FusePruning(enabled=False), DecodePruning(enabled=False))
+
+#: One small tower per registered family, at 64 px.
+TOWERS: dict[str, EncoderConfig] = {
+    "clip": EncoderConfig(
+        "clip",
+        "clip",
+        64,
+        {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "image_size": 64,
+            "patch_size": 8,
+        },
+    ),
+    "siglip": EncoderConfig(
+        "siglip",
+        "siglip",
+        64,
+        {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "image_size": 64,
+            "patch_size": 8,
+        },
+    ),
+    "pix2struct": EncoderConfig(
+        "pix2struct",
+        "pix2struct",
+        64,
+        {
+            "hidden_size": 32,
+            "d_ff": 48,
+            "d_kv": 8,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "patch_embed_hidden_size": 192,
+            "seq_len": 64,
+            "initializer_range": 0.02,
+        },
+    ),
+    "convnext": EncoderConfig(
+        "convnext", "convnext", 64, {"hidden_sizes": [16, 32], "depths": [1, 2], "num_stages": 2, "patch_size": 4}
+    ),
+}
+
+
+def processor(pruning: PruningConfig = PRUNED, template: str = "short") -> MeteorProcessor:
+    """A processor with a tokenizer trained on `TEXTS`."""
+    return MeteorProcessor(train_tokenizer(TEXTS, 300), 64, config(pruning).tokens_per_image, template=template)
+
+
+def config(pruning: PruningConfig = PRUNED, **changes: Any) -> MeteorConfig:
+    """The tiny architecture with a vocabulary of 300."""
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    built = build_config("tiny", pruning, 300, ids, 3)
+    if not changes:
+        return built
+    return MeteorConfig(**{**built.to_dict(), **changes})
+
+
+def model(pruning: PruningConfig = PRUNED, seed: int = 0) -> MeteorForConditionalGeneration:
+    """The tiny architecture with random weights, in eval mode."""
+    torch.manual_seed(seed)
+    return MeteorForConditionalGeneration(config(pruning)).eval()
+
+
+def pixels(count: int, seed: int = 0) -> torch.Tensor:
+    """(count, 3, 64, 64) uint8 noise."""
+    return torch.randint(0, 256, (count, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
