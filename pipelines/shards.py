@@ -9,33 +9,25 @@ import hashlib
 import io
 import json
 import re
-import tarfile
 import time
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines import storage
+from pipelines.tars import Members, ShardContents, ShardError, looks_like_tar, pack_shard, parse_shard
 
 MANIFEST_NAME = "manifest.parquet"
 FORMAT_VERSION = 1
 SPEC_KEY = b"meteor.spec"
 READ_ATTEMPTS = 4
 BACKOFF_S = 0.25
-
-ShardFault = Literal[
-    "missing", "unreadable", "truncated", "not_a_tar", "replaced", "wrong_count", "duplicate_key", "refused_member"
-]
-
-_TAR_BLOCK = 512
-# Member suffixes that a reader of the wild would unpickle: never opened, whatever decoder stands behind.
-_PICKLE_SUFFIXES = frozenset({"pkl", "pickle", "pyd", "pth", "pt", "ckpt"})
-_KEY_AND_EXTENSION = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]+)$")  # the key ends at the first dot of the base name
+SAMPLES_PER_SHARD = 256
+_SPLIT_NAME = re.compile(r"^[a-z][a-z0-9_]*$")
 
 MANIFEST_SCHEMA = pa.schema(
     [
@@ -47,19 +39,6 @@ MANIFEST_SCHEMA = pa.schema(
         ("members", pa.map_(pa.string(), pa.int64())),
     ]
 )
-
-
-class ShardError(ValueError):
-    """A shard or manifest cannot be trusted. `shard` is its address, `fault` the kind, the message says what to do."""
-
-    def __init__(self, shard: str, fault: ShardFault, detail: str) -> None:
-        super().__init__(f"{shard}: {detail}")
-        self.shard = shard
-        self.fault: ShardFault = fault
-        self.detail = detail
-
-    def __reduce__(self) -> tuple[type["ShardError"], tuple[str, ShardFault, str]]:
-        return type(self), (self.shard, self.fault, self.detail)  # survives the way between Ray processes
 
 
 # ------------------------------------------------------------------------------------------------------------ manifest
@@ -167,102 +146,6 @@ def load_manifest(url: str) -> Manifest:
     return Manifest(address, shards, spec)
 
 
-# ---------------------------------------------------------------------------------------------------------------- tars
-
-
-@dataclass(frozen=True)
-class ShardContents:
-    """Samples of a tar in order, and how many of its entries were ignored by reason (link, no_extension, ...)."""
-
-    samples: list[tuple[str, dict[str, bytes]]]
-    ignored: dict[str, int]
-
-    def member_counts(self) -> dict[str, int]:
-        """How often each member extension occurs."""
-        return dict(sorted(Counter(ext for _, members in self.samples for ext in members).items()))
-
-
-def looks_like_tar(data: bytes) -> bool:
-    """Whether the first block carries a valid tar header checksum (or is the zero block of an empty tar)."""
-    block = data[:_TAR_BLOCK]
-    if len(block) < _TAR_BLOCK:
-        return False
-    if not any(block):
-        return True
-    try:
-        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-    except tarfile.HeaderError:
-        return False
-    return True
-
-
-def _sort_entry(name: str, entry: tarfile.TarInfo, shard: str) -> tuple[str, str] | str:
-    """(key, extension) of a tar entry, or the reason why it is ignored. Raises ShardError for a refused one."""
-    if entry.isdir():
-        return "directory"
-    if not entry.isreg() or entry.issparse():
-        return "link_or_device"
-    if name.startswith("/") or "\\" in name or ".." in name.split("/"):
-        detail = f"the member {name!r} has a path that leaves the archive; refused, rebuild the shard without it"
-        raise ShardError(shard, "refused_member", detail)
-    name = name.removeprefix("./")
-    base = name.rpartition("/")[2]
-    if base.startswith("__") and base.endswith("__"):
-        return "metadata"
-    match = _KEY_AND_EXTENSION.match(name)
-    if match is None:
-        return "no_key_or_extension"
-    extension = match.group(2).lower()
-    if extension.rpartition(".")[2] in _PICKLE_SUFFIXES:
-        detail = (
-            f"the member {name!r} is pickled data, which can run code when read; refused, rebuild the shard without it"
-        )
-        raise ShardError(shard, "refused_member", detail)
-    return match.group(1), extension
-
-
-def parse_shard(data: bytes, shard: str) -> ShardContents:
-    """Split the bytes of a tar into samples; members of one key must be neighbours. Nothing touches the disk.
-
-    Extensions are lower-cased. Directories, links, devices, `__meta__` and names without a key or an extension are
-    ignored and counted. Raises ShardError (not_a_tar, truncated, duplicate_key, refused_member) naming `shard`.
-    """
-    if not looks_like_tar(data):
-        raise ShardError(shard, "not_a_tar", f"not an (uncompressed) tar: {len(data)} bytes that start {data[:16]!r}")
-    samples: list[tuple[str, dict[str, bytes]]] = []
-    seen: set[str] = set()
-    ignored: Counter[str] = Counter()
-    try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
-            for entry in archive:
-                sorted_entry = _sort_entry(entry.name, entry, shard)
-                if isinstance(sorted_entry, str):
-                    ignored[sorted_entry] += 1
-                    continue
-                key, extension = sorted_entry
-                if not samples or samples[-1][0] != key:
-                    if key in seen:
-                        detail = (
-                            f"the key {key!r} is there twice, or its members are not neighbours; keys must be unique"
-                        )
-                        raise ShardError(shard, "duplicate_key", detail)
-                    seen.add(key)
-                    samples.append((key, {}))
-                if extension in samples[-1][1]:
-                    detail = f"the key {key!r} is there twice: two members {extension!r}; keys must be unique"
-                    raise ShardError(shard, "duplicate_key", detail)
-                # A slice, not extractfile: one copy, and a member cannot claim more bytes than the archive has.
-                samples[-1][1][extension] = data[entry.offset_data : entry.offset_data + entry.size]
-            end = archive.offset  # where the reader stopped: the zero blocks that end an archive, if it is whole
-    except tarfile.TarError as error:
-        raise ShardError(shard, "truncated", f"the tar breaks off or is damaged: {error}") from error
-    marker = data[end : end + _TAR_BLOCK]
-    if len(marker) < _TAR_BLOCK or any(marker):
-        detail = f"the tar breaks off or is damaged at byte {end} of {len(data)}: no end-of-archive mark there"
-        raise ShardError(shard, "truncated", detail)
-    return ShardContents(samples, dict(sorted(ignored.items())))
-
-
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
@@ -312,3 +195,53 @@ def read_shard(
             return samples
     assert fault is not None, "attempts must be at least 1"
     raise fault
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def shard_info(path: str, split: str, data: bytes, contents: ShardContents) -> ShardInfo:
+    """The row of the manifest for the bytes of a shard."""
+    digest = hashlib.sha256(data).hexdigest()
+    return ShardInfo(path, split, len(contents.samples), len(data), digest, contents.member_counts())
+
+
+def write_shards(
+    samples: Iterable[tuple[str, Mapping[str, bytes]]],
+    url: str,
+    split: str,
+    samples_per_shard: int = SAMPLES_PER_SHARD,
+    on_shard: Callable[[ShardInfo], None] = lambda info: None,
+) -> tuple[ShardInfo, ...]:
+    """Write samples as `{split}-000000.tar`, ... under the prefix `url`; the manifest is the caller's last act.
+
+    A shard is packed in memory and written as one object, so a reader sees a whole shard or none. The same samples in
+    the same order give the same bytes. `on_shard` hears of every shard written.
+    Raises ValueError for a bad split name, shard size, key or member, and for a key that occurs twice; StorageError.
+    """
+    if samples_per_shard < 1:
+        raise ValueError(f"samples_per_shard is {samples_per_shard}; it must be at least 1")
+    if not _SPLIT_NAME.match(split):
+        raise ValueError(f"the split name {split!r} cannot be a file name; use lower-case letters, digits and _")
+    infos: list[ShardInfo] = []
+    seen: set[str] = set()
+    batch: list[tuple[str, Members]] = []
+
+    def flush() -> None:
+        path = f"{split}-{len(infos):06d}.tar"
+        data = pack_shard(batch)
+        storage.write_bytes(storage.join(url, path), data)
+        infos.append(shard_info(path, split, data, ShardContents(list(batch), {})))
+        batch.clear()
+        on_shard(infos[-1])
+
+    for key, members in samples:
+        if key in seen:
+            raise ValueError(f"the key {key!r} occurs twice in the split {split!r}; keys must be unique")
+        seen.add(key)
+        batch.append((key, dict(members)))
+        if len(batch) == samples_per_shard:
+            flush()
+    if batch:
+        flush()
+    return tuple(infos)

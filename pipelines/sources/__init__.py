@@ -1,0 +1,52 @@
+"""Where samples come from: a drawing set that needs no download, and the user's own LLaVA-format data.
+
+A source knows its settings (`spec`), its splits, and yields each split's samples ready for a shard. A new source is one
+module here and one subcommand in jobs/make_shards.py.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+TRAIN = "train"
+HELDOUT = "heldout"
+SPLITS = (TRAIN, HELDOUT)
+
+Packed = tuple[str, dict[str, bytes]]
+"""One sample as a shard takes it: its key and its members by extension."""
+
+
+class SourceError(ValueError):
+    """The material or the settings of a source are unusable; the message names the setting, record or file."""
+
+
+class Source(Protocol):
+    """What makes samples. `samples` yields the same samples, in the same order, for an equal `spec`."""
+
+    def spec(self) -> dict[str, Any]:
+        """All that decides the samples, as JSON values; stored in the manifest and compared before a rebuild."""
+        ...
+
+    def samples(self, split: str) -> Iterator[Packed]:
+        """The samples of one of SPLITS (may be none)."""
+        ...
+
+    def report(self) -> dict[str, int]:
+        """What was left out so far, by reason."""
+        ...
+
+
+def fraction_of(name: str) -> float:
+    """A number in [0, 1) that belongs to `name` for ever, whatever the machine and the Python: for stable splits."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48
+
+
+def split_of(name: str, heldout_share: float) -> str:
+    """The split of an identity: HELDOUT for `heldout_share` of all names, stable when other names come or go."""
+    return HELDOUT if fraction_of(f"split:{name}") < heldout_share else TRAIN
+
+
+def check_share(setting: str, value: float) -> None:
+    """Raise SourceError unless `value` is a share in [0, 1)."""
+    if not 0.0 <= value < 1.0:
+        raise SourceError(f"{setting} is {value}; it must be a share from 0 to below 1")
