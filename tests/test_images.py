@@ -163,7 +163,7 @@ def png_header(width: int, height: int) -> bytes:
 def test_absurd_sizes_are_refused_from_the_header(
     width: int, height: int, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
-    monkeypatch.setattr(images, "_decode_pillow", lambda image: pytest.fail("the pixels were decoded"))
+    monkeypatch.setattr(images, "pillow_to_rgb", lambda image: pytest.fail("the pixels were decoded"))
     with pytest.raises(ImageError) as caught:
         decode_image(png_header(width, height), SIZE)
     assert caught.value.reason == "image_too_large"
