@@ -359,15 +359,23 @@ def exists(url: str) -> bool:
         raise fault from error
 
 
-def list_files(url: str) -> list[str]:
-    """Paths of all files below a prefix, relative to it, sorted; [] where there are none. Raises StorageError."""
+def list_sizes(url: str) -> dict[str, int]:
+    """Bytes of every file below a prefix by its path relative to it, sorted by path; {} where there are none.
+
+    A missing bucket is a StorageError.
+    """
     with storage_errors(url):
         fs, path = fsspec_filesystem(url)
-        found = fs.find(path)
+        found = fs.find(path, detail=True)
     if not found:
         require_bucket(url)
     root = path.rstrip("/") + "/"
-    return sorted(name.removeprefix(root) for name in found if name.startswith(root))
+    return {name.removeprefix(root): int(found[name]["size"]) for name in sorted(found) if name.startswith(root)}
+
+
+def list_files(url: str) -> list[str]:
+    """Paths of all files below a prefix, relative to it, sorted; [] where there are none. Raises StorageError."""
+    return list(list_sizes(url))
 
 
 def read_json(url: str) -> Any:

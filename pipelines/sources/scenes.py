@@ -111,11 +111,13 @@ def cut_to_visible(rgba: np.ndarray) -> np.ndarray | None:
 
 
 def compose(drawing: Drawing, size: int, rng: random.Random, as_png: bool, avoid: str | None = None) -> Scene:
-    """Put `drawing` on a plain background of (size, size), not of the colour `avoid`; JPEG, or PNG with alpha.
+    """Put `drawing` on a plain background of (size, size), as JPEG or as PNG with alpha.
 
-    A PNG's background is fully transparent: its answer is white, the colour that alpha is laid on.
+    The background is not of the colour `avoid` nor of the drawing's own, so that the drawing can be seen. A PNG's
+    background is fully transparent: its answer is white, the colour that alpha is laid on.
     """
-    background = "white" if as_png else rng.choice([name for name in PALETTE if name != avoid])
+    as_png = as_png and drawing.color != "white"
+    background = "white" if as_png else rng.choice([name for name in PALETTE if name not in (avoid, drawing.color)])
     position = rng.choice(list(CENTERS))
     noise = [rng.randint(-COLOR_NOISE, COLOR_NOISE) for _ in range(3)]
     scale = size * (MIN_SCALE + (MAX_SCALE - MIN_SCALE) * rng.random())

