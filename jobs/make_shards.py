@@ -29,7 +29,7 @@ class OpenMojiCommand:
 
     out: str
     """Prefix of the dataset: s3://BUCKET/PREFIX or a folder."""
-    source: tyro.conf.OmitArgPrefixes[OpenMojiSettings] = field(default_factory=OpenMojiSettings)
+    source: Annotated[OpenMojiSettings, tyro.conf.arg(name="")] = field(default_factory=OpenMojiSettings)
     """What is composed and asked."""
     samples_per_shard: int = SAMPLES_PER_SHARD
     """Samples in one shard; a shard is read and checked as a whole."""
@@ -43,7 +43,7 @@ class LlavaCommand:
 
     out: str
     """Prefix of the dataset: s3://BUCKET/PREFIX or a folder."""
-    source: tyro.conf.OmitArgPrefixes[LlavaSettings]
+    source: Annotated[LlavaSettings, tyro.conf.arg(name="")]
     """Where the records and images are."""
     samples_per_shard: int = SAMPLES_PER_SHARD
     """Samples in one shard; a shard is read and checked as a whole."""
@@ -121,7 +121,7 @@ def summary(result: MakeResult) -> str:
 
 def main() -> int:
     """The command line; returns the exit status."""
-    command = tyro.cli(Command, description=__doc__)  # type: ignore[call-overload]
+    command = tyro.cli(Command, description=__doc__)
     try:
         result = execute(command)
     except ValueError as error:

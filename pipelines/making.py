@@ -1,8 +1,8 @@
 """Making a dataset: shards from a source, or a manifest for shards that are there already.
 
 Idempotent: the manifest holds the settings it was made with. Asked again with the same ones, nothing is done; with
-other ones, the differences are named and nothing is touched unless told to overwrite. While shards are written a marker lies
-in the prefix, so that what a killed run left is told apart from a user's own files.
+other ones, the differences are named and nothing is touched unless told to overwrite. While shards are written a marker
+lies in the prefix, so that what a killed run left is told apart from a user's own files.
 """
 
 import fnmatch
