@@ -1,0 +1,94 @@
+"""The named recipes, and the command line that every training job shares."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import tyro
+
+from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, PruningConfig
+from pipelines.recipe import ModelSettings, Recipe
+from pipelines.settings import DataSettings, LearningRates, OptimizerSettings, TrainingSettings, Zero3Settings
+from pipelines.sources.openmoji import OpenMojiSettings
+
+
+def tiny() -> Recipe:
+    """Random weights, drawings with exact answers, a few minutes on two CPU cores."""
+    return Recipe(
+        name="tiny",
+        model=ModelSettings(architecture="tiny", template="short"),
+        pruning=PruningConfig(
+            encode=EncodePruning(totals=(96, 64, 64)),
+            fuse=FusePruning(keep=32),
+            decode=DecodePruning(layer=2, target_mean=16.0),
+        ),
+        data=DataSettings(heldout_samples=256, max_length=256),
+        source=OpenMojiSettings(code_points=2048, variants=4),
+        training=TrainingSettings(
+            workers=2,
+            micro_batch=16,
+            global_batch=32,
+            optimizer=OptimizerSettings(learning_rates=LearningRates(2e-3, 2e-3, 2e-3)),
+            zero3=Zero3Settings(persistence_threshold=10_000),
+        ),
+    )
+
+
+def tiny_finetune() -> Recipe:
+    """`tiny`, continued from the newest registered pre-training on other variants of the drawings."""
+    base = tiny()
+    rates = LearningRates(5e-4, 5e-4, 5e-4)
+    return replace(
+        base,
+        model=replace(base.model, start="models:/meteor@latest-pretrain"),
+        source=replace(base.source, code_points=512, seed=1),
+        training=replace(base.training, optimizer=replace(base.training.optimizer, learning_rates=rates)),
+    )
+
+
+RECIPES: dict[str, dict[str, Callable[[], Recipe]]] = {
+    "pretrain": {"tiny": tiny},
+    "finetune": {"tiny": tiny_finetune},
+}
+
+
+def recipe(job: str, name: str) -> Recipe:
+    """A recipe by name. Raises ValueError that names the nearest one."""
+    known = RECIPES[job]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown {job} recipe {name!r}; known: {', '.join(sorted(known))}{hint}")
+    return known[name]()
+
+
+def parse_recipe(job: str, description: str, arguments: Sequence[str] | None = None) -> Recipe:
+    """The recipe that a command line asks for: `--recipe NAME`, then any setting by its dotted name.
+
+    Prints what is wrong and exits with 2 on an unknown recipe, an unknown setting (naming the nearest) or a bad value.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    front = argparse.ArgumentParser(add_help=False)
+    front.add_argument("--recipe", default="tiny")
+    chosen, rest = front.parse_known_args(arguments)
+    names = ", ".join(sorted(RECIPES[job]))
+    try:
+        base = recipe(job, chosen.recipe)
+        return tyro.cli(
+            Recipe,
+            default=base,
+            args=rest,
+            prog=f"python jobs/{job}.py",
+            description=f"{description}\n\n--recipe NAME chooses the defaults below ({names}); now {chosen.recipe!r}.",
+            config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+        )
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+__all__ = ["RECIPES", "parse_recipe", "recipe"]
