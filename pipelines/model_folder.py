@@ -1,0 +1,166 @@
+"""The exported model: one folder that stands alone, sealed by checksums, and proven to compute what was trained."""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from meteor_model.configuration_meteor import MeteorConfig
+from meteor_model.modeling_meteor import MeteorForConditionalGeneration
+from meteor_model.processing_meteor import MeteorProcessor
+
+CHECKSUMS_FILE = "checksums.json"
+PARITY_TOLERANCE = 1e-3
+"""Largest difference of a logit that other kernels and another order of summation may cause in fp32."""
+
+
+class ParityError(ValueError):
+    """The exported model does not compute what the training model computed."""
+
+
+class ExportError(ValueError):
+    """A model folder is incomplete, changed, or no METEOR model; the message names the file."""
+
+
+# ------------------------------------------------------------------------------------------------------------- export
+
+
+def export_model(model: MeteorForConditionalGeneration, processor: MeteorProcessor, folder: Path) -> Path:
+    """Write config, safetensors, processor, README and checksums into `folder`; it appears whole or not at all.
+
+    Raises:
+        ExportError: if the folder exists and holds something.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ExportError(f"{folder} exists and is not empty: export into a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        model.save_pretrained(scratch, safe_serialization=True)
+        processor.save_pretrained(scratch)
+        (scratch / "README.md").write_text(_readme(model.config))
+        write_checksums(scratch)
+        scratch.chmod(0o755)
+        scratch.replace(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def tokens_by_stage(config: MeteorConfig) -> dict[str, str]:
+    """Visual tokens of an image by stage, as tags: what each encoder is given and keeps, fusion, decoding's target."""
+    tags = {}
+    for name, budgets in config.encode_budgets.items():
+        kept = " > ".join(str(count) for count in (config.encoder_tokens[name], *budgets))
+        tags[f"visual_tokens.{name}"] = kept
+    entering = sum(budgets[-1] for budgets in config.encode_budgets.values())
+    tags["visual_tokens.fuse"] = f"{entering} > {config.tokens_per_image}"
+    decode = config.pruning.decode
+    if decode.enabled and decode.lam is not None:
+        goal = "adaptive" if decode.target_mean is None else f"{decode.target_mean:g} (mean)"
+        tags["visual_tokens.decode"] = f"{config.tokens_per_image} > {goal}"
+    return tags
+
+
+def _readme(config: MeteorConfig) -> str:
+    rows = "\n".join(f"| {name} | {kept} |" for name, kept in tokens_by_stage(config).items())
+    return (
+        "# A METEOR vision-language model\n\n"
+        f"{len(config.encoders)} vision encoders ({', '.join(item.name for item in config.encoders)}), one "
+        f"{config.text_config.model_type} language model, visual tokens pruned in three stages.\n\n"
+        f"| stage | visual tokens of an image |\n|---|---|\n{rows}\n\n"
+        "```python\n"
+        "from meteor_model.modeling_meteor import MeteorForConditionalGeneration\n"
+        "from meteor_model.processing_meteor import MeteorProcessor\n\n"
+        'processor = MeteorProcessor.from_pretrained("FOLDER")\n'
+        'model = MeteorForConditionalGeneration.from_pretrained("FOLDER").eval()\n'
+        'batch = processor("What is this?", "picture.png")\n'
+        "ids = model.generate(**batch, max_new_tokens=32, do_sample=False)\n"
+        'print(processor.decode(ids[0, batch["input_ids"].shape[1] :]))\n'
+        "```\n"
+    )
+
+
+def write_checksums(folder: Path) -> None:
+    """Seal a folder: `checksums.json` with the sha256 of every file."""
+    checksums = {name: _sha256(folder / name) for name in _file_names(folder)}
+    (folder / CHECKSUMS_FILE).write_text(json.dumps(checksums, indent=2, sort_keys=True) + "\n")
+
+
+def verify_checksums(folder: Path) -> None:
+    """Check every file of a sealed folder.
+
+    Raises:
+        ExportError: a file that is missing, changed, or not in `checksums.json`; or no such file.
+    """
+    path = folder / CHECKSUMS_FILE
+    if not path.is_file():
+        raise ExportError(f"{path} is missing: {folder} is no METEOR model folder, or its copy is incomplete")
+    try:
+        expected = json.loads(path.read_text())
+    except ValueError as error:
+        raise ExportError(f"{path} is damaged: {error}") from None
+    if not isinstance(expected, dict):
+        raise ExportError(f"{path} is damaged: it holds no mapping")
+    present = set(_file_names(folder))
+    if missing := sorted(set(expected) - present):
+        raise ExportError(f"{folder} lacks {', '.join(missing)}: the copy is incomplete; pull or export it again")
+    if foreign := sorted(present - set(expected)):
+        raise ExportError(f"{folder} holds {', '.join(foreign)}, which the export did not write: do not use this copy")
+    for name in sorted(present):
+        if _sha256(folder / name) != expected[name]:
+            raise ExportError(f"{folder / name} was changed after the export (other sha256): do not use this copy")
+
+
+def _file_names(folder: Path) -> list[str]:
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    return sorted(name for name in names if name != CHECKSUMS_FILE)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------------- parity
+
+
+def check_parity(folder: Path, parity_file: Path, tolerance: float = PARITY_TOLERANCE) -> float:
+    """Load the folder afresh (fp32, eval) and compare its logits with those that the training model left behind.
+
+    Args:
+        folder: written by `export_model`.
+        parity_file: safetensors with input_ids and attention_mask (B, T), pixel_values (M, 3, S, S) uint8, logits
+            (B, T, V).
+        tolerance: largest absolute difference allowed; positions of padding do not count.
+
+    Returns:
+        The largest absolute difference.
+
+    Raises:
+        ParityError: naming the difference.
+    """
+    tensors = load_file(parity_file)
+    if lacking := sorted({"input_ids", "attention_mask", "pixel_values", "logits"} - set(tensors)):
+        raise ParityError(f"{parity_file} lacks {', '.join(lacking)}: the parity batch was not written whole")
+    model = MeteorForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
+    with torch.inference_mode():
+        inputs = {key: tensors[key] for key in ("input_ids", "attention_mask", "pixel_values")}
+        output = model(**inputs, use_cache=False)
+    expected_BTV = tensors["logits"].float()
+    if output.logits.shape != expected_BTV.shape:
+        raise ParityError(
+            f"the exported model gives logits {tuple(output.logits.shape)}, not {tuple(expected_BTV.shape)}"
+        )
+    difference_BT = (output.logits - expected_BTV).abs().amax(dim=-1)
+    difference = difference_BT[tensors["attention_mask"].bool()].max().item()
+    if not difference <= tolerance:  # also where it is not a number
+        raise ParityError(
+            f"the exported model's logits differ from the training model's by up to {difference:.3g}, allowed are "
+            f"{tolerance:g}: the export in {folder} is not the model that was trained and will not be registered"
+        )
+    return difference
