@@ -6,7 +6,7 @@ the accelerator has been chosen.
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +19,15 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from pipelines.settings import PARTS, OptimizerSettings, Part, ScheduleSettings, SettingsError, TrainingSettings
+
+
+PART_OF_MODULE: dict[str, Part] = {
+    "projectors": "projector",
+    "encoders": "towers",
+    "language_model": "llm",
+    "lm_head": "llm",
+}
+"""The part of each of the model's top-level modules."""
 
 
 class WeightsError(ValueError):
@@ -113,7 +122,7 @@ def load_sharded(
             after loading is not what the files hold.
     """
     deepspeed = import_deepspeed(uses_gpu)
-    model_config = model_class.config_class.from_pretrained(directory)  # type: ignore[union-attr]
+    model_config = model_class.config_class.from_pretrained(directory)
     # Without tensor overrides the buffers (positions, normalisation) keep the dtype that the model gives them.
     with (
         no_init_weights(),
@@ -121,6 +130,7 @@ def load_sharded(
         deepspeed.zero.Init(config_dict_or_path=dict(config), tensor_overrides=[]),
     ):
         model = model_class(model_config)
+    model.tie_weights()  # part of the initialisation that is left out above
     files = WeightFiles(directory)
     names = _names_in_files(model, files)
     for parameter, name in names.items():
@@ -136,7 +146,7 @@ def load_sharded(
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Any:
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -178,9 +188,19 @@ def _verify_weights(deepspeed: ModuleType, names: Mapping[nn.Parameter, str], fi
         )
 
 
-def parameter_groups(
-    model: nn.Module, part_of: Callable[[str], Part], settings: OptimizerSettings
-) -> list[dict[str, Any]]:
+def part_of(name: str) -> Part:
+    """The part of the model that parameter `name` belongs to.
+
+    Raises:
+        SettingsError: if the name starts with none of `PART_OF_MODULE`.
+    """
+    module = name.split(".", 1)[0]
+    if module not in PART_OF_MODULE:
+        raise SettingsError(f"parameter {name} is in none of the parts that have a learning rate: {PART_OF_MODULE}")
+    return PART_OF_MODULE[module]
+
+
+def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]]:
     """AdamW's parameter groups, one per trained part; the parameters of frozen parts stop requiring gradients.
 
     Each group carries its `part` and its `peak_lr`.

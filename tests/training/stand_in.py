@@ -1,18 +1,30 @@
 """A tiny model with the forward interface of the real one, and a synthetic stream, for tests of the loop alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray.data
+import ray.train
 import torch
+from ray.data import DataContext, ExecutionOptions
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from meteor_model.processing_meteor import collate
+from pipelines.settings import LearningRates, OptimizerSettings, TrainingSettings
+from pipelines.training import TrainingJob
+
 IMAGE_SIZE = 4
 VOCABULARY = 32
-PAD = 0
+PAD, IMAGE = 0, 1
+TEXT_ONLY_ROWS = range(8, 12)
+"""One micro-batch of worker 0 that is text only, while worker 1 has images."""
+FAULTY_ROW = 21
 
 
 class StandInConfig(PretrainedConfig):
@@ -29,7 +41,7 @@ class StandInStats:
     tokens_in: int
 
     def as_metrics(self) -> dict[str, float]:
-        return {"visual_tokens/in": float(self.tokens_in), "visual_tokens/kept": 1.0}
+        return {"visual_tokens/in": float(self.tokens_in), "visual_tokens/fuse/kept": 1.0}
 
 
 @dataclass
@@ -40,11 +52,11 @@ class StandInOutput(ModelOutput):
 
 
 class StandInModel(PreTrainedModel):
-    """Adds the projected mean of a sample's images to its token embeddings; tied head; one buffer of each kind."""
+    """Puts each image's projected features in the place of its token; tied head; one buffer of each kind."""
 
     config_class = StandInConfig
-    base_model_prefix = "stand_in"
-    _tied_weights_keys = {"lm_head.weight": "language_model.embed.weight"}
+    base_model_prefix = ""
+    _tied_weights_keys = {"lm_head.weight": "language_model.embed.weight"}  # noqa: RUF012 (transformers' form)
 
     def __init__(self, config: StandInConfig) -> None:
         super().__init__(config)
@@ -75,19 +87,20 @@ class StandInModel(PreTrainedModel):
         attention_mask: Tensor,
         labels: Tensor | None = None,
         pixel_values: Tensor | None = None,
-        num_images: Tensor | None = None,
         num_items_in_batch: Tensor | float | None = None,
     ) -> StandInOutput:
-        hidden_BTC = self.language_model["embed"](input_ids) + self.positions[: input_ids.shape[1], None]
-        no_images = pixel_values is None or pixel_values.shape[0] == 0
-        pixels = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE) if no_images else pixel_values.float() / 255
-        features_MC = self.projectors[0](self.encoders[0](pixels.to(hidden_BTC.dtype)).mean((2, 3)))
-        if no_images:
-            hidden_BTC = hidden_BTC + 0.0 * features_MC.sum()
+        assert pixel_values is not None
+        embeds_BTC = self.language_model["embed"](input_ids) + self.positions[: input_ids.shape[1], None]
+        real = len(pixel_values) > 0
+        pixels = pixel_values if real else pixel_values.new_zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE)
+        features_MC = self.projectors[0](self.encoders[0](pixels.to(self.dtype) / 255).mean((2, 3)))
+        if real:
+            where_BTC = (input_ids == IMAGE).unsqueeze(-1).expand_as(embeds_BTC)
+            hidden_BTC = embeds_BTC.masked_scatter(where_BTC, self.scale.to(self.dtype) * features_MC)
         else:
-            owner_M = torch.repeat_interleave(torch.arange(input_ids.shape[0]), num_images)
-            pooled_BC = torch.zeros_like(hidden_BTC[:, 0]).index_add(0, owner_M, features_MC)
-            hidden_BTC = hidden_BTC + self.scale * pooled_BC[:, None]
+            hidden_BTC = embeds_BTC + 0.0 * features_MC.sum()
+        context_BTC = hidden_BTC.cumsum(1) / torch.arange(1, input_ids.shape[1] + 1).unsqueeze(-1)
+        hidden_BTC = (hidden_BTC + context_BTC).to(self.dtype)
         for layer in self.language_model["layers"]:
             hidden_BTC = hidden_BTC + torch.tanh(layer(hidden_BTC))
         logits = self.lm_head(self.language_model["norm"](hidden_BTC))
@@ -96,6 +109,98 @@ class StandInModel(PreTrainedModel):
             loss = nn.functional.cross_entropy(
                 logits[:, :-1].reshape(-1, VOCABULARY).float(), labels[:, 1:].reshape(-1), reduction="sum"
             )
-            items = (labels[:, 1:] != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-            loss = loss / items
-        return StandInOutput(loss=loss, logits=logits, pruning_stats=StandInStats(4 * pixels.shape[0]))
+            loss = loss / (supervised(labels) if num_items_in_batch is None else num_items_in_batch)
+        return StandInOutput(loss=loss, logits=logits, pruning_stats=StandInStats(4 * len(pixels)))
+
+
+def supervised(labels: Tensor) -> int:
+    return max(1, int((labels[:, 1:] != -100).sum()))
+
+
+def make_row(row: int, total: int, samples: int, faulty: Sequence[int], fails_at: int | None = None) -> dict[str, Any]:
+    """Row `row` of the synthetic plan: 0 to 2 images, uneven numbers of supervised tokens."""
+    if row == fails_at:
+        raise ValueError(f"row {row} cannot be read: shard-000003.tar is truncated")
+    random = np.random.default_rng(row)
+    place = {"row": row, "epoch": 0, "shard": row // 10, "index": row % 10, "key": f"key{row}"}
+    nothing = {"input_ids": [PAD], "labels": [-100], "images": b"", "num_images": 0}
+    if row >= samples:
+        return {**place, "epoch": -1, "reason": "void", "detail": "", **nothing}
+    if row in faulty:
+        return {**place, "reason": "undecodable_image", "detail": "not an image", **nothing}
+    count = 0 if row in TEXT_ONLY_ROWS else int(random.integers(0, 3))
+    text = random.integers(2, VOCABULARY, int(random.integers(3, 20))).tolist()
+    hidden = int(random.integers(1, len(text)))
+    return {
+        **place,
+        "reason": "",
+        "detail": "",
+        "input_ids": [IMAGE] * count + text,
+        "labels": [-100] * (count + hidden) + text[hidden:],
+        "images": random.integers(0, 256, count * 3 * IMAGE_SIZE**2, dtype=np.uint8).tobytes(),
+        "num_images": count,
+    }
+
+
+def make_stream(total: int, samples: int, faulty: Sequence[int], micro: int, start: int, **faults: Any) -> Any:
+    def read(item: dict[str, Any]) -> dict[str, Any]:
+        return make_row(item["item"], total, samples, faulty, **faults)
+
+    rows = ray.data.from_items(list(range(start, total)), override_num_blocks=5)
+    return rows.map(read, num_cpus=0.1).repartition(target_num_rows_per_block=micro, strict=True)
+
+
+def iterate(share: Any, micro: int) -> Iterator[list[Mapping[str, Any]]]:
+    for table in share.iter_batches(batch_size=micro, batch_format="pyarrow"):
+        yield table.to_pylist()
+
+
+def data_config() -> ray.train.DataConfig:
+    DataContext.get_current().enable_progress_bars = False
+    return ray.train.DataConfig(
+        execution_options=ExecutionOptions(preserve_order=True), enable_shard_locality=False, datasets_to_split="all"
+    )
+
+
+SETTINGS = TrainingSettings(
+    workers=2,
+    micro_batch=4,
+    global_batch=16,
+    optimizer=OptimizerSettings(learning_rates=LearningRates(1e-2, 5e-3, 2e-3), weight_decay=0.01),
+    checkpoint_every_steps=2,
+    log_every_steps=1,
+    max_drop_share=0.05,
+    timeout_s=60,
+    cpus_per_worker=1.0,
+)
+TOTAL, SAMPLES, HELDOUT = 96, 93, 16
+
+
+def write_init(root: Path, run_name: str) -> Path:
+    """The start model of a run."""
+    torch.manual_seed(0)
+    folder = root / "runs" / run_name / "init"
+    StandInModel(StandInConfig()).save_pretrained(folder)
+    return folder
+
+
+def make_job(
+    root: Path, run_name: str, settings: TrainingSettings = SETTINGS, faulty: Sequence[int] = (FAULTY_ROW,), **kw: Any
+) -> TrainingJob:
+    micro = settings.micro_batch
+    return TrainingJob(
+        storage=str(root),
+        run_name=run_name,
+        settings=settings,
+        model_class=StandInModel,
+        collate=partial(collate, pad_token_id=PAD, image_size=IMAGE_SIZE),
+        pad_token_id=PAD,
+        total_rows=TOTAL,
+        expected_samples=SAMPLES,
+        train_data=partial(make_stream, TOTAL, SAMPLES, faulty, micro, **kw),
+        heldout_rows=HELDOUT,
+        heldout_data=partial(make_stream, HELDOUT, HELDOUT, (), micro, 0),
+        iterate=iterate,
+        data_config=data_config(),
+        recipe_hash="abc",
+    )

@@ -1,0 +1,246 @@
+"""The optimizer steps of one worker: read, count, forward and backward, update, report.
+
+Under ZeRO-3 every forward, every step and every report is a collective operation, so all workers do the same of them,
+and every decision to stop is made from numbers that all workers have.
+"""
+
+import dataclasses
+import itertools
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import ray.train
+import torch
+from numpy.random import SeedSequence
+
+from pipelines.batches import Counts, MicroBatch
+from pipelines.checkpoint import (
+    MAX_LISTED_DROPS,
+    PARITY_FILE,
+    STATE_FILE,
+    ZERO3_TAG,
+    DroppedSample,
+    TrainState,
+    new_folder,
+)
+from pipelines.heldout import Parity, save_parity
+from pipelines.settings import TrainingSettings
+from pipelines.zero3 import schedule_factor
+
+FEWEST_JUDGED_SAMPLES = 1000
+
+
+class TooManyDropped(ValueError):
+    """More samples are faulty than `max_drop_share` allows; the message counts them by reason and names the first."""
+
+
+class DivergedError(ValueError):
+    """The loss is no longer a number; the message names the step. No weight was touched in that step."""
+
+
+class MetricLogger(Protocol):
+    """Where rank 0 sends its metrics."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Log `metrics` of optimizer step `step` (from 1)."""
+
+    def close(self) -> None:
+        """Send what is still buffered."""
+
+
+class Loop:
+    """The optimizer steps of one worker, and what it knows about the training so far."""
+
+    def __init__(
+        self,
+        settings: TrainingSettings,
+        expected_samples: int,
+        engine: Any,
+        state: TrainState,
+        rank: int,
+        world: int,
+        logger: MetricLogger | None,
+    ) -> None:
+        self.settings = settings
+        self.expected_samples = expected_samples
+        self.engine = engine
+        self.state = state
+        self.rank = rank
+        self.world = world
+        self.logger = logger
+        self._new_drops: list[DroppedSample] = []
+        self._clock = _Clock()
+
+    def run(self, batches: Iterator[MicroBatch]) -> None:
+        """Make every remaining step, with a progress line and a checkpoint as often as the settings say."""
+        settings = self.settings
+        while not self.state.done:
+            members = list(itertools.islice(batches, settings.accumulation))
+            if len(members) < settings.accumulation:
+                raise ValueError(
+                    f"the data stream ended in step {self.state.step + 1} of {self.state.total_steps}: "
+                    "it has fewer rows than the plan"
+                )
+            counts = Counts.of(members).summed_over_workers(self.engine.device)
+            self._new_drops += [sample for batch in members for sample in batch.dropped]
+            loss = self._optimizer_step(members, counts)
+            self._count(loss, counts)
+            step = self.state.step
+            if step == 1 or step % settings.log_every_steps == 0 or self.state.done:
+                self._log(loss)
+            if step % settings.checkpoint_every_steps == 0 and not self.state.done:
+                self._checkpoint()
+
+    def _optimizer_step(self, members: Sequence[MicroBatch], counts: Counts) -> float:
+        """Forward, backward and update; returns the mean loss over the supervised tokens of the global batch.
+
+        DeepSpeed averages gradients over workers and micro-batches. Each micro-batch divides its summed loss by
+        tokens / (world * accumulation), so that the average is the sum over all of them, divided by all tokens.
+        """
+        engine, step = self.engine, self.state.step
+        _seed(self.settings.seed, step, self.rank)
+        factor = schedule_factor(step, self.state.total_steps, self.settings.schedule)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        tokens = max(1, counts.supervised)
+        divisor = tokens / (self.world * len(members))
+        total = torch.zeros((), dtype=torch.float64, device=engine.device)
+        for index, batch in enumerate(members, start=1):
+            inputs = {name: tensor.to(engine.device) for name, tensor in batch.inputs.items()}
+            output = engine(**inputs, num_items_in_batch=divisor)
+            engine.backward(output.loss)
+            total += output.loss.detach().double() * divisor
+            if index < len(members):
+                engine.step()
+        self._clock.stats = output.pruning_stats
+        torch.distributed.all_reduce(total)
+        loss = total.item() / tokens
+        if not math.isfinite(loss):
+            raise DivergedError(
+                f"the loss of step {step + 1} is {loss}: lower the learning rates or clip_norm; the last checkpoint "
+                "is from before this step"
+            )
+        engine.step()
+        return loss
+
+    def _count(self, loss: float, counts: Counts) -> None:
+        state = self.state
+        dropped = {reason: state.dropped.get(reason, 0) + number for reason, number in counts.dropped.items()}
+        self.state = dataclasses.replace(
+            state,
+            step=state.step + 1,
+            rows=state.rows + self.settings.global_batch,
+            samples_seen=state.samples_seen + counts.seen,
+            dropped={reason: number for reason, number in dropped.items() if number},
+            losses=(*state.losses, loss),
+        )
+        self._clock.add(counts)
+        self._check_drops()
+
+    def _check_drops(self) -> None:
+        """All workers know the same counts, so all of them stop, or none."""
+        share, expected = self.settings.max_drop_share, self.expected_samples
+        dropped = sum(self.state.dropped.values())
+        judged = max(self.state.samples_seen + dropped, min(expected, FEWEST_JUDGED_SAMPLES))
+        if dropped <= share * judged:
+            return
+        self._gather_drops()
+        first = "; ".join(
+            f"{sample.key} (shard {sample.shard}, sample {sample.index}): {sample.reason}, {sample.detail}"
+            for sample in self.state.dropped_samples[:5]
+        )
+        raise TooManyDropped(
+            f"{dropped} of {judged} samples are faulty, more than max_drop_share {share} allows. By reason: "
+            f"{self.state.dropped}. First: {first}. Repair the data, or raise max_drop_share."
+        )
+
+    def _gather_drops(self) -> None:
+        """Collect the faulty samples that the workers met since the last time."""
+        everywhere: list[list[DroppedSample]] = [[] for _ in range(self.world)]
+        torch.distributed.all_gather_object(everywhere, self._new_drops)
+        self._new_drops = []
+        listed = sorted({*self.state.dropped_samples, *itertools.chain.from_iterable(everywhere)})
+        self.state = dataclasses.replace(self.state, dropped_samples=tuple(listed[:MAX_LISTED_DROPS]))
+
+    def _log(self, loss: float) -> None:
+        norm = self.engine.get_global_grad_norm()
+        if self.rank != 0:
+            return
+        rates = {f"learning_rate/{group['part']}": group["lr"] for group in self.engine.optimizer.param_groups}
+        metrics = {
+            "loss": loss,
+            "grad_norm": float(norm),
+            **rates,
+            **self._clock.rates(),
+            "samples_seen": float(self.state.samples_seen),
+            "samples_dropped": float(sum(self.state.dropped.values())),
+        }
+        # Ray Train replaces print by one that shows every line twice.
+        sys.stdout.write(progress_line(self.state, metrics) + "\n")
+        sys.stdout.flush()
+        if self.logger is not None:
+            self.logger.log(metrics, self.state.step)
+
+    def _checkpoint(self, parity: Parity | None = None) -> None:
+        """Write this worker's files and report them; the checkpoint counts once every worker has reported."""
+        self._gather_drops()
+        folder = new_folder()
+        self.engine.save_checkpoint(str(folder), tag=ZERO3_TAG, save_latest=False)
+        if self.rank == 0:
+            (folder / STATE_FILE).write_text(self.state.to_json())
+            if parity is not None:
+                save_parity(parity, folder / PARITY_FILE, self.settings.precision)
+        ray.train.report(
+            {"step": self.state.step, "loss": self.state.losses[-1], **self.state.final},
+            checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
+            # Unique, so that files of an upload that was cut short never mix with those of its repetition.
+            checkpoint_dir_name=f"step-{self.state.step:07d}-{time.time_ns():x}",
+            delete_local_checkpoint_after_upload=True,
+        )
+
+    def finish(self, final: dict[str, float], parity: Parity) -> None:
+        """The last checkpoint, and the held-out metrics to the logger."""
+        self.state = dataclasses.replace(self.state, final=final)
+        self._checkpoint(parity)
+        if self.logger is not None:
+            self.logger.log(final, self.state.step)
+            self.logger.close()
+
+
+class _Clock:
+    """Speed since the last progress line."""
+
+    def __init__(self) -> None:
+        self.stats: Any = None
+        self._start = time.perf_counter()
+        self._samples = 0
+        self._tokens = 0
+
+    def add(self, counts: Counts) -> None:
+        self._samples += counts.seen
+        self._tokens += counts.tokens
+
+    def rates(self) -> dict[str, float]:
+        elapsed = time.perf_counter() - self._start
+        speed = {"samples_per_s": self._samples / elapsed, "tokens_per_s": self._tokens / elapsed}
+        self._start, self._samples, self._tokens = time.perf_counter(), 0, 0
+        return {**speed, **self.stats.as_metrics()}
+
+
+def progress_line(state: TrainState, metrics: Mapping[str, float]) -> str:
+    """One readable line about the step that was just made."""
+    rates = [value for name, value in metrics.items() if name.startswith("learning_rate/")]
+    return (
+        f"step {state.step}/{state.total_steps}  loss {metrics['loss']:.4f}  lr {max(rates):.2e}  "
+        f"grad {metrics['grad_norm']:.2f}  {metrics['samples_per_s']:.1f} samples/s  "
+        f"{metrics['tokens_per_s']:.0f} tokens/s  visual tokens {metrics['visual_tokens/in']:.0f} in, "
+        f"{metrics['visual_tokens/fuse/kept']:.0f} kept  dropped {metrics['samples_dropped']:.0f}"
+    )
+
+
+def _seed(seed: int, step: int, rank: int) -> None:
+    """Random numbers are a function of (seed, step, rank), so a resumed run draws the same ones."""
+    torch.manual_seed(int(SeedSequence([seed, step, rank]).generate_state(1)[0]))
