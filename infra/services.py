@@ -146,10 +146,15 @@ def overridden(stack: Stack) -> list[str]:
 
 
 def full_env(stack: Stack) -> dict[str, str]:
-    """This process's environment with the stack applied: what a program under `run --` sees."""
+    """This process's environment with the stack applied: what a program under `run --`, MLflow and Ray's workers see.
+
+    The running interpreter's folder leads PATH: a Ray job's `python jobs/x.py` must not find another Python.
+    """
     removed = set(overridden(stack))
     kept = {name: value for name, value in os.environ.items() if name not in removed}
-    return kept | stack_env(stack)
+    scripts = str(Path(sys.executable).parent)
+    others = [folder for folder in kept.get("PATH", os.defpath).split(os.pathsep) if folder != scripts]
+    return kept | stack_env(stack) | {"PATH": os.pathsep.join([scripts, *others])}
 
 
 def executable(name: str) -> str:
