@@ -115,8 +115,11 @@ def join(url: str, *parts: str) -> str:
 
 
 def endpoint_url() -> str | None:
-    """The S3 endpoint of the environment, or None for AWS itself."""
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
+    """The S3 endpoint of the environment, or None for AWS itself. Raises StorageError when it has no scheme."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
+    if endpoint is not None and not re.match(r"^https?://[^/]", endpoint):
+        raise StorageError(f"AWS_ENDPOINT_URL={endpoint!r} has no scheme; write it as http://HOST:PORT")
+    return endpoint
 
 
 def region() -> str:
@@ -162,8 +165,6 @@ def _arrow_s3(pid: int, fingerprint: str) -> pyarrow.fs.FileSystem:
     scheme, override = None, None
     if endpoint is not None:
         scheme, _, override = endpoint.partition("://")
-        if not override:
-            raise StorageError(f"AWS_ENDPOINT_URL={endpoint!r} has no scheme; write it as http://HOST:PORT")
     return pyarrow.fs.S3FileSystem(
         endpoint_override=override.rstrip("/") if override else None,
         scheme=scheme,
