@@ -153,9 +153,10 @@ class MeteorConfig(PreTrainedConfig):
             item if isinstance(item, EncoderConfig) else _from_dict(EncoderConfig, "encoders[]", item)
             for item in encoders
         )
-        if isinstance(text_config, Mapping):
-            text_config = AutoConfig.for_model(**{"model_type": "llama", **text_config})
-        self.text_config: Any = text_config if text_config is not None else AutoConfig.for_model("llama")
+        text: Any = text_config if text_config is not None else {}
+        self.text_config: Any = (
+            AutoConfig.for_model(**{"model_type": "llama", **text}) if isinstance(text, Mapping) else text
+        )
         if pruning is None:
             pruning = PruningConfig(EncodePruning(enabled=False), FusePruning(enabled=False), DecodePruning(False))
         self.pruning = pruning if isinstance(pruning, PruningConfig) else PruningConfig.from_dict(pruning)

@@ -109,7 +109,8 @@ class MeteorCache(DynamicCache):
 
     def reset(self) -> None:
         """Empty, with the decision forgotten."""
-        super().reset()
+        # Fresh layers: some releases' own reset only zeroes a growing layer and leaves its length.
+        self.layers = [DynamicLayer() for _ in self.layers]
         self.decision = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

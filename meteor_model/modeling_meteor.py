@@ -25,7 +25,7 @@ from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from meteor_model.configuration_meteor import MeteorConfig
-from meteor_model.decoder import MeteorCache, decode_pruned
+from meteor_model.decoder import MeteorCache, attention_mass, decode_pruned
 from meteor_model.encode import dense_maps, encode_pruned
 from meteor_model.encoders import VisionEncoder, build_encoder
 from meteor_model.pruning import feature_rank, gather_tokens, mutual_redundancy, select_top
@@ -316,14 +316,43 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, GenerationMixin):
         if past_key_values is not None:
             kwargs["past_key_values"] = past_key_values
         if input_ids is not None and "inputs_embeds" not in kwargs:
-            embeds_BTC = self.get_input_embeddings()(input_ids)
-            is_image_BT = input_ids == self.config.image_token_id
-            if pixel_values is not None and len(pixel_values):
-                embeds_BTC, _ = self._scatter(embeds_BTC, is_image_BT, pixel_values)
-            else:
-                self._check_placeholders(is_image_BT, 0)
+            embeds_BTC, is_image_BT = self.embed_prompts(input_ids, pixel_values)
             kwargs.update(input_ids=input_ids, inputs_embeds=embeds_BTC, image_mask=is_image_BT)
         return super().generate(**kwargs)
+
+    def embed_prompts(
+        self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stages 1 and 2 for prompts: embeddings (B, T, C) with the visual tokens in place, and where they are (B, T).
+
+        Raises:
+            ValueError: where placeholders and visual tokens differ, naming the sample and both counts.
+        """
+        embeds_BTC = self.get_input_embeddings()(input_ids)
+        is_image_BT = input_ids == self.config.image_token_id
+        if pixel_values is not None and len(pixel_values):
+            embeds_BTC, _ = self._scatter(embeds_BTC, is_image_BT, pixel_values)
+        else:
+            self._check_placeholders(is_image_BT, 0)
+        return embeds_BTC, is_image_BT
+
+    @torch.no_grad()
+    def visual_attention_mass(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, pixel_values: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What lambda is solved from: attention mass on visual tokens (B,) and their number (B,), prompt by prompt."""
+        embeds_BTC, is_image_BT = self.embed_prompts(input_ids, pixel_values)
+        position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+        mass_B = attention_mass(
+            self.language_model,
+            embeds_BTC,
+            attention_mask,
+            position_ids,
+            is_image_BT,
+            self.config.pruning.decode,
+            self.config.decode_heads,
+        )
+        return mass_B, is_image_BT.sum(dim=1)
 
     def new_cache(self) -> Any:
         """A cache for `generate`: one that prunes where `config.pruning.decode` is enabled and lambda is known."""

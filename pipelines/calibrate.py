@@ -102,7 +102,7 @@ def calibrate_ranks(
         compute=ray.data.ActorPoolStrategy(size=1),
         num_cpus=task_cpus,
     )
-    rows = []
+    rows: list[Mapping[str, Any]] = []
     skipped: dict[str, int] = {}
     for row in measured.iter_rows():
         if row["reason"]:

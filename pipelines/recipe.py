@@ -139,4 +139,3 @@ class Recipe:
         """Short hash of `identity()`."""
         text = json.dumps(self.identity(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
-

@@ -22,12 +22,14 @@ from meteor_model.processing_meteor import MeteorProcessor
 from meteor_model.tokenizer import train_tokenizer
 from pipelines import shards, storage
 from pipelines.calibrate import calibrate_ranks
+from pipelines.checkpoint import local_copy
 from pipelines.export import pull_model
 from pipelines.recipe import Recipe
 from pipelines.schema import SampleError, parse_sample
 
 READY_FILE = "READY.json"
 RANKS_FILE = "ranks.json"
+PROCESSOR_FOLDER = "processor"
 TOKENIZER_TEXTS = 20_000
 
 
@@ -49,6 +51,9 @@ def prepare_start(recipe: Recipe, manifest: shards.Manifest, run_url: str) -> di
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         upload_folder(folder, init_url)
+        with tempfile.TemporaryDirectory(prefix="meteor-processor-") as small:
+            processor.save_pretrained(small)  # apart from the weights: data tasks on every node need this alone
+            upload_folder(Path(small), storage.join(run_url, PROCESSOR_FOLDER))
         report = calibrate_ranks(
             init_url,
             manifest,
@@ -96,7 +101,7 @@ def _pulled(recipe: Recipe) -> tuple[MeteorForConditionalGeneration, MeteorProce
     """A registered or stored model under the recipe's pruning and chat template."""
     assert recipe.model.start is not None
     with tempfile.TemporaryDirectory(prefix="meteor-pull-") as name:
-        folder = pull_model(recipe.model.start, Path(name))
+        folder = pull_model(recipe.model.start, Path(name) / "model", recipe.tracking.uri)
         model = MeteorForConditionalGeneration.from_pretrained(folder)
         processor = MeteorProcessor.from_pretrained(folder)
     config = MeteorConfig(**{**model.config.to_dict(), "pruning": recipe.pruning})
@@ -113,6 +118,12 @@ def _texts(manifest: shards.Manifest, split: str) -> Iterator[str]:
             except SampleError:
                 continue
             yield from (turn.text for turn in sample.turns)
+
+
+def load_processor(run_url: str) -> MeteorProcessor:
+    """The processor of a run, on any machine that reads its storage."""
+    with local_copy(storage.join(run_url, PROCESSOR_FOLDER)) as folder:
+        return MeteorProcessor.from_pretrained(folder)
 
 
 def upload_folder(folder: Path, url: str) -> None:

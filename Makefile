@@ -1,0 +1,75 @@
+# Every target does its own set-up: a fresh clone needs Python 3.11 and nothing else.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup lock up status down pretrain finetune predict shards check format test test-slow clean
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+STAMP := $(VENV)/.installed
+STACK := $(PY) -m infra.local
+# Settings of a job, as on its own command line: make pretrain ARGS="--training.epochs 2"
+ARGS ?=
+# The job runs in a copy of this folder on the cluster; its summary comes back to runs/latest here.
+# The copy has no .git, so the commit travels as a variable.
+SUBMIT = $(STACK) run -- $(BIN)/ray job submit --working-dir . \
+  --runtime-env-json '{"env_vars": {"METEOR_GIT_COMMIT": "$(shell git describe --always --dirty --abbrev=12 2>/dev/null)"}}' --
+
+help:  ## List every target
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## Create .venv with the exact versions of constraints.txt
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or set PYTHON=..."; exit 1; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) (a few minutes the first time) ..."
+	@$(PY) -m pip install --quiet --upgrade pip
+	@$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[train,dev]"
+	@touch $@
+
+lock: setup  ## Write the installed versions to constraints.txt
+	@{ sed -n '/^#/p' constraints.txt; $(PY) -m pip freeze --exclude-editable --all \
+	  | grep -v -E '^(pip|wheel)==' ; } > constraints.new && mv constraints.new constraints.txt
+
+up: setup  ## Start the local stack (SeaweedFS, MLflow, Ray), what is missing of it
+	@$(STACK) up
+
+status: setup  ## Show the local stack
+	@$(STACK) status
+
+down: setup  ## Stop the local stack; data stays (make down ARGS=--purge removes it)
+	@$(STACK) down $(ARGS)
+
+pretrain: up  ## Pre-train the tiny model end to end on the local stack (about 5 minutes)
+	@$(SUBMIT) python jobs/pretrain.py --run.output "$(CURDIR)/runs/latest" $(ARGS)
+
+finetune: up  ## Fine-tune what pretrain registered
+	@$(SUBMIT) python jobs/finetune.py --run.output "$(CURDIR)/runs/latest" $(ARGS)
+
+predict: up  ## Ask the registered model: make predict ARGS="--image FILE --prompt TEXT"
+	@$(STACK) run -- $(PY) jobs/predict.py --model models:/meteor@latest-pretrain $(ARGS)
+
+shards: up  ## Make the drawings' shards: make shards ARGS="openmoji --out s3://meteor/data/mine"
+	@$(STACK) run -- $(PY) jobs/make_shards.py $(ARGS)
+
+check: setup  ## Lint, format, types, import direction
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(PY) -m pytest -q tests/test_imports.py
+
+format: setup  ## Format and fix what can be fixed
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+test: setup  ## All tests but the slow ones; starts and stops its own servers
+	@$(PY) -m pytest -m "not slow" $(ARGS)
+
+test-slow: setup  ## The slow tests as well
+	@$(PY) -m pytest $(ARGS)
+
+clean:  ## Remove caches and local results; the stack's data stays
+	@rm -rf runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,144 @@
+"""What a trained model answers on held-out samples, how many visual tokens stage 3 kept, and pictures of all stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import torch
+from PIL import Image
+
+from meteor_model.configuration_meteor import MeteorConfig
+from meteor_model.decoder import MeteorCache
+from meteor_model.images import ImageError
+from meteor_model.modeling_meteor import MeteorForConditionalGeneration
+from meteor_model.processing_meteor import MeteorProcessor
+from meteor_model.pruning import solve_lambda
+from meteor_model.visualize import draw_kept
+from pipelines import shards
+from pipelines.schema import RawSample, SampleError, parse_sample
+
+BATCH = 16
+MAX_NEW_TOKENS = 12
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One held-out question, what the data says and what the model said; visual tokens kept after stage 3."""
+
+    key: str
+    question: str
+    expected: str
+    answer: str
+    visual_tokens_kept: int
+
+
+def readable_samples(manifest: shards.Manifest, split: str, processor: MeteorProcessor) -> Iterator[RawSample]:
+    """The samples of a split that have images, shard by shard, without those that cannot be decoded."""
+    for info in manifest.split(split):
+        for key, members in shards.read_shard(manifest.url, info):
+            try:
+                sample = parse_sample(key, members)
+                for image in sample.images:
+                    processor.load_image(image)
+            except (SampleError, ImageError):
+                continue
+            if sample.images:
+                yield sample
+
+
+def question_of(sample: RawSample, turn: int = 0) -> str:
+    """The text of the sample's `turn`-th question, with all of its image placeholders in front."""
+    questions = [t.text for t in sample.turns if t.role == "user"]
+    return "<image>" * len(sample.images) + "\n" + questions[turn].replace("<image>", "").strip()
+
+
+def solve_lambda_on(
+    model: MeteorForConditionalGeneration, processor: MeteorProcessor, samples: Sequence[RawSample]
+) -> float:
+    """Lambda for which these prompts keep `pruning.decode.target_mean` visual tokens on average.
+
+    Raises:
+        ValueError: where the target cannot be reached.
+    """
+    decode = model.config.pruning.decode
+    assert decode.target_mean is not None
+    masses, counts = [], []
+    for start in range(0, len(samples), BATCH):
+        part = samples[start : start + BATCH]
+        inputs = processor([question_of(s) for s in part], [list(s.images) for s in part]).to(model.device)
+        mass_B, num_visual_B = model.visual_attention_mass(**inputs)
+        masses.append(mass_B)
+        counts.append(num_visual_B)
+    return solve_lambda(torch.cat(masses), torch.cat(counts), decode.target_mean, decode.k_min)
+
+
+def with_lambda(config: MeteorConfig, lam: float) -> MeteorConfig:
+    """The configuration with stage 3's lambda."""
+    pruning = replace(config.pruning, decode=replace(config.pruning.decode, lam=lam))
+    return MeteorConfig(**{**config.to_dict(), "pruning": pruning})
+
+
+def answer_samples(
+    model: MeteorForConditionalGeneration, processor: MeteorProcessor, samples: Sequence[RawSample]
+) -> list[Answer]:
+    """Greedy answers to the first question of each sample, all three stages active."""
+    answers = []
+    for start in range(0, len(samples), BATCH):
+        part = samples[start : start + BATCH]
+        inputs = processor([question_of(s) for s in part], [list(s.images) for s in part]).to(model.device)
+        cache = model.new_cache()
+        ids = model.generate(**inputs, past_key_values=cache, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+        visual = (inputs["input_ids"] == processor.image_token_id).sum(1).tolist()
+        kept = visual
+        if isinstance(cache, MeteorCache):
+            assert cache.decision is not None, "prefill decides"
+            kept = cache.decision.kept_counts_B.tolist()
+        for sample, row, count in zip(part, ids[:, inputs["input_ids"].shape[1] :], kept, strict=True):
+            expected = next(t.text for t in sample.turns if t.role == "assistant")
+            question = question_of(sample).replace("<image>", "").strip()
+            answers.append(Answer(sample.key, question, expected, processor.decode(row), count))
+    return answers
+
+
+def draw_samples(
+    model: MeteorForConditionalGeneration, processor: MeteorProcessor, samples: Sequence[RawSample], count: int
+) -> Iterator[tuple[str, Image.Image]]:
+    """File name and picture of the kept tokens, stage by stage, for the first `count` samples with one image."""
+    single = (sample for sample in samples if len(sample.images) == 1)
+    for sample in islice(single, count):
+        pixels = processor.load_image(sample.images[0])
+        with torch.no_grad():
+            _, stats = model.get_image_features(pixels[None].to(model.device))
+        kept = {}
+        for turn in range(sum(t.role == "user" for t in sample.turns)):
+            prompt = question_of(sample, turn)
+            indices = _kept_of_prompt(model, processor, prompt, pixels)
+            if indices is not None:
+                kept[prompt.replace("<image>", "").strip()] = indices
+        for stage, picture in draw_kept(pixels, model.config, stats, decode_kept=kept).items():
+            yield f"kept-{sample.key}-{stage}.png", picture
+
+
+def _kept_of_prompt(
+    model: MeteorForConditionalGeneration, processor: MeteorProcessor, prompt: str, pixels: torch.Tensor
+) -> list[int] | None:
+    """Indices, into the image's tokens, of those that stage 3 keeps for a prompt; None where it does not act."""
+    cache = model.new_cache()
+    if not isinstance(cache, MeteorCache):
+        return None
+    inputs = processor(prompt, [pixels]).to(model.device)
+    with torch.no_grad():
+        embeds, is_image = model.embed_prompts(inputs["input_ids"], inputs["pixel_values"])
+        model(
+            inputs_embeds=embeds,
+            image_mask=is_image,
+            attention_mask=inputs["attention_mask"],
+            past_key_values=cache,
+            logits_to_keep=1,
+        )
+    assert cache.decision is not None
+    columns = is_image[0].nonzero().flatten().tolist()
+    index_of = {column: index for index, column in enumerate(columns)}
+    return [index_of[column] for column in cache.decision.kept_index_BW[0].tolist() if column in index_of]

@@ -1,0 +1,320 @@
+"""One run from shards to a registered model: what jobs/pretrain.py and jobs/finetune.py do on the driver.
+
+1. prepare    storage and MLflow answer; the shards are there or are made; the run has a name and an MLflow run
+2. calibrate  the start model is stored, ranks are measured, budgets derived
+3. train      Ray Data -> Ray Train -> ZeRO-3, from the last checkpoint if there is one; held-out loss at the end
+4. export     shards consolidated, lambda solved, reloaded, logits compared with the training model's
+5. look       held-out answers, pictures of the kept tokens
+6. register   a new version in MLflow's registry, with an alias
+7. report     summary.json
+
+Killed anywhere and started again under the same name, a run goes on with the first phase that is not complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import ray
+import ray.data
+
+from meteor_model.configuration_meteor import MeteorConfig
+from meteor_model.modeling_meteor import MeteorForConditionalGeneration
+from meteor_model.processing_meteor import collate
+from pipelines import shards, storage
+from pipelines.checkpoint import TrainState, run_url
+from pipelines.finish import export, look, register
+from pipelines.making import differences, make_shards
+from pipelines.metric_log import MetricLogger, SystemMetrics
+from pipelines.order import StreamPlan
+from pipelines.recipe import Recipe
+from pipelines.report import build_summary, load_summary, readable, store_summary
+from pipelines.settings import SettingsError
+from pipelines.sources.openmoji import OpenMoji
+from pipelines.start import load_processor, prepare_start
+from pipelines.stream import RowEncoder, build_stream, data_config
+from pipelines.tracking import finish_run, git_commit, open_run, require_tracking
+from pipelines.training import TrainingJob, fit
+
+JobName = Literal["pretrain", "finetune"]
+RUN_FILE = "run.json"
+
+
+@dataclass
+class Phases:
+    """Wall-clock seconds of each phase, printed as they begin and end."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, name: str, what: str) -> Iterator[None]:
+        print(f"[{name}] {what}", flush=True)
+        start = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - start, 2)
+        print(f"[{name}] done in {self.seconds[name]:.1f} s", flush=True)
+
+
+@dataclass(frozen=True)
+class RunHandle:
+    """Where a run lives and what it belongs to."""
+
+    name: str
+    url: str
+    mlflow_run_id: str
+    commit: str
+
+
+def run_job(recipe: Recipe, job: JobName) -> dict[str, Any]:
+    """Run, or continue, one job; returns the summary. Ray must be reachable.
+
+    Raises:
+        ValueError: naming the setting, file, address or sample that is wrong, and what to do.
+    """
+    phases = Phases()
+    with phases("prepare", "storage, MLflow, shards"):
+        check_places(recipe)
+        manifest = ensure_shards(recipe)
+        name, finished = choose_run(recipe, job)
+        url = run_url(recipe.run.storage, name)
+        if finished:
+            print(f"run {name} is finished; choose another --run.name to train again", flush=True)
+            return load_summary(recipe, url)
+        run = _open(recipe, job, name, manifest)
+    logger = MetricLogger(run.mlflow_run_id, recipe.tracking.uri)
+    system = SystemMetrics(logger, int(time.time() * 1000))
+    system.start()
+    try:
+        summary = _phases(recipe, job, run, manifest, phases)
+    except BaseException:
+        finish_run(recipe.tracking.uri, run.mlflow_run_id, "FAILED")
+        raise
+    finally:
+        system.stop()
+        logger.close()
+    finish_run(recipe.tracking.uri, run.mlflow_run_id)
+    return summary
+
+
+def _phases(recipe: Recipe, job: JobName, run: RunHandle, manifest: shards.Manifest, phases: Phases) -> dict[str, Any]:
+    with phases("calibrate", "start model, ranks of the feature maps, budgets"):
+        ranks = prepare_start(recipe, manifest, run.url)
+        for name, budget in ranks["budgets"].items():
+            print(f"  {name}: keeps {' -> '.join(map(str, budget))} tokens", flush=True)
+    with phases("train", f"{recipe.training.workers} workers, ZeRO-3"):
+        training = training_job(recipe, manifest, run)
+        trained = fit(training)
+    checkpoint, state = trained.checkpoint, trained.checkpoint.state
+    with tempfile.TemporaryDirectory(prefix="meteor-export-") as name:
+        folder, pictures = Path(name) / "model", Path(name) / "pictures"
+        with phases("export", "consolidate, solve lambda, reload, compare logits"):
+            parity = export(recipe, run.url, manifest, checkpoint, folder)
+        with phases("look", "held-out answers and pictures of the kept tokens"):
+            answers = look(recipe, run.mlflow_run_id, manifest, state, ranks, folder, pictures)
+        with phases("register", f"{recipe.tracking.registered_model} in MLflow"):
+            version = register(recipe, job, run.mlflow_run_id, state, parity, run.commit, run.name, folder)
+        summary = build_summary(
+            run_name=run.name,
+            mlflow_run_id=run.mlflow_run_id,
+            expected=training.expected_samples,
+            state=state,
+            ranks=ranks,
+            config=MeteorConfig.from_pretrained(folder),
+            parity=parity,
+            answers=answers,
+            version=version,
+            samples_per_s=trained.steps_trained * recipe.training.global_batch / phases.seconds["train"],
+            wall_s=phases.seconds,
+        )
+        store_summary(recipe, run.url, summary, pictures)
+    storage.write_json(storage.join(run.url, RUN_FILE), {**_identity(recipe, job, run), "finished": True})
+    print("\n" + readable(summary, answers), flush=True)
+    return summary
+
+
+# ------------------------------------------------------------------------------------------------------------- prepare
+
+
+def check_places(recipe: Recipe) -> None:
+    """Storage, its bucket and MLflow answer, before anything is started.
+
+    Raises:
+        SettingsError: for an address that is not set.
+        StorageError, TrackingError: naming the address and what to do.
+    """
+    if not recipe.run.storage:
+        raise SettingsError(
+            "run.storage is not set: give --run.storage s3://BUCKET/PREFIX or set METEOR_STORAGE "
+            "(`make up` and `python -m infra.local run -- ...` do it for the local stack)"
+        )
+    storage.require_bucket(recipe.run.storage)
+    require_tracking(recipe.tracking.uri)
+
+
+def ensure_shards(recipe: Recipe) -> shards.Manifest:
+    """The manifest of `data.manifest`; where that is empty, of the drawings, which are made if they are not there.
+
+    Raises:
+        ShardError: a prefix without a manifest, or a damaged one.
+        SettingsError: a split that is missing or empty.
+    """
+    url = recipe.data.manifest
+    if url:
+        manifest = shards.load_manifest(url)
+    else:
+        source = OpenMoji(recipe.source)
+        url = storage.join(recipe.run.storage, "data", f"openmoji-{_digest(source.spec())}")
+        made = make_shards(source, url)
+        manifest = made.manifest
+        print(f"  shards: {url} ({'already there' if made.reused else f'made in {made.seconds:.1f} s'})", flush=True)
+    for setting in ("train_split", "heldout_split"):
+        split = getattr(recipe.data, setting)
+        if not sum(info.samples for info in manifest.split(split)):
+            raise SettingsError(
+                f"data.{setting} is {split!r}, of which {manifest.url} has no sample; splits there: "
+                f"{', '.join(sorted({info.split for info in manifest.shards})) or 'none'}"
+            )
+    return manifest
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(shards.canonical_json(value).encode()).hexdigest()[:8]
+
+
+def choose_run(recipe: Recipe, job: JobName) -> tuple[str, bool]:
+    """Name of the run to begin or to continue, and whether it is finished already.
+
+    Without `run.name` that is the last unfinished run of this job and these settings, or the next number.
+
+    Raises:
+        SettingsError: where a run of the given name was begun with other settings; it lists them.
+    """
+    if recipe.run.name is not None:
+        stored = _stored(recipe, recipe.run.name)
+        if stored is None:
+            return recipe.run.name, False
+        changed = differences(stored["settings"], recipe.identity())
+        if stored["job"] != job:
+            changed.insert(0, f"job: {stored['job']!r} -> {job!r}")
+        if changed:
+            raise SettingsError(
+                f"run {recipe.run.name!r} was begun with other settings; use them, or another --run.name:\n  "
+                + "\n  ".join(changed)
+            )
+        return recipe.run.name, bool(stored["finished"])
+    number = 1
+    while True:
+        name = f"{job}-{recipe.name}-{recipe.digest()[:6]}-{number:03d}"
+        stored = _stored(recipe, name)
+        if stored is None or not stored["finished"]:
+            return name, False
+        number += 1
+
+
+def _stored(recipe: Recipe, name: str) -> dict[str, Any] | None:
+    url = storage.join(run_url(recipe.run.storage, name), RUN_FILE)
+    if not storage.exists(url):
+        return None
+    stored: dict[str, Any] = storage.read_json(url)
+    return stored
+
+
+def _identity(recipe: Recipe, job: JobName, run: RunHandle) -> dict[str, Any]:
+    return {"job": job, "settings": recipe.identity(), "mlflow_run_id": run.mlflow_run_id, "commit": run.commit}
+
+
+def _open(recipe: Recipe, job: JobName, name: str, manifest: shards.Manifest) -> RunHandle:
+    """The run's file in storage and its MLflow run, new or opened again."""
+    stored = _stored(recipe, name)
+    commit = git_commit(Path.cwd())
+    run_id = open_run(
+        recipe.tracking.uri,
+        experiment=recipe.tracking.experiment,
+        run_name=name,
+        settings=recipe.to_dict(),
+        tags={
+            "job": job,
+            "recipe": recipe.name,
+            "git_commit": commit,
+            "manifest": manifest.url,
+            "manifest_sha256": manifest.sha256,
+        },
+        documents={"recipe.json": recipe.to_dict()},
+        run_id=stored["mlflow_run_id"] if stored else None,
+    )
+    run = RunHandle(name, run_url(recipe.run.storage, name), run_id, commit)
+    storage.write_json(storage.join(run.url, RUN_FILE), {**_identity(recipe, job, run), "finished": False})
+    storage.write_json(storage.join(run.url, "recipe.json"), recipe.to_dict())
+    print(f"  run {name} ({'continued' if stored else 'new'}), MLflow run {run_id}", flush=True)
+    return run
+
+
+# --------------------------------------------------------------------------------------------------------------- train
+
+
+def training_job(recipe: Recipe, manifest: shards.Manifest, run: RunHandle) -> TrainingJob:
+    """The data streams and settings of `fit`."""
+    training, data = recipe.training, recipe.data
+    processor = load_processor(run.url)
+    encoder = RowEncoder(partial(load_processor, run.url), processor.tokenizer.pad_token_id, data.max_length)
+    samples = [info.samples for info in manifest.split(data.train_split)]
+    plan = StreamPlan(samples, training.seed, training.epochs, training.global_batch, data.window_shards)
+    heldout = StreamPlan(
+        [info.samples for info in manifest.split(data.heldout_split)],
+        seed=0,
+        epochs=1,
+        global_batch=training.workers * training.micro_batch,
+        window_shards=data.window_shards,
+    )
+    heldout_rows = min(heldout.total_rows, -(-data.heldout_samples // heldout.global_batch) * heldout.global_batch)
+    stream = partial(
+        build_stream,
+        manifest,
+        encoder=encoder,
+        micro_batch=training.micro_batch,
+        cpus_per_task=data.data_task_cpus,
+        read_concurrency=data.data_tasks,
+    )
+    return TrainingJob(
+        storage=recipe.run.storage,
+        run_name=run.name,
+        settings=training,
+        model_class=MeteorForConditionalGeneration,
+        collate=partial(collate, pad_token_id=processor.tokenizer.pad_token_id, image_size=processor.image_size),
+        pad_token_id=processor.tokenizer.pad_token_id,
+        total_rows=plan.total_rows,
+        expected_samples=plan.total_samples,
+        train_data=partial(_stream_from, stream, data.train_split, plan),
+        heldout_rows=heldout_rows,
+        heldout_data=partial(_stream_to, stream, data.heldout_split, heldout, heldout_rows),
+        iterate=_iterate,
+        data_config=data_config(),
+        recipe_hash=recipe.digest(),
+        mlflow_run_id=run.mlflow_run_id,
+        make_logger=partial(_logger, run.mlflow_run_id, recipe.tracking.uri),
+    )
+
+
+def _stream_from(stream: Callable[..., ray.data.Dataset], split: str, plan: StreamPlan, row: int) -> ray.data.Dataset:
+    return stream(split=split, plan=plan, start_row=row)
+
+
+def _stream_to(stream: Callable[..., ray.data.Dataset], split: str, plan: StreamPlan, stop: int) -> ray.data.Dataset:
+    return stream(split=split, plan=plan, stop_row=stop)
+
+
+def _iterate(iterator: ray.data.DataIterator, micro_batch: int) -> Iterator[list[dict[str, Any]]]:
+    for table in iterator.iter_batches(batch_size=micro_batch, batch_format="pyarrow", prefetch_batches=2):
+        yield table.to_pylist()
+
+
+def _logger(run_id: str, uri: str, state: TrainState) -> MetricLogger:
+    return MetricLogger(run_id, uri)
