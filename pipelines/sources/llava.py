@@ -31,6 +31,8 @@ class LlavaSettings:
     """The folder (a path or s3:// URL) that the records' image paths are relative to."""
     heldout_share: float = 0.02
     """Share of records that is never trained on, chosen by a hash of the id."""
+    follow_links: bool = False
+    """Whether symbolic links in the image folder may lead out of it."""
     limit: int = 0
     """Take the first so many records only; 0 takes all."""
     faults: Literal["stop", "skip"] = "stop"
@@ -171,14 +173,15 @@ class Llava:
         return Record(key_of(unique), split_of(identity, self.settings.heldout_share), paths, stored)
 
     def _require_local(self, path: str) -> None:
-        """For a local folder: the image must be a file, and really below the folder when links are followed."""
+        """For a local folder: the image must be a file, and below the folder even when links are followed."""
         if self._root is None:
             return
         file = self._root / path
         if not file.is_file():
             raise SampleError("undecodable_image", f"the image {str(file)!r} is missing")
-        if not file.resolve().is_relative_to(self._root):
-            raise SampleError("bad_conversation", f"the image path {path!r} leaves the image folder by a link; refused")
+        if not self.settings.follow_links and not file.resolve().is_relative_to(self._root):
+            detail = f"the image path {path!r} leaves the image folder by a link; allow it with --follow-links"
+            raise SampleError("bad_conversation", detail)
 
     def spec(self) -> dict[str, Any]:
         """Name, every setting, and the checksum of the records file. The images' content is not part of it."""
