@@ -1,0 +1,284 @@
+"""The Ray Data graph: from rows of the plan to micro-batches on a Train worker, in one strict order.
+
+1. read: one task a window fetches its shards (checked against the manifest) and emits raw members in plan order;
+2. encode: parse -> tokenise -> decode images to uint8; a faulty sample keeps its row and carries its reason;
+3. strict repartition: every block is one micro-batch, so with W workers micro-batch j of the plan goes to worker j % W;
+
+`pipelines.batches` takes over on the worker, and refuses a micro-batch that is not the one the plan says.
+
+Read tasks reserve half of what encode tasks do (they mostly wait), and their number at a time is bounded: a window's
+raw members are in memory while it is emitted. Unequal reservations also keep Ray from fusing the two, which would
+bundle whole windows into one task.
+
+Shape legend: n images of one sample, S travelling size; `images` holds uint8 (n, 3, S, S) in C order.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+from uuid import uuid4
+
+import pyarrow as pa
+import ray.data
+import ray.train
+from ray.data import DataContext, Dataset, Datasource, ExecutionOptions, ReadTask
+from ray.data.block import BlockMetadata
+
+from meteor_model.images import ImageError, decode_image
+from pipelines.order import VOID_EPOCH, StreamPlan, WorkItem
+from pipelines.schema import SampleError, parse_sample
+from pipelines.shards import Manifest, ShardInfo, read_shard
+
+VOID_REASON = "void"
+IGNORE_INDEX = -100
+RAW_BLOCK_BYTES = 2 * 2**20  # raw members in a block: the grain of the encode tasks
+RAW_BLOCK_ROWS = 512
+MAX_READ_TASKS = 4096  # a task costs the driver about 2 ms before the first row; beyond this, windows share a task
+SHARD_FETCHES = 4  # shards of one window that are fetched at a time
+
+_POSITION_FIELDS = [("row", pa.int64()), ("epoch", pa.int32()), ("shard", pa.int32()), ("index", pa.int32())]
+RAW_SCHEMA = pa.schema(
+    [*_POSITION_FIELDS, ("key", pa.string()), ("names", pa.list_(pa.string())), ("data", pa.list_(pa.large_binary()))]
+)
+STREAM_SCHEMA = pa.schema(
+    [
+        *_POSITION_FIELDS,
+        ("key", pa.string()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+        ("input_ids", pa.list_(pa.int32())),
+        ("labels", pa.list_(pa.int32())),
+        ("images", pa.large_binary()),
+        ("num_images", pa.int32()),
+    ]
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------- read
+
+
+def read_item(manifest_url: str, item: WorkItem, infos: Sequence[ShardInfo]) -> Iterator[pa.Table]:
+    """The rows of one work item in plan order, as tables of RAW_SCHEMA of about RAW_BLOCK_BYTES.
+
+    `infos` are the manifest's rows of `item.shards`. Void rows have no members. Raises ShardError, StorageError.
+    """
+    samples: dict[int, list[tuple[str, dict[str, bytes]]]] = {}
+    if infos:
+        with ThreadPoolExecutor(min(SHARD_FETCHES, len(infos))) as pool:
+            contents = pool.map(partial(read_shard, manifest_url), infos)
+            samples = dict(zip(item.shards, contents, strict=True))
+    rows: list[dict[str, Any]] = []
+    size = 0
+    locations = zip(*(column.tolist() for column in item.locations().columns), strict=True)
+    for row, (epoch, shard, index) in enumerate(locations, start=item.first_row):
+        key, members = samples[shard][index] if epoch != VOID_EPOCH else ("", {})
+        position = {"row": row, "epoch": epoch, "shard": shard, "index": index}
+        rows.append({**position, "key": key, "names": list(members), "data": list(members.values())})
+        size += sum(map(len, members.values()))
+        if size >= RAW_BLOCK_BYTES or len(rows) >= RAW_BLOCK_ROWS:
+            yield pa.Table.from_pylist(rows, schema=RAW_SCHEMA)
+            rows, size = [], 0
+    if rows:
+        yield pa.Table.from_pylist(rows, schema=RAW_SCHEMA)
+
+
+def _read_items(manifest_url: str, work: Sequence[tuple[WorkItem, tuple[ShardInfo, ...]]]) -> Iterator[pa.Table]:
+    for item, infos in work:
+        yield from read_item(manifest_url, item, infos)
+
+
+class PlannedShards(Datasource):
+    """Ray's view of the rows [start_row, stop_row) of a plan: one read task a window, each self-contained."""
+
+    def __init__(
+        self, manifest_url: str, shards: Sequence[ShardInfo], plan: StreamPlan, start_row: int, stop_row: int
+    ) -> None:
+        super().__init__()
+        work = [(item, tuple(shards[shard] for shard in item.shards)) for item in plan.work(start_row, stop_row)]
+        per_task = -(-len(work) // MAX_READ_TASKS)
+        self._tasks = [work[first : first + per_task] for first in range(0, len(work), per_task)]
+        self._manifest_url = manifest_url
+
+    @property
+    def num_tasks(self) -> int:
+        """Number of read tasks."""
+        return len(self._tasks)
+
+    def estimate_inmemory_data_size(self) -> int:
+        """Bytes of all shards that will be read, once per window that needs them."""
+        return sum(info.bytes for work in self._tasks for _, infos in work for info in infos)
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
+    ) -> list[ReadTask]:
+        """The tasks in plan order; their number is the plan's, whatever `parallelism` asks for."""
+        return [
+            ReadTask(
+                partial(_read_items, self._manifest_url, work),
+                BlockMetadata(
+                    num_rows=sum(item.rows for item, _ in work),
+                    size_bytes=sum(info.bytes for _, infos in work for info in infos),
+                    input_files=None,
+                    exec_stats=None,
+                ),
+                per_task_row_limit=per_task_row_limit,
+            )
+            for work in self._tasks
+        ]
+
+
+# -------------------------------------------------------------------------------------------------------------- encode
+
+
+class Processor(Protocol):
+    """What encoding needs of a processor; `meteor_model.processing_meteor.MeteorProcessor` is one."""
+
+    image_size: int
+
+    def encode(self, turns: Sequence[tuple[str, str]], num_images: int) -> Any:
+        """(role, text) turns -> an object with `input_ids` and `labels`, lists of equal length."""
+
+
+# One per process: a task's copy of the encoder is new, the tokenizer it needs is not.
+_PROCESSORS: dict[str, Processor] = {}
+
+
+@dataclass(frozen=True)
+class RowEncoder:
+    """Raw members -> one row of STREAM_SCHEMA. Cheap to ship: the processor is built once per process, on first use.
+
+    Args:
+        factory: picklable, makes the processor (e.g. `partial(MeteorProcessor.from_pretrained, folder)`).
+        pad_token_id: the single token of a row that has nothing to train on.
+        max_length: longer samples get the reason `too_long`; their images are not decoded.
+    """
+
+    factory: Callable[[], Processor]
+    pad_token_id: int
+    max_length: int
+    identity: str = field(default_factory=lambda: uuid4().hex, init=False)
+
+    @property
+    def processor(self) -> Processor:
+        """This process's processor."""
+        if self.identity not in _PROCESSORS:
+            _PROCESSORS.clear()  # a process serves one stream at a time
+            _PROCESSORS[self.identity] = self.factory()
+        return _PROCESSORS[self.identity]
+
+    def __call__(self, key: str, members: Mapping[str, bytes]) -> dict[str, Any]:
+        """The columns from `key` on. Faults of the sample end in `reason` and `detail`, nothing else is caught."""
+        try:
+            return {"key": key, "reason": "", "detail": "", **self._encode(key, members)}
+        except (SampleError, ImageError) as fault:
+            return self.without_sample(key, fault.reason, fault.detail)
+
+    def without_sample(self, key: str, reason: str, detail: str) -> dict[str, Any]:
+        """A row that trains nothing: one pad token, no supervised label, no image."""
+        row = {"key": key, "reason": reason, "detail": detail, "input_ids": [self.pad_token_id]}
+        return {**row, "labels": [IGNORE_INDEX], "images": b"", "num_images": 0}
+
+    def _encode(self, key: str, members: Mapping[str, bytes]) -> dict[str, Any]:
+        sample = parse_sample(key, members)
+        try:
+            encoded = self.processor.encode([(turn.role, turn.text) for turn in sample.turns], len(sample.images))
+        except ValueError as error:  # no fault that a sample may have: the processor and the schema disagree
+            raise ValueError(f"sample {key!r} is well-formed but cannot be encoded: {error}") from error
+        if len(encoded.input_ids) > self.max_length:
+            raise SampleError("too_long", f"{len(encoded.input_ids)} tokens, the limit is {self.max_length}")
+        pixels = []
+        for position, data in enumerate(sample.images):
+            try:
+                pixels.append(decode_image(data, self.processor.image_size).numpy().tobytes())
+            except ImageError as fault:
+                raise ImageError(fault.reason, f"image {position}: {fault.detail}") from fault
+        row = {"input_ids": encoded.input_ids, "labels": encoded.labels}
+        return {**row, "images": b"".join(pixels), "num_images": len(pixels)}
+
+
+def encode_table(raw: pa.Table, encoder: RowEncoder) -> pa.Table:
+    """A table of RAW_SCHEMA -> the same rows in STREAM_SCHEMA."""
+    rows = []
+    for record in raw.to_pylist():
+        names, data, key = record.pop("names"), record.pop("data"), record.pop("key")
+        if record["epoch"] == VOID_EPOCH:
+            columns = encoder.without_sample("", VOID_REASON, "fills up the last step")
+        else:
+            columns = encoder(key, dict(zip(names, data, strict=True)))
+        rows.append({**record, **columns})
+    return pa.Table.from_pylist(rows, schema=STREAM_SCHEMA)
+
+
+# --------------------------------------------------------------------------------------------------------------- graph
+
+
+def build_stream(
+    manifest: Manifest,
+    split: str,
+    plan: StreamPlan,
+    encoder: RowEncoder,
+    micro_batch: int,
+    *,
+    start_row: int = 0,
+    stop_row: int | None = None,
+    cpus_per_task: float = 0.5,
+    read_concurrency: int = 2,
+) -> Dataset:
+    """The rows [start_row, stop_row) of the plan as a Ray dataset of STREAM_SCHEMA, one micro-batch a block.
+
+    Args:
+        manifest: of the dataset; `split` names the shards that the plan was made from.
+        start_row: first row; a resume after optimizer step g starts at `g * plan.global_batch`.
+        cpus_per_task: Ray CPUs that an encode task reserves; may be fractional, so that data tasks still run where the
+            workers hold most CPUs.
+        read_concurrency: windows that are read at a time (each is in memory once).
+
+    Raises ValueError when the plan was not made from this split, or when no row is left.
+    """
+    shards = manifest.split(split)
+    if [info.samples for info in shards] != plan.shard_samples.tolist():
+        raise ValueError(
+            f"the plan holds {len(plan.shard_samples)} shards with {plan.epoch_samples} samples, but the split "
+            f"{split!r} of {manifest.url} has {len(shards)} with {sum(info.samples for info in shards)}: the manifest "
+            "changed since the plan was made"
+        )
+    stop = plan.total_rows if stop_row is None else stop_row
+    source = PlannedShards(manifest.url, shards, plan, start_row, stop)
+    if not source.num_tasks:
+        raise ValueError(f"rows [{start_row}, {stop}) are empty: all {plan.steps} steps of this plan are done")
+    raw = ray.data.read_datasource(
+        source,
+        override_num_blocks=source.num_tasks,
+        concurrency=read_concurrency,
+        ray_remote_args={"num_cpus": cpus_per_task / 2},
+    )
+    # The dataset's own copy of the context: what the driver set for its other datasets stays as it was.
+    raw.context.execution_options.preserve_order = True
+    raw.context.target_max_block_size = RAW_BLOCK_BYTES
+    raw.context.raise_original_map_exception = True  # else Ray loses the cause of a fault on its way to the driver
+    encoded = raw.map_batches(
+        encode_table,
+        batch_size=micro_batch,  # a multiple of the block below lets Ray fuse the two
+        batch_format="pyarrow",
+        fn_kwargs={"encoder": encoder},
+        num_cpus=cpus_per_task,
+    )
+    stream = encoded.repartition(target_num_rows_per_block=micro_batch, strict=True)
+    # `repartition` takes no reservation and would ask for a whole CPU; with the one of the encode tasks Ray fuses the
+    # two into one operator, and neither starves where less than a CPU is free.
+    stream._logical_plan.dag.ray_remote_args["num_cpus"] = cpus_per_task
+    return stream
+
+
+def data_config(train: str = "train") -> ray.train.DataConfig:
+    """How Ray Train splits the dataset named `train`: in strict order, without regard to where blocks lie.
+
+    Other datasets (validation) are not split: each worker that asks gets all of them, and no worker waits for another.
+    """
+    return ray.train.DataConfig(
+        datasets_to_split=[train],
+        execution_options=ExecutionOptions(preserve_order=True),
+        enable_shard_locality=False,
+    )
