@@ -91,6 +91,8 @@ class MeteorCache(DynamicCache):
             earlier tokens (sliding windows count columns, which pruning changes).
     """
 
+    layers: list[DynamicLayer]
+
     def __init__(self, config: PreTrainedConfig, settings: DecodePruning, num_heads: int) -> None:
         super().__init__(config=config)
         if settings.lam is None:
