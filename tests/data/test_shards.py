@@ -364,12 +364,12 @@ def test_over_s3(s3: S3Server) -> None:
     manifest = make(url)
     assert [read_shard(url, shard) for shard in load_manifest(url).shards] == [SAMPLES[:8], SAMPLES[8:16], SAMPLES[16:]]
     storage.write_bytes(f"{url}/train-000001.tar", pack_shard(SAMPLES[8:16])[:3000])
-    with pytest.raises(ShardError, match=r"s3://data/set/train-000001\.tar: truncated: 3000 of"):
+    with pytest.raises(ShardError, match=r"s3://meteor/set/train-000001\.tar: truncated: 3000 of"):
         read_shard(url, manifest.shards[1], backoff_s=0.0)
     storage.delete(f"{url}/train-000001.tar")
     with pytest.raises(ShardError, match="missing, but the manifest lists it"):
         read_shard(url, manifest.shards[1])
-    with pytest.raises(ShardError, match=r"s3://data/empty/manifest\.parquet: there is no manifest here"):
+    with pytest.raises(ShardError, match=r"s3://meteor/empty/manifest\.parquet: there is no manifest here"):
         load_manifest(f"s3://{BUCKET}/empty")
     with pytest.raises(storage.StorageError, match="bucket 'nowhere' does not exist"):
         load_manifest("s3://nowhere/set")

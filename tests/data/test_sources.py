@@ -444,7 +444,7 @@ def test_job_on_s3(s3: S3Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     small = ["--code-points", "10", "--heldout-code-points", "4", "--samples-per-shard", "16"]
     assert run_job(["openmoji", "--out", out, *small], monkeypatch) == 0
     printed = capsys.readouterr().out
-    assert "s3://data/job/manifest.parquet written in" in printed
+    assert "s3://meteor/job/manifest.parquet written in" in printed
     assert "train 40 samples 3 shards" in " ".join(printed.split())
     manifest = load_manifest(out)
     assert sum(len(read_shard(out, shard)) for shard in manifest.shards) == 56
@@ -456,6 +456,7 @@ def test_job_on_s3(s3: S3Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "no object matches '*.tar' here" in capsys.readouterr().err
     assert run_job(["openmoji", "--out", "s3://nowhere/x", *small], monkeypatch) == 2
     assert "the bucket 'nowhere' does not exist" in capsys.readouterr().err
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3.access_key)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     assert run_job(["openmoji", "--out", out, *small], monkeypatch) == 2
     assert "refused the credentials" in capsys.readouterr().err

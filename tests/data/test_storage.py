@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from infra.processes import choose_port
 from pipelines import storage
-from tests.data.conftest import BUCKET, S3Server, free_ports
+from tests.data.conftest import BUCKET, S3Server
 
 
 def test_join_keeps_schemes_and_roots() -> None:
@@ -101,6 +102,7 @@ def test_large_object_goes_in_parts(s3: S3Server) -> None:
         storage.list_files,
         storage.require_bucket,
         storage.read_json,
+        lambda url: storage.write_bytes(url, b"x"),
     ],
 )
 def test_missing_bucket_is_named(s3: S3Server, use: Callable[[str], object]) -> None:
@@ -129,8 +131,10 @@ def test_wrong_credentials_are_named_without_the_secret(
     wrong: str,
     use: Callable[[str], object],
 ) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3.access_key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3.secret_key)
     monkeypatch.setenv(wrong, "wrong-value")
-    with pytest.raises(storage.StorageError, match="refused the credentials for the bucket 'data'") as caught:
+    with pytest.raises(storage.StorageError, match="refused the credentials for the bucket 'meteor'") as caught:
         use(f"s3://{BUCKET}/a")
     assert "AWS_SECRET_ACCESS_KEY" in str(caught.value)
     assert "wrong-value" not in str(caught.value)
@@ -140,7 +144,7 @@ def test_wrong_credentials_are_named_without_the_secret(
 
 @pytest.mark.parametrize("use", [storage.read_bytes, storage.read_bulk, storage.list_files, storage.require_bucket])
 def test_unreachable_endpoint_is_named(monkeypatch: pytest.MonkeyPatch, use: Callable[[str], object]) -> None:
-    endpoint = f"http://127.0.0.1:{free_ports(1)[0]}"
+    endpoint = f"http://127.0.0.1:{choose_port(set())}"
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
