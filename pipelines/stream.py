@@ -245,9 +245,9 @@ def build_stream(
             "changed since the plan was made"
         )
     stop = plan.total_rows if stop_row is None else stop_row
+    if start_row == stop:
+        raise ValueError(f"no row is left from row {start_row} to row {stop}; this plan has {plan.steps} steps")
     source = PlannedShards(manifest.url, shards, plan, start_row, stop)
-    if not source.num_tasks:
-        raise ValueError(f"rows [{start_row}, {stop}) are empty: all {plan.steps} steps of this plan are done")
     raw = ray.data.read_datasource(
         source,
         override_num_blocks=source.num_tasks,
