@@ -362,6 +362,8 @@ def test_budgets_worked_by_hand() -> None:
     assert allocate_budgets([5, 0], 10, [3, 100]) == (3, 7)  # rank 0 takes what no other can hold
     assert allocate_budgets([1, 9], 30, [10, 20]) == (10, 20)
     assert allocate_budgets([3.7], 5, [9]) == (5,)
+    # At first the capped one looks too big (7.2 of 7), but the single tokens of the small ones take it below its cap.
+    assert allocate_budgets([100, 60, 1, 1, 1, 1, 1, 1], 12, [7, 9, 9, 9, 9, 9, 9, 9]) == (4, 2, 1, 1, 1, 1, 1, 1)
 
 
 @pytest.mark.parametrize(
