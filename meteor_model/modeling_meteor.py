@@ -264,6 +264,8 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, GenerationMixin):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if labels is not None and isinstance(past_key_values, MeteorCache):
+            raise ValueError("labels go with an unpruned decoder: stage 3 leaves no logits for dropped tokens")
         stats = None
         if inputs_embeds is None:
             assert input_ids is not None
@@ -311,6 +313,8 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, GenerationMixin):
             kwargs: what `GenerationMixin.generate` takes.
         """
         input_ids = kwargs.pop("input_ids", inputs)
+        if kwargs.get("prefill_chunk_size") is not None:
+            raise ValueError("prefill_chunk_size is not supported: stage 3 decides on the whole prompt at once")
         if past_key_values is None and kwargs.get("use_cache", True) is not False:
             past_key_values = self.new_cache()
         if past_key_values is not None:

@@ -135,6 +135,10 @@ def test_placeholder_counts_name_the_sample_and_both_counts() -> None:
         built(inputs["input_ids"], inputs["attention_mask"], inputs["pixel_values"][:2])
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         built()
+    with pytest.raises(ValueError, match="labels go with an unpruned decoder"):
+        built(**inputs, past_key_values=built.new_cache())
+    with pytest.raises(ValueError, match="prefill_chunk_size is not supported"):
+        built.generate(inputs["input_ids"], inputs["pixel_values"], prefill_chunk_size=8)
 
 
 def test_loss_is_the_sum_over_supervised_tokens_by_the_divisor() -> None:
