@@ -78,10 +78,9 @@ class MetricLogger:
         self._points: deque[Point] = deque()
         self._refused: list[Point] = []
         self._delivered = 0
-        self._lock = threading.Lock()
-        self._wake = threading.Event()
-        self._closing = threading.Event()
-        self._given_up = threading.Event()
+        self._changed = threading.Condition()  # guards everything above and below
+        self._closing = False
+        self._given_up = False
         self._thread: threading.Thread | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -97,31 +96,32 @@ class MetricLogger:
                 points.append(Point(name, float(value), now_ms, int(step)))
             except (TypeError, ValueError):
                 logger.warning("metric %s at step %s is no number: %.80r; left out", name, step, value)
-        with self._lock:
-            if self._closing.is_set():
+        with self._changed:
+            if self._closing:
                 logger.warning("%d metrics came after the logger was closed; left out", len(points))
                 return
             self._points.extend(points)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._deliver_all, name="metric-logger", daemon=True)
                 self._thread.start()
-        self._wake.set()
+            self._changed.notify_all()
 
     @property
     def pending(self) -> int:
         """Points that the server has not taken yet."""
-        with self._lock:
+        with self._changed:
             return len(self._points)
 
     def close(self, deadline_s: float = 30.0) -> Delivery:
         """Deliver what is left, for at most `deadline_s` seconds; the rest goes to a file. Never raises."""
-        with self._lock:
-            self._closing.set()
-        self._wake.set()
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
         if self._thread is not None:
             self._thread.join(deadline_s)
-        with self._lock:
-            self._given_up.set()
+        with self._changed:
+            self._given_up = True
+            self._changed.notify_all()
             left = [*self._refused, *self._points]
             self._points.clear()
             self._refused = []
@@ -152,12 +152,10 @@ class MetricLogger:
         limit_http_waits()
         client = MlflowClient(self.uri)
         pause_s = 0.0
-        while not self._given_up.is_set():
+        while not self._given_up:
             batch = self._next_batch()
             if not batch:
-                if self._closing.is_set():
-                    return
-                continue
+                return
             try:
                 refused = send(client, self.run_id, batch)
             except (MlflowException, requests.RequestException, OSError) as error:
@@ -165,14 +163,13 @@ class MetricLogger:
                     shown = hide_passwords(str(error))[:200]
                     logger.warning("MLflow takes no metrics (%s); they are kept and sent later", shown)
                 pause_s = min(max(2 * pause_s, FIRST_PAUSE_S), LONGEST_PAUSE_S)
-                if self._closing.wait(pause_s):  # no long pauses once the end is near
-                    self._given_up.wait(FIRST_PAUSE_S)
+                self._pause(pause_s)
                 continue
             if pause_s:
                 logger.warning("MLflow takes metrics again; %d points wait", self.pending)
                 pause_s = 0.0
-            with self._lock:
-                if self._given_up.is_set():
+            with self._changed:
+                if self._given_up:
                     return
                 for _ in batch:
                     self._points.popleft()
@@ -180,14 +177,19 @@ class MetricLogger:
                 self._delivered += len(batch) - len(refused)
 
     def _next_batch(self) -> list[Point]:
-        """Wait for points, let a step's points come together; the oldest of them, which stay in the queue."""
-        if not self.pending:
-            self._wake.wait()
-        if self.pending < POINTS_PER_BATCH:
-            self._closing.wait(GATHER_S)
-        with self._lock:
-            self._wake.clear()
+        """The oldest points, which stay in the queue; waits for some, and for those of the same moment to come along.
+        Empty once closed and all delivered."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._points or self._closing)
+            self._changed.wait_for(lambda: len(self._points) >= POINTS_PER_BATCH or self._closing, GATHER_S)
             return list(islice(self._points, POINTS_PER_BATCH))
+
+    def _pause(self, seconds: float) -> None:
+        """Wait before the next attempt; near the end only shortly."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing, seconds)
+            if self._closing:
+                self._changed.wait_for(lambda: self._given_up, FIRST_PAUSE_S)
 
 
 def _now_ms() -> int:

@@ -125,7 +125,7 @@ def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
     elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
         for index, item in enumerate(value):
             yield from _leaves(f"{prefix}.{index}", item)
-    else:
+    elif prefix:
         yield prefix, json.dumps(value) if isinstance(value, list | Mapping) else str(value)
 
 

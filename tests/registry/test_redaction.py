@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.tracking import MAX_KEY, MAX_VALUE, REDACTED, flatten, hide_passwords, is_secret_name, redact
@@ -93,6 +93,10 @@ def test_flatten_names_values_and_redaction() -> None:
     }
 
 
+def test_flatten_of_nothing() -> None:
+    assert flatten({}) == {}
+
+
 def test_flatten_keeps_within_limits() -> None:
     flat = flatten({"long": "x" * 7000, "exact": "y" * MAX_VALUE, "n" * 300 + "_end": 1, "odd~name": 2, "empty": {}})
     assert len(flat["long"]) == MAX_VALUE
@@ -113,9 +117,10 @@ named = st.dictionaries(
 )
 
 
+@settings(max_examples=40, deadline=None)
 @given(named, st.sampled_from(SECRETS), st.booleans())
-def test_a_secret_never_survives_at_any_depth(settings: dict[str, object], name: str, nested: bool) -> None:
+def test_a_secret_never_survives_at_any_depth(around: dict[str, object], name: str, nested: bool) -> None:
     hidden: object = {"deep": [SECRET]} if nested else SECRET
-    tree = {"level": [{"inner": {**settings, name: hidden}}]}
+    tree = {"level": [{"inner": {**around, name: hidden}}]}
     assert SECRET not in json.dumps(redact(tree))
     assert all(SECRET not in value for value in flatten(tree).values())
