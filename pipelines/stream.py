@@ -26,7 +26,6 @@ import ray.train
 from ray.data import DataContext, Dataset, Datasource, ExecutionOptions, ReadTask
 from ray.data.block import BlockMetadata
 
-from meteor_model.images import ImageError, decode_image
 from pipelines.order import VOID_EPOCH, StreamPlan, WorkItem
 from pipelines.schema import SampleError, parse_sample
 from pipelines.shards import Manifest, ShardInfo, read_shard
@@ -170,6 +169,8 @@ class RowEncoder:
 
     def __call__(self, key: str, members: Mapping[str, bytes]) -> dict[str, Any]:
         """The columns from `key` on. Faults of the sample end in `reason` and `detail`, nothing else is caught."""
+        from meteor_model.images import ImageError  # here, so that processes which only read never load torch
+
         try:
             return {"key": key, "reason": "", "detail": "", **self._encode(key, members)}
         except (SampleError, ImageError) as fault:
@@ -181,6 +182,8 @@ class RowEncoder:
         return {**row, "labels": [IGNORE_INDEX], "images": b"", "num_images": 0}
 
     def _encode(self, key: str, members: Mapping[str, bytes]) -> dict[str, Any]:
+        from meteor_model.images import ImageError, decode_image
+
         sample = parse_sample(key, members)
         try:
             encoded = self.processor.encode([(turn.role, turn.text) for turn in sample.turns], len(sample.images))

@@ -1,6 +1,7 @@
 """The Ray Data graph on a real in-process Ray: strict order for every world size, resume, faults, errors, starvation.
 
-Reading and encoding are jittered in the Ray workers (`jitter`), shards are uneven, samples are corrupt on purpose.
+Reading and encoding are jittered in the Ray workers (`jitter`), shards are uneven, samples are corrupt on purpose. The
+workers import this module, so what is heavy is imported by the tests that need it.
 """
 
 import hashlib
@@ -25,11 +26,7 @@ import pytest
 import ray
 from PIL import Image
 
-from meteor_model.images import decode_image
-from meteor_model.processing_meteor import collate
 from pipelines import stream
-from pipelines.batches import BatchReader
-from pipelines.failures import root_cause
 from pipelines.order import StreamPlan
 from pipelines.shards import Manifest, ShardError, ShardInfo, load_manifest, save_manifest
 from pipelines.stream import PlannedShards, RowEncoder, build_stream, data_config, encode_table
@@ -226,6 +223,8 @@ def local_tables(manifest: Manifest, plan: StreamPlan, start: int = 0) -> list[p
 
 
 def test_rows_hold_what_the_sample_holds(manifest: Manifest) -> None:
+    from meteor_model.images import decode_image
+
     plan = make_plan()
     table = pa.concat_tables(local_tables(manifest, plan))
     assert table.schema.equals(stream.STREAM_SCHEMA)
@@ -264,6 +263,9 @@ def test_every_row_is_seen_dropped_or_void(manifest: Manifest) -> None:
 
 
 def test_the_worker_side_takes_these_rows(manifest: Manifest) -> None:
+    from meteor_model.processing_meteor import collate
+    from pipelines.batches import BatchReader
+
     plan = make_plan()
     rows = pa.concat_tables(local_tables(manifest, plan)).to_pylist()
     mine = [rows[first : first + MICRO] for first in range(MICRO, len(rows), 2 * MICRO)]
@@ -366,6 +368,8 @@ def test_data_tasks_run_where_less_than_a_cpu_is_free(manifest: Manifest, tmp_pa
 
 @pytest.mark.usefixtures("cluster")
 def test_a_broken_shard_reaches_the_driver_by_name(tmp_path: Path) -> None:
+    from pipelines.failures import root_cause
+
     sizes = [6, 6]
     manifest = write_dataset(tmp_path, sizes)
     path = tmp_path / "train-000001.tar"
