@@ -1,0 +1,27 @@
+"""Shared by all tests: one thread per process (two cores are shared by servers and workers), and the local stack."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from infra.services import Stack
+from tests.stack_fixture import applied, start_stack, stop_stack
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """SeaweedFS, MLflow and Ray for the whole session, with the environment that points at them."""
+    started = start_stack(tmp_path_factory.mktemp("stack"))
+    try:
+        with applied(started):
+            yield started
+    finally:
+        stop_stack(started)
