@@ -17,6 +17,8 @@ from pipelines.metric_log import MetricLogger, SystemMetrics, deliver_file
 from pipelines.tracking import TrackingError, open_run, require_tracking
 from tests.registry.conftest import Server
 
+pytestmark = pytest.mark.stack
+
 
 def new_run(server: Server, name: str) -> str:
     return open_run(server.uri, experiment="metrics", run_name=name, settings={}, tags={}, documents={})

@@ -26,6 +26,8 @@ from pipelines.pyfunc_model import MeteorPyfunc
 from pipelines.tracking import TrackingError
 from tests.registry.conftest import MODEL_NAME, Server
 
+pytestmark = pytest.mark.stack
+
 
 def png(colour: tuple[int, int, int]) -> bytes:
     stream = io.BytesIO()

@@ -26,6 +26,8 @@ from pipelines.tracking import (
 )
 from tests.registry.conftest import Server, free_port
 
+pytestmark = pytest.mark.stack
+
 
 def artifact(server: Server, run_id: str, name: str) -> bytes:
     path = mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=name, tracking_uri=server.uri)
