@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import ray.data
 import torch
 from torch import Tensor
 
@@ -46,6 +47,12 @@ class MicroBatch:
     """Samples in the batch."""
     dropped: tuple[DroppedSample, ...]
     """Faulty samples among the rows."""
+
+
+def iterate_rows(share: ray.data.DataIterator, micro_batch: int) -> Iterator[Sequence[Row]]:
+    """The rows of one worker's share of a stream, `micro_batch` at a time."""
+    for table in share.iter_batches(batch_size=micro_batch, batch_format="pyarrow", prefetch_batches=2):
+        yield table.to_pylist()
 
 
 @dataclass(frozen=True)

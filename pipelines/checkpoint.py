@@ -6,26 +6,30 @@ Ray's snapshot file names it, so a half-uploaded folder is never resumed from. I
     zero3/                  DeepSpeed's shards of weights and optimizer, the rank in every file's name
     train_state.json        `TrainState`, written by rank 0
     parity.safetensors      only in the last one: a held-out batch and the training model's logits on it
+
+Ray Train's controller imports this module, to start the stream where the checkpoint stands; so that it need not load
+torch and transformers (6 s of CPU), the functions that make a model import them.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import ray.train
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.initialization import no_init_weights
+from typing import TYPE_CHECKING, Any
 
 from pipelines import storage
-from pipelines.zero3 import import_deepspeed
+
+if TYPE_CHECKING:
+    import torch
+    from ray.data import Dataset
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
 STATE_FILE = "train_state.json"
 PARITY_FILE = "parity.safetensors"
@@ -104,7 +108,7 @@ class TrainState:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, source: str) -> "TrainState":
+    def from_json(cls, text: str, source: str) -> TrainState:
         """The state in `text`, read from `source`.
 
         Raises:
@@ -163,9 +167,24 @@ def latest_checkpoint(root: str, run_name: str) -> CheckpointRef | None:
     return CheckpointRef(url, TrainState.from_json(storage.read_bytes(state_url).decode(), state_url))
 
 
+def remaining_stream(root: str, run_name: str, stream: Callable[[int], Dataset]) -> Dataset:
+    """The part of a stream that run `run_name` has not consumed.
+
+    Ray Train's controller calls it just before the workers get their checkpoint, at every start of them. Both take the
+    latest result of the controller's snapshot; `pipelines.batches.BatchReader` checks that they agree.
+
+    Args:
+        stream: makes the stream from a given row of the plan on.
+    """
+    checkpoint = latest_checkpoint(root, run_name)
+    return stream(checkpoint.state.rows if checkpoint else 0)
+
+
 @contextmanager
 def local_copy(url: str) -> Iterator[Path]:
     """The files of the folder `url` on this machine, downloaded once for all processes that ask at a time."""
+    import ray.train
+
     filesystem, path = storage.arrow_filesystem(url)
     with ray.train.Checkpoint(path=path, filesystem=filesystem).as_directory() as directory:
         yield Path(directory)
@@ -183,7 +202,7 @@ def load_state(directory: Path) -> TrainState:
 
 
 def consolidate(
-    directory: Path, model_class: type[PreTrainedModel], init: Path, dtype: torch.dtype = torch.float32
+    directory: Path, model_class: type[PreTrainedModel], init: Path, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
     """One whole model, on the CPU, from the ZeRO-3 shards of a local checkpoint.
 
@@ -191,11 +210,15 @@ def consolidate(
         directory: the checkpoint.
         model_class: class of the model.
         init: folder with the model's config (the folder that training started from).
-        dtype: number format of the weights; the shards hold fp32.
+        dtype: number format of the weights; None keeps the fp32 that the shards hold.
 
     Raises:
         CheckpointError: if the shards lack a parameter or buffer of the model, hold one too many, or another shape.
     """
+    import torch
+    from transformers.initialization import no_init_weights
+
+    dtype = dtype or torch.float32
     weights = {name: _cast(tensor, dtype) for name, tensor in read_shards(directory).items()}
     with no_init_weights():
         model = model_class(model_class.config_class.from_pretrained(init))
@@ -223,6 +246,10 @@ def read_shards(directory: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: if shards are missing.
     """
+    import torch
+
+    from pipelines.zero3 import import_deepspeed
+
     import_deepspeed(uses_gpu=torch.cuda.is_available())
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 

@@ -14,6 +14,7 @@ The position of a training is its number of optimizer steps: step g consumes row
 being the global batch. Re-using the name of a run continues it from its newest checkpoint.
 """
 
+import itertools
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ray.cloudpickle
 import ray.data
 import ray.train
 import torch
@@ -40,6 +42,7 @@ from pipelines.checkpoint import (
     latest_checkpoint,
     load_state,
     local_copy,
+    remaining_stream,
     run_url,
 )
 from pipelines.failures import root_cause
@@ -84,7 +87,7 @@ class TrainingJob:
     iterate: Callable[[ray.data.DataIterator, int], Iterator[Sequence[Row]]]
     """Rows of one worker's share of a stream, in groups of the given size."""
     data_config: ray.train.DataConfig
-    """How streams are split between the workers; it must keep their order."""
+    """How the dataset "train" is split between the workers, in order; "heldout" must not be split."""
     recipe_hash: str
     """Hash of the settings that decide the result."""
     mlflow_run_id: str | None = None
@@ -183,7 +186,7 @@ def _trainer(job: TrainingJob) -> TorchTrainer:
     resources = {"CPU": settings.cpus_per_worker, "GPU": settings.gpus_per_worker}
     return TorchTrainer(
         train_worker,
-        train_loop_config={"job": job},
+        train_loop_config={"job": ray.cloudpickle.dumps(job)},  # bytes: the controller need not import what is in it
         torch_config=TorchConfig(backend="nccl" if settings.uses_gpu else "gloo", timeout_s=settings.timeout_s),
         scaling_config=ray.train.ScalingConfig(
             num_workers=settings.workers,
@@ -191,7 +194,10 @@ def _trainer(job: TrainingJob) -> TorchTrainer:
             resources_per_worker={name: amount for name, amount in resources.items() if amount},
         ),
         # Functions, so that every start of the workers reads from where its checkpoint stands.
-        datasets={"train": partial(_train_dataset, job), "heldout": job.heldout_data},
+        datasets={
+            "train": partial(remaining_stream, job.storage, job.run_name, job.train_data),
+            "heldout": job.heldout_data,
+        },
         dataset_config=job.data_config,
         run_config=ray.train.RunConfig(
             name=TRAIN_NAME,
@@ -204,19 +210,12 @@ def _trainer(job: TrainingJob) -> TorchTrainer:
     )
 
 
-def _train_dataset(job: TrainingJob) -> ray.data.Dataset:
-    """The rest of the stream. Runs in Ray Train's controller just before the workers get their checkpoint; both are the
-    latest result of the controller's snapshot. `BatchReader` checks that they agree."""
-    checkpoint = latest_checkpoint(job.storage, job.run_name)
-    return job.train_data(checkpoint.state.rows if checkpoint else 0)
-
-
 # ---------------------------------------------------------------------------------------------------------- the worker
 
 
 def train_worker(config: Mapping[str, Any]) -> None:
     """What every worker runs; the steps are those at the top of this file."""
-    job: TrainingJob = config["job"]
+    job: TrainingJob = ray.cloudpickle.loads(config["job"])
     settings = job.settings
     # 1. join
     _quieten()
@@ -247,7 +246,10 @@ def train_worker(config: Mapping[str, Any]) -> None:
     rows = job.iterate(ray.train.get_dataset_shard("train"), settings.micro_batch)
     loop.run(reader.read(rows, state.rows))
     # 6. hold out
-    rows = job.iterate(ray.train.get_dataset_shard("heldout"), settings.micro_batch)
+    # Not split: each worker streams all held-out rows and takes its own, so no worker can make the others wait.
+    rows = itertools.islice(
+        job.iterate(ray.train.get_dataset_shard("heldout"), settings.micro_batch), rank, None, world
+    )
     micro_steps = job.heldout_rows // (world * settings.micro_batch)
     final, parity = evaluate(engine, reader.read(rows, 0), micro_steps)
     # 7. finish

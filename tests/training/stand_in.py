@@ -1,30 +1,23 @@
-"""A tiny model with the forward interface of the real one, and a synthetic stream, for tests of the loop alone."""
+"""A tiny model with the forward interface of the real one, and a job that trains it on synthetic rows."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import ray.data
-import ray.train
 import torch
-from ray.data import DataContext, ExecutionOptions
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from meteor_model.processing_meteor import collate
+from pipelines.batches import iterate_rows
 from pipelines.settings import LearningRates, OptimizerSettings, TrainingSettings
+from pipelines.stream import data_config
 from pipelines.training import TrainingJob
-
-IMAGE_SIZE = 4
-VOCABULARY = 32
-PAD, IMAGE = 0, 1
-TEXT_ONLY_ROWS = range(8, 12)
-"""One micro-batch of worker 0 that is text only, while worker 1 has images."""
-FAULTY_ROW = 21
+from tests.training.rows import FAULTY_ROW, IMAGE, IMAGE_SIZE, PAD, VOCABULARY, make_stream
 
 
 class StandInConfig(PretrainedConfig):
@@ -75,6 +68,11 @@ class StandInModel(PreTrainedModel):
         self.register_buffer("scale", torch.tensor([0.5]))
         self.post_init()
 
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self:  # from_pretrained makes non-persistent buffers without their content
+            init.copy_(self.positions, torch.arange(64) / 64.0)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model["embed"]
 
@@ -117,51 +115,6 @@ def supervised(labels: Tensor) -> int:
     return max(1, int((labels[:, 1:] != -100).sum()))
 
 
-def make_row(row: int, total: int, samples: int, faulty: Sequence[int], fails_at: int | None = None) -> dict[str, Any]:
-    """Row `row` of the synthetic plan: 0 to 2 images, uneven numbers of supervised tokens."""
-    if row == fails_at:
-        raise ValueError(f"row {row} cannot be read: shard-000003.tar is truncated")
-    random = np.random.default_rng(row)
-    place = {"row": row, "epoch": 0, "shard": row // 10, "index": row % 10, "key": f"key{row}"}
-    nothing = {"input_ids": [PAD], "labels": [-100], "images": b"", "num_images": 0}
-    if row >= samples:
-        return {**place, "epoch": -1, "reason": "void", "detail": "", **nothing}
-    if row in faulty:
-        return {**place, "reason": "undecodable_image", "detail": "not an image", **nothing}
-    count = 0 if row in TEXT_ONLY_ROWS else int(random.integers(0, 3))
-    text = random.integers(2, VOCABULARY, int(random.integers(3, 20))).tolist()
-    hidden = int(random.integers(1, len(text)))
-    return {
-        **place,
-        "reason": "",
-        "detail": "",
-        "input_ids": [IMAGE] * count + text,
-        "labels": [-100] * (count + hidden) + text[hidden:],
-        "images": random.integers(0, 256, count * 3 * IMAGE_SIZE**2, dtype=np.uint8).tobytes(),
-        "num_images": count,
-    }
-
-
-def make_stream(total: int, samples: int, faulty: Sequence[int], micro: int, start: int, **faults: Any) -> Any:
-    def read(item: dict[str, Any]) -> dict[str, Any]:
-        return make_row(item["item"], total, samples, faulty, **faults)
-
-    rows = ray.data.from_items(list(range(start, total)), override_num_blocks=5)
-    return rows.map(read, num_cpus=0.1).repartition(target_num_rows_per_block=micro, strict=True)
-
-
-def iterate(share: Any, micro: int) -> Iterator[list[Mapping[str, Any]]]:
-    for table in share.iter_batches(batch_size=micro, batch_format="pyarrow"):
-        yield table.to_pylist()
-
-
-def data_config() -> ray.train.DataConfig:
-    DataContext.get_current().enable_progress_bars = False
-    return ray.train.DataConfig(
-        execution_options=ExecutionOptions(preserve_order=True), enable_shard_locality=False, datasets_to_split="all"
-    )
-
-
 SETTINGS = TrainingSettings(
     workers=2,
     micro_batch=4,
@@ -200,7 +153,7 @@ def make_job(
         train_data=partial(make_stream, TOTAL, SAMPLES, faulty, micro, **kw),
         heldout_rows=HELDOUT,
         heldout_data=partial(make_stream, HELDOUT, HELDOUT, (), micro, 0),
-        iterate=iterate,
+        iterate=iterate_rows,
         data_config=data_config(),
         recipe_hash="abc",
     )

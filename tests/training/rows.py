@@ -1,0 +1,60 @@
+"""A synthetic stream in the format of the real one; the data tasks import this module, so it stays light."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import ray.data
+
+IMAGE_SIZE = 4
+VOCABULARY = 32
+PAD, IMAGE = 0, 1
+TEXT_ONLY_ROWS = range(8, 12)
+"""One micro-batch of worker 0 that is text only, while worker 1 has images."""
+FAULTY_ROW = 21
+
+
+def make_row(
+    row: int,
+    total: int,
+    samples: int,
+    faulty: Sequence[int],
+    fails_at: int | None = None,
+    stuck_at: int | None = None,
+) -> dict[str, Any]:
+    """Row `row` of the synthetic plan: 0 to 2 images, uneven numbers of supervised tokens."""
+    if row == stuck_at:
+        time.sleep(600)
+    if row == fails_at:
+        raise ValueError(f"row {row} cannot be read: shard-000003.tar is truncated")
+    random = np.random.default_rng(row)
+    place = {"row": row, "epoch": 0, "shard": row // 10, "index": row % 10, "key": f"key{row}"}
+    nothing = {"input_ids": [PAD], "labels": [-100], "images": b"", "num_images": 0}
+    if row >= samples:
+        return {**place, "epoch": -1, "reason": "void", "detail": "", **nothing}
+    if row in faulty:
+        return {**place, "reason": "undecodable_image", "detail": "not an image", **nothing}
+    count = 0 if row in TEXT_ONLY_ROWS else int(random.integers(0, 3))
+    text = random.integers(2, VOCABULARY, int(random.integers(3, 20))).tolist()
+    hidden = int(random.integers(1, len(text)))
+    return {
+        **place,
+        "reason": "",
+        "detail": "",
+        "input_ids": [IMAGE] * count + text,
+        "labels": [-100] * (count + hidden) + text[hidden:],
+        "images": random.integers(0, 256, count * 3 * IMAGE_SIZE**2, dtype=np.uint8).tobytes(),
+        "num_images": count,
+    }
+
+
+def make_stream(total: int, samples: int, faulty: Sequence[int], micro: int, start: int, **faults: Any) -> Any:
+    def read(item: dict[str, Any]) -> dict[str, Any]:
+        return make_row(item["item"], total, samples, faulty, **faults)
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    rows = ray.data.from_items(list(range(start, total)), override_num_blocks=3)
+    rows.context.execution_options.preserve_order = True
+    rows.context.raise_original_map_exception = True
+    return rows.map(read, num_cpus=0.5, concurrency=2).repartition(target_num_rows_per_block=micro, strict=True)

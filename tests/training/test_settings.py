@@ -1,0 +1,104 @@
+"""Settings refuse contradictions by name and number; the schedule and the parameter groups follow them."""
+
+import math
+
+import pytest
+import torch
+import tyro
+from torch import nn
+
+from pipelines.settings import (
+    DataSettings,
+    LearningRates,
+    OptimizerSettings,
+    ScheduleSettings,
+    SettingsError,
+    TrainingSettings,
+    Zero3Settings,
+)
+from pipelines.zero3 import deepspeed_config, parameter_groups, schedule_factor
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"workers": 3}, ["workers is 3", "global_batch 32", "[1, 2, 4, 8, 16, 32]"]),
+        ({"micro_batch": 5}, ["2 * 5 = 10", "global_batch 32", "[1, 2, 4, 8, 16]"]),
+        ({"workers": 0}, ["workers is 0"]),
+        ({"max_drop_share": 1.5}, ["max_drop_share is 1.5"]),
+        ({"zero3": Zero3Settings(offload="all")}, ["zero3.offload", "gpus_per_worker is 0"]),
+    ],
+)
+def test_contradictions_are_refused(values: dict[str, object], named: list[str]) -> None:
+    with pytest.raises(SettingsError) as error:
+        TrainingSettings(**values)  # type: ignore[arg-type]
+    for part in named:
+        assert part in str(error.value)
+
+
+def test_single_settings_are_checked() -> None:
+    with pytest.raises(SettingsError, match=r"learning_rates.llm is -1"):
+        LearningRates(llm=-1.0)
+    with pytest.raises(SettingsError, match="nothing trains"):
+        LearningRates(None, None, None)
+    with pytest.raises(SettingsError, match=r"warmup_share is 1\.0"):
+        ScheduleSettings(warmup_share=1.0)
+    with pytest.raises(SettingsError, match=r"both 'train'"):
+        DataSettings(heldout_split="train")
+
+
+def test_command_line_is_made_from_the_settings() -> None:
+    arguments = ["--workers", "4", "--optimizer.learning-rates.towers", "None", "--zero3.offload", "none"]
+    settings = tyro.cli(TrainingSettings, args=arguments)
+    assert settings.workers == 4
+    assert settings.accumulation == 1
+    assert settings.optimizer.learning_rates.towers is None
+
+
+def test_deepspeed_config_keeps_the_global_batch() -> None:
+    config = deepspeed_config(TrainingSettings(workers=2, micro_batch=4, global_batch=32))
+    assert config["gradient_accumulation_steps"] == 4
+    assert config["train_batch_size"] == 2 * 4 * 4
+
+
+def test_schedule_warms_up_then_follows_a_cosine() -> None:
+    settings = ScheduleSettings(warmup_share=0.1, final_share=0.2)
+    factors = [schedule_factor(step, 100, settings) for step in range(100)]
+    assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    expected = [0.2 + 0.8 * (1 + math.cos(math.pi * (step - 10) / 90)) / 2 for step in range(10, 100)]
+    assert factors[10:] == pytest.approx(expected)
+    assert schedule_factor(0, 1, ScheduleSettings(warmup_share=0.0)) == 1.0
+
+
+class _Parts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoders = nn.Linear(2, 2)
+        self.projectors = nn.Linear(2, 2)
+        self.language_model = nn.Linear(2, 2)
+        self.lm_head = nn.Linear(2, 2, bias=False)
+
+
+def test_frozen_parts_are_left_out() -> None:
+    model = _Parts()
+    groups = parameter_groups(model, OptimizerSettings(learning_rates=LearningRates(1e-3, None, 2e-5)))
+    assert [(group["part"], group["peak_lr"], len(group["params"])) for group in groups] == [
+        ("projector", 1e-3, 2),
+        ("llm", 2e-5, 3),
+    ]
+    assert not model.encoders.weight.requires_grad
+    assert model.lm_head.weight.requires_grad
+
+
+def test_a_parameter_of_no_part_is_refused() -> None:
+    model = _Parts()
+    model.adapter = nn.Parameter(torch.zeros(1))
+    with pytest.raises(SettingsError, match="parameter adapter"):
+        parameter_groups(model, OptimizerSettings())
+
+
+def test_a_part_without_parameters_is_refused() -> None:
+    model = _Parts()
+    del model.projectors
+    with pytest.raises(SettingsError, match=r"learning_rates.projector is 0.001"):
+        parameter_groups(model, OptimizerSettings())
