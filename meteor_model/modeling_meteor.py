@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from meteor_model.configuration_meteor import MeteorConfig
@@ -386,3 +386,7 @@ def token_loss(
 def supervised_tokens(labels_BT: torch.Tensor) -> int:
     """Tokens of a batch that `token_loss` counts."""
     return int((labels_BT[:, 1:] != IGNORE_INDEX).sum())
+
+
+AutoConfig.register(MeteorConfig.model_type, MeteorConfig, exist_ok=True)
+AutoModelForImageTextToText.register(MeteorConfig, MeteorForConditionalGeneration, exist_ok=True)

@@ -8,10 +8,9 @@ import os
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from meteor_model.architectures import architecture
+from meteor_model.architectures import architecture, build_config
 from meteor_model.chat import chat_template
 from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, PruningConfig
-from meteor_model.pruning import RANK_ESTIMATORS
 from pipelines.settings import DataSettings, SettingsError, TrainingSettings
 from pipelines.sources.openmoji import OpenMojiSettings
 
@@ -114,8 +113,8 @@ class Recipe:
     """Name and place of the run."""
 
     def __post_init__(self) -> None:
-        if self.pruning.encode.rank_estimator not in RANK_ESTIMATORS:
-            raise SettingsError(f"pruning.encode.rank_estimator {self.pruning.encode.rank_estimator!r} is unknown")
+        if self.model.start is None:  # a pulled model is checked when it is there
+            build_config(self.model.architecture, self.pruning, self.model.vocab_size, {}, image_token_id=0)
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting, nested, as plain values."""

@@ -23,8 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import ray
 import ray.data
+from mlflow import MlflowClient
 
 from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
@@ -70,6 +70,7 @@ class RunHandle:
     name: str
     url: str
     mlflow_run_id: str
+    mlflow_start_ms: int
     commit: str
 
 
@@ -90,7 +91,7 @@ def run_job(recipe: Recipe, job: JobName) -> dict[str, Any]:
             return load_summary(recipe, url)
         run = _open(recipe, job, name, manifest)
     logger = MetricLogger(run.mlflow_run_id, recipe.tracking.uri)
-    system = SystemMetrics(logger, int(time.time() * 1000))
+    system = SystemMetrics(logger, run.mlflow_start_ms)
     system.start()
     try:
         summary = _phases(recipe, job, run, manifest, phases)
@@ -250,7 +251,8 @@ def _open(recipe: Recipe, job: JobName, name: str, manifest: shards.Manifest) ->
         documents={"recipe.json": recipe.to_dict()},
         run_id=stored["mlflow_run_id"] if stored else None,
     )
-    run = RunHandle(name, run_url(recipe.run.storage, name), run_id, commit)
+    started_ms = MlflowClient(recipe.tracking.uri).get_run(run_id).info.start_time
+    run = RunHandle(name, run_url(recipe.run.storage, name), run_id, started_ms, commit)
     storage.write_json(storage.join(run.url, RUN_FILE), {**_identity(recipe, job, run), "finished": False})
     storage.write_json(storage.join(run.url, "recipe.json"), recipe.to_dict())
     print(f"  run {name} ({'continued' if stored else 'new'}), MLflow run {run_id}", flush=True)

@@ -104,7 +104,8 @@ def _pulled(recipe: Recipe) -> tuple[MeteorForConditionalGeneration, MeteorProce
         folder = pull_model(recipe.model.start, Path(name) / "model", recipe.tracking.uri)
         model = MeteorForConditionalGeneration.from_pretrained(folder)
         processor = MeteorProcessor.from_pretrained(folder)
-    config = MeteorConfig(**{**model.config.to_dict(), "pruning": recipe.pruning})
+    config = MeteorConfig(**{**model.config.to_dict(), "pruning": recipe.pruning, "ranks": None})
+    model.config = config
     processor.tokens_per_image, processor.template = config.tokens_per_image, recipe.model.template
     return model, processor
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import AutoModelForImageTextToText
 
 from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, PruningConfig
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration, supervised_tokens, token_loss
@@ -165,6 +166,7 @@ def test_save_and_load_give_the_same_model(tmp_path: Path) -> None:
     loaded = MeteorForConditionalGeneration.from_pretrained(tmp_path).eval()
     inputs = batch(PRUNED)
     assert torch.equal(loaded(**inputs).logits, built(**inputs).logits)
+    assert isinstance(AutoModelForImageTextToText.from_pretrained(tmp_path), MeteorForConditionalGeneration)
 
 
 @pytest.mark.parametrize("stage3", [False, True])

@@ -1,0 +1,155 @@
+"""The whole path on real servers: shards, Ray Data, ZeRO-3 on two workers, MLflow, registry, and an answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from infra.services import Stack, full_env
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = (
+    "--source.code-points", "64", "--source.heldout-code-points", "16", "--data.heldout-samples", "32",
+    "--calibration.samples", "16", "--calibration.decode-samples", "16", "--run.pictures", "1",
+    "--training.checkpoint-every-steps", "4",
+)  # fmt: skip
+
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(900)]
+
+
+def submit(stack: Stack, job: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`ray job submit --working-dir . -- python jobs/JOB.py ...`, as a user types it."""
+    ray = str(Path(sys.executable).parent / "ray")
+    command = [ray, "job", "submit", "--working-dir", ".", "--", "python", f"jobs/{job}.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=full_env(stack), capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def pretrained(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    output = tmp_path_factory.mktemp("latest")
+    done = submit(stack, "pretrain", "--run.name", "first", "--run.output", str(output), *SMALL)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    summary: dict[str, Any] = json.loads((output / "summary.json").read_text())
+    return {**summary, "output": output, "printed": done.stdout}
+
+
+def test_the_summary_says_what_happened(pretrained: dict[str, Any]) -> None:
+    assert pretrained["world_size"] == 2
+    assert pretrained["samples_expected"] == pretrained["samples_seen"] == 256
+    assert pretrained["steps"] == 8
+    assert pretrained["dropped"] == {} or not any(pretrained["dropped"].values())
+    assert pretrained["loss_last"] < pretrained["loss_first"]
+    assert pretrained["parity_max_abs_diff"] < 1e-3
+    tokens = pretrained["visual_tokens"]
+    assert {name: part["in"] for name, part in tokens["encode"].items()} == dict.fromkeys(
+        ("clip", "pix2struct", "convnext"), 64
+    )
+    assert sum(part["kept_per_boundary"][-1] for part in tokens["encode"].values()) == tokens["fuse"]["in"] == 64
+    assert tokens["fuse"]["kept"] == 32
+    assert 1 <= tokens["decode_kept_mean"] <= 64
+    for phase in ("prepare", "calibrate", "train", "export", "look", "register", "total"):
+        assert pretrained["wall_s"][phase] > 0
+    assert pretrained["heldout_loss"] > 0
+    assert pretrained["heldout_loss_shuffled_images"] > 0
+    assert "Ray dashboard" in pretrained["printed"]
+    assert "step 8/8" in pretrained["printed"]
+
+
+def test_pictures_are_there_for_every_stage(pretrained: dict[str, Any]) -> None:
+    names = sorted(path.name for path in (pretrained["output"] / "pictures").iterdir())
+    assert [name.rsplit("-", 1)[-1] for name in names] == [
+        "decode.png",
+        "encode.png",
+        "fuse.png",
+        "loss.png",
+        "ranks.png",
+    ]
+    for path in (pretrained["output"] / "pictures").iterdir():
+        assert min(Image.open(path).size) > 200
+
+
+def test_mlflow_holds_parameters_metrics_and_documents(stack: Stack, pretrained: dict[str, Any]) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(stack.mlflow_uri)
+    run = client.get_run(pretrained["run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["training.global_batch"] == "32"
+    assert len(run.data.tags["manifest_sha256"]) == 64
+    history = client.get_metric_history(pretrained["run_id"], "loss")
+    assert [point.step for point in history][-1] == 8
+    assert any(name.startswith("system/") for name in run.data.metrics)
+    found = {item.path for item in client.list_artifacts(pretrained["run_id"])}
+    assert {"recipe.json", "ranks.json", "pictures", "heldout_answers.json"} <= found
+    version = client.get_model_version_by_alias("meteor", "latest-pretrain")
+    assert f"models:/meteor/{version.version}" == pretrained["model_uri"]
+    assert version.tags["visual_tokens.fuse"] == "64 > 32"
+
+
+def test_a_fresh_process_with_the_registry_s_address_alone_answers(
+    stack: Stack, pretrained: dict[str, Any], tmp_path: Path
+) -> None:
+    picture = tmp_path / "red.png"
+    Image.new("RGB", (64, 64), (220, 30, 30)).save(picture)
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "MLFLOW_", "METEOR_"))}
+    env["MLFLOW_TRACKING_URI"] = stack.mlflow_uri
+    command = [
+        sys.executable, str(ROOT / "jobs" / "predict.py"), "--model", pretrained["model_alias_uri"],
+        "--image", str(picture), "--prompt", "What color is the background?",
+    ]  # fmt: skip
+    asked = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
+    assert asked.returncode == 0, asked.stderr
+    assert asked.stdout.strip()
+
+
+def test_a_finished_run_is_not_trained_again(stack: Stack, pretrained: dict[str, Any]) -> None:
+    again = submit(stack, "pretrain", "--run.name", "first", *SMALL)
+    assert again.returncode == 0, again.stdout[-3000:]
+    assert "run first is finished" in again.stdout
+    other = submit(stack, "pretrain", "--run.name", "first", *SMALL, "--training.seed", "5")
+    assert other.returncode != 0
+    assert "training.seed: 0 -> 5" in other.stdout
+
+
+def test_finetune_goes_on_from_the_registered_model(stack: Stack, pretrained: dict[str, Any], tmp_path: Path) -> None:
+    done = submit(stack, "finetune", "--run.output", str(tmp_path), *SMALL)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["model_alias_uri"] == "models:/meteor@latest-finetune"
+    assert summary["loss_first"] < pretrained["loss_first"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--tracking.uri", "http://127.0.0.1:9"), "127.0.0.1:9"),
+        (("--run.storage", "s3://no-such-bucket"), "no-such-bucket"),
+        (("--data.manifest", "s3://meteor/nothing-here"), "nothing-here"),
+        (("--data.train-split", "training"), "data.train_split is 'training'"),
+    ],
+)
+def test_wrong_places_fail_at_once_and_are_named(
+    stack: Stack,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    """Before anything is started, on the driver: no need to go through a submitted job."""
+    from jobs.recipes import parse_recipe
+    from pipelines.recipe import Recipe
+    from pipelines.run import check_places, ensure_shards
+
+    def prepare(recipe: Recipe) -> None:
+        check_places(recipe)
+        ensure_shards(recipe)
+
+    with pytest.raises(ValueError, match=message):
+        prepare(parse_recipe("pretrain", "", [*SMALL, *arguments]))
