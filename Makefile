@@ -14,7 +14,7 @@ STACK := $(PY) -m infra.local
 ARGS ?=
 # The job runs in a copy of this folder on the cluster; its summary comes back to runs/latest here.
 # The copy has no .git, so the commit travels as a variable.
-SUBMIT = $(STACK) run -- $(BIN)/ray job submit --working-dir . \
+SUBMIT = RAY_LOGGER_LEVEL=warning $(STACK) run -- $(BIN)/ray job submit --working-dir . \
   --runtime-env-json '{"env_vars": {"METEOR_GIT_COMMIT": "$(shell git describe --always --dirty --abbrev=12 2>/dev/null)"}}' --
 
 help:  ## List every target

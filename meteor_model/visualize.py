@@ -22,7 +22,7 @@ PANEL = 224
 GAP = 12
 TITLE = 20
 BACKGROUND, INK, FAINT = (255, 255, 255), (30, 30, 30), (120, 120, 120)
-DIM = (242, 243, 245)
+DIM, EDGE = (242, 243, 245), (42, 111, 187)
 
 
 def draw_kept(
@@ -94,6 +94,7 @@ def _panel(picture: Image.Image, grid: tuple[int, int], cells: Sequence[int], ti
     veil = Image.blend(picture.convert("L").convert("RGB"), Image.new("RGB", picture.size, DIM), 0.82)
     panel = Image.new("RGB", (PANEL, PANEL + TITLE), BACKGROUND)
     panel.paste(veil, (0, TITLE))
+    draw = ImageDraw.Draw(panel)
     for cell in kept:
         row, column = divmod(cell, columns)
         box = (
@@ -103,7 +104,9 @@ def _panel(picture: Image.Image, grid: tuple[int, int], cells: Sequence[int], ti
             round((row + 1) * PANEL / rows),
         )
         panel.paste(picture.crop(box), (box[0], box[1] + TITLE))
-    ImageDraw.Draw(panel).text((2, 2), title, fill=INK, font=ImageFont.load_default(13))
+        # Outlined: over a light background a kept cell looks like a dimmed one.
+        draw.rectangle((box[0], box[1] + TITLE, box[2] - 1, box[3] - 1 + TITLE), outline=EDGE)
+    draw.text((2, 2), title, fill=INK, font=ImageFont.load_default(13))
     return panel
 
 
