@@ -32,8 +32,7 @@ from pipelines.shards import Manifest, ShardInfo, read_shard
 
 VOID_REASON = "void"
 IGNORE_INDEX = -100
-RAW_BLOCK_BYTES = 2 * 2**20  # raw members in a block: the grain of the encode tasks
-RAW_BLOCK_ROWS = 512
+RAW_BLOCK_BYTES = 2**20  # raw members in a block: the grain of the encode tasks
 MAX_READ_TASKS = 4096  # a task costs the driver about 2 ms before the first row; beyond this, windows share a task
 SHARD_FETCHES = 4  # shards of one window that are fetched at a time
 
@@ -76,7 +75,7 @@ def read_item(manifest_url: str, item: WorkItem, infos: Sequence[ShardInfo]) -> 
         position = {"row": row, "epoch": epoch, "shard": shard, "index": index}
         rows.append({**position, "key": key, "names": list(members), "data": list(members.values())})
         size += sum(map(len, members.values()))
-        if size >= RAW_BLOCK_BYTES or len(rows) >= RAW_BLOCK_ROWS:
+        if size >= RAW_BLOCK_BYTES:
             yield pa.Table.from_pylist(rows, schema=RAW_SCHEMA)
             rows, size = [], 0
     if rows:
@@ -228,6 +227,7 @@ def build_stream(
     stop_row: int | None = None,
     cpus_per_task: float = 0.5,
     read_concurrency: int = 2,
+    encode_concurrency: int | None = None,
 ) -> Dataset:
     """The rows [start_row, stop_row) of the plan as a Ray dataset of STREAM_SCHEMA, one micro-batch a block.
 
@@ -237,6 +237,8 @@ def build_stream(
         cpus_per_task: Ray CPUs that an encode task reserves; may be fractional, so that data tasks still run where the
             workers hold most CPUs.
         read_concurrency: windows that are read at a time (each is in memory once).
+        encode_concurrency: encode tasks at a time; None: as many as `read_concurrency`. Each is a process that loads
+            torch (some 5 s of CPU time), so more than there are cores to spare delay the first batch.
 
     Raises ValueError when the plan was not made from this split, or when no row is left.
     """
@@ -255,7 +257,7 @@ def build_stream(
         source,
         override_num_blocks=source.num_tasks,
         concurrency=read_concurrency,
-        ray_remote_args={"num_cpus": cpus_per_task / 2},
+        num_cpus=cpus_per_task / 2,
     )
     # The dataset's own copy of the context: what the driver set for its other datasets stays as it was.
     raw.context.execution_options.preserve_order = True
@@ -267,11 +269,14 @@ def build_stream(
         batch_format="pyarrow",
         fn_kwargs={"encoder": encoder},
         num_cpus=cpus_per_task,
+        concurrency=encode_concurrency or read_concurrency,
     )
     stream = encoded.repartition(target_num_rows_per_block=micro_batch, strict=True)
-    # `repartition` takes no reservation and would ask for a whole CPU; with the one of the encode tasks Ray fuses the
-    # two into one operator, and neither starves where less than a CPU is free.
-    stream._logical_plan.dag.ray_remote_args["num_cpus"] = cpus_per_task
+    # `repartition` takes no reservation and would ask for a whole CPU; with that of the encode tasks Ray fuses the two
+    # into one operator, and neither starves where less than a CPU is free.
+    repartition = stream._logical_plan.dag
+    repartition.ray_remote_args["num_cpus"] = cpus_per_task
+    repartition.compute.size = encode_concurrency or read_concurrency
     return stream
 
 
