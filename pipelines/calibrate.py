@@ -21,6 +21,7 @@ from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.pruning import RANK_ESTIMATORS
 from pipelines import checkpoint, shards
 from pipelines.schema import SampleError, parse_sample
+from pipelines.stream import quieten
 
 
 class CalibrationError(ValueError):
@@ -90,7 +91,7 @@ def calibrate_ranks(
             break
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
+    quieten(context)
     images = ray.data.from_items([{"info": asdict(info)} for info in chosen], override_num_blocks=len(chosen)).flat_map(
         _FirstImages(manifest.url, image_size), num_cpus=task_cpus
     )

@@ -83,6 +83,8 @@ class TrainState:
     """The first faulty samples, in the order of the plan."""
     losses: tuple[float, ...] = ()
     """Loss of every step: mean over the supervised tokens of the global batch."""
+    step_seconds: float = 0.0
+    """Wall-clock seconds of all steps, waiting for data included; without the start of workers and checkpoints."""
     final: dict[str, float] = field(default_factory=dict)
     """Held-out metrics; only after the last step."""
     version: int = STATE_VERSION

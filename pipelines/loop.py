@@ -47,8 +47,8 @@ class MetricLogger(Protocol):
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Log `metrics` of optimizer step `step` (from 1)."""
 
-    def close(self) -> None:
-        """Send what is still buffered."""
+    def close(self) -> object:
+        """Send what is still buffered; what it returns is not used."""
 
 
 class Loop:
@@ -78,6 +78,7 @@ class Loop:
         """Make every remaining step, with a progress line and a checkpoint as often as the settings say."""
         settings = self.settings
         while not self.state.done:
+            started = time.perf_counter()
             members = list(itertools.islice(batches, settings.accumulation))
             if len(members) < settings.accumulation:
                 raise ValueError(
@@ -87,7 +88,7 @@ class Loop:
             counts = Counts.of(members).summed_over_workers(self.engine.device)
             self._new_drops += [sample for batch in members for sample in batch.dropped]
             loss = self._optimizer_step(members, counts)
-            self._count(loss, counts)
+            self._count(loss, counts, time.perf_counter() - started)
             step = self.state.step
             if step == 1 or step % settings.log_every_steps == 0 or self.state.done:
                 self._log(loss)
@@ -126,7 +127,7 @@ class Loop:
         engine.step()
         return loss
 
-    def _count(self, loss: float, counts: Counts) -> None:
+    def _count(self, loss: float, counts: Counts, seconds: float) -> None:
         state = self.state
         dropped = {reason: state.dropped.get(reason, 0) + number for reason, number in counts.dropped.items()}
         self.state = dataclasses.replace(
@@ -136,6 +137,7 @@ class Loop:
             samples_seen=state.samples_seen + counts.seen,
             dropped={reason: number for reason, number in dropped.items() if number},
             losses=(*state.losses, loss),
+            step_seconds=state.step_seconds + seconds,
         )
         self._clock.add(counts)
         self._check_drops()

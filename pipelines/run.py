@@ -112,8 +112,8 @@ def _phases(recipe: Recipe, job: JobName, run: RunHandle, manifest: shards.Manif
             print(f"  {name}: keeps {' -> '.join(map(str, budget))} tokens", flush=True)
     with phases("train", f"{recipe.training.workers} workers, ZeRO-3"):
         training = training_job(recipe, manifest, run)
-        trained = fit(training)
-    checkpoint, state = trained.checkpoint, trained.checkpoint.state
+        checkpoint = fit(training).checkpoint
+    state = checkpoint.state
     with tempfile.TemporaryDirectory(prefix="meteor-export-") as name:
         folder, pictures = Path(name) / "model", Path(name) / "pictures"
         with phases("export", "consolidate, solve lambda, reload, compare logits"):
@@ -132,7 +132,7 @@ def _phases(recipe: Recipe, job: JobName, run: RunHandle, manifest: shards.Manif
             parity=parity,
             answers=answers,
             version=version,
-            samples_per_s=trained.steps_trained * recipe.training.global_batch / phases.seconds["train"],
+            samples_per_s=state.samples_seen / state.step_seconds,
             wall_s=phases.seconds,
         )
         store_summary(recipe, run.url, summary, pictures)

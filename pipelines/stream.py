@@ -262,6 +262,7 @@ def build_stream(
     # The dataset's own copy of the context: what the driver set for its other datasets stays as it was.
     raw.context.execution_options.preserve_order = True
     raw.context.target_max_block_size = RAW_BLOCK_BYTES
+    quieten(raw.context)
     raw.context.raise_original_map_exception = True  # else Ray loses the cause of a fault on its way to the driver
     encoded = raw.map_batches(
         encode_table,
@@ -278,6 +279,12 @@ def build_stream(
     repartition.ray_remote_args["num_cpus"] = cpus_per_task
     repartition.compute.size = encode_concurrency or read_concurrency
     return stream
+
+
+def quieten(context: DataContext) -> None:
+    """No progress bars and plans of Ray's own in the job's log: the training's progress lines say how far it is."""
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
 
 
 def data_config(train: str = "train") -> ray.train.DataConfig:

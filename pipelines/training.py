@@ -269,4 +269,5 @@ def _quieten() -> None:
     """Leave out what the libraries say in every run: a report's repetition of its metrics, and a deprecation inside
     DeepSpeed."""
     logging.getLogger(ray_train_context.__file__).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+    deprecated = r".*(all_gather_into_tensor|reduce_scatter_tensor).*"
+    warnings.filterwarnings("ignore", message=deprecated, category=FutureWarning)

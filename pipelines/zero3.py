@@ -20,7 +20,6 @@ from transformers.initialization import no_init_weights
 
 from pipelines.settings import PARTS, OptimizerSettings, Part, ScheduleSettings, SettingsError, TrainingSettings
 
-
 PART_OF_MODULE: dict[str, Part] = {
     "projectors": "projector",
     "encoders": "towers",
@@ -38,7 +37,8 @@ def import_deepspeed(uses_gpu: bool) -> ModuleType:
     """Import DeepSpeed for GPUs or for CPUs.
 
     On CPUs DeepSpeed would compile a shared-memory operator, for inference only, when it meets its first process
-    group; that needs a C++ compiler and half a minute, so the operator is marked as not available.
+    group; that needs a C++ compiler and half a minute, so the operator is marked as not available. Its ranges for
+    NVIDIA's profiler, thousands of calls a step, are switched off there.
     """
     if not uses_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -46,6 +46,7 @@ def import_deepspeed(uses_gpu: bool) -> ModuleType:
 
     if not uses_gpu:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.utils.nvtx.enable_nvtx = False
     return deepspeed
 
 
