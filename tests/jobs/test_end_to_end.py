@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
     "--source.code-points", "64", "--source.heldout-code-points", "16", "--data.heldout-samples", "32",
     "--calibration.samples", "16", "--calibration.decode-samples", "16", "--run.pictures", "1",
-    "--training.checkpoint-every-steps", "4",
+    "--training.checkpoint-every-steps", "8", "--training.micro-batch", "8", "--training.global-batch", "16",
 )  # fmt: skip
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(900)]
@@ -43,7 +43,7 @@ def pretrained(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 def test_the_summary_says_what_happened(pretrained: dict[str, Any]) -> None:
     assert pretrained["world_size"] == 2
     assert pretrained["samples_expected"] == pretrained["samples_seen"] == 256
-    assert pretrained["steps"] == 8
+    assert pretrained["steps"] == 16
     assert pretrained["dropped"] == {} or not any(pretrained["dropped"].values())
     assert pretrained["loss_last"] < pretrained["loss_first"]
     assert pretrained["parity_max_abs_diff"] < 1e-3
@@ -59,7 +59,7 @@ def test_the_summary_says_what_happened(pretrained: dict[str, Any]) -> None:
     assert pretrained["heldout_loss"] > 0
     assert pretrained["heldout_loss_shuffled_images"] > 0
     assert "Ray dashboard" in pretrained["printed"]
-    assert "step 8/8" in pretrained["printed"]
+    assert "step 16/16" in pretrained["printed"]
 
 
 def test_pictures_are_there_for_every_stage(pretrained: dict[str, Any]) -> None:
@@ -81,10 +81,10 @@ def test_mlflow_holds_parameters_metrics_and_documents(stack: Stack, pretrained:
     client = MlflowClient(stack.mlflow_uri)
     run = client.get_run(pretrained["run_id"])
     assert run.info.status == "FINISHED"
-    assert run.data.params["training.global_batch"] == "32"
+    assert run.data.params["training.global_batch"] == "16"
     assert len(run.data.tags["manifest_sha256"]) == 64
     history = client.get_metric_history(pretrained["run_id"], "loss")
-    assert [point.step for point in history][-1] == 8
+    assert [point.step for point in history][-1] == 16
     assert any(name.startswith("system/") for name in run.data.metrics)
     found = {item.path for item in client.list_artifacts(pretrained["run_id"])}
     assert {"recipe.json", "ranks.json", "pictures", "heldout_answers.json"} <= found
@@ -110,12 +110,16 @@ def test_a_fresh_process_with_the_registry_s_address_alone_answers(
 
 
 def test_a_finished_run_is_not_trained_again(stack: Stack, pretrained: dict[str, Any]) -> None:
-    again = submit(stack, "pretrain", "--run.name", "first", *SMALL)
-    assert again.returncode == 0, again.stdout[-3000:]
-    assert "run first is finished" in again.stdout
-    other = submit(stack, "pretrain", "--run.name", "first", *SMALL, "--training.seed", "5")
-    assert other.returncode != 0
-    assert "training.seed: 0 -> 5" in other.stdout
+    from jobs.recipes import parse_recipe
+    from pipelines.run import choose_run
+
+    same = parse_recipe("pretrain", "", ["--run.name", "first", *SMALL])
+    assert choose_run(same, "pretrain") == ("first", True)
+    other = parse_recipe("pretrain", "", ["--run.name", "first", *SMALL, "--training.seed", "5"])
+    with pytest.raises(ValueError, match="training.seed: 0 -> 5"):
+        choose_run(other, "pretrain")
+    with pytest.raises(ValueError, match="job: 'pretrain' -> 'finetune'"):
+        choose_run(same, "finetune")
 
 
 def test_finetune_goes_on_from_the_registered_model(stack: Stack, pretrained: dict[str, Any], tmp_path: Path) -> None:
@@ -132,7 +136,7 @@ def test_finetune_goes_on_from_the_registered_model(stack: Stack, pretrained: di
         (("--tracking.uri", "http://127.0.0.1:9"), "127.0.0.1:9"),
         (("--run.storage", "s3://no-such-bucket"), "no-such-bucket"),
         (("--data.manifest", "s3://meteor/nothing-here"), "nothing-here"),
-        (("--data.train-split", "training"), "data.train_split is 'training'"),
+        (("--data.train-split", "training"), "has no split 'training'; it has: heldout, train"),
     ],
 )
 def test_wrong_places_fail_at_once_and_are_named(
