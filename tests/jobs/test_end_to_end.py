@@ -116,7 +116,7 @@ def test_a_finished_run_is_not_trained_again(stack: Stack, pretrained: dict[str,
     same = parse_recipe("pretrain", "", ["--run.name", "first", *SMALL])
     assert choose_run(same, "pretrain") == ("first", True)
     other = parse_recipe("pretrain", "", ["--run.name", "first", *SMALL, "--training.seed", "5"])
-    with pytest.raises(ValueError, match="training.seed: 0 -> 5"):
+    with pytest.raises(ValueError, match=r"training\.seed: 0 -> 5"):
         choose_run(other, "pretrain")
     with pytest.raises(ValueError, match="job: 'pretrain' -> 'finetune'"):
         choose_run(same, "finetune")
