@@ -1,8 +1,13 @@
 """From what Ray Train raises to the error that a user can act on."""
 
+import re
+
 import ray.exceptions
 import ray.train
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+# Ray Data appends to an error's own message what it thinks of retrying it.
+_RETRY_ADVICE = re.compile(r"\nFailed to [^\n]* after \d+/\d+ attempts \(total backoff .*", re.DOTALL)
 
 
 class TrainingError(RuntimeError):
@@ -13,7 +18,8 @@ def root_cause(error: ray.train.TrainingFailedError, subject: str) -> Exception:
     """The error to raise instead of `error`.
 
     When one worker fails, the others fail with it, in their collective operations. The project's own errors are
-    ValueErrors, so the first of those is the cause, and it is returned as it is. Anything else becomes a TrainingError.
+    ValueErrors, so the first of those is the cause, and it is returned as it was raised. Anything else becomes a
+    TrainingError.
     """
     failures = _failures(error)
     for _, failure in failures:
@@ -43,4 +49,8 @@ def _unwrap(error: BaseException) -> BaseException:
         inner = error.health_check_failure
     elif isinstance(error, ray.exceptions.UserCodeException):
         inner = error.__cause__
-    return error if inner is None or inner is error else _unwrap(inner)
+    if inner is not None and inner is not error:
+        return _unwrap(inner)
+    if error.args and isinstance(error.args[0], str):
+        error.args = (_RETRY_ADVICE.sub("", error.args[0]), *error.args[1:])
+    return error

@@ -12,5 +12,5 @@ STUCK_ROW = 64
 
 if __name__ == "__main__":
     root, run_name = sys.argv[1:]
-    ray.init(num_cpus=6, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     fit(make_job(Path(root), run_name, stuck_at=STUCK_ROW))

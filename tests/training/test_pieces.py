@@ -147,6 +147,12 @@ def test_root_cause_is_the_project_s_own_error() -> None:
     assert root_cause(ray.train.ControllerError(own), "run 'a'") is own
 
 
+def test_root_cause_has_its_own_message_only() -> None:
+    advice = "Failed to apply UDF transform after 1/1 attempts (total backoff 0.0s).\nTo change retry attempts, ..."
+    raised = ray.train.WorkerGroupError("...", {0: ValueError(f"shard 3 is truncated\n{advice}")})
+    assert str(root_cause(raised, "run 'a'")) == "shard 3 is truncated"
+
+
 def test_pixel_bytes_are_not_shared(tmp_path: Path) -> None:
     member = next(row for row in rows(0, 8) if row["num_images"])
     batch = make_micro_batch([member], COLLATE, PAD)
