@@ -265,6 +265,8 @@ def _ray_command(stack: Stack) -> tuple[list[str], dict[str, str]]:
         "AUTOSCALER_METRIC_PORT": str(ports["autoscaler_metrics"]),
         "DASHBOARD_METRIC_PORT": str(ports["dashboard_metrics"]),
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        # Ray's own actors look for an API server; without this they give up where a second cluster runs on the machine.
+        "RAY_API_SERVER_ADDRESS": stack.ray_dashboard,
     }
 
 
