@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,13 @@ def test_the_model_imports_no_cluster_library() -> None:
     for path in sorted((ROOT / "meteor_model").rglob("*.py")):
         wrong = imported(path) & NEVER_IN_THE_MODEL
         assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}"
+
+
+def test_the_core_install_pulls_no_cluster_library() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    core = {re.split(r"[^a-z0-9_-]", requirement.lower())[0] for requirement in project["dependencies"]}
+    assert "torch" in core
+    assert not core & NEVER_IN_THE_MODEL
 
 
 def test_importing_the_model_loads_no_cluster_library() -> None:
