@@ -16,12 +16,18 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """SeaweedFS, MLflow and Ray for the whole session, with the environment that points at them."""
+    """SeaweedFS, MLflow and Ray for one module; programs under test get `full_env(stack)`."""
     started = start_stack(tmp_path_factory.mktemp("stack"))
     try:
-        with applied(started):
-            yield started
+        yield started
     finally:
         stop_stack(started)
+
+
+@pytest.fixture
+def in_stack(stack: Stack) -> Iterator[Stack]:
+    """The same, with this process's own environment pointing at it for one test. Later tests must not meet it."""
+    with applied(stack):
+        yield stack

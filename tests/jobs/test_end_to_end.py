@@ -109,7 +109,7 @@ def test_a_fresh_process_with_the_registry_s_address_alone_answers(
     assert asked.stdout.strip()
 
 
-def test_a_finished_run_is_not_trained_again(stack: Stack, pretrained: dict[str, Any]) -> None:
+def test_a_finished_run_is_not_trained_again(in_stack: Stack, pretrained: dict[str, Any]) -> None:
     from jobs.recipes import parse_recipe
     from pipelines.run import choose_run
 
@@ -139,13 +139,7 @@ def test_finetune_goes_on_from_the_registered_model(stack: Stack, pretrained: di
         (("--data.train-split", "training"), "has no split 'training'; it has: heldout, train"),
     ],
 )
-def test_wrong_places_fail_at_once_and_are_named(
-    stack: Stack,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    arguments: tuple[str, ...],
-    message: str,
-) -> None:
+def test_wrong_places_fail_at_once_and_are_named(in_stack: Stack, arguments: tuple[str, ...], message: str) -> None:
     """Before anything is started, on the driver: no need to go through a submitted job."""
     from jobs.recipes import parse_recipe
     from pipelines.recipe import Recipe
