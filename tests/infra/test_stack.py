@@ -152,7 +152,9 @@ def test_killed_leader_is_swept_and_started_again(live: Stack, name: str) -> Non
     assert any("cleaned" in line and str(before[name].pid) in line for line in said)
     assert after[name].pid != before[name].pid
     assert {other: after[other] for other in after if other != name} == {o: before[o] for o in before if o != name}
-    assert healed.ports == live.ports
+    # The addresses that clients hold come back; Ray's inner ports too, unless another program took one meanwhile.
+    addresses = ("s3_endpoint", "mlflow_uri", "ray_dashboard", "ray_gcs_address")
+    assert [getattr(healed, each) for each in addresses] == [getattr(live, each) for each in addresses]
     assert [row.health for row in status(live.state_dir)] == ["ok", "ok", "ok"]
 
 
