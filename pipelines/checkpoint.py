@@ -31,12 +31,15 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from meteor_model.processing_meteor import MeteorProcessor
+
 STATE_FILE = "train_state.json"
 PARITY_FILE = "parity.safetensors"
 ZERO3_TAG = "zero3"
 SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"
 TRAIN_NAME = "train"
 STATE_VERSION = 1
+PROCESSOR_FOLDER = "processor"  # beside init/, without its weights: data tasks on every node need this alone
 MAX_LISTED_DROPS = 200
 SMOOTHED_STEPS = 10
 
@@ -190,6 +193,14 @@ def local_copy(url: str) -> Iterator[Path]:
     filesystem, path = storage.arrow_filesystem(url)
     with ray.train.Checkpoint(path=path, filesystem=filesystem).as_directory() as directory:
         yield Path(directory)
+
+
+def load_processor(url: str) -> MeteorProcessor:
+    """The processor of the run at `url`, on any machine that reads its storage."""
+    from meteor_model.processing_meteor import MeteorProcessor  # here: the controller only passes this function on
+
+    with local_copy(storage.join(url, PROCESSOR_FOLDER)) as folder:
+        return MeteorProcessor.from_pretrained(folder)
 
 
 def new_folder() -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from pipelines import shards, storage
-from pipelines.checkpoint import PARITY_FILE, CheckpointRef, TrainState, consolidate, local_copy
+from pipelines.checkpoint import PARITY_FILE, CheckpointRef, TrainState, consolidate, load_processor, local_copy
 from pipelines.evaluate import (
     Answer,
     answer_samples,
@@ -22,7 +22,6 @@ from pipelines.evaluate import (
 from pipelines.export import RegisteredVersion, check_parity, export_model, register_model
 from pipelines.pictures import draw_loss, draw_ranks
 from pipelines.recipe import Recipe
-from pipelines.start import load_processor
 from pipelines.tracking import log_documents, log_files
 
 

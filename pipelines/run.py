@@ -16,21 +16,21 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import ray.data
 from mlflow import MlflowClient
 
 from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import collate
 from pipelines import shards, storage
-from pipelines.checkpoint import TrainState, run_url
+from pipelines.batches import iterate_rows
+from pipelines.checkpoint import TrainState, load_processor, run_url
 from pipelines.finish import export, look, register
 from pipelines.making import differences, make_shards
 from pipelines.metric_log import MetricLogger, SystemMetrics
@@ -39,8 +39,8 @@ from pipelines.recipe import Recipe
 from pipelines.report import build_summary, load_summary, readable, store_summary
 from pipelines.settings import SettingsError
 from pipelines.sources.openmoji import OpenMoji
-from pipelines.start import load_processor, prepare_start
-from pipelines.stream import RowEncoder, build_stream, data_config
+from pipelines.start import prepare_start
+from pipelines.stream import RowEncoder, build_stream, data_config, rows_from, rows_to
 from pipelines.tracking import finish_run, git_commit, open_run, require_tracking
 from pipelines.training import TrainingJob, fit
 
@@ -290,28 +290,15 @@ def training_job(recipe: Recipe, manifest: shards.Manifest, run: RunHandle) -> T
         pad_token_id=processor.tokenizer.pad_token_id,
         total_rows=plan.total_rows,
         expected_samples=plan.total_samples,
-        train_data=partial(_stream_from, stream, data.train_split, plan),
+        train_data=partial(rows_from, stream, data.train_split, plan),
         heldout_rows=heldout_rows,
-        heldout_data=partial(_stream_to, stream, data.heldout_split, heldout, heldout_rows),
-        iterate=_iterate,
+        heldout_data=partial(rows_to, stream, data.heldout_split, heldout, heldout_rows),
+        iterate=iterate_rows,
         data_config=data_config(),
         recipe_hash=recipe.digest(),
         mlflow_run_id=run.mlflow_run_id,
         make_logger=partial(_logger, run.mlflow_run_id, recipe.tracking.uri),
     )
-
-
-def _stream_from(stream: Callable[..., ray.data.Dataset], split: str, plan: StreamPlan, row: int) -> ray.data.Dataset:
-    return stream(split=split, plan=plan, start_row=row)
-
-
-def _stream_to(stream: Callable[..., ray.data.Dataset], split: str, plan: StreamPlan, stop: int) -> ray.data.Dataset:
-    return stream(split=split, plan=plan, stop_row=stop)
-
-
-def _iterate(iterator: ray.data.DataIterator, micro_batch: int) -> Iterator[list[dict[str, Any]]]:
-    for table in iterator.iter_batches(batch_size=micro_batch, batch_format="pyarrow", prefetch_batches=2):
-        yield table.to_pylist()
 
 
 def _logger(run_id: str, uri: str, state: TrainState) -> MetricLogger:

@@ -22,14 +22,13 @@ from meteor_model.processing_meteor import MeteorProcessor
 from meteor_model.tokenizer import train_tokenizer
 from pipelines import shards, storage
 from pipelines.calibrate import calibrate_ranks
-from pipelines.checkpoint import local_copy
+from pipelines.checkpoint import PROCESSOR_FOLDER
 from pipelines.export import pull_model
 from pipelines.recipe import Recipe
 from pipelines.schema import SampleError, parse_sample
 
 READY_FILE = "READY.json"
 RANKS_FILE = "ranks.json"
-PROCESSOR_FOLDER = "processor"
 TOKENIZER_TEXTS = 20_000
 
 
@@ -119,12 +118,6 @@ def _texts(manifest: shards.Manifest, split: str) -> Iterator[str]:
             except SampleError:
                 continue
             yield from (turn.text for turn in sample.turns)
-
-
-def load_processor(run_url: str) -> MeteorProcessor:
-    """The processor of a run, on any machine that reads its storage."""
-    with local_copy(storage.join(run_url, PROCESSOR_FOLDER)) as folder:
-        return MeteorProcessor.from_pretrained(folder)
 
 
 def upload_folder(folder: Path, url: str) -> None:

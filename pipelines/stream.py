@@ -281,6 +281,17 @@ def build_stream(
     return stream
 
 
+def rows_from(build: Callable[..., Dataset], split: str, plan: StreamPlan, start_row: int) -> Dataset:
+    """A stream by `build_stream`, its other settings bound, from a row on. Here, so that who builds it later imports no
+    more than this module."""
+    return build(split=split, plan=plan, start_row=start_row)
+
+
+def rows_to(build: Callable[..., Dataset], split: str, plan: StreamPlan, stop_row: int) -> Dataset:
+    """The same, from the first row to `stop_row`."""
+    return build(split=split, plan=plan, stop_row=stop_row)
+
+
 def quieten(context: DataContext) -> None:
     """No progress bars and plans of Ray's own in the job's log: the training's progress lines say how far it is."""
     context.enable_progress_bars = False
