@@ -22,11 +22,15 @@ from pipelines.evaluate import (
 from pipelines.export import RegisteredVersion, check_parity, export_model, register_model
 from pipelines.pictures import draw_loss, draw_ranks
 from pipelines.recipe import Recipe
+from pipelines.start import upload_folder
 from pipelines.tracking import log_documents, log_files
+
+EXPORT_FOLDER = "export"
 
 
 def export(recipe: Recipe, run_url: str, manifest: shards.Manifest, checkpoint: CheckpointRef, folder: Path) -> float:
-    """Write the trained model to `folder`, with stage 3's lambda, and compare it with the training model.
+    """Write the trained model to `folder`, with stage 3's lambda, compare it with the training model, and store it as
+    the run's `export/`.
 
     Returns:
         largest difference of the logits of the folder's model, loaded again, to those that training wrote.
@@ -45,7 +49,9 @@ def export(recipe: Recipe, run_url: str, manifest: shards.Manifest, checkpoint: 
             model.config = with_lambda(model.config, lam)
             print(f"  lambda {lam:.4g} for a mean of {decode.target_mean:g} visual tokens", flush=True)
         export_model(model, processor, folder)
-        return check_parity(folder, directory / PARITY_FILE, recipe.tracking.parity_tolerance)
+        parity = check_parity(folder, directory / PARITY_FILE, recipe.tracking.parity_tolerance)
+    upload_folder(folder, storage.join(run_url, EXPORT_FOLDER))
+    return parity
 
 
 def look(

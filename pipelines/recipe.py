@@ -22,8 +22,8 @@ class ModelSettings:
     architecture: str = "tiny"
     """Named architecture: towers and LLM (meteor_model/architectures.py)."""
     start: str | None = None
-    """Model to start from: models:/NAME@ALIAS, models:/NAME/VERSION or the folder of an exported model; None starts
-    from the architecture with random weights."""
+    """Model to start from: models:/NAME@ALIAS, models:/NAME/VERSION, or a stored one (s3://.../runs/NAME/export or a
+    local folder); None starts from the architecture with random weights."""
     template: str = "vicuna_v1"
     """Chat template: plain, vicuna_v1 or short."""
     vocab_size: int = 512

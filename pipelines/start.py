@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from meteor_model.processing_meteor import MeteorProcessor
 from meteor_model.tokenizer import train_tokenizer
 from pipelines import shards, storage
 from pipelines.calibrate import calibrate_ranks
-from pipelines.checkpoint import PROCESSOR_FOLDER
+from pipelines.checkpoint import PROCESSOR_FOLDER, local_copy
 from pipelines.export import pull_model
 from pipelines.recipe import Recipe
 from pipelines.schema import SampleError, parse_sample
@@ -98,9 +99,12 @@ def _built(recipe: Recipe, manifest: shards.Manifest) -> tuple[MeteorForConditio
 
 def _pulled(recipe: Recipe) -> tuple[MeteorForConditionalGeneration, MeteorProcessor]:
     """A registered or stored model under the recipe's pruning and chat template."""
-    assert recipe.model.start is not None
-    with tempfile.TemporaryDirectory(prefix="meteor-pull-") as name:
-        folder = pull_model(recipe.model.start, Path(name) / "model", recipe.tracking.uri)
+    start = recipe.model.start
+    assert start is not None
+    with tempfile.TemporaryDirectory(prefix="meteor-pull-") as name, ExitStack() as stored:
+        if storage.is_s3(start):
+            start = str(stored.enter_context(local_copy(start)))
+        folder = pull_model(start, Path(name) / "model", recipe.tracking.uri)
         model = MeteorForConditionalGeneration.from_pretrained(folder)
         processor = MeteorProcessor.from_pretrained(folder)
     config = MeteorConfig(**{**model.config.to_dict(), "pruning": recipe.pruning, "ranks": None})
