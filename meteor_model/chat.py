@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 IMAGE_PLACEHOLDER = "<image>"
+IGNORE_INDEX = -100  # label of a token that the loss leaves out
 ROLES = ("system", "user", "assistant")
 
 

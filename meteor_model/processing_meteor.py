@@ -12,10 +12,9 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
 
-from meteor_model.chat import IMAGE_PLACEHOLDER, chat_template, render
+from meteor_model.chat import IGNORE_INDEX, IMAGE_PLACEHOLDER, chat_template, render
 from meteor_model.images import decode_image, fit_square, pillow_to_rgb
 
-IGNORE_INDEX = -100
 PROCESSOR_FILE = "meteor_processor.json"
 
 ImageInput = bytes | str | Path | Image.Image | np.ndarray | torch.Tensor

@@ -16,11 +16,9 @@ import ray.data
 import torch
 from torch import Tensor
 
+from meteor_model.chat import IGNORE_INDEX
 from pipelines.checkpoint import DroppedSample
-from pipelines.schema import REASONS
-
-IGNORED_LABEL = -100
-VOID = "void"
+from pipelines.schema import REASONS, VOID
 
 Row = Mapping[str, Any]
 Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
@@ -88,7 +86,7 @@ def make_micro_batch(rows: Sequence[Row], collate: Collate, pad_token_id: int) -
     """Collate the rows that are samples; without any, a batch of one padding token that no loss counts."""
     samples = [row for row in rows if not row["reason"]]
     dropped = tuple(_dropped(row) for row in rows if row["reason"] not in ("", VOID))
-    supervised = sum(int((np.asarray(row["labels"])[1:] != IGNORED_LABEL).sum()) for row in samples)
+    supervised = sum(int((np.asarray(row["labels"])[1:] != IGNORE_INDEX).sum()) for row in samples)
     tokens = sum(len(row["input_ids"]) for row in samples)
     examples = [_example(row) for row in samples] or [_empty_example(pad_token_id)]
     num_images = tuple(len(example["images"]) for example in examples)
@@ -96,7 +94,7 @@ def make_micro_batch(rows: Sequence[Row], collate: Collate, pad_token_id: int) -
 
 
 def _empty_example(pad_token_id: int) -> dict[str, Any]:
-    return {"input_ids": [pad_token_id], "labels": [IGNORED_LABEL], "images": torch.empty(0, dtype=torch.uint8)}
+    return {"input_ids": [pad_token_id], "labels": [IGNORE_INDEX], "images": torch.empty(0, dtype=torch.uint8)}
 
 
 def _example(row: Row) -> dict[str, Any]:

@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-IMAGE_PLACEHOLDER = "<image>"
+from meteor_model.chat import IMAGE_PLACEHOLDER
+
+VOID = "void"  # the reason of a row that only fills up the last step
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif")
 RECORD_EXTENSION = "json"
 

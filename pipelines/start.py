@@ -78,8 +78,8 @@ def prepare_start(recipe: Recipe, manifest: shards.Manifest, run_url: str) -> di
     return ranks
 
 
-def with_pruning(config: MeteorConfig, recipe: Recipe, ranks: dict[str, list[float]]) -> MeteorConfig:
-    """The configuration with the recipe's pruning and measured ranks."""
+def with_pruning(config: MeteorConfig, recipe: Recipe, ranks: dict[str, list[float]] | None) -> MeteorConfig:
+    """The configuration with the recipe's pruning, and ranks where they are measured."""
     data = {**config.to_dict(), "pruning": recipe.pruning, "ranks": ranks}
     return MeteorConfig(**data)
 
@@ -107,8 +107,7 @@ def _pulled(recipe: Recipe) -> tuple[MeteorForConditionalGeneration, MeteorProce
         folder = pull_model(start, Path(name) / "model", recipe.tracking.uri)
         model = MeteorForConditionalGeneration.from_pretrained(folder)
         processor = MeteorProcessor.from_pretrained(folder)
-    config = MeteorConfig(**{**model.config.to_dict(), "pruning": recipe.pruning, "ranks": None})
-    model.config = config
+    model.config = config = with_pruning(model.config, recipe, None)
     processor.tokens_per_image, processor.template = config.tokens_per_image, recipe.model.template
     return model, processor
 

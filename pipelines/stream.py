@@ -26,12 +26,11 @@ import ray.train
 from ray.data import DataContext, Dataset, Datasource, ExecutionOptions, ReadTask
 from ray.data.block import BlockMetadata
 
+from meteor_model.chat import IGNORE_INDEX
 from pipelines.order import VOID_EPOCH, StreamPlan, WorkItem
-from pipelines.schema import SampleError, parse_sample
+from pipelines.schema import VOID, SampleError, parse_sample
 from pipelines.shards import Manifest, ShardInfo, read_shard
 
-VOID_REASON = "void"
-IGNORE_INDEX = -100
 RAW_BLOCK_BYTES = 2**20  # raw members in a block: the grain of the encode tasks
 MAX_READ_TASKS = 4096  # a task costs the driver about 2 ms before the first row; beyond this, windows share a task
 SHARD_FETCHES = 4  # shards of one window that are fetched at a time
@@ -206,7 +205,7 @@ def encode_table(raw: pa.Table, encoder: RowEncoder) -> pa.Table:
     for record in raw.to_pylist():
         names, data, key = record.pop("names"), record.pop("data"), record.pop("key")
         if record["epoch"] == VOID_EPOCH:
-            columns = encoder.without_sample("", VOID_REASON, "fills up the last step")
+            columns = encoder.without_sample("", VOID, "fills up the last step")
         else:
             columns = encoder(key, dict(zip(names, data, strict=True)))
         rows.append({**record, **columns})
