@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -13,6 +15,8 @@ from meteor_model.encoders import EncoderConfig, encoder_class
 from meteor_model.pruning import RANK_ESTIMATORS, allocate_budgets
 
 T = TypeVar("T")
+
+FUSIONS = ("post_projection", "channel_concat")
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,9 @@ class EncodePruning:
     """How the rank of a feature map is measured: effective, energy or numerical."""
     rank_exponent: float = 1.0
     """Budgets go with rank ** exponent: 1 is the paper, 0 uniform, -1 inverse."""
+    score_queries: int | None = 256
+    """Evenly spaced query tokens from which an encoder without CLS counts the attention that a token receives, so that
+    scoring is linear in the tokens; None takes every token."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "totals", tuple(int(total) for total in self.totals))
@@ -38,6 +45,10 @@ class EncodePruning:
             raise ValueError(f"pruning.encode.totals must not grow from boundary to boundary, got {self.totals}")
         if self.first_deep_segment < 1:
             raise ValueError(f"pruning.encode.first_deep_segment counts from 1, got {self.first_deep_segment}")
+        if self.score_queries is not None and self.score_queries < 1:
+            raise ValueError(f"pruning.encode.score_queries must be at least 1 or None, got {self.score_queries}")
+        if not math.isfinite(self.rank_exponent):
+            raise ValueError(f"pruning.encode.rank_exponent must be finite, got {self.rank_exponent}")
         if self.rank_estimator not in RANK_ESTIMATORS:
             known = ", ".join(sorted(RANK_ESTIMATORS))
             raise ValueError(f"pruning.encode.rank_estimator {self.rank_estimator!r} is unknown; known: {known}")
@@ -132,6 +143,10 @@ class MeteorConfig(PreTrainedConfig):
         image_token_id: id of the placeholder, one per visual token that survives fusion.
         ranks: expected rank of each encoder's feature map at each of its boundaries, from calibration; None before it
             (then encoders share by token count alone, as if all ranks were equal).
+        fusion: "post_projection" (METEOR: one projector per encoder, tokens pooled) or "channel_concat" (EAGLE: every
+            map is brought to one grid, joined on the channels, and goes through one projector; nothing is pruned before
+            the LLM).
+        concat_grid: rows and columns of that one grid; used by "channel_concat" alone.
 
     Raises:
         ValueError: naming the field that contradicts another.
@@ -147,6 +162,8 @@ class MeteorConfig(PreTrainedConfig):
         image_size: int = 336,
         image_token_id: int = 3,
         ranks: Mapping[str, Sequence[float]] | None = None,
+        fusion: str = "post_projection",
+        concat_grid: int = 32,
         **kwargs: Any,
     ) -> None:
         self.encoders = tuple(
@@ -162,6 +179,8 @@ class MeteorConfig(PreTrainedConfig):
         self.pruning = pruning if isinstance(pruning, PruningConfig) else PruningConfig.from_dict(pruning)
         self.image_size = image_size
         self.image_token_id = image_token_id
+        self.fusion = fusion
+        self.concat_grid = concat_grid
         self.ranks = None if ranks is None else {name: [float(r) for r in values] for name, values in ranks.items()}
         kwargs.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
         super().__init__(**kwargs)
@@ -173,6 +192,7 @@ class MeteorConfig(PreTrainedConfig):
         if len(set(names)) != len(names):
             raise ValueError(f"encoder names must differ, got {names}")
         encode, fuse, decode = self.pruning.encode, self.pruning.fuse, self.pruning.decode
+        self._check_fusion()
         if self.ranks is not None and set(self.ranks) != set(names):
             raise ValueError(f"ranks are for encoders {sorted(self.ranks)}, the model has {sorted(names)}")
         for item in self.encoders:
@@ -198,11 +218,38 @@ class MeteorConfig(PreTrainedConfig):
                 f"image_token_id {self.image_token_id} is outside the vocabulary {self.text_config.vocab_size}"
             )
 
+    def _check_fusion(self) -> None:
+        if self.fusion not in FUSIONS:
+            near = difflib.get_close_matches(str(self.fusion), FUSIONS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"fusion {self.fusion!r} is unknown; known: {', '.join(FUSIONS)}{hint}")
+        folded = [item.name for item in self.encoders if item.fold != 1]
+        if self.fusion == "post_projection":
+            if folded:
+                raise ValueError(f"encoders {folded} set fold, which only fusion='channel_concat' uses")
+            return
+        if self.concat_grid < 1:
+            raise ValueError(f"concat_grid must be positive, got {self.concat_grid}")
+        for stage, on in (("encode", self.pruning.encode.enabled), ("fuse", self.pruning.fuse.enabled)):
+            if on:
+                raise ValueError(
+                    f"pruning.{stage}.enabled is true with fusion='channel_concat', which needs every token of every "
+                    "grid: set it to false, or fusion to 'post_projection'"
+                )
+        for item in self.encoders:
+            rows, columns = self.encoder_grids[item.name]
+            if rows % item.fold or columns % item.fold:
+                raise ValueError(f"encoder {item.name!r}: its {rows} x {columns} grid cannot be folded by {item.fold}")
+
+    @cached_property
+    def encoder_grids(self) -> dict[str, tuple[int, int]]:
+        """Rows and columns of each encoder's full grid."""
+        return {item.name: encoder_class(item.family).grid_size(item) for item in self.encoders}
+
     @cached_property
     def encoder_tokens(self) -> dict[str, int]:
         """Patch tokens of each encoder's full grid."""
-        grids = {item.name: encoder_class(item.family).grid_size(item) for item in self.encoders}
-        return {name: rows * columns for name, (rows, columns) in grids.items()}
+        return {name: rows * columns for name, (rows, columns) in self.encoder_grids.items()}
 
     @cached_property
     def encode_budgets(self) -> dict[str, tuple[int, ...]]:
@@ -242,6 +289,8 @@ class MeteorConfig(PreTrainedConfig):
     @cached_property
     def tokens_per_image(self) -> int:
         """Visual tokens per image that enter the LLM: placeholders per `<image>`."""
+        if self.fusion == "channel_concat":
+            return self.concat_grid**2
         if self.pruning.fuse.enabled:
             return self.pruning.fuse.keep
         return sum(budget[-1] for budget in self.encode_budgets.values())
@@ -259,7 +308,7 @@ class MeteorConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionary for config.json."""
         output = super().to_dict()
-        for derived in ("encoder_tokens", "encode_budgets", "tokens_per_image"):
+        for derived in ("encoder_grids", "encoder_tokens", "encode_budgets", "tokens_per_image"):
             output.pop(derived, None)
         output["encoders"] = [item.to_dict() for item in self.encoders]
         output["text_config"] = self.text_config.to_dict()

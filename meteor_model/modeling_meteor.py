@@ -14,7 +14,7 @@ D encoder width, C LLM width, V vocabulary, S travelling image size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,13 +24,15 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
+from meteor_model.chat import IGNORE_INDEX
 from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.decoder import MeteorCache, attention_mass, decode_pruned
 from meteor_model.encode import dense_maps, encode_pruned
 from meteor_model.encoders import VisionEncoder, build_encoder
-from meteor_model.pruning import feature_rank, gather_tokens, mutual_redundancy, select_top
+from meteor_model.fusion import MeteorProjector, concat_channels, concat_width, fuse_cooperatively
+from meteor_model.pruning import feature_rank
 
-IGNORE_INDEX = -100
+JOINT = "joint"  # the one projector of channel_concat
 
 
 @dataclass
@@ -81,19 +83,6 @@ class MeteorOutput(ModelOutput):
     pruning_stats: PruningStats | None = None
 
 
-class MeteorProjector(nn.Module):
-    """One encoder's way into the LLM: Linear, GELU, Linear."""
-
-    def __init__(self, embed_dim: int, hidden_size: int) -> None:
-        super().__init__()
-        self.input = nn.Linear(embed_dim, hidden_size)
-        self.output = nn.Linear(hidden_size, hidden_size)
-
-    def forward(self, hidden_MND: torch.Tensor) -> torch.Tensor:
-        projected: torch.Tensor = self.output(F.gelu(self.input(hidden_MND)))
-        return projected
-
-
 class MeteorPreTrainedModel(PreTrainedModel):
     """Loading, saving and initialisation."""
 
@@ -128,10 +117,18 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, GenerationMixin):
         width = config.text_config.hidden_size
         towers = {item.name: build_encoder(item) for item in config.encoders}
         self.encoders = nn.ModuleDict(towers)
-        self.projectors = nn.ModuleDict({name: MeteorProjector(t.embed_dim, width) for name, t in towers.items()})
+        self.projectors = self._build_projectors({name: tower.embed_dim for name, tower in towers.items()})
         self.language_model = AutoModel.from_config(config.text_config)
         self.lm_head = nn.Linear(width, config.text_config.vocab_size, bias=False)
         self.post_init()
+
+    def _build_projectors(self, widths: Mapping[str, int]) -> nn.ModuleDict:
+        """One projector per encoder, or a joint one where maps are joined on the channels."""
+        config = self.config
+        if config.fusion == "channel_concat":
+            widths = {JOINT: concat_width(list(widths.values()), [item.fold for item in config.encoders])}
+        llm_width = config.text_config.hidden_size
+        return nn.ModuleDict({name: MeteorProjector(width, llm_width) for name, width in widths.items()})
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -161,20 +158,20 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, GenerationMixin):
             (M, K, C) visual tokens in encoder order, then raster order; and what was kept.
         """
         config = self.config
-        projected, kept = [], {}
+        encode = config.pruning.encode
+        maps, kept = [], {}
         for name, encoder in self._towers():
             pixels = encoder.normalize(pixel_values, self.dtype)
-            budgets = config.encode_budgets[name]
-            tokens, kept[name] = encode_pruned(encoder, pixels, budgets, config.pruning.encode.first_deep_segment)
-            projected.append(self.projectors[name](tokens.hidden))
-        pool_MNC = torch.cat(projected, dim=1)
-        if config.tokens_per_image < pool_MNC.shape[1]:
-            with torch.no_grad():
-                keep_MK = select_top(-mutual_redundancy(projected), config.tokens_per_image)
-            pool_MNC = gather_tokens(pool_MNC, keep_MK)
+            tokens, kept[name] = encode_pruned(encoder, pixels, config.encode_budgets[name], encode.first_deep_segment)
+            maps.append(tokens.hidden)
+        if config.fusion == "channel_concat":
+            grids, folds = list(config.encoder_grids.values()), [item.fold for item in config.encoders]
+            visual_MKC = self.projectors[JOINT](concat_channels(maps, grids, folds, config.concat_grid))
+            keep_MK = torch.arange(visual_MKC.shape[1], device=visual_MKC.device).expand(len(visual_MKC), -1)
         else:
-            keep_MK = torch.arange(pool_MNC.shape[1], device=pool_MNC.device).expand(len(pool_MNC), -1)
-        return pool_MNC, PruningStats(kept, dict(config.encoder_tokens), keep_MK)
+            projected = [self.projectors[name](hidden) for name, hidden in zip(kept, maps, strict=True)]
+            visual_MKC, keep_MK = fuse_cooperatively(projected, config.tokens_per_image)
+        return visual_MKC, PruningStats(kept, dict(config.encoder_tokens), keep_MK)
 
     @torch.no_grad()
     def measure_ranks(self, pixel_values: torch.Tensor, estimators: tuple[str, ...]) -> dict[str, dict[str, Any]]:

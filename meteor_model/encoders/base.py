@@ -31,18 +31,23 @@ class EncoderConfig:
         family: key of the encoder registry (`meteor_model.encoders.ENCODERS`).
         image_size: side in pixels of the square image that the tower sees.
         tower: arguments of the library's own configuration class.
+        fold: cells per side that are folded into one token's channels (pixel unshuffle) where maps are joined on the
+            channels; EAGLE-X5 folds SAM's 64 x 64 map by 2.
     """
 
     name: str
     family: str
     image_size: int
     tower: dict[str, Any] = field(default_factory=dict)
+    fold: int = 1
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier():
             raise ValueError(f"encoder name {self.name!r} must be letters, digits and underscores: it names parameters")
         if self.image_size < 1:
             raise ValueError(f"encoder {self.name!r}: image_size must be positive, got {self.image_size}")
+        if self.fold < 1:
+            raise ValueError(f"encoder {self.name!r}: fold must be at least 1, got {self.fold}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionary for config.json."""
