@@ -4,20 +4,43 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from meteor_model.configuration_meteor import MeteorConfig, PruningConfig
 from meteor_model.encoders import EncoderConfig
 
 
+LLM_PART = "llm"
+
+
 @dataclass(frozen=True)
 class Architecture:
-    """Towers, LLM and the size at which images travel."""
+    """What a model is made of.
+
+    Attributes:
+        encoders: the towers, in fusion order.
+        text_config: arguments of the LLM's configuration class, with its `model_type`.
+        image_size: side of the square image that travels.
+        fusion: how encoders are joined, see `MeteorConfig`.
+        concat_grid: common grid of fusion="channel_concat".
+        weights: where pretrained parts come from, by encoder name or "llm": a hub id, a local folder or a safetensors
+            file (meteor_model/weights.py). Parts that are not named start from random weights.
+    """
 
     encoders: tuple[EncoderConfig, ...]
     text_config: dict[str, Any]
     image_size: int
+    fusion: str = "post_projection"
+    concat_grid: int = 32
+    weights: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        parts = {item.name for item in self.encoders} | {LLM_PART}
+        if unknown := sorted(set(self.weights) - parts):
+            raise ValueError(
+                f"weights name the parts {unknown}, which are not in the model; its parts: {sorted(parts)}"
+            )
 
 
 def tiny() -> Architecture:
@@ -81,5 +104,7 @@ def build_config(
         pruning=pruning,
         image_size=parts.image_size,
         image_token_id=image_token_id,
+        fusion=parts.fusion,
+        concat_grid=parts.concat_grid,
         **special_ids,
     )
