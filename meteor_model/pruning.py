@@ -25,8 +25,8 @@ from torch import Tensor
 
 
 def _refuse_nan(scores: Tensor) -> None:
-    """A NaN sorts as the largest value and would be kept silently. Reading the data is impossible while compiling."""
-    if not torch.compiler.is_compiling() and bool(torch.isnan(scores).any()):
+    """A NaN sorts as the largest value and would be kept silently. Data cannot be read while compiling or on meta."""
+    if not (scores.is_meta or torch.compiler.is_compiling()) and bool(torch.isnan(scores).any()):
         count = int(torch.isnan(scores).sum())
         raise ValueError(
             f"{count} of {scores.numel()} token scores are NaN; the features they were computed from are not finite"
