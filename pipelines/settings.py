@@ -126,6 +126,8 @@ class TrainingSettings:
     """Seed of the order of the data and of every random number in training."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Number format of weights and activations (the optimizer keeps fp32 master weights either way)."""
+    gradient_checkpointing: bool = False
+    """Store only the input of every block and recompute the rest in the backward pass: less memory, more time."""
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     """AdamW and the learning rates."""
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)

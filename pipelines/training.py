@@ -50,6 +50,7 @@ from pipelines.heldout import evaluate
 from pipelines.loop import Loop, MetricLogger
 from pipelines.settings import SettingsError, TrainingSettings
 from pipelines.zero3 import (
+    checkpoint_activations,
     deepspeed_config,
     import_deepspeed,
     load_sharded,
@@ -228,6 +229,8 @@ def train_worker(config: Mapping[str, Any]) -> None:
     zero3 = deepspeed_config(settings)
     with local_copy(storage.join(job.url, "init")) as directory:
         model = load_sharded(job.model_class, directory, zero3, weight_dtype(settings), settings.uses_gpu)
+    if settings.gradient_checkpointing:
+        checkpoint_activations(model)
     # 3. optimise
     groups = parameter_groups(model, settings.optimizer)
     optimizer = torch.optim.AdamW(

@@ -189,6 +189,16 @@ def _verify_weights(deepspeed: ModuleType, names: Mapping[nn.Parameter, str], fi
         )
 
 
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Recompute the activations inside every block of towers and LLM in the backward pass."""
+    # Non-reentrant: it needs no gradient at the inputs, so frozen parts stay frozen.
+    arguments = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # the name from transformers 5.2x on
+        model.activation_checkpointing_enable(arguments)
+    else:
+        model.gradient_checkpointing_enable(arguments)
+
+
 def part_of(name: str) -> Part:
     """The part of the model that parameter `name` belongs to.
 

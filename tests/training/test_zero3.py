@@ -18,6 +18,7 @@ from pipelines.checkpoint import ZERO3_TAG, CheckpointError, consolidate
 from pipelines.settings import LearningRates, OptimizerSettings, TrainingSettings
 from pipelines.zero3 import (
     WeightsError,
+    checkpoint_activations,
     deepspeed_config,
     import_deepspeed,
     load_sharded,
@@ -50,7 +51,7 @@ def count(batch: dict[str, Tensor]) -> int:
 TOKENS = count(make_batch(0)) + count(make_batch(1))
 
 
-def work(rank: int, folder: Path, precision: Any) -> None:
+def work(rank: int, folder: Path, precision: Any, rates: LearningRates, recompute: bool) -> None:
     """One worker: load, two steps, save; and a folder that lacks a weight."""
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
@@ -61,7 +62,8 @@ def work(rank: int, folder: Path, precision: Any) -> None:
         micro_batch=2,
         global_batch=4,
         precision=precision,
-        optimizer=OptimizerSettings(learning_rates=RATES),
+        gradient_checkpointing=recompute,
+        optimizer=OptimizerSettings(learning_rates=rates),
     )
     deepspeed = import_deepspeed(uses_gpu=False)
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
@@ -70,6 +72,8 @@ def work(rank: int, folder: Path, precision: Any) -> None:
     with pytest.raises(WeightsError, match=r"holds no weights for projectors\.clip\.input\.bias"):
         load_sharded(MeteorForConditionalGeneration, folder / "incomplete", *arguments)
     model = load_sharded(MeteorForConditionalGeneration, folder / "init", *arguments)
+    if recompute:
+        checkpoint_activations(model)
     optimizer = torch.optim.AdamW(parameter_groups(model, settings.optimizer), **ADAMW)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     losses = []
@@ -87,7 +91,9 @@ def work(rank: int, folder: Path, precision: Any) -> None:
     torch.distributed.destroy_process_group()
 
 
-def run(folder: Path, precision: str) -> tuple[list[float], Path]:
+def run(
+    folder: Path, precision: str, rates: LearningRates = RATES, recompute: bool = False
+) -> tuple[list[float], Path]:
     """Both workers; returns the losses and the checkpoint, in which both workers' files are together."""
     torch.manual_seed(0)
     config = build_config("tiny", PRUNING, 64, {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}, IMAGE)
@@ -96,17 +102,17 @@ def run(folder: Path, precision: str) -> tuple[list[float], Path]:
     weights = load_file(folder / "init" / "model.safetensors")
     del weights["projectors.clip.input.bias"]
     save_file(weights, folder / "incomplete" / "model.safetensors", metadata={"format": "pt"})
-    torch.multiprocessing.spawn(work, args=(folder, precision), nprocs=2)
+    torch.multiprocessing.spawn(work, args=(folder, precision, rates, recompute), nprocs=2)
     shutil.copytree(folder / "checkpoint-1" / ZERO3_TAG, folder / "checkpoint" / ZERO3_TAG, dirs_exist_ok=True)
     losses = [json.loads((folder / f"losses-{rank}.json").read_text()) for rank in range(2)]
     assert losses[0] == losses[1]
     return losses[0], folder / "checkpoint"
 
 
-def plain(init: Path) -> tuple[list[float], MeteorForConditionalGeneration]:
+def plain(init: Path, rates: LearningRates = RATES) -> tuple[list[float], MeteorForConditionalGeneration]:
     """The same two steps in this process."""
     model = MeteorForConditionalGeneration.from_pretrained(init)
-    settings = OptimizerSettings(learning_rates=RATES)
+    settings = OptimizerSettings(learning_rates=rates)
     optimizer = torch.optim.AdamW(parameter_groups(model, settings), **ADAMW)
     losses = []
     for _ in range(2):
@@ -136,6 +142,22 @@ def test_real_model_in_fp32_equals_one_process(tmp_path: Path) -> None:
             path.unlink()
     with pytest.raises(CheckpointError, match="not a whole ZeRO-3 checkpoint"):
         consolidate(checkpoint, MeteorForConditionalGeneration, tmp_path / "init")
+
+
+def test_recomputed_activations_train_the_same_weights_in_every_part(tmp_path: Path) -> None:
+    """Towers train too, one rank has no image, and every block is recomputed in the backward pass."""
+    rates = LearningRates(projector=1e-2, towers=1e-3, llm=1e-3)
+    losses, checkpoint = run(tmp_path, "fp32", rates, recompute=True)
+    expected, model = plain(tmp_path / "init", rates)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    whole = consolidate(checkpoint, MeteorForConditionalGeneration, tmp_path / "init")
+    weights, start = dict(whole.named_parameters()), load_file(tmp_path / "init" / "model.safetensors")
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(weights[name], parameter, rtol=1e-3, atol=2e-5, msg=name)
+    assert not torch.equal(
+        weights["encoders.clip.tower.encoder.layers.0.mlp.fc1.weight"],
+        start["encoders.clip.tower.encoder.layers.0.mlp.fc1.weight"],
+    )
 
 
 def test_real_model_in_bf16_keeps_fp32_masters(tmp_path: Path) -> None:
