@@ -10,7 +10,6 @@ from typing import Any
 from meteor_model.configuration_meteor import MeteorConfig, PruningConfig
 from meteor_model.encoders import EncoderConfig
 
-
 LLM_PART = "llm"
 
 
