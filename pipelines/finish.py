@@ -9,6 +9,7 @@ from typing import Any
 
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
+from meteor_model.visualize import draw_ranks
 from pipelines import shards, storage
 from pipelines.checkpoint import PARITY_FILE, CheckpointRef, TrainState, consolidate, load_processor, local_copy
 from pipelines.evaluate import (
@@ -20,7 +21,7 @@ from pipelines.evaluate import (
     with_lambda,
 )
 from pipelines.export import RegisteredVersion, check_parity, export_model, register_model
-from pipelines.pictures import draw_loss, draw_ranks
+from pipelines.pictures import draw_loss
 from pipelines.recipe import Recipe
 from pipelines.start import upload_folder
 from pipelines.tracking import log_documents, log_files
@@ -77,7 +78,7 @@ def look(
         "held out, images shuffled": state.final["heldout_loss_shuffled_images"],
     }
     draw_loss(state.losses, pictures / "loss.png", heldout)
-    draw_ranks(ranks, pictures / "ranks.png")
+    draw_ranks(ranks).save(pictures / "ranks.png")
     log_files(recipe.tracking.uri, run_id, pictures, "pictures")
     log_documents(
         recipe.tracking.uri,

@@ -1,0 +1,10 @@
+"""Pictures of what the model does: the cells that each stage keeps, feature-map ranks, attention on visual tokens.
+
+sheets   drawn from what a pass returned: `draw_kept`, `draw_overview`
+charts   drawn from numbers: `draw_ranks`, `draw_head_vav`
+"""
+
+from meteor_model.visualize.charts import draw_head_vav, draw_ranks, rank_report
+from meteor_model.visualize.sheets import COLOURS, draw_kept, draw_overview
+
+__all__ = ["COLOURS", "draw_head_vav", "draw_kept", "draw_overview", "draw_ranks", "rank_report"]
