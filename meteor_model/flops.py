@@ -1,0 +1,401 @@
+"""Cost by stage and part of any `MeteorConfig`, counted by dispatch on the meta device: no weights, no real memory.
+
+The modules themselves run on shape-only tensors under torch's `FlopCounterMode`; no formula here knows an architecture.
+
+Convention, the one that reproduces METEOR's published table: 2 FLOPs per multiply-add; matrix products, convolutions
+and attention count, elementwise work, norms, softmax, resizing and sorting do not; causal attention counts its full
+square; all encoders + projectors + LLM prefill of one image and `text_tokens` (about 40) text tokens. The
+language-model head is reported apart and is not in the total. Papers on FastV and PyramidDrop count otherwise
+(two-matrix feed-forward, no factor 2): never mix the two.
+
+Legend: R resolution of an encoder, T tokens of a sequence, C LLM width, K visual tokens of one image.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache
+
+from meteor_model.configuration_meteor import MeteorConfig
+from meteor_model.decoder_scores import attention_mass
+from meteor_model.encode import encode_pruned, segment_ends
+from meteor_model.encoders import VisionEncoder
+from meteor_model.fusion import concat_channels, fuse_cooperatively
+from meteor_model.modeling_meteor import JOINT, MeteorForConditionalGeneration
+
+T = TypeVar("T")
+
+TEXT_TOKENS = 40
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class TowerFlops:
+    """One encoder: FLOPs per image.
+
+    Attributes:
+        name: of the encoder.
+        tokens: patch tokens of the full grid, then those kept at each boundary.
+        tower: embedding, blocks and final norm, on the tokens present.
+        selection: scores at the boundaries.
+        projector: this encoder's own projector; 0 where all encoders share one.
+    """
+
+    name: str
+    tokens: tuple[int, ...]
+    tower: int
+    selection: int
+    projector: int
+
+
+@dataclass(frozen=True)
+class LayersFlops:
+    """LLM layers [first, end) at prefill, which see the text and `visual_tokens`; and the same for one new token."""
+
+    first: int
+    end: int
+    visual_tokens: int
+    prefill: int
+    step: int
+
+
+@dataclass(frozen=True)
+class FlopReport:
+    """FLOPs of one image and one prompt up to the first token.
+
+    Attributes:
+        encoders: encoder by encoder.
+        joint_projector: the one projector of channel_concat, else 0.
+        fusion: scores of stage 2.
+        text_tokens: text tokens of the prompt.
+        layers: runs of LLM layers that see the same tokens.
+        decode_selection: scores of stage 3.
+        lm_head: the head on one token; not in `total`.
+    """
+
+    encoders: tuple[TowerFlops, ...]
+    joint_projector: int
+    fusion: int
+    text_tokens: int
+    layers: tuple[LayersFlops, ...]
+    decode_selection: int
+    lm_head: int
+
+    @property
+    def encoding(self) -> int:
+        """Towers and the scores at their boundaries."""
+        return sum(item.tower + item.selection for item in self.encoders)
+
+    @property
+    def projection(self) -> int:
+        """All projectors."""
+        return self.joint_projector + sum(item.projector for item in self.encoders)
+
+    @property
+    def llm(self) -> int:
+        """Prefill of all LLM layers, with the scores of stage 3."""
+        return self.decode_selection + sum(item.prefill for item in self.layers)
+
+    @property
+    def selection(self) -> int:
+        """Scores of all three stages, contained in the other sums."""
+        return self.fusion + self.decode_selection + sum(item.selection for item in self.encoders)
+
+    @property
+    def total(self) -> int:
+        """Everything up to the first token but the head."""
+        return self.encoding + self.projection + self.fusion + self.llm
+
+    @property
+    def step(self) -> int:
+        """One generated token: all LLM layers and the head."""
+        return self.lm_head + sum(item.step for item in self.layers)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain dictionary with the parts and their sums, for JSON."""
+        sums = ("encoding", "projection", "llm", "selection", "total", "step")
+        return {**asdict(self), **{name: getattr(self, name) for name in sums}}
+
+    def table(self) -> str:
+        """One line per part: tokens, TFLOPs, share of the total."""
+        rows = [(f"encoder {e.name}", " > ".join(map(str, e.tokens)), e.tower) for e in self.encoders]
+        rows += [("  scores at boundaries", "", sum(e.selection for e in self.encoders))]
+        rows += [("projection", "", self.projection), ("fusion scores", "", self.fusion)]
+        rows += [
+            (f"LLM layers {run.first}-{run.end - 1}", f"{self.text_tokens} + {run.visual_tokens}", run.prefill)
+            for run in self.layers
+        ]
+        rows += [("  stage 3 scores", "", self.decode_selection), ("total", "", self.total)]
+        lines = [f"{'part':<28}{'tokens':>30}{'TFLOPs':>12}{'share':>8}"]
+        lines += [f"{name:<28}{tokens:>30}{n / 1e12:>12.4f}{n / self.total:>8.1%}" for name, tokens, n in rows]
+        return "\n".join([*lines, f"{'(head, one token)':<58}{self.lm_head / 1e12:>12.4f}"])
+
+
+# ------------------------------------------------------------------------------------------------- the counting itself
+
+
+def _matrix_vector(matrix: Sequence[int], vector: Sequence[int], **_: Any) -> int:
+    return 2 * matrix[0] * matrix[1]
+
+
+def _add_matrix_vector(bias: Sequence[int], matrix: Sequence[int], vector: Sequence[int], **_: Any) -> int:
+    return 2 * matrix[0] * matrix[1]
+
+
+def _inner_product(first: Sequence[int], second: Sequence[int], **_: Any) -> int:
+    return 2 * first[0]
+
+
+def _cpu_attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+    batch, heads, rows, width = query
+    return 2 * batch * heads * rows * key[2] * (width + value[3])
+
+
+def _cpu_attention_backward(grad: Sequence[int], query: Sequence[int], *rest: Any, **options: Any) -> int:
+    return 2 * _cpu_attention(
+        query, *rest, **options
+    )  # four products; what a kernel recomputes is no cost of the model
+
+
+#: Products that torch's counter leaves out; without the last two attention on a CPU would count as nothing.
+EXTRA_FORMULAS: dict[Any, Any] = {
+    torch.ops.aten.mv: _matrix_vector,
+    torch.ops.aten.addmv: _add_matrix_vector,
+    torch.ops.aten.dot: _inner_product,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
+}
+
+
+def flop_counter() -> FlopCounterMode:
+    """torch's counter with the products that it leaves out, for meta, CPU and CUDA alike."""
+    return FlopCounterMode(display=False, custom_mapping=EXTRA_FORMULAS)
+
+
+def counted(function: Callable[..., T], *args: Any, **kwargs: Any) -> tuple[T, int]:
+    """The result of a call, and the FLOPs that it dispatched."""
+    with flop_counter() as counter:
+        result = function(*args, **kwargs)
+    return result, counter.get_total_flops()
+
+
+def count_flops(
+    config: MeteorConfig,
+    text_tokens: int = TEXT_TOKENS,
+    schedule: Sequence[tuple[int, int]] | None = None,
+) -> FlopReport:
+    """FLOPs of one image and a prompt of `text_tokens`, by stage and part.
+
+    Args:
+        config: any model.
+        text_tokens: text tokens of the prompt.
+        schedule: pruning inside the LLM as (layers that see what came before, visual tokens kept from there on) pairs,
+            as a rival's `schedule` gives it. None: stage 3 of the config at its `target_mean`, with its scores; where
+            stage 3 is off, nothing is pruned.
+
+    Raises:
+        ValueError: where stage 3 is on without a target_mean, or a schedule does not fit the LLM.
+    """
+    stage3 = schedule is None and config.pruning.decode.enabled
+    if stage3:
+        if config.pruning.decode.target_mean is None:
+            raise ValueError(
+                "pruning.decode.target_mean is not set: FLOPs are counted at the mean number of tokens kept"
+            )
+        schedule = [(config.pruning.decode.layer, round(config.pruning.decode.target_mean))]
+    schedule = [] if schedule is None else list(schedule)
+    _check_schedule(config, schedule)
+    model = meta_model(config)
+    with torch.no_grad():
+        encoders, joint_projector, fusion = _count_vision(model)
+        layers = _count_layers(model, text_tokens, schedule)
+        decode_selection = _count_stage3(model, text_tokens) if stage3 else 0
+        _, lm_head = counted(model.lm_head, torch.empty(1, 1, config.text_config.hidden_size, device=META))
+    return FlopReport(encoders, joint_projector, fusion, text_tokens, layers, decode_selection, lm_head)
+
+
+def count_training_flops(config: MeteorConfig, text_tokens: int = TEXT_TOKENS) -> int:
+    """FLOPs of forward and backward of one image and `text_tokens`, everything trainable, head on every token.
+
+    Stage 3 never trains, so the LLM sees every token that survives fusion.
+    """
+    model = meta_model(config).requires_grad_(True)
+    length, width = text_tokens + config.tokens_per_image, config.text_config.hidden_size
+
+    def vision() -> None:
+        features = [_encode(encoder, config) for encoder in _towers(model)]
+        _fuse(model, features).sum().backward()
+
+    def llm() -> None:
+        embeds_1TC = torch.empty(1, length, width, device=META, requires_grad=True)
+        hidden_1TC = model.language_model(inputs_embeds=embeds_1TC, attention_mask=_full(length), use_cache=False)
+        model.lm_head(hidden_1TC.last_hidden_state).sum().backward()
+
+    return counted(vision)[1] + counted(llm)[1]
+
+
+def meta_model(config: MeteorConfig) -> MeteorForConditionalGeneration:
+    """The model on the meta device, in eval mode.
+
+    Its LLM attends eagerly: the choice of a fused kernel reads masks, which hold no data here. The products are the
+    same.
+    """
+    config = copy.deepcopy(config)
+    config.text_config._attn_implementation = "eager"
+    with META:
+        return MeteorForConditionalGeneration(config).eval()
+
+
+def _check_schedule(config: MeteorConfig, schedule: Sequence[tuple[int, int]]) -> None:
+    layers, before, present = config.text_config.num_hidden_layers, 0, config.tokens_per_image
+    for layer, kept in schedule:
+        if not before < layer < layers:
+            raise ValueError(f"schedule {list(schedule)}: layers must grow and lie between 1 and {layers - 1}")
+        if not 0 <= kept <= present:
+            raise ValueError(
+                f"schedule {list(schedule)}: {kept} tokens cannot be kept of {present} after layer {layer}"
+            )
+        before, present = layer, kept
+
+
+def _full(length: int) -> Tensor:
+    """A mask without padding."""
+    return torch.ones(1, length, dtype=torch.long, device=META)
+
+
+def _towers(model: MeteorForConditionalGeneration) -> Iterator[VisionEncoder]:
+    for encoder in model.encoders.values():
+        yield cast(VisionEncoder, encoder)
+
+
+# ---------------------------------------------------------------------------------------------------------- the parts
+
+
+def _pixels(encoder: VisionEncoder) -> Tensor:
+    side = encoder.config.image_size
+    return torch.empty(1, 3, side, side, device=META)
+
+
+def _encode(encoder: VisionEncoder, config: MeteorConfig) -> Tensor:
+    """Tokens (1, N, D) of one encoder through stage 1."""
+    budgets = config.encode_budgets[encoder.config.name]
+    return encode_pruned(encoder, _pixels(encoder), budgets, config.pruning.encode.first_deep_segment)[0].hidden
+
+
+def _run_tower(encoder: VisionEncoder, budgets: Sequence[int]) -> Tensor:
+    """The tower without scores: after each segment the first tokens stay. Prefix tokens come back as well."""
+    hidden = encoder.embed(_pixels(encoder))
+    rows, columns = encoder.grid_size(encoder.config)
+    positions_1N = torch.arange(rows * columns, device=META)[None]
+    if not encoder.prunes_between_blocks:
+        for index in range(len(encoder.blocks)):
+            hidden = encoder.run_block(index, hidden, positions_1N)
+        return encoder.finish(hidden)
+    start = 0
+    for end, budget in zip(segment_ends(len(encoder.blocks), len(budgets)), budgets, strict=True):
+        for index in range(start, end):
+            hidden = encoder.run_block(index, hidden, positions_1N)
+        hidden, positions_1N = hidden[:, : encoder.num_prefix_tokens + budget], positions_1N[:, :budget]
+        start = end
+    return encoder.finish(hidden)
+
+
+def _count_vision(model: MeteorForConditionalGeneration) -> tuple[tuple[TowerFlops, ...], int, int]:
+    """Encoders with their projectors; the joint projector; the scores of fusion."""
+    config, towers, projected = model.config, [], []
+    for encoder in _towers(model):
+        name = encoder.config.name
+        budgets = config.encode_budgets[name]
+        hidden_1ND, everything = counted(_encode, encoder, config)
+        _, tower = counted(_run_tower, encoder, budgets)
+        projector = 0
+        if config.fusion == "post_projection":
+            hidden_1ND, projector = counted(model.projectors[name], hidden_1ND)
+        projected.append(hidden_1ND)
+        tokens = (config.encoder_tokens[name], *budgets)
+        towers.append(TowerFlops(name, tokens, tower, everything - tower, projector))
+    _, joined = counted(_fuse, model, projected, projected=True)
+    if config.fusion == "channel_concat":
+        return tuple(towers), joined, 0
+    return tuple(towers), 0, joined
+
+
+def _fuse(model: MeteorForConditionalGeneration, features: Sequence[Tensor], projected: bool = False) -> Tensor:
+    """Features of all encoders -> visual tokens (1, K, C); with `projected` they have been through their projectors."""
+    config = model.config
+    if config.fusion == "channel_concat":
+        folds = [item.fold for item in config.encoders]
+        joined = concat_channels(features, list(config.encoder_grids.values()), folds, config.concat_grid)
+        return cast(Tensor, model.projectors[JOINT](joined))
+    if not projected:
+        features = [model.projectors[item.name](hidden) for item, hidden in zip(config.encoders, features, strict=True)]
+    return fuse_cooperatively(features, config.tokens_per_image)[0]
+
+
+@contextmanager
+def _layer_counts(layers: Sequence[nn.Module]) -> Iterator[tuple[FlopCounterMode, list[int]]]:
+    """The counter of what runs inside, and the FLOPs of every layer in it."""
+    with flop_counter() as counter:
+        entered, spent = [0] * len(layers), [0] * len(layers)
+        handles = []
+        for index, layer in enumerate(layers):
+
+            def enter(*_: Any, index: int = index) -> None:
+                entered[index] = counter.get_total_flops()
+
+            def leave(*_: Any, index: int = index) -> None:
+                spent[index] += counter.get_total_flops() - entered[index]
+
+            handles += [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
+        try:
+            yield counter, spent
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _per_layer(model: MeteorForConditionalGeneration, length: int) -> tuple[list[int], list[int]]:
+    """FLOPs of every LLM layer: prefill of `length` tokens, and one new token after them."""
+    llm, width = model.language_model, model.config.text_config.hidden_size
+    cache = DynamicCache(config=model.config.text_config)
+    with _layer_counts(llm.layers) as (_, prefill):
+        embeds_1TC = torch.empty(1, length, width, device=META)
+        llm(inputs_embeds=embeds_1TC, attention_mask=_full(length), past_key_values=cache, use_cache=True)
+    with _layer_counts(llm.layers) as (_, step):
+        embeds_11C = torch.empty(1, 1, width, device=META)
+        llm(inputs_embeds=embeds_11C, attention_mask=_full(length + 1), past_key_values=cache, use_cache=True)
+    return prefill, step
+
+
+def _count_layers(
+    model: MeteorForConditionalGeneration, text_tokens: int, schedule: Sequence[tuple[int, int]]
+) -> tuple[LayersFlops, ...]:
+    """The LLM run by run: between two prunings every layer sees the same tokens."""
+    firsts = [0, *(layer for layer, _ in schedule)]
+    ends = [*firsts[1:], model.config.text_config.num_hidden_layers]
+    kept = [model.config.tokens_per_image, *(tokens for _, tokens in schedule)]
+    runs = []
+    for first, end, visual in zip(firsts, ends, kept, strict=True):
+        prefill, step = _per_layer(model, text_tokens + visual)
+        runs.append(LayersFlops(first, end, visual, sum(prefill[first:end]), sum(step[first:end])))
+    return tuple(runs)
+
+
+def _count_stage3(model: MeteorForConditionalGeneration, text_tokens: int) -> int:
+    """What stage 3 adds to the layers: the score row of the layer that is asked."""
+    config = model.config
+    length = text_tokens + config.tokens_per_image
+    visual_1T = torch.ones(1, length, dtype=torch.bool, device=META)
+    embeds_1TC = torch.empty(1, length, config.text_config.hidden_size, device=META)
+    settings, heads = config.pruning.decode, config.decode_heads
+    with _layer_counts(model.language_model.layers) as (counter, layers):
+        attention_mass(model.language_model, embeds_1TC, None, None, visual_1T, settings, heads)
+    return counter.get_total_flops() - sum(layers)
