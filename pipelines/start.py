@@ -18,6 +18,7 @@ import torch
 
 from meteor_model.architectures import architecture, build_config
 from meteor_model.configuration_meteor import MeteorConfig
+from meteor_model.image_processing_meteor import MeteorImageProcessor
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from meteor_model.tokenizer import train_tokenizer
@@ -93,8 +94,8 @@ def _built(recipe: Recipe, manifest: shards.Manifest) -> tuple[MeteorForConditio
     config = build_config(recipe.model.architecture, recipe.pruning, len(tokenizer), special_ids, image_token_id)
     torch.manual_seed(recipe.model.seed)
     model = MeteorForConditionalGeneration(config)
-    size = architecture(recipe.model.architecture).image_size
-    return model, MeteorProcessor(tokenizer, size, config.tokens_per_image, template=recipe.model.template)
+    images = MeteorImageProcessor(architecture(recipe.model.architecture).image_size)
+    return model, MeteorProcessor(images, tokenizer, config.tokens_per_image, template=recipe.model.template)
 
 
 def _pulled(recipe: Recipe) -> tuple[MeteorForConditionalGeneration, MeteorProcessor]:

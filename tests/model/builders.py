@@ -9,6 +9,7 @@ import torch
 from meteor_model.architectures import build_config
 from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, MeteorConfig, PruningConfig
 from meteor_model.encoders import EncoderConfig
+from meteor_model.image_processing_meteor import MeteorImageProcessor
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from meteor_model.tokenizer import train_tokenizer
@@ -70,7 +71,8 @@ TOWERS: dict[str, EncoderConfig] = {
 
 def processor(pruning: PruningConfig = PRUNED, template: str = "short") -> MeteorProcessor:
     """A processor with a tokenizer trained on `TEXTS`."""
-    return MeteorProcessor(train_tokenizer(TEXTS, 300), 64, config(pruning).tokens_per_image, template=template)
+    tokenizer = train_tokenizer(TEXTS, 300)
+    return MeteorProcessor(MeteorImageProcessor(64), tokenizer, config(pruning).tokens_per_image, template=template)
 
 
 def config(pruning: PruningConfig = PRUNED, **changes: Any) -> MeteorConfig:

@@ -13,7 +13,6 @@ from transformers import AutoModelForImageTextToText
 from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, PruningConfig
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration, supervised_tokens, token_loss
 from meteor_model.processing_meteor import collate
-from meteor_model.visualize import draw_kept
 from tests.model.builders import DENSE, PRUNED, config, model, pixels, processor
 
 
@@ -201,16 +200,3 @@ def test_generate_prunes_and_reports_per_sample_counts() -> None:
     assert all(1 <= k <= 24 for k in kept[:2])
     beams = built.generate(**inputs, max_new_tokens=4, num_beams=2, do_sample=False)
     assert beams.shape[0] == 3
-
-
-def test_pictures_have_one_panel_per_encoder_and_boundary() -> None:
-    built = model(PRUNED)
-    images = pixels(1)
-    _, stats = built.get_image_features(images)
-    pictures = draw_kept(images[0], built.config, stats, decode_kept={"What colour?": [0, 3, 23], "Where?": [5]})
-    assert list(pictures) == ["encode", "fuse", "decode"]
-    assert pictures["encode"].size[0] > 4 * 224
-    assert pictures["encode"].size[1] > 3 * 224
-    assert pictures["decode"].size[1] > 2 * 224
-    colours = {stage: len(picture.getcolors(1 << 20) or []) for stage, picture in pictures.items()}
-    assert all(count > 1000 for count in colours.values()), "noise images must show through kept cells"

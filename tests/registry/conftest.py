@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from meteor_model.architectures import build_config
 from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, PruningConfig
+from meteor_model.image_processing_meteor import MeteorImageProcessor
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from meteor_model.tokenizer import train_tokenizer
@@ -99,7 +100,8 @@ def tiny() -> tuple[MeteorForConditionalGeneration, MeteorProcessor]:
     config = build_config("tiny", pruning, len(tokenizer), special, image_token_id)
     torch.manual_seed(0)
     model = MeteorForConditionalGeneration(config).eval()
-    return model, MeteorProcessor(tokenizer, config.image_size, config.tokens_per_image, template="short")
+    images = MeteorImageProcessor(config.image_size)
+    return model, MeteorProcessor(images, tokenizer, config.tokens_per_image, template="short")
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ def test_the_folder_holds_no_pickle_and_says_what_is_kept(
     exported: Path, tiny: tuple[MeteorForConditionalGeneration, MeteorProcessor]
 ) -> None:
     names = {path.name for path in exported.iterdir()}
-    assert {"model.safetensors", "config.json", "meteor_processor.json", "checksums.json", "README.md"} <= names
+    assert {"model.safetensors", "config.json", "processor_config.json", "checksums.json", "README.md"} <= names
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl", ".pth"))]
     assert tokens_by_stage(tiny[0].config) == {
         "visual_tokens.clip": "64 > 48 > 32 > 22",
