@@ -31,6 +31,7 @@ def encode_pruned(
     pixels_MCRR: torch.Tensor,
     budgets: Sequence[int],
     first_deep_segment: int,
+    score_queries: int | None,
 ) -> tuple[VisionTokens, tuple[torch.Tensor, ...]]:
     """Tokens of one encoder after the last boundary, and what every boundary kept.
 
@@ -39,6 +40,8 @@ def encode_pruned(
         pixels_MCRR: normalised pixels (M, 3, R, R).
         budgets: tokens to keep after each segment; non-increasing. A convolutional tower is pruned by the last only.
         first_deep_segment: first segment (counted from 1) whose boundary scores by attention.
+        score_queries: an encoder without CLS counts the attention received from so many evenly spaced tokens; None:
+            from all. See `EncodePruning`.
 
     Returns:
         the finished tokens, and for each boundary the kept positions (M, K) in the full grid.
@@ -52,24 +55,39 @@ def encode_pruned(
     positions_MN = torch.arange(total, device=hidden_MTD.device).expand(images, -1)
     kept, start = [], 0
     for segment, (end, budget) in enumerate(zip(segment_ends(len(encoder.blocks), len(budgets)), budgets, strict=True)):
-        for index in range(start, end - 1):
-            hidden_MTD = encoder.run_block(index, hidden_MTD, positions_MN)
-        last_input_MTD = hidden_MTD
-        hidden_MTD = encoder.run_block(end - 1, last_input_MTD, positions_MN)
+        prunes, deep = budget < positions_MN.shape[1], segment + 1 >= first_deep_segment
+        scorer = _score_block(encoder, start, end) if prunes and deep else None
+        score_input_MTD = hidden_MTD
+        for index in range(start, end):
+            if index == scorer:
+                score_input_MTD = hidden_MTD
+            hidden_MTD = encoder.checkpointed_block(index, hidden_MTD, positions_MN)
         start = end
-        if budget < positions_MN.shape[1]:
+        if prunes:
             with torch.no_grad():  # selection has no gradient; what is kept carries its own
-                if segment + 1 < first_deep_segment:
+                if scorer is None:
                     scores_MN = -mean_similarity(hidden_MTD[:, num_prefix:])
                 else:
-                    scores_MN = encoder.importance(end - 1, last_input_MTD)
+                    scores_MN = encoder.importance(scorer, score_input_MTD, positions_MN, score_queries)
                 keep_MK = select_top(scores_MN, budget)
             patches_MKD = gather_tokens(hidden_MTD[:, num_prefix:], keep_MK)
             hidden_MTD = torch.cat([hidden_MTD[:, :num_prefix], patches_MKD], dim=1)
             positions_MN = gather_tokens(positions_MN, keep_MK)
         kept.append(positions_MN)
-    hidden_MTD = encoder.finish(hidden_MTD)
+    hidden_MTD = encoder.finish(hidden_MTD, positions_MN)
     return VisionTokens(hidden_MTD[:, num_prefix:], positions_MN, hidden_MTD[:, :num_prefix]), tuple(kept)
+
+
+def _score_block(encoder: VisionEncoder, start: int, end: int) -> int:
+    """The block that scores the segment of blocks start..end-1. ValueError where the tower names one outside of it."""
+    scorer = encoder.score_block(end)
+    if not start <= scorer < end:
+        raise ValueError(
+            f"encoder {encoder.config.name!r}: the segment of blocks {start}..{end - 1} has no block whose attention "
+            f"can score its tokens (the last one before its end is {scorer}); use fewer pruning.encode.totals, or a "
+            "larger pruning.encode.first_deep_segment"
+        )
+    return scorer
 
 
 def _prune_output(
@@ -105,6 +123,6 @@ def _run_dense(encoder: VisionEncoder, pixels_MCRR: torch.Tensor) -> list[torch.
     positions_MN = torch.arange(total, device=hidden.device).expand(len(hidden), -1)
     maps = [hidden]
     for index in range(len(encoder.blocks)):
-        hidden = encoder.run_block(index, hidden, positions_MN)
+        hidden = encoder.checkpointed_block(index, hidden, positions_MN)
         maps.append(hidden)
-    return maps if encoder.prunes_between_blocks else [encoder.finish(hidden)]
+    return maps if encoder.prunes_between_blocks else [encoder.finish(hidden, positions_MN)]

@@ -162,7 +162,10 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, GenerationMixin):
         maps, kept = [], {}
         for name, encoder in self._towers():
             pixels = encoder.normalize(pixel_values, self.dtype)
-            tokens, kept[name] = encode_pruned(encoder, pixels, config.encode_budgets[name], encode.first_deep_segment)
+            budgets = config.encode_budgets[name]
+            tokens, kept[name] = encode_pruned(
+                encoder, pixels, budgets, encode.first_deep_segment, encode.score_queries
+            )
             maps.append(tokens.hidden)
         if config.fusion == "channel_concat":
             grids, folds = list(config.encoder_grids.values()), [item.fold for item in config.encoders]

@@ -97,8 +97,12 @@ def mean_similarity(hidden_BND: Tensor) -> Tensor:
     METEOR's shallow criterion: the mean token is the low-frequency background. A zero token, and every token of a map
     whose mean is zero, has similarity 0.
     """
-    mean_B1D = hidden_BND.float().mean(dim=1, keepdim=True)
-    return (_unit(hidden_BND) * _unit(mean_B1D)).sum(dim=-1)
+    hidden_BND = hidden_BND.float()
+    mean_BD1 = hidden_BND.mean(dim=1).unsqueeze(2)
+    product_BN = torch.bmm(hidden_BND, mean_BD1).squeeze(2)
+    norms_BN = torch.linalg.vector_norm(hidden_BND, dim=2) * torch.linalg.vector_norm(mean_BD1, dim=1)
+    # A norm of zero has product zero; dividing by one instead keeps the gradient finite as well.
+    return product_BN / torch.where(norms_BN > 0, norms_BN, torch.ones_like(norms_BN))
 
 
 def prefix_attention(query_BHQd: Tensor, key_BHNd: Tensor, scaling: float, num_prefix: int) -> Tensor:
@@ -115,20 +119,50 @@ def prefix_attention(query_BHQd: Tensor, key_BHNd: Tensor, scaling: float, num_p
     return logits_BHN.softmax(dim=-1).mean(dim=1)[:, num_prefix:]
 
 
+def absorbed_prefix_attention(
+    query_BHd: Tensor, hidden_BTD: Tensor, key_weight: Tensor, scaling: float, num_prefix: int
+) -> Tensor:
+    """`prefix_attention` without the keys of the tokens. (B, T - P) fp32.
+
+    Where keys are a linear layer k = W x + b of the (normed) tokens, the logit q . k is (W^T q) . x + q . b: one vector
+    of width D a head instead of one key a token, O(T H D) instead of O(T D^2). The last term is the same for every
+    token of a head, so it drops out of the softmax and `b` is not needed.
+
+    Args:
+        query_BHd: the query of CLS, its bias included.
+        hidden_BTD: what the key layer would be given, the P prefix tokens first.
+        key_weight: (H * d, D), rows by head.
+    """
+    weight_HdD = key_weight.unflatten(0, (query_BHd.shape[1], -1)).float()
+    absorbed_BHD = torch.einsum("bhd,hde->bhe", query_BHd.float() * scaling, weight_HdD)
+    logits_BHT = torch.bmm(absorbed_BHD, hidden_BTD.float().transpose(1, 2))
+    return logits_BHT.softmax(dim=-1).mean(dim=1)[:, num_prefix:]
+
+
+def evenly_spaced(count: int, wanted: int | None, device: torch.device) -> Tensor:
+    """`wanted` of the indices 0..count-1, ascending, at even distances: the middle of each of as many equal parts.
+
+    All of them when `wanted` is None or not below `count`. Deterministic; int64.
+    """
+    if wanted is None or wanted >= count:
+        return torch.arange(count, device=device)
+    return (2 * torch.arange(wanted, device=device) + 1) * count // (2 * wanted)
+
+
 def received_attention(
     query_BHQd: Tensor, key_BHNd: Tensor, scaling: float, num_prefix: int = 0, chunk: int = 128
 ) -> Tensor:
     """Importance of each patch token where no CLS is usable: the attention it receives. (B, N - P) fp32.
 
-    The column mean of the attention map over all queries (prefix tokens included), heads averaged. Queries are taken
-    `chunk` rows at a time, so at most B x H x chunk x N attention values live at once.
+    The column mean of the attention map over the queries given (all of them, or those at `evenly_spaced` tokens: then
+    the cost is linear in N), heads averaged; the softmax of a query runs over all keys. Queries are taken `chunk` rows
+    at a time, so at most B x H x chunk x N attention values live at once.
     """
-    key_BHNd = key_BHNd.float()
-    total_BN = key_BHNd.new_zeros(key_BHNd.shape[0], key_BHNd.shape[2])
+    keys_BHdN = key_BHNd.float().transpose(2, 3)
+    total_BN = keys_BHdN.new_zeros(keys_BHdN.shape[0], keys_BHdN.shape[3])
     for query_BHcd in query_BHQd.split(chunk, dim=2):
-        logits_BHcN = torch.einsum("bhcd,bhnd->bhcn", query_BHcd.float(), key_BHNd) * scaling
-        total_BN = total_BN + logits_BHcN.softmax(dim=-1).mean(dim=1).sum(dim=1)
-    return total_BN[:, num_prefix:] / query_BHQd.shape[2]
+        total_BN = total_BN + torch.matmul(query_BHcd.float() * scaling, keys_BHdN).softmax(dim=-1).sum(dim=(1, 2))
+    return total_BN[:, num_prefix:] / (query_BHQd.shape[1] * query_BHQd.shape[2])
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -7,15 +7,17 @@ S travelling image size (uint8), R the encoder's own resolution.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from functools import partial
+from typing import Any, ClassVar, NamedTuple, TypeGuard
 
 import torch
 from torch import nn
 from torchvision.transforms.v2 import functional as tvf
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from meteor_model.pruning import prefix_attention, received_attention
+from meteor_model.pruning import absorbed_prefix_attention, evenly_spaced, prefix_attention, received_attention
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -96,6 +98,9 @@ class VisionEncoder(nn.Module, ABC):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
+        # The names that `gradient_checkpointing_enable` of transformers looks for and sets.
+        self.gradient_checkpointing = False
+        self._gradient_checkpointing_func: Callable[..., torch.Tensor] | None = None
 
     @classmethod
     @abstractmethod
@@ -126,30 +131,57 @@ class VisionEncoder(nn.Module, ABC):
         output: torch.Tensor = self.blocks[index](hidden_MTD, None)
         return output
 
-    def finish(self, hidden_MTD: torch.Tensor) -> torch.Tensor:
-        """What the library does after the last block, token by token."""
+    def checkpointed_block(self, index: int, hidden_MTD: torch.Tensor, positions_MN: torch.Tensor) -> torch.Tensor:
+        """`run_block`, recomputed in the backward pass where the model's gradient checkpointing is on.
+
+        The layers of transformers checkpoint themselves; every other block is checkpointed here, so that each block is
+        recomputed exactly once.
+        """
+        recompute = self._gradient_checkpointing_func
+        itself = isinstance(self.blocks[index], GradientCheckpointingLayer)
+        if recompute is None or itself or not (self.gradient_checkpointing and self.training):
+            return self.run_block(index, hidden_MTD, positions_MN)
+        return recompute(partial(self.run_block, index), hidden_MTD, positions_MN)
+
+    def finish(self, hidden_MTD: torch.Tensor, positions_MN: torch.Tensor) -> torch.Tensor:
+        """What the library does after the last block. `positions_MN` is for towers whose neck mixes neighbours."""
         return hidden_MTD
+
+    def score_block(self, end: int) -> int:
+        """The block whose attention scores the boundary after block `end - 1`: an absolute index within the segment.
+
+        A tower that mixes window and global attention answers its last global block before `end`.
+        """
+        return end - 1
 
     def score_projections(self, index: int) -> ScoreProjections:
         """The modules of block `index` from which its attention scores are recomputed."""
         raise NotImplementedError(f"{type(self).__name__} does not score tokens by attention")
 
-    def importance(self, index: int, input_MTD: torch.Tensor) -> torch.Tensor:
+    def importance(
+        self, index: int, input_MTD: torch.Tensor, positions_MN: torch.Tensor, queries: int | None
+    ) -> torch.Tensor:
         """Attention-based importance of the patch tokens in block `index`, given that block's input.
 
-        CLS attention where there is a CLS token, else the attention received (column mean over queries), heads
-        averaged. Only the score row is computed; the block itself keeps its fused attention.
+        CLS attention where there is a CLS token, else the attention received from `queries` evenly spaced tokens (None:
+        from all); heads averaged. Only these rows are computed; the block itself keeps its fused attention.
 
         Returns: (M, N) fp32, high = keep.
         """
         parts = self.score_projections(index)
         normed_MTD = parts.norm(input_MTD)
-        key_MHTd = split_heads(parts.key(normed_MTD), parts.num_heads)
         if self.num_prefix_tokens:
             query_MH1d = split_heads(parts.query(normed_MTD[:, :1]), parts.num_heads)
+            if is_whole_linear(parts.key):
+                return absorbed_prefix_attention(
+                    query_MH1d[:, :, 0], normed_MTD, parts.key.weight, parts.scaling, self.num_prefix_tokens
+                )
+            key_MHTd = split_heads(parts.key(normed_MTD), parts.num_heads)
             return prefix_attention(query_MH1d, key_MHTd, scaling=parts.scaling, num_prefix=self.num_prefix_tokens)
-        query_MHTd = split_heads(parts.query(normed_MTD), parts.num_heads)
-        return received_attention(query_MHTd, key_MHTd, scaling=parts.scaling)
+        key_MHNd = split_heads(parts.key(normed_MTD), parts.num_heads)
+        pick_Q = evenly_spaced(normed_MTD.shape[1], queries, normed_MTD.device)
+        query_MHQd = split_heads(parts.query(normed_MTD[:, pick_Q]), parts.num_heads)
+        return received_attention(query_MHQd, key_MHNd, scaling=parts.scaling)
 
     def normalize(self, pixels_MCSS: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """uint8 images (M, 3, S, S) -> this tower's resolution and value range, on the images' device."""
@@ -166,6 +198,11 @@ class VisionEncoder(nn.Module, ABC):
 def split_heads(hidden_BTD: torch.Tensor, num_heads: int) -> torch.Tensor:
     """(B, T, H * d) -> (B, H, T, d)."""
     return hidden_BTD.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def is_whole_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether the layer is W x + b with W at hand: not an adapter around a layer, not quantised, not a ZeRO-3 shard."""
+    return type(layer) is nn.Linear and layer.weight.shape == (layer.out_features, layer.in_features)
 
 
 def square_grid(config: EncoderConfig, patch_size: int) -> tuple[int, int]:

@@ -46,6 +46,6 @@ class ConvNextEncoder(VisionEncoder):
         output: torch.Tensor = self.blocks[index](hidden_MTD)
         return output
 
-    def finish(self, hidden_MTD: torch.Tensor) -> torch.Tensor:
+    def finish(self, hidden_MTD: torch.Tensor, positions_MN: torch.Tensor) -> torch.Tensor:
         """(M, D, rows, columns) -> (M, N, D) in raster order."""
         return hidden_MTD.flatten(2).transpose(1, 2)

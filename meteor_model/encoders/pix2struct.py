@@ -78,7 +78,7 @@ class Pix2StructEncoder(VisionEncoder):
         output: torch.Tensor = self.blocks[index](hidden_MTD, None)[0]
         return output
 
-    def finish(self, hidden_MTD: torch.Tensor) -> torch.Tensor:
+    def finish(self, hidden_MTD: torch.Tensor, positions_MN: torch.Tensor) -> torch.Tensor:
         return self.tower.layernorm(hidden_MTD)
 
     def score_projections(self, index: int) -> ScoreProjections:

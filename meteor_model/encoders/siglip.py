@@ -38,7 +38,7 @@ class SiglipEncoder(VisionEncoder):
         native = self.tower.config.image_size
         return self.tower.embeddings(pixels_MCRR, interpolate_pos_encoding=self.config.image_size != native)
 
-    def finish(self, hidden_MTD: torch.Tensor) -> torch.Tensor:
+    def finish(self, hidden_MTD: torch.Tensor, positions_MN: torch.Tensor) -> torch.Tensor:
         return self.tower.post_layernorm(hidden_MTD)
 
     def score_projections(self, index: int) -> ScoreProjections:

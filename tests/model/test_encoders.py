@@ -37,7 +37,7 @@ def test_segments_without_pruning_equal_the_library_forward(family: str) -> None
     encoder = tower(family)
     images = encoder.normalize(pixels(2), torch.float32)
     rows, columns = encoder.grid_size(encoder.config)
-    tokens, kept = encode_pruned(encoder, images, [rows * columns] * 3, first_deep_segment=2)
+    tokens, kept = encode_pruned(encoder, images, [rows * columns] * 3, 2, None)
     expected = library_forward(encoder, images)
     assert torch.equal(torch.cat([tokens.prefix, tokens.hidden], dim=1), expected)
     assert tokens.prefix.shape[1] == encoder.num_prefix_tokens
@@ -52,7 +52,7 @@ def test_another_resolution_interpolates_positions_as_the_library_does(family: s
     encoder = tower(family, image_size=96)
     images = encoder.normalize(pixels(2), torch.float32)
     assert images.shape[-2:] == (96, 96)
-    tokens, _ = encode_pruned(encoder, images, [144] * 3, first_deep_segment=2)
+    tokens, _ = encode_pruned(encoder, images, [144] * 3, 2, None)
     assert torch.equal(torch.cat([tokens.prefix, tokens.hidden], dim=1), library_forward(encoder, images))
 
 
@@ -63,7 +63,7 @@ def test_pruned_run_equals_a_literal_rerun_over_the_kept_tokens(family: str) -> 
     encoder = tower(family)
     images = encoder.normalize(pixels(3), torch.float32)
     budgets = (40, 24, 10)
-    tokens, kept = encode_pruned(encoder, images, budgets, first_deep_segment=2)
+    tokens, kept = encode_pruned(encoder, images, budgets, 2, None)
     for sample in range(3):
         hidden = encoder.embed(images[sample : sample + 1])
         prefix = encoder.num_prefix_tokens
@@ -85,7 +85,7 @@ def test_pruned_run_equals_a_literal_rerun_over_the_kept_tokens(family: str) -> 
             alive = [alive[i] for i in chosen]
             hidden = torch.cat([hidden[:, :prefix], hidden[:, [prefix + i for i in chosen]]], dim=1)
             assert kept[segment][sample].tolist() == alive
-        expected = encoder.finish(hidden)[0]
+        expected = encoder.finish(hidden, torch.tensor([alive]))[0]
         torch.testing.assert_close(tokens.hidden[sample], expected[prefix:], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(tokens.prefix[sample], expected[:prefix], rtol=1e-5, atol=1e-6)
 
@@ -109,7 +109,7 @@ def test_a_convolutional_tower_is_pruned_at_its_output_only() -> None:
     encoder = tower("convnext")
     images = encoder.normalize(pixels(2), torch.float32)
     dense = library_forward(encoder, images)
-    tokens, kept = encode_pruned(encoder, images, [10], first_deep_segment=2)
+    tokens, kept = encode_pruned(encoder, images, [10], 2, None)
     assert len(kept) == 1
     for sample in range(2):
         mean = dense[sample].mean(0)
@@ -144,7 +144,7 @@ def test_gradients_reach_every_parameter_that_the_kept_tokens_use(family: str) -
     encoder = tower(family).train()
     images = encoder.normalize(pixels(2), torch.float32)
     budgets = [40, 24, 10] if encoder.prunes_between_blocks else [10]
-    tokens, _ = encode_pruned(encoder, images, budgets, first_deep_segment=2)
+    tokens, _ = encode_pruned(encoder, images, budgets, 2, None)
     tokens.hidden.square().sum().backward()
     unused = {name for name, parameter in encoder.tower.named_parameters() if parameter.grad is None}
     # What the library uses for pooling only: CLIP's post_layernorm, ConvNeXt's final layernorm.
