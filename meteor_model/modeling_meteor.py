@@ -26,7 +26,9 @@ from transformers.modeling_outputs import ModelOutput
 
 from meteor_model.chat import IGNORE_INDEX
 from meteor_model.configuration_meteor import MeteorConfig
-from meteor_model.decoder import MeteorCache, attention_mass, decode_pruned
+from meteor_model.decoder import decode_pruned
+from meteor_model.decoder_cache import MeteorCache
+from meteor_model.decoder_scores import attention_mass
 from meteor_model.encode import dense_maps, encode_pruned
 from meteor_model.encoders import VisionEncoder, build_encoder
 from meteor_model.fusion import MeteorProjector, concat_channels, concat_width, fuse_cooperatively

@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
 
@@ -61,6 +62,10 @@ def select_visual(scores_BT: Tensor, visual_mask_BT: Tensor, counts_B: Tensor) -
         raise ValueError(
             f"cannot keep {int(counts_B[row])} visual tokens of row {row}: it has only {int(present_B[row])}"
         )
+    return _best_visual(scores_BT, visual_mask_BT, counts_B)
+
+
+def _best_visual(scores_BT: Tensor, visual_mask_BT: Tensor, counts_B: Tensor) -> Tensor:
     ranked_BT = scores_BT.masked_fill(~visual_mask_BT, -math.inf)
     order_BT = torch.sort(ranked_BT, dim=-1, descending=True, stable=True).indices
     rank_BT = torch.empty_like(order_BT).scatter_(
@@ -321,13 +326,19 @@ def mutual_redundancy(tokens: Sequence[Tensor]) -> Tensor:
 
 
 def attention_rows(
-    query_BHQd: Tensor, key_BGTd: Tensor, allowed_BQT: Tensor, scaling: float, chunk: int = 128
+    query_BHQd: Tensor,
+    key_BGTd: Tensor,
+    allowed_BQT: Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    chunk: int = 128,
 ) -> Tensor:
     """Attention of each head to each key, averaged over the query rows. (B, H, T) fp32.
 
     `allowed_BQT` says which keys a row may see (causality, padding). A row that may see none is left out of the mean;
     a sample without any row has attention 0. Key heads may be fewer than query heads (grouped-query attention): query
-    head h reads key head h // (H / G), as in every Hugging Face decoder.
+    head h reads key head h // (H / G), as in every Hugging Face decoder. `softcap` bounds the logits as in Gemma 2:
+    softcap * tanh(logits / softcap).
     """
     batch, heads, _, width = query_BHQd.shape
     groups = key_BGTd.shape[1]
@@ -336,6 +347,8 @@ def attention_rows(
     for query_BHcd, allowed_BcT in zip(query_BHQd.split(chunk, dim=2), allowed_BQT.split(chunk, dim=1), strict=True):
         query_BGRcd = query_BHcd.float().reshape(batch, groups, heads // groups, -1, width)
         logits_BHcT = (torch.einsum("bgrcd,bgtd->bgrct", query_BGRcd, key_BGTd) * scaling).flatten(1, 2)
+        if softcap is not None:
+            logits_BHcT = softcap * torch.tanh(logits_BHcT / softcap)
         blocked_B1cT = ~allowed_BcT[:, None]
         # finfo.min, not -inf: a row that may see nothing stays finite and is zeroed right after.
         logits_BHcT = logits_BHcT.masked_fill(blocked_B1cT, torch.finfo(torch.float32).min)
@@ -347,9 +360,31 @@ def attention_rows(
 def select_heads(visual_mass_BH: Tensor, num_heads: int) -> Tensor:
     """The `num_heads` heads of each sample with the largest attention mass on visual tokens (VAV). (B, k) ascending.
 
-    Ties go to the lower index. Raises ValueError when `num_heads` is outside 1..H.
+    Ties go to the lower index. A NaN counts as the largest mass, so that it comes to light in what is summed over the
+    heads; no value is read back to the host. Raises ValueError when `num_heads` is outside 1..H.
     """
-    return select_top(visual_mass_BH, num_heads)
+    heads = visual_mass_BH.shape[-1]
+    if not 1 <= num_heads <= heads:
+        raise ValueError(f"cannot listen to {num_heads} of {heads} heads: the number must be between 1 and {heads}")
+    order_BH = torch.sort(visual_mass_BH, dim=-1, descending=True, stable=True).indices
+    return torch.sort(order_BH[..., :num_heads], dim=-1).values
+
+
+@dataclass(frozen=True)
+class VisualScores:
+    """How much the text looks at each visual token.
+
+    Attributes:
+        scores_BT: fp32, attention summed over the heads that are listened to, 0 off the visual tokens.
+        mass_B: fp32, the sum of `scores_BT` over the row: between 0 and the number of heads.
+        heads_Bk: int64 ascending, the heads of each sample that are listened to.
+        mass_BH: fp32, attention mass on visual tokens of every head, the visual attention value (VAV).
+    """
+
+    scores_BT: Tensor
+    mass_B: Tensor
+    heads_Bk: Tensor
+    mass_BH: Tensor
 
 
 def text_guided_scores(
@@ -359,20 +394,20 @@ def text_guided_scores(
     allowed_BQT: Tensor,
     scaling: float,
     num_heads: int,
-) -> tuple[Tensor, Tensor]:
+    softcap: float | None = None,
+) -> VisualScores:
     """How much the text looks at each visual token, by the heads that look at the image most.
 
-    The query rows are the last prompt token (Q = 1) or all text rows; see `attention_rows` for `allowed_BQT`. Of each
-    sample the `num_heads` heads with the largest attention on visual tokens are used.
-
-    Returns `scores_BT` fp32, the attention summed over those heads, 0 off the visual tokens, and `mass_B` fp32, the sum
-    of `scores_BT` over the row: between 0 and `num_heads`.
+    The query rows are the last prompt token (Q = 1) or all text rows; see `attention_rows` for `allowed_BQT` and
+    `softcap`. Of each sample the `num_heads` heads with the largest attention on visual tokens are used. NaN in a query
+    or key shows as NaN in `mass_B`; nothing is read back to the host.
     """
-    attention_BHT = attention_rows(query_BHQd, key_BGTd, allowed_BQT, scaling)
+    attention_BHT = attention_rows(query_BHQd, key_BGTd, allowed_BQT, scaling, softcap)
     visual_BHT = attention_BHT * visual_mask_BT[:, None]
-    heads_Bk = select_heads(visual_BHT.sum(dim=-1), num_heads)
+    mass_BH = visual_BHT.sum(dim=-1)
+    heads_Bk = select_heads(mass_BH, num_heads)
     scores_BT = gather_tokens(visual_BHT, heads_Bk).sum(dim=1)
-    return scores_BT, scores_BT.sum(dim=-1)
+    return VisualScores(scores_BT, scores_BT.sum(dim=-1), heads_Bk, mass_BH)
 
 
 def adaptive_counts(mass_B: Tensor, lam: float, num_visual_B: Tensor, k_min: int) -> Tensor:
@@ -385,11 +420,27 @@ def adaptive_counts(mass_B: Tensor, lam: float, num_visual_B: Tensor, k_min: int
     if not (math.isfinite(lam) and lam >= 0) or k_min < 0:
         raise ValueError(f"lambda must be finite and not negative, k_min not negative; got lambda={lam}, k_min={k_min}")
     _refuse_nan(mass_B)
+    return _counts(mass_B, lam, num_visual_B, k_min)
+
+
+def _counts(mass_B: Tensor, lam: float, num_visual_B: Tensor, k_min: int) -> Tensor:
     num_visual_B = num_visual_B.to(torch.int64)
     wanted_B = torch.floor(mass_B.double() * lam + 0.5)
     # The bound first, in fp64: a huge lambda must not overflow int64.
     wanted_B = torch.minimum(wanted_B, num_visual_B.double()).to(torch.int64)
     return torch.maximum(wanted_B, num_visual_B.clamp(max=k_min))
+
+
+def adaptive_selection(
+    scores_BT: Tensor, mass_B: Tensor, visual_mask_BT: Tensor, lam: float, k_min: int
+) -> tuple[Tensor, Tensor]:
+    """`adaptive_counts` and `select_visual` in one: which visual tokens stay (B, T), and how many of each sample (B,).
+
+    Reads no value back to the host, so that a GPU is not waited for: where `mass_B` is NaN the selection means nothing,
+    and the caller has to look for it.
+    """
+    counts_B = _counts(mass_B, lam, visual_mask_BT.sum(dim=-1), k_min)
+    return _best_visual(scores_BT, visual_mask_BT, counts_B), counts_B
 
 
 def solve_lambda(mass_B: Tensor, num_visual_B: Tensor, target_mean: float, k_min: int) -> float:

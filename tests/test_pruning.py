@@ -19,6 +19,7 @@ from torch import Tensor
 from meteor_model import pruning
 from meteor_model.pruning import (
     adaptive_counts,
+    adaptive_selection,
     allocate_budgets,
     attention_rows,
     effective_rank,
@@ -432,7 +433,9 @@ def test_a_token_that_another_encoder_repeats_is_dropped_first_not_one_its_own_r
 # ------------------------------------------------------------------------------------------------------------ stage 3
 
 
-def rows_literally(query_BHQd: Tensor, key_BGTd: Tensor, allowed_BQT: Tensor, scaling: float) -> Tensor:
+def rows_literally(
+    query_BHQd: Tensor, key_BGTd: Tensor, allowed_BQT: Tensor, scaling: float, softcap: float | None = None
+) -> Tensor:
     batch, heads, queries, _ = query_BHQd.shape
     length, share = key_BGTd.shape[2], heads // key_BGTd.shape[1]
     out = torch.zeros(batch, heads, length)
@@ -440,7 +443,8 @@ def rows_literally(query_BHQd: Tensor, key_BGTd: Tensor, allowed_BQT: Tensor, sc
         rows = [q for q in range(queries) if bool(allowed_BQT[b, q].any())]
         for q in rows:
             seen = [t for t in range(length) if bool(allowed_BQT[b, q, t])]
-            weights = [math.exp(float(query_BHQd[b, h, q] @ key_BGTd[b, h // share, t]) * scaling) for t in seen]
+            logits = [float(query_BHQd[b, h, q] @ key_BGTd[b, h // share, t]) * scaling for t in seen]
+            weights = [math.exp(softcap * math.tanh(x / softcap) if softcap else x) for x in logits]
             for t, weight in zip(seen, weights, strict=True):
                 out[b, h, t] += weight / sum(weights) / len(rows)
     return out
@@ -453,7 +457,7 @@ def test_attention_rows_with_causality_padding_and_grouped_keys(groups: int, chu
     allowed_BQT = torch.ones(5, 5, dtype=torch.bool).tril().repeat(3, 1, 1)
     allowed_BQT[1, :, :2] = False  # left padding: rows 0 and 1 see nothing
     allowed_BQT[2] = False  # nobody asks
-    fast = attention_rows(query_BHQd, key_BGTd, allowed_BQT, 0.5, chunk)
+    fast = attention_rows(query_BHQd, key_BGTd, allowed_BQT, 0.5, chunk=chunk)
     torch.testing.assert_close(fast, rows_literally(query_BHQd, key_BGTd, allowed_BQT, 0.5), rtol=1e-4, atol=1e-6)
     assert torch.equal(fast[2], torch.zeros(4, 5))
 
@@ -461,23 +465,28 @@ def test_attention_rows_with_causality_padding_and_grouped_keys(groups: int, chu
 def test_select_heads_takes_the_most_visual_ones() -> None:
     mass_BH = torch.tensor([[0.1, 0.9, 0.5, 0.9], [0.3, 0.3, 0.3, 0.3]])
     assert select_heads(mass_BH, 2).tolist() == [[1, 3], [0, 1]]
-    with pytest.raises(ValueError, match="cannot keep 5 of 4"):
+    assert select_heads(torch.tensor([[0.1, math.nan, 0.5]]), 1).tolist() == [[1]], "a NaN must come to light"
+    with pytest.raises(ValueError, match="cannot listen to 5 of 4 heads"):
         select_heads(mass_BH, 5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_heads", [1, 2, 4])
-def test_text_guided_scores(num_heads: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("softcap", [None, 0.7])
+def test_text_guided_scores(softcap: float | None, num_heads: int, dtype: torch.dtype) -> None:
     query_BHQd, key_BGTd = randn(3, 4, 1, 4, dtype=dtype), randn(3, 2, 6, 4, seed=1, dtype=dtype)
     visual_BT = torch.tensor([[0, 1, 1, 1, 0, 0], [0, 0, 0, 1, 1, 0], [0] * 6]).bool()
     allowed_BQT = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [1] * 6]).bool()[:, None]
-    scores_BT, mass_B = text_guided_scores(query_BHQd, key_BGTd, visual_BT, allowed_BQT, 0.5, num_heads)
-    assert scores_BT.dtype == mass_B.dtype == torch.float32
-    rows_BHT = rows_literally(query_BHQd.float(), key_BGTd.float(), allowed_BQT, 0.5)
+    found = text_guided_scores(query_BHQd, key_BGTd, visual_BT, allowed_BQT, 0.5, num_heads, softcap)
+    scores_BT, mass_B = found.scores_BT, found.mass_B
+    assert scores_BT.dtype == mass_B.dtype == found.mass_BH.dtype == torch.float32
+    rows_BHT = rows_literally(query_BHQd.float(), key_BGTd.float(), allowed_BQT, 0.5, softcap)
     for b in range(3):
         visual = visual_BT[b].nonzero().flatten().tolist()
         mass_H = [sum(float(rows_BHT[b, h, t]) for t in visual) for h in range(4)]
         chosen = sorted(range(4), key=lambda h: (-mass_H[h], h))[:num_heads]
+        assert found.mass_BH[b].tolist() == pytest.approx(mass_H, rel=1e-4, abs=1e-6)
+        assert found.heads_Bk[b].tolist() == sorted(chosen)
         expected = [sum(float(rows_BHT[b, h, t]) for h in chosen) if t in visual else 0.0 for t in range(6)]
         assert scores_BT[b].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-6)
         assert float(mass_B[b]) == pytest.approx(sum(expected), rel=1e-4, abs=1e-6)
@@ -496,6 +505,19 @@ def test_adaptive_counts_equal_the_formula(data: st.DataObject) -> None:
     assert counts.tolist() == [
         min(max(math.floor(lam * m + 0.5), min(k_min, n)), n) for m, n in zip(mass, present, strict=True)
     ]
+
+
+def test_selection_in_one_is_counts_and_choice() -> None:
+    scores_BT = randn(6, 20, seed=4).abs()
+    visual_BT = randn(6, 20, seed=5) > 0
+    visual_BT[3] = False
+    scores_BT = scores_BT * visual_BT
+    mass_B = scores_BT.sum(-1)
+    counts_B = adaptive_counts(mass_B, 0.6, visual_BT.sum(-1), 2)
+    keep_BT, found_B = adaptive_selection(scores_BT, mass_B, visual_BT, 0.6, 2)
+    assert torch.equal(found_B, counts_B)
+    assert torch.equal(keep_BT, select_visual(scores_BT, visual_BT, counts_B))
+    assert 0 < int(counts_B.sum()) < int(visual_BT.sum())
 
 
 def test_adaptive_counts_round_half_up_and_refuse_nonsense() -> None:

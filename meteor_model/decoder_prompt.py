@@ -1,0 +1,100 @@
+"""A prompt as stage 3 reads it: its masks checked, who asks in it, and where its tokens stand.
+
+Shape legend: B samples, T tokens of the whole prompt, Q new tokens of one call, L all tokens so far, R rows that ask,
+C language model width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from meteor_model.pruning import gather_tokens
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt and who asks in it: rows `asking_BR`, where `asks_BR` says that they are not mere filling."""
+
+    embeds_BTC: Tensor
+    position_ids_BT: Tensor
+    attended_BT: Tensor
+    visual_BT: Tensor
+    asking_BR: Tensor
+    asks_BR: Tensor
+    padded: bool
+
+    @property
+    def seen_BT(self) -> Tensor | None:
+        return self.attended_BT if self.padded else None
+
+
+def read_prompt(
+    embeds_BTC: Tensor,
+    attention_mask_BT: Tensor | None,
+    position_ids_BT: Tensor | None,
+    visual_mask_BT: Tensor | None,
+    query: Literal["last", "all_text"],
+) -> Prompt:
+    """A prompt's masks, checked. Values are read back once, and not at all where nothing needs them."""
+    shape, device = embeds_BTC.shape[:2], embeds_BTC.device
+    visual_BT = torch.zeros(shape, dtype=torch.bool, device=device)
+    if visual_mask_BT is not None:
+        if visual_mask_BT.shape != shape:
+            raise ValueError(f"the visual mask is {tuple(visual_mask_BT.shape)}, the tokens are {tuple(shape)}")
+        visual_BT = visual_mask_BT.to(device=device, dtype=torch.bool)
+    attended_BT = torch.ones(shape, dtype=torch.bool, device=device)
+    if attention_mask_BT is not None:
+        check_mask(embeds_BTC, attention_mask_BT, 0)
+        attended_BT = attention_mask_BT.to(device=device, dtype=torch.bool)
+        visual_BT = visual_BT & attended_BT
+    columns_T = torch.arange(shape[1], device=device)
+    last_B1 = torch.where(attended_BT, columns_T, 0).amax(dim=1, keepdim=True)
+    # Text before the image sees no visual token: it would only dilute the mean.
+    asks_BT = attended_BT & ~visual_BT & (visual_BT.cumsum(dim=1) > 0) if query == "all_text" else columns_T == last_B1
+
+    num_empty = num_padded = 0
+    rows = 1
+    if attention_mask_BT is not None or query == "all_text":
+        found = torch.stack([(~attended_BT.any(dim=1)).sum(), (~attended_BT).sum(), asks_BT.sum(dim=1).max()])
+        # On the meta device there are shapes only: the most rows that can ask.
+        num_empty, num_padded, rows = (0, 0, shape[1]) if found.is_meta else found.tolist()
+    if num_empty:
+        empty = (~attended_BT.any(dim=1)).nonzero().flatten().tolist()
+        raise ValueError(f"samples {empty} of the batch are all padding: a prompt needs at least one token")
+    asking_BR = torch.sort(asks_BT.to(torch.uint8), dim=1, stable=True).indices[:, -max(rows, 1) :]
+    return Prompt(
+        embeds_BTC,
+        positions(embeds_BTC, position_ids_BT, 0),
+        attended_BT,
+        visual_BT,
+        asking_BR,
+        gather_tokens(asks_BT, asking_BR),
+        num_padded > 0,
+    )
+
+
+def places(seen_BL: Tensor | None, length: int, like: Tensor) -> Tensor:
+    """Place of each column among its sample's tokens, int64 (B or 1, L): what a window's width is counted in."""
+    if seen_BL is None:
+        return torch.arange(length, device=like.device)[None]
+    return seen_BL.cumsum(dim=1) - 1
+
+
+def check_mask(embeds_BQC: Tensor, attention_mask_BL: Tensor, past_length: int) -> None:
+    shape = (embeds_BQC.shape[0], past_length + embeds_BQC.shape[1])
+    if tuple(attention_mask_BL.shape) != shape:
+        raise ValueError(
+            f"the attention mask is {tuple(attention_mask_BL.shape)}, but the cache's {past_length} tokens and the "
+            f"{embeds_BQC.shape[1]} new ones of {shape[0]} samples need {shape}"
+        )
+
+
+def positions(embeds_BQC: Tensor, position_ids_BQ: Tensor | None, past_length: int) -> Tensor:
+    """Positions (B, Q); by default counted up from the length of the cache, as the decoders do themselves."""
+    if position_ids_BQ is None:
+        position_ids_BQ = torch.arange(embeds_BQC.shape[1], device=embeds_BQC.device)[None] + past_length
+    return position_ids_BQ.expand(embeds_BQC.shape[0], -1)
