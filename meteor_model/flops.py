@@ -286,8 +286,9 @@ def _pixels(encoder: VisionEncoder) -> Tensor:
 
 def _encode(encoder: VisionEncoder, config: MeteorConfig) -> Tensor:
     """Tokens (1, N, D) of one encoder through stage 1."""
-    budgets = config.encode_budgets[encoder.config.name]
-    return encode_pruned(encoder, _pixels(encoder), budgets, config.pruning.encode.first_deep_segment)[0].hidden
+    budgets, encode = config.encode_budgets[encoder.config.name], config.pruning.encode
+    tokens, _ = encode_pruned(encoder, _pixels(encoder), budgets, encode.first_deep_segment, encode.score_queries)
+    return tokens.hidden
 
 
 def _run_tower(encoder: VisionEncoder, budgets: Sequence[int]) -> Tensor:
@@ -298,14 +299,14 @@ def _run_tower(encoder: VisionEncoder, budgets: Sequence[int]) -> Tensor:
     if not encoder.prunes_between_blocks:
         for index in range(len(encoder.blocks)):
             hidden = encoder.run_block(index, hidden, positions_1N)
-        return encoder.finish(hidden)
+        return encoder.finish(hidden, positions_1N)
     start = 0
     for end, budget in zip(segment_ends(len(encoder.blocks), len(budgets)), budgets, strict=True):
         for index in range(start, end):
             hidden = encoder.run_block(index, hidden, positions_1N)
         hidden, positions_1N = hidden[:, : encoder.num_prefix_tokens + budget], positions_1N[:, :budget]
         start = end
-    return encoder.finish(hidden)
+    return encoder.finish(hidden, positions_1N)
 
 
 def _count_vision(model: MeteorForConditionalGeneration) -> tuple[tuple[TowerFlops, ...], int, int]:

@@ -69,9 +69,9 @@ def test_pruned_parts_equal_their_closed_forms() -> None:
     below, above = TEXT + 24, TEXT + 12
     assert [run.prefill for run in report.layers] == [2 * llm_layer(below, below), 2 * llm_layer(above, above)]
     assert [run.step for run in report.layers] == [2 * llm_layer(1, below + 1), 2 * llm_layer(1, above + 1)]
-    assert report.encoders[2].selection == 0, "a convolutional tower is scored without attention"
-    assert report.encoders[0].selection > 0
-    assert report.encoders[1].selection > 0
+    assert report.encoders[2].selection <= 4 * 64 * 64, "a convolutional tower is scored against its mean token"
+    for item in report.encoders[:2]:
+        assert 0 < item.selection < item.tower
     assert 0 < report.decode_selection < llm_layer(below, below)
 
 
