@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from meteor_model.decoder_families import plan_decoder
 from meteor_model.encoders import EncoderConfig, encoder_class
 from meteor_model.pruning import RANK_ESTIMATORS, allocate_budgets
 
@@ -205,6 +206,8 @@ class MeteorConfig(PreTrainedConfig):
         if fuse.enabled and fuse.keep > pool:
             raise ValueError(f"pruning.fuse.keep {fuse.keep} exceeds the {pool} tokens that leave the encoders")
         layers, heads = self.text_config.num_hidden_layers, self.text_config.num_attention_heads
+        if decode.enabled:
+            plan_decoder(self.text_config)  # raises where stage 3 cannot run this LLM
         if decode.enabled and decode.layer >= layers:
             raise ValueError(f"pruning.decode.layer {decode.layer} must be below the LLM's {layers} layers")
         if decode.num_heads is not None and not 1 <= decode.num_heads <= heads:
