@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 
 from meteor_model.configuration_meteor import MeteorConfig
-from meteor_model.decoder import MeteorCache
+from meteor_model.decoder_cache import MeteorCache
 from meteor_model.images import ImageError
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from meteor_model.pruning import solve_lambda
-from meteor_model.visualize import draw_kept
+from meteor_model.visualize import explain_kept
 from pipelines import shards
 from pipelines.schema import RawSample, SampleError, parse_sample
 
@@ -48,10 +48,10 @@ def readable_samples(manifest: shards.Manifest, split: str, processor: MeteorPro
                 yield sample
 
 
-def question_of(sample: RawSample, turn: int = 0) -> str:
-    """The text of the sample's `turn`-th question, with all of its image placeholders in front."""
+def question_of(sample: RawSample) -> str:
+    """The text of the sample's first question, with all of its image placeholders in front."""
     questions = [t.text for t in sample.turns if t.role == "user"]
-    return "<image>" * len(sample.images) + "\n" + questions[turn].replace("<image>", "").strip()
+    return "<image>" * len(sample.images) + "\n" + questions[0].replace("<image>", "").strip()
 
 
 def solve_lambda_on(
@@ -108,37 +108,8 @@ def draw_samples(
     """File name and picture of the kept tokens, stage by stage, for the first `count` samples with one image."""
     single = (sample for sample in samples if len(sample.images) == 1)
     for sample in islice(single, count):
-        pixels = processor.load_image(sample.images[0])
-        with torch.no_grad():
-            _, stats = model.get_image_features(pixels[None].to(model.device))
-        kept = {}
-        for turn in range(sum(t.role == "user" for t in sample.turns)):
-            prompt = question_of(sample, turn)
-            indices = _kept_of_prompt(model, processor, prompt, pixels)
-            if indices is not None:
-                kept[prompt.replace("<image>", "").strip()] = indices
-        for stage, picture in draw_kept(pixels, model.config, stats, decode_kept=kept).items():
+        questions = [t.text.replace("<image>", "").strip() for t in sample.turns if t.role == "user"]
+        different = [question for question in dict.fromkeys(questions) if question]
+        prompts = different[:2] if model.new_cache() is not None else []
+        for stage, picture in explain_kept(model, processor, sample.images[0], prompts).items():
             yield f"kept-{sample.key}-{stage}.png", picture
-
-
-def _kept_of_prompt(
-    model: MeteorForConditionalGeneration, processor: MeteorProcessor, prompt: str, pixels: torch.Tensor
-) -> list[int] | None:
-    """Indices, into the image's tokens, of those that stage 3 keeps for a prompt; None where it does not act."""
-    cache = model.new_cache()
-    if not isinstance(cache, MeteorCache):
-        return None
-    inputs = processor(prompt, [pixels]).to(model.device)
-    with torch.no_grad():
-        embeds, is_image = model.embed_prompts(inputs["input_ids"], inputs["pixel_values"])
-        model(
-            inputs_embeds=embeds,
-            image_mask=is_image,
-            attention_mask=inputs["attention_mask"],
-            past_key_values=cache,
-            logits_to_keep=1,
-        )
-    assert cache.decision is not None
-    columns = is_image[0].nonzero().flatten().tolist()
-    index_of = {column: index for index, column in enumerate(columns)}
-    return [index_of[column] for column in cache.decision.kept_index_BW[0].tolist() if column in index_of]

@@ -92,7 +92,7 @@ def draw_ranks(
         axes.set_xlabel("boundary", color=INK)
         axes.set_xticks(range(1, last + 1))
         axes.set_xlim(0.7, last + 0.3)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.06 * max(axes.get_ylim()[1], 1.0))
         axes.grid(axis="y", color=LINE, linewidth=0.7)
         _plain(axes)
     handles, labels = figure.axes[0].get_legend_handles_labels()

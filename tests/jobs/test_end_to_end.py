@@ -68,6 +68,7 @@ def test_pictures_are_there_for_every_stage(pretrained: dict[str, Any]) -> None:
         "decode.png",
         "encode.png",
         "fuse.png",
+        "overview.png",
         "loss.png",
         "ranks.png",
     ]
