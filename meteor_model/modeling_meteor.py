@@ -21,17 +21,18 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from meteor_model.chat import IGNORE_INDEX
 from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.decoder import decode_pruned
 from meteor_model.decoder_cache import MeteorCache
-from meteor_model.decoder_scores import attention_mass
+from meteor_model.decoder_families import softcap_logits
 from meteor_model.encode import dense_maps, encode_pruned
 from meteor_model.encoders import VisionEncoder, build_encoder
 from meteor_model.fusion import MeteorProjector, concat_channels, concat_width, fuse_cooperatively
+from meteor_model.generation_meteor import MeteorGenerationMixin, position_ids_of
 from meteor_model.pruning import feature_rank
 
 JOINT = "joint"  # the one projector of channel_concat
@@ -105,7 +106,7 @@ class MeteorPreTrainedModel(PreTrainedModel):
                 nn.init.zeros_(module.bias)
 
 
-class MeteorForConditionalGeneration(MeteorPreTrainedModel, GenerationMixin):
+class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixin):
     """Image(s) and text to text, with visual tokens pruned in three stages.
 
     Args:
@@ -276,11 +277,13 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, GenerationMixin):
             if pixel_values is not None:
                 inputs_embeds, stats = self._scatter(inputs_embeds, image_mask, pixel_values)
         if position_ids is None and attention_mask is not None:
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -inputs_embeds.shape[1] :]
+            position_ids = position_ids_of(attention_mask)[:, -inputs_embeds.shape[1] :]
         if isinstance(past_key_values, MeteorCache):
             decoded = decode_pruned(
                 self.language_model, inputs_embeds, attention_mask, position_ids, image_mask, past_key_values
             )
+            if stats is not None and decoded.decision is not None:
+                stats.decode = decoded.decision.kept_counts_B
         else:
             decoded = self.language_model(
                 inputs_embeds=inputs_embeds,
@@ -291,40 +294,9 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, GenerationMixin):
             )
         hidden_BTC = decoded.last_hidden_state
         logits = self.lm_head(hidden_BTC[:, -logits_to_keep:] if logits_to_keep else hidden_BTC)
+        logits = softcap_logits(self.config.text_config, logits)
         loss = None if labels is None else token_loss(logits, labels, num_items_in_batch)
         return MeteorOutput(loss, logits, decoded.past_key_values, stats)
-
-    @torch.no_grad()
-    def generate(
-        self,
-        inputs: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        """As in transformers, with all three stages.
-
-        The towers run once, before beams or samples multiply the batch; the result goes on as embeddings. Stage 3
-        needs a cache: with `use_cache=False` nothing is pruned in the LLM. Pass your own `MeteorCache` (`new_cache()`)
-        to read afterwards how many visual tokens each sample kept.
-
-        Args:
-            inputs: (B, T) prompt ids, left-padded; or `input_ids` by name.
-            pixel_values: (M, 3, S, S) uint8, the images of all prompts in order.
-            past_key_values: a cache; by default one that prunes, where `config.pruning.decode` says so.
-            kwargs: what `GenerationMixin.generate` takes.
-        """
-        input_ids = kwargs.pop("input_ids", inputs)
-        if kwargs.get("prefill_chunk_size") is not None:
-            raise ValueError("prefill_chunk_size is not supported: stage 3 decides on the whole prompt at once")
-        if past_key_values is None and kwargs.get("use_cache", True) is not False:
-            past_key_values = self.new_cache()
-        if past_key_values is not None:
-            kwargs["past_key_values"] = past_key_values
-        if input_ids is not None and "inputs_embeds" not in kwargs:
-            embeds_BTC, is_image_BT = self.embed_prompts(input_ids, pixel_values)
-            kwargs.update(input_ids=input_ids, inputs_embeds=embeds_BTC, image_mask=is_image_BT)
-        return super().generate(**kwargs)
 
     def embed_prompts(
         self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None
@@ -341,31 +313,6 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, GenerationMixin):
         else:
             self._check_placeholders(is_image_BT, 0)
         return embeds_BTC, is_image_BT
-
-    @torch.no_grad()
-    def visual_attention_mass(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, pixel_values: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What lambda is solved from: attention mass on visual tokens (B,) and their number (B,), prompt by prompt."""
-        embeds_BTC, is_image_BT = self.embed_prompts(input_ids, pixel_values)
-        position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
-        mass_B = attention_mass(
-            self.language_model,
-            embeds_BTC,
-            attention_mask,
-            position_ids,
-            is_image_BT,
-            self.config.pruning.decode,
-            self.config.decode_heads,
-        )
-        return mass_B, is_image_BT.sum(dim=1)
-
-    def new_cache(self) -> Any:
-        """A cache for `generate`: one that prunes where `config.pruning.decode` is enabled and lambda is known."""
-        decode = self.config.pruning.decode
-        if not decode.enabled or decode.lam is None:
-            return None
-        return MeteorCache(self.config.text_config, decode, self.config.decode_heads)
 
 
 def token_loss(

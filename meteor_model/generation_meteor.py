@@ -1,0 +1,190 @@
+"""`generate` with all three stages, and what a prompt tells about stage 3 before anything is generated.
+
+Legend: B samples, T prompt tokens, M images of all prompts, S travelling image size, C LLM width, H heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers.generation import GenerationMode
+
+from meteor_model.configuration_meteor import MeteorConfig
+from meteor_model.decoder import decode_pruned
+from meteor_model.decoder_cache import Decision, MeteorCache
+from meteor_model.decoder_scores import attention_mass, visual_attention_by_head
+
+
+class MeteorGenerationMixin(GenerationMixin):
+    """The part of `MeteorForConditionalGeneration` that generates."""
+
+    # Others guess tokens before they know the prompt's decision, or keep caches that stage 3 cannot shorten.
+    _supported_generation_modes = (
+        GenerationMode.GREEDY_SEARCH,
+        GenerationMode.SAMPLE,
+        GenerationMode.BEAM_SEARCH,
+        GenerationMode.BEAM_SAMPLE,
+    )
+
+    if TYPE_CHECKING:
+        config: MeteorConfig
+        language_model: PreTrainedModel
+
+        def embed_prompts(
+            self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None
+        ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As in transformers: greedy, sampling and beam search, with streamers and several sequences a prompt.
+
+        The towers run once, before beams or samples multiply the batch; the result goes on as embeddings. Stage 3
+        needs a cache: with `use_cache=False` nothing is pruned in the LLM. Pass your own `MeteorCache` (`new_cache()`)
+        to read afterwards what each sample kept, or to go on with the conversation: give the next call the same cache,
+        the ids of everything so far and the new turn's, and the attention mask of all of it. A later turn is text; with
+        a new image, start a new cache with the whole conversation.
+
+        Args:
+            inputs: (B, T) prompt ids, left-padded; or `input_ids` by name.
+            pixel_values: (M, 3, S, S) uint8, the images of all prompts in order.
+            past_key_values: a cache; by default one that prunes, where `config.pruning.decode` says so.
+            kwargs: what `GenerationMixin.generate` takes.
+
+        Raises:
+            ValueError: where images and placeholders do not fit, for images on a used cache, and for what stage 3
+                cannot serve: `prefill_chunk_size`, `cache_implementation`, assisted decoding.
+        """
+        input_ids = kwargs.pop("input_ids", inputs)
+        if self._generation_setting(kwargs, "prefill_chunk_size") is not None:
+            raise ValueError("prefill_chunk_size is not supported: stage 3 decides on the whole prompt at once")
+        if past_key_values is None and self._generation_setting(kwargs, "use_cache") is not False:
+            past_key_values = self.new_cache()
+            implementation = self._generation_setting(kwargs, "cache_implementation")
+            if past_key_values is not None and implementation is not None:
+                raise ValueError(
+                    f"cache_implementation {implementation!r} is not supported: stage 3 needs a MeteorCache, whose "
+                    "upper layers are shorter; leave it out, or set pruning.decode.enabled to false"
+                )
+        if past_key_values is not None:
+            kwargs["past_key_values"] = past_key_values
+        used = past_key_values.get_seq_length() if isinstance(past_key_values, Cache) else 0
+        if used and input_ids is not None:
+            self._check_next_turn(input_ids, kwargs.get("attention_mask"), pixel_values, used)
+            kwargs["input_ids"] = input_ids
+        elif input_ids is not None and "inputs_embeds" not in kwargs:
+            embeds_BTC, is_image_BT = self.embed_prompts(input_ids, pixel_values)
+            kwargs.update(input_ids=input_ids, inputs_embeds=embeds_BTC, image_mask=is_image_BT)
+        return super().generate(**kwargs)
+
+    def _generation_setting(self, kwargs: Mapping[str, Any], name: str) -> Any:
+        """A setting of `generate`, from where it is given: by name, in a generation configuration, in the model's."""
+        if kwargs.get(name) is not None:
+            return kwargs[name]
+        given = kwargs.get("generation_config")
+        value = None if given is None else getattr(given, name)
+        return value if value is not None else getattr(self.generation_config, name)
+
+    def _check_next_turn(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+        used: int,
+    ) -> None:
+        """Only text may come on a used cache. Raises ValueError."""
+        if pixel_values is not None and len(pixel_values):
+            raise ValueError(
+                f"{len(pixel_values)} images on a cache that already holds {used} tokens: what they replace was pruned "
+                "before they came; start a new cache with the whole conversation"
+            )
+        # As in transformers: the ids are of everything so far, unless the mask is longer than they are.
+        whole = attention_mask is None or attention_mask.shape[1] == input_ids.shape[1]
+        new_BQ = input_ids[:, used:] if whole else input_ids
+        if new_BQ.shape[1] == 0:
+            raise ValueError(f"the cache holds {used} tokens and the {input_ids.shape[1]} ids bring no new one")
+        counts = (new_BQ == self.config.image_token_id).sum(dim=1).tolist()
+        for sample, count in enumerate(counts):
+            if count:
+                raise ValueError(
+                    f"sample {sample} of the batch has {count} image placeholders after the {used} tokens of its "
+                    "cache: start a new cache with the whole conversation"
+                )
+
+    def new_cache(self) -> MeteorCache | None:
+        """A cache for `generate`: one that prunes where `config.pruning.decode` is enabled and lambda is known."""
+        decode = self.config.pruning.decode
+        if not decode.enabled or decode.lam is None:
+            return None
+        return MeteorCache(self.config.text_config, decode, self.config.decode_heads)
+
+    @torch.no_grad()
+    def prune_prompts(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, pixel_values: torch.Tensor | None
+    ) -> Decision:
+        """What stage 3 decides on each prompt, without generating.
+
+        `Decision.kept_visual()` says which of its visual tokens each sample keeps, `heads_Bk` who was listened to.
+
+        Raises:
+            ValueError: where stage 3 is disabled or lambda is not known.
+        """
+        cache = self.new_cache()
+        if cache is None:
+            raise ValueError("stage 3 does not act: pruning.decode is disabled or its lam is not set")
+        embeds_BTC, is_image_BT = self.embed_prompts(input_ids, pixel_values)
+        position_ids = position_ids_of(attention_mask)
+        decided = decode_pruned(
+            self.language_model, embeds_BTC, attention_mask, position_ids, is_image_BT, cache, use_cache=False
+        ).decision
+        assert decided is not None
+        return decided
+
+    @torch.no_grad()
+    def visual_attention_by_head(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        pixel_values: torch.Tensor | None,
+        layers: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        """VAV of every head, (B, layers, H) fp32: its attention mass on visual tokens, nothing pruned in the LLM.
+
+        `config.pruning.decode.query` says which token asks. `layers` count from 0; None is all of them.
+        """
+        embeds_BTC, is_image_BT = self.embed_prompts(input_ids, pixel_values)
+        query = self.config.pruning.decode.query
+        position_ids = position_ids_of(attention_mask)
+        return visual_attention_by_head(
+            self.language_model, embeds_BTC, attention_mask, position_ids, is_image_BT, query, layers
+        )
+
+    @torch.no_grad()
+    def visual_attention_mass(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, pixel_values: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What lambda is solved from: attention mass on visual tokens (B,) and their number (B,), prompt by prompt."""
+        embeds_BTC, is_image_BT = self.embed_prompts(input_ids, pixel_values)
+        mass_B = attention_mass(
+            self.language_model,
+            embeds_BTC,
+            attention_mask,
+            position_ids_of(attention_mask),
+            is_image_BT,
+            self.config.pruning.decode,
+            self.config.decode_heads,
+        )
+        return mass_B, is_image_BT.sum(dim=1)
+
+
+def position_ids_of(attention_mask_BL: torch.Tensor) -> torch.Tensor:
+    """Positions (B, L) counted over what is attended; 0 in left padding."""
+    return (attention_mask_BL.long().cumsum(-1) - 1).clamp_min(0)
