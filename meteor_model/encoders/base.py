@@ -6,15 +6,17 @@ S travelling image size (uint8), R the encoder's own resolution.
 
 from __future__ import annotations
 
+import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, TypeGuard
+from typing import Any, ClassVar, NamedTuple, TypeGuard, TypeVar
 
 import torch
 from torch import nn
 from torchvision.transforms.v2 import functional as tvf
+from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from meteor_model.pruning import absorbed_prefix_attention, evenly_spaced, prefix_attention, received_attention
@@ -22,6 +24,8 @@ from meteor_model.pruning import absorbed_prefix_attention, evenly_spaced, prefi
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF_MEAN, HALF_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+ConfigT = TypeVar("ConfigT", bound=PreTrainedConfig)
 
 
 @dataclass(frozen=True)
@@ -90,10 +94,10 @@ class VisionEncoder(nn.Module, ABC):
     #: its output only.
     prunes_between_blocks: ClassVar[bool] = True
     #: Prefix tokens (CLS first, then registers) in front of the patch tokens.
-    num_prefix_tokens: ClassVar[int] = 0
+    num_prefix_tokens: int = 0
     #: Channel mean and standard deviation of the pixels in [0, 1].
-    mean: ClassVar[tuple[float, float, float]] = HALF_MEAN
-    std: ClassVar[tuple[float, float, float]] = HALF_STD
+    mean: tuple[float, float, float] = HALF_MEAN
+    std: tuple[float, float, float] = HALF_STD
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -128,7 +132,7 @@ class VisionEncoder(nn.Module, ABC):
 
     def run_block(self, index: int, hidden_MTD: torch.Tensor, positions_MN: torch.Tensor) -> torch.Tensor:
         """Block `index` on the tokens present. `positions_MN` is for towers whose blocks depend on position."""
-        output: torch.Tensor = self.blocks[index](hidden_MTD, None)
+        output: torch.Tensor = self.blocks[index](hidden_MTD)
         return output
 
     def checkpointed_block(self, index: int, hidden_MTD: torch.Tensor, positions_MN: torch.Tensor) -> torch.Tensor:
@@ -138,8 +142,9 @@ class VisionEncoder(nn.Module, ABC):
         recomputed exactly once.
         """
         recompute = self._gradient_checkpointing_func
-        itself = isinstance(self.blocks[index], GradientCheckpointingLayer)
-        if recompute is None or itself or not (self.gradient_checkpointing and self.training):
+        if recompute is None or not (self.gradient_checkpointing and self.training):
+            return self.run_block(index, hidden_MTD, positions_MN)
+        if isinstance(self.blocks[index], GradientCheckpointingLayer):
             return self.run_block(index, hidden_MTD, positions_MN)
         return recompute(partial(self.run_block, index), hidden_MTD, positions_MN)
 
@@ -200,16 +205,38 @@ def split_heads(hidden_BTD: torch.Tensor, num_heads: int) -> torch.Tensor:
     return hidden_BTD.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
+def flatten_patches(pixels_MCRR: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """(M, 3, R, R) -> (M, rows * columns, p * p * 3): patches in raster order, each with its channels last."""
+    patches = pixels_MCRR.unflatten(3, (columns, -1)).unflatten(2, (rows, -1))
+    return patches.permute(0, 2, 4, 3, 5, 1).flatten(1, 2).flatten(2)
+
+
 def is_whole_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether the layer is W x + b with W at hand: not an adapter around a layer, not quantised, not a ZeRO-3 shard."""
     return type(layer) is nn.Linear and layer.weight.shape == (layer.out_features, layer.in_features)
 
 
-def square_grid(config: EncoderConfig, patch_size: int) -> tuple[int, int]:
+def square_grid(config: EncoderConfig, patch_size: Any) -> tuple[int, int]:
     """Grid of a square image cut into square patches; ValueError where the patch does not divide the image."""
+    if not isinstance(patch_size, int):
+        raise ValueError(f"encoder {config.name!r}: patch_size must be one number (square patches), got {patch_size!r}")
     if config.image_size % patch_size:
         raise ValueError(
             f"encoder {config.name!r}: image_size {config.image_size} is not a multiple of patch size {patch_size}"
         )
     side = config.image_size // patch_size
     return side, side
+
+
+def library_config(config: EncoderConfig, kind: type[ConfigT], **defaults: Any) -> ConfigT:
+    """The library's configuration of a tower: `defaults`, then `config.tower`.
+
+    Raises ValueError for a key of `config.tower` that the configuration class does not have: it would be ignored.
+    """
+    known = set(kind().to_dict()) | {"attn_implementation"}
+    for key in config.tower:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"encoder {config.name!r}: {kind.__name__} has no setting {key!r}{hint}")
+    return kind(**{**defaults, **config.tower})
