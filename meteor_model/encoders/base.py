@@ -144,9 +144,13 @@ class VisionEncoder(nn.Module, ABC):
         recompute = self._gradient_checkpointing_func
         if recompute is None or not (self.gradient_checkpointing and self.training):
             return self.run_block(index, hidden_MTD, positions_MN)
-        if isinstance(self.blocks[index], GradientCheckpointingLayer):
+        if self.checkpoints_itself(index, positions_MN):
             return self.run_block(index, hidden_MTD, positions_MN)
         return recompute(partial(self.run_block, index), hidden_MTD, positions_MN)
+
+    def checkpoints_itself(self, index: int, positions_MN: torch.Tensor) -> bool:
+        """Whether `run_block` calls a layer of transformers, which does its own gradient checkpointing."""
+        return isinstance(self.blocks[index], GradientCheckpointingLayer)
 
     def finish(self, hidden_MTD: torch.Tensor, positions_MN: torch.Tensor) -> torch.Tensor:
         """What the library does after the last block. `positions_MN` is for towers whose neck mixes neighbours."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,15 @@ from torch.nn import functional as F
 from transformers import SamVisionConfig, SamVisionModel
 from transformers.models.sam.modeling_sam import SamVisionAttention
 
-from meteor_model.encoders.base import IMAGENET_MEAN, IMAGENET_STD, EncoderConfig, VisionEncoder, square_grid
+from meteor_model.encoders.base import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    EncoderConfig,
+    VisionEncoder,
+    is_whole_linear,
+    library_config,
+    square_grid,
+)
 from meteor_model.encoders.windows import (
     Relative,
     Sink,
@@ -56,7 +65,8 @@ class SamEncoder(VisionEncoder):
 
     @classmethod
     def _library_config(cls, config: EncoderConfig) -> SamVisionConfig:
-        return SamVisionConfig(**{key: value for key, value in config.tower.items() if key != "neck"})
+        tower = {key: value for key, value in config.tower.items() if key != "neck"}
+        return library_config(replace(config, tower=tower), SamVisionConfig)
 
     @classmethod
     def grid_size(cls, config: EncoderConfig) -> tuple[int, int]:
@@ -102,6 +112,10 @@ class SamEncoder(VisionEncoder):
             attended_MND = self._attend_globally(layer.attn, normed_MND, positions_MN)
         hidden_MND = hidden_MTD + layer.attn.proj(attended_MND)
         return hidden_MND + layer.mlp(layer.layer_norm2(hidden_MND))
+
+    def checkpoints_itself(self, index: int, positions_MN: Tensor) -> bool:
+        """The library's layer does; with dropped tokens only its parts are called."""
+        return self._all_present(positions_MN)
 
     def _attend_windows(
         self, attention: SamVisionAttention, normed_MND: Tensor, positions_MN: Tensor, window: int
@@ -168,18 +182,17 @@ class SamEncoder(VisionEncoder):
                 f"scored segment needs one of the global blocks {list(self.tower.config.global_attn_indexes)}"
             )
         normed_MND = layer.layer_norm1(input_MTD)
-        query_MNHd, key_MNHd, _ = _project(layer.attn, normed_MND)
-        relative = _relative(layer.attn, query_MNHd, positions_MN, self.grid, max(self.grid))
         pick_Q = evenly_spaced(positions_MN.shape[1], queries, positions_MN.device)
-        query_MQHx, key_MNHx = query_MNHd[:, pick_Q] * layer.attn.scale, key_MNHd
+        query_MQHd, key_MNHd = _query_and_key(layer.attn, normed_MND, pick_Q)
+        relative = _relative(layer.attn, query_MQHd, positions_MN, self.grid, max(self.grid), pick_Q)
+        query_MQHx, key_MNHx = query_MQHd * layer.attn.scale, key_MNHd
         if relative is not None:
             # The terms of rows and columns are products, too: with the one-hot row and column of the key.
-            terms = (relative.row_term_MNHR[:, pick_Q], relative.column_term_MNHR[:, pick_Q])
             cells = zip((relative.rows_MN, relative.columns_MN), self.grid, strict=True)
             one_hot = [
                 F.one_hot(cells_MN, size)[:, :, None].expand(-1, -1, key_MNHd.shape[2], -1) for cells_MN, size in cells
             ]
-            query_MQHx = torch.cat([query_MQHx, *terms], dim=3)
+            query_MQHx = torch.cat([query_MQHx, relative.row_term_MNHR, relative.column_term_MNHR], dim=3)
             key_MNHx = torch.cat([key_MNHd, *(x.to(key_MNHd.dtype) for x in one_hot)], dim=3)
         return received_attention(query_MQHx.transpose(1, 2), key_MNHx.transpose(1, 2), scaling=1.0)
 
@@ -190,16 +203,38 @@ def _project(attention: SamVisionAttention, normed_MND: Tensor) -> tuple[Tensor,
     return query, key, value
 
 
+def _query_and_key(attention: SamVisionAttention, normed_MND: Tensor, pick_Q: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries of a few tokens and keys of all, (M, Q, H, d) and (M, N, H, d): no more than a score needs."""
+    if not is_whole_linear(attention.qkv):
+        query_MNHd, key_MNHd, _ = _project(attention, normed_MND)
+        return query_MNHd[:, pick_Q], key_MNHd
+    weights = attention.qkv.weight.chunk(3)
+    biases = (None, None) if attention.qkv.bias is None else attention.qkv.bias.chunk(3)
+    query_MQD = F.linear(normed_MND[:, pick_Q], weights[0], biases[0])
+    key_MND = F.linear(normed_MND, weights[1], biases[1])
+    heads = attention.num_attention_heads
+    return query_MQD.unflatten(2, (heads, -1)), key_MND.unflatten(2, (heads, -1))
+
+
 def _relative(
-    attention: SamVisionAttention, query_MNHd: Tensor, positions_MN: Tensor, grid: tuple[int, int], side: int
+    attention: SamVisionAttention,
+    query_MQHd: Tensor,
+    positions_MN: Tensor,
+    grid: tuple[int, int],
+    side: int,
+    pick_Q: Tensor | None = None,
 ) -> Relative | None:
-    """The block's relative positions for the kept tokens, on a map of `side` x `side` cells: a window, or the grid."""
+    """The block's relative positions for the kept tokens, on a map of `side` x `side` cells: a window, or the grid.
+
+    The queries are those of all tokens, or of the tokens `pick_Q`.
+    """
     if not attention.use_rel_pos:
         return None
     rows_MN, columns_MN = local_cells(positions_MN, grid[1], side)
+    rows_MQ, columns_MQ = (rows_MN, columns_MN) if pick_Q is None else (rows_MN[:, pick_Q], columns_MN[:, pick_Q])
     return Relative(
-        _axis_term(attention, query_MNHd, attention.rel_pos_h, rows_MN, side),
-        _axis_term(attention, query_MNHd, attention.rel_pos_w, columns_MN, side),
+        _axis_term(attention, query_MQHd, attention.rel_pos_h, rows_MQ, side),
+        _axis_term(attention, query_MQHd, attention.rel_pos_w, columns_MQ, side),
         rows_MN,
         columns_MN,
     )

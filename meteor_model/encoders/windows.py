@@ -182,7 +182,7 @@ def attend_in_windows(
     attended = []
     for index, (windows, slots, has_empty) in enumerate(layout.buckets):
         query_gHnd, key_gHnd, value_gHnd = (x[index].transpose(1, 2) for x in (query, key, value))
-        bias = None
+        bias, mask = None, None
         if terms is not None:
             row_gnHR, column_gnHR, rows_gn, columns_gn = (x[index] for x in terms)
             bias = pair_bias(row_gnHR.transpose(1, 2), column_gnHR.transpose(1, 2), rows_gn, columns_gn)
