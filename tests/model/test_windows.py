@@ -1,7 +1,6 @@
-"""Window attention on kept tokens, and the towers that have it: EVA-02, its detector layout, SAM.
+"""Window attention on kept tokens.
 
-Oracles: a loop over samples and windows; full attention with everything outside a window masked; the library's own
-modules on all tokens with the dropped ones masked out as keys.
+Oracles: full attention with everything outside a window masked; a loop over samples and windows.
 """
 
 from __future__ import annotations
@@ -12,14 +11,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from meteor_model.encoders.windows import (
+    BUCKETS,
+    Relative,
     Sink,
     attend_in_windows,
     blocked,
-    from_windows,
+    from_slots,
     local_cells,
-    pair_bias,
     partition,
-    to_windows,
+    to_slots,
     unpartition,
     window_extent,
     window_layout,
@@ -44,7 +44,7 @@ def case(request: pytest.FixtureRequest) -> tuple[tuple[int, int], int, Tensor]:
 
 def qkv(positions_MN: Tensor, seed: int = 0, heads: int = 2, width: int = 4) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    shape = (positions_MN.shape[0], heads, positions_MN.shape[1], width)
+    shape = (*positions_MN.shape, heads, width)
     return [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(3)]
 
 
@@ -67,46 +67,52 @@ def test_layout_groups_each_token_with_its_window(case: tuple[tuple[int, int], i
     grid, window, positions = case
     layout = window_layout(positions, grid, window)
     windows_across = -(-grid[1] // window)
+    members: dict[tuple[int, int], list[int]] = {}
     for image, cells in enumerate(positions.tolist()):
-        members: dict[int, list[int]] = {}
         for token, cell in enumerate(cells):
-            members.setdefault(cell // grid[1] // window * windows_across + cell % grid[1] // window, []).append(token)
-        for index, filled in enumerate(layout.filled_MWn[image]):
-            slots = layout.token_MS[image].unflatten(0, layout.filled_MWn.shape[1:])[index]
-            assert slots[filled].tolist() == members.get(index, [])
-    most = max(int(row.sum()) for row in layout.filled_MWn.flatten(0, 1))
-    assert layout.filled_MWn.shape[2] == most, "no more slots than the fullest window needs"
-    tokens = torch.randn(*positions.shape, 3)[:, None]
-    assert torch.equal(from_windows(to_windows(tokens, layout), layout), tokens[:, 0])
+            key = (image, cell // grid[1] // window * windows_across + cell % grid[1] // window)
+            members.setdefault(key, []).append(image * positions.shape[1] + token)
+    found, step = [], window * window / BUCKETS
+    tokens, seen = layout.token_F, layout.seen_F
+    for windows, slots, has_empty in layout.buckets:
+        counts = []
+        for _ in range(windows):
+            found.append(tokens[:slots][seen[:slots]].tolist())
+            counts.append(len(found[-1]))
+            tokens, seen = tokens[slots:], seen[slots:]
+        assert max(counts) == slots, "no more slots than the fullest window of the bucket needs"
+        assert has_empty == (min(counts) < slots)
+        assert slots - min(counts) < step
+    assert len(tokens) == 0
+    assert sorted(found) == sorted(members.values()), "every window that has tokens, and no other"
+    values = torch.randn(*positions.shape, 3)
+    assert torch.equal(from_slots(to_slots(values, layout), layout), values)
 
 
-@pytest.mark.parametrize("biased", [False, True])
-def test_window_attention_equals_masked_full_attention(case: tuple[tuple[int, int], int, Tensor], biased: bool) -> None:
-    """Forward and gradient, with and without relative positions."""
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "static bound"])
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "relative positions"])
+def test_window_attention_equals_masked_full_attention(
+    case: tuple[tuple[int, int], int, Tensor], biased: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward and gradient; in the layout of a compiled call, too, where empty windows have slots."""
     grid, window, positions = case
+    if compiled:
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     layout = window_layout(positions, grid, window)
     query, key, value = qkv(positions)
-    terms = [x.requires_grad_() for x in torch.randn(2, *query.shape[:3], window, dtype=torch.float64)]
     rows, columns = local_cells(positions, grid[1], window)
+    terms = [torch.randn(*query.shape[:3], window, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    ours = attend_in_windows(query, key, value, layout, Relative(*terms, rows, columns) if biased else None)
 
-    bias = None
+    logits = torch.einsum("mqhd,mkhd->mhqk", query, key) / query.shape[3] ** 0.5
     if biased:
-        cells = [to_windows(x[:, None, :, None], layout)[:, 0, :, 0] for x in (rows, columns)]
-        bias = pair_bias(*(to_windows(term, layout) for term in terms), *cells)
-    ours = attend_in_windows(query, key, value, layout, bias_GHnn=bias)
-
-    logits = query @ key.transpose(2, 3) / query.shape[3] ** 0.5
-    if biased:
-        logits = logits + torch.stack(
-            [
-                torch.stack(
-                    [terms[0][m, :, :, rows[m, j]] + terms[1][m, :, :, columns[m, j]] for j in range(len(rows[m]))], 2
-                )
-                for m in range(len(positions))
-            ]
-        )
+        added = [
+            torch.stack([terms[0][m, :, :, rows[m, j]] + terms[1][m, :, :, columns[m, j]] for j in range(len(rows[m]))])
+            for m in range(len(positions))
+        ]
+        logits = logits + torch.stack(added).permute(0, 3, 2, 1)
     logits = logits.masked_fill(~same_window(positions, grid[1], window)[:, None], float("-inf"))
-    literal = (logits.softmax(-1) @ value).transpose(1, 2).flatten(2)
+    literal = torch.einsum("mhqk,mkhd->mqhd", logits.softmax(-1), value).flatten(2)
     torch.testing.assert_close(ours, literal)
 
     inputs = [query, key, value, *(terms if biased else [])]
@@ -123,23 +129,29 @@ def test_a_sink_stands_for_any_number_of_equal_cells(case: tuple[tuple[int, int]
     """Against a loop over samples and windows that attends to every zero cell one by one."""
     grid, window, positions = case
     query, key, value = qkv(positions)
-    heads, width = query.shape[1], query.shape[3]
+    heads, width = query.shape[2:]
     sink_key, sink_value = torch.randn(2, heads, width, dtype=torch.float64)
     rows, columns = window_extent(positions, grid, window)
     count = window**2 - rows * columns
     logit = count.clamp(min=1).double().log().masked_fill(count == 0, blocked(torch.float64))
     layout = window_layout(positions, grid, window)
-    ours = attend_in_windows(query, key, value, layout, sink=Sink(sink_key, sink_value, logit[:, None]))
+    ours = attend_in_windows(query, key, value, layout, sink=Sink(sink_key, sink_value, logit[..., None]))
     same = same_window(positions, grid[1], window)
     for image in range(len(positions)):
         for token in range(positions.shape[1]):
             members = same[image, token].nonzero()[:, 0]
             extra = int(count[image, token])
-            keys = torch.cat([key[image][:, members], sink_key[:, None].expand(-1, extra, -1)], dim=1)
-            values = torch.cat([value[image][:, members], sink_value[:, None].expand(-1, extra, -1)], dim=1)
-            weights = (torch.einsum("hd,hkd->hk", query[image, :, token], keys) / width**0.5).softmax(-1)
-            expected = torch.einsum("hk,hkd->hd", weights, values).flatten()
+            keys = torch.cat([key[image, members], sink_key.expand(extra, -1, -1)])
+            values = torch.cat([value[image, members], sink_value.expand(extra, -1, -1)])
+            weights = (torch.einsum("hd,khd->hk", query[image, token], keys) / width**0.5).softmax(-1)
+            expected = torch.einsum("hk,khd->hd", weights, values).flatten()
             torch.testing.assert_close(ours[image, token], expected)
+
+
+def test_extent_counts_the_cells_of_a_window_that_are_in_the_grid() -> None:
+    rows, columns = window_extent(torch.arange(25)[None], (5, 5), 2)
+    assert rows.view(5, 5)[:, 0].tolist() == [2, 2, 2, 2, 1]
+    assert columns.view(5, 5)[0].tolist() == [2, 2, 2, 2, 1]
 
 
 def test_partition_by_reshape_is_the_layout_of_all_cells() -> None:
