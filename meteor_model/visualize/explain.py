@@ -73,7 +73,7 @@ def explain_kept(
     pixels_13SS = _pixels(processor, [image]).to(model.device)
     if prompts:
         _check_stage_3(model)
-    _, stats = model.get_image_features(pixels_13SS)
+    _, stats = model.encode_images(pixels_13SS)
     kept = {}
     for prompt in prompts:
         cache = model.new_cache()

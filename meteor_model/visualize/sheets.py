@@ -17,7 +17,7 @@ from itertools import cycle
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.modeling_meteor import JOINT, PruningStats
@@ -34,8 +34,8 @@ TITLE_TEXT, TEXT, NOTE_TEXT = 34, 26, 22
 LEADING = 1.28  # distance of two lines of text over their size
 #: Dimmed cells: grey, and most of the way to a middle tone, so that they differ from white pages and from dark photos.
 VEIL, VEIL_SHARE = (176, 185, 196), 0.78
-#: Cells narrower than this get no grid lines: the lines would hide the picture.
-GRID_FROM = 12
+#: Cells narrower than this get no grid lines, and no outline: the lines would hide the picture.
+GRID_FROM, OUTLINE_FROM = 12, 6
 
 Cells = Sequence[int]
 
@@ -248,8 +248,9 @@ def dim_dropped(picture: Image.Image, grid: tuple[int, int], cells: Cells, colou
         lines_hw[1:] |= owner_hw[1:] != owner_hw[:-1]
         lines_hw[:, 1:] |= owner_hw[:, 1:] != owner_hw[:, :-1]
         drawn_hw3[lines_hw] = (0.7 * drawn_hw3[lines_hw] + 0.3 * 255).astype(np.uint8)
-    outline_hw = _grown(kept_hw, 2 if cell >= GRID_FROM else 1) & ~kept_hw
-    drawn_hw3[outline_hw] = np.array(Image.new("RGB", (1, 1), colour))[0, 0]
+    if cell >= OUTLINE_FROM:
+        outline_hw = _grown(kept_hw, 2 if cell >= GRID_FROM else 1) & ~kept_hw
+        drawn_hw3[outline_hw] = ImageColor.getrgb(colour)
     return Image.fromarray(drawn_hw3)
 
 
