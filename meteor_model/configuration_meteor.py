@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -154,6 +154,8 @@ class MeteorConfig(PreTrainedConfig):
     """
 
     model_type = "meteor"
+    sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "image_hidden_states", "pruning_stats"]
 
     def __init__(
         self,

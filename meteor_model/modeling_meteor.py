@@ -15,14 +15,13 @@ D encoder width, C LLM width, V vocabulary, S travelling image size.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, PreTrainedModel
-from transformers.modeling_outputs import ModelOutput
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+from transformers.utils.generic import can_return_tuple
 
 from meteor_model.chat import IGNORE_INDEX
 from meteor_model.configuration_meteor import MeteorConfig
@@ -33,77 +32,11 @@ from meteor_model.encode import dense_maps, encode_pruned
 from meteor_model.encoders import VisionEncoder, build_encoder
 from meteor_model.fusion import MeteorProjector, concat_channels, concat_width, fuse_cooperatively
 from meteor_model.generation_meteor import MeteorGenerationMixin, position_ids_of
+from meteor_model.outputs import MeteorImageFeatures, MeteorOutput, PruningStats
+from meteor_model.pretrained import MeteorPreTrainedModel
 from meteor_model.pruning import feature_rank
 
 JOINT = "joint"  # the one projector of channel_concat
-
-
-@dataclass
-class PruningStats:
-    """What each stage was given and what it kept.
-
-    Attributes:
-        encode: for each encoder, the kept positions (M, K_b) in its full grid at every boundary.
-        encoder_tokens: for each encoder, the tokens of its full grid.
-        fuse: kept indices (M, K) into the pool of all encoders' tokens, in encoder order.
-        decode: visual tokens kept per sample (B,) where stage 3 acted, else None.
-    """
-
-    encode: dict[str, tuple[torch.Tensor, ...]]
-    encoder_tokens: dict[str, int]
-    fuse: torch.Tensor
-    decode: torch.Tensor | None = None
-
-    def as_metrics(self) -> dict[str, float]:
-        """Tokens per image by stage, under the names that are logged."""
-        metrics: dict[str, float] = {}
-        for name, kept in self.encode.items():
-            metrics[f"visual_tokens/{name}/in"] = self.encoder_tokens[name]
-            for boundary, positions in enumerate(kept, start=1):
-                metrics[f"visual_tokens/{name}/kept_{boundary}"] = positions.shape[1]
-        metrics["visual_tokens/in"] = sum(self.encoder_tokens.values())
-        metrics["visual_tokens/fuse/in"] = sum(kept[-1].shape[1] for kept in self.encode.values())
-        metrics["visual_tokens/fuse/kept"] = self.fuse.shape[1]
-        if self.decode is not None:
-            metrics["visual_tokens/decode/kept_mean"] = self.decode.float().mean().item()
-        return metrics
-
-
-@dataclass
-class MeteorOutput(ModelOutput):
-    """Output of `MeteorForConditionalGeneration.forward`.
-
-    Attributes:
-        loss: scalar, where labels were given.
-        logits: (B, T, V), or the last `logits_to_keep` positions.
-        past_key_values: the cache, where one is used.
-        pruning_stats: what stages 1 to 3 kept, where images were run.
-    """
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Any = None
-    pruning_stats: PruningStats | None = None
-
-
-class MeteorPreTrainedModel(PreTrainedModel):
-    """Loading, saving and initialisation."""
-
-    config_class = MeteorConfig
-    config: MeteorConfig
-    base_model_prefix = ""
-    main_input_name = "input_ids"
-    input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """Towers and LLM initialise themselves; the projectors and the head follow the LLM's range."""
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=self.config.text_config.initializer_range)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
 
 
 class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixin):
@@ -123,6 +56,7 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
         self.projectors = self._build_projectors({name: tower.embed_dim for name, tower in towers.items()})
         self.language_model = AutoModel.from_config(config.text_config)
         self.lm_head = nn.Linear(width, config.text_config.vocab_size, bias=False)
+        self._set_tower_kernels(config._attn_implementation)
         self.post_init()
 
     def _build_projectors(self, widths: Mapping[str, int]) -> nn.ModuleDict:
@@ -139,6 +73,9 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
 
+    def get_decoder(self) -> nn.Module:
+        return self.language_model
+
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
@@ -151,7 +88,23 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
         for name, encoder in self.encoders.items():
             yield name, cast(VisionEncoder, encoder)
 
-    def get_image_features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, PruningStats]:
+    def _pixels_of(self, name: str, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Normalised pixels (M, 3, R, R) for one tower, where it is and in its dtype."""
+        weight = next(p for p in self.encoders[name].parameters() if p.is_floating_point())
+        pixels: torch.Tensor = self.encoders[name].normalize(pixel_values.to(weight.device), weight.dtype)
+        return pixels
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: torch.Tensor) -> MeteorImageFeatures:
+        """Stages 1 and 2, as VLMs of transformers give them; `encode_images` gives the same as a plain pair.
+
+        Args:
+            pixel_values: (M, 3, S, S) uint8, M >= 1.
+        """
+        visual_MKC, stats = self.encode_images(pixel_values)
+        return MeteorImageFeatures(visual_MKC, visual_MKC, pruning_stats=stats)
+
+    def encode_images(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, PruningStats]:
         """Stages 1 and 2.
 
         Args:
@@ -164,7 +117,7 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
         encode = config.pruning.encode
         maps, kept = [], {}
         for name, encoder in self._towers():
-            pixels = encoder.normalize(pixel_values, self.dtype)
+            pixels = self._pixels_of(name, pixel_values)
             budgets = config.encode_budgets[name]
             tokens, kept[name] = encode_pruned(
                 encoder, pixels, budgets, encode.first_deep_segment, encode.score_queries
@@ -193,16 +146,28 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
         segments = len(self.config.pruning.encode.totals) or 1
         ranks: dict[str, dict[str, Any]] = {estimator: {} for estimator in estimators}
         for name, encoder in self._towers():
-            maps = dense_maps(encoder, encoder.normalize(pixel_values, self.dtype), segments)
+            maps = dense_maps(encoder, self._pixels_of(name, pixel_values), segments)
             for estimator in estimators:
                 values = [feature_rank(hidden_MND, estimator) for hidden_MND in maps]
                 ranks[estimator][name] = torch.stack(values, dim=1).float().cpu().numpy()
         return ranks
 
     def _check_placeholders(self, is_image_BT: torch.Tensor, num_images: int) -> None:
-        """Every sample holds whole images, and all samples together the images that came. Raises ValueError."""
+        """Every sample holds whole images, and all samples together the images that came.
+
+        Raises:
+            ValueError: naming the sample and both counts. In a compiled graph, which cannot read numbers back to name
+                them, the same condition is asserted on the device: a RuntimeError, never a shifted image.
+        """
         per_image = self.config.tokens_per_image
-        counts = is_image_BT.sum(dim=1).tolist()
+        counts_B = is_image_BT.sum(dim=1)
+        if torch.compiler.is_compiling():
+            whole = (counts_B % per_image == 0).all() & (counts_B.sum() == num_images * per_image)
+            torch._assert_async(
+                whole, "image placeholders and visual tokens differ: run the batch uncompiled to see where"
+            )
+            return
+        counts = counts_B.tolist()
         for sample, count in enumerate(counts):
             if count % per_image:
                 raise ValueError(
@@ -217,21 +182,26 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
 
     def _scatter(
         self, embeds_BTC: torch.Tensor, is_image_BT: torch.Tensor, pixel_values: torch.Tensor
-    ) -> tuple[torch.Tensor, PruningStats]:
-        """Visual tokens into the placeholders. A batch without images runs the towers on a zero image, times 0, so
-        that every rank of a distributed run executes every module."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None, PruningStats]:
+        """Visual tokens into the placeholders; the visual tokens; what was kept.
+
+        A batch without images runs the towers on a zero image, times 0, so that every rank of a distributed run
+        executes every module.
+        """
         num_images = len(pixel_values)
         self._check_placeholders(is_image_BT, num_images)
         if num_images == 0:
             size = self.config.image_size
-            features_MKC, stats = self.get_image_features(pixel_values.new_zeros(1, 3, size, size))
-            return embeds_BTC + 0.0 * features_MKC.sum(), stats
-        features_MKC, stats = self.get_image_features(pixel_values)
-        visual = features_MKC.flatten(0, 1).to(embeds_BTC.dtype)
-        return embeds_BTC.masked_scatter(is_image_BT.unsqueeze(-1).expand_as(embeds_BTC), visual), stats
+            features_MKC, stats = self.encode_images(pixel_values.new_zeros(1, 3, size, size))
+            return embeds_BTC + 0.0 * features_MKC.sum().to(embeds_BTC), None, stats
+        features_MKC, stats = self.encode_images(pixel_values)
+        visual_MKC = features_MKC.to(embeds_BTC)
+        is_image_BTC = is_image_BT.to(embeds_BTC.device).unsqueeze(-1).expand_as(embeds_BTC)
+        return embeds_BTC.masked_scatter(is_image_BTC, visual_MKC), visual_MKC, stats
 
     # ------------------------------------------------------------------------------------------------------- the model
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -243,8 +213,10 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
         inputs_embeds: torch.Tensor | None = None,
         image_mask: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | float | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> MeteorOutput:
         """One pass.
@@ -258,27 +230,45 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
             past_key_values: a cache. With a `MeteorCache`, stage 3 prunes at prefill.
             inputs_embeds: (B, T, C) instead of `input_ids`; `image_mask` then says where visual tokens are.
             image_mask: (B, T) bool, see above.
-            use_cache: as in transformers.
-            logits_to_keep: compute only the last so many logits (0: all).
+            use_cache: as in transformers; by default not in training.
+            logits_to_keep: compute only the last so many logits (0: all), or those of these positions.
             num_items_in_batch: divisor of the summed loss; None: the supervised tokens of this batch.
+            output_attentions: also return the LLM's attention maps; its kernel must be "eager".
+            output_hidden_states: also return the LLM's hidden states.
+            kwargs: for the LLM's own forward.
 
         Raises:
-            ValueError: where placeholders and visual tokens differ, naming the sample and both counts.
+            ValueError: where placeholders and visual tokens differ, naming the sample and both counts; for labels,
+                hidden states or attentions of a decoder that stage 3 prunes.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if labels is not None and isinstance(past_key_values, MeteorCache):
             raise ValueError("labels go with an unpruned decoder: stage 3 leaves no logits for dropped tokens")
-        stats = None
+        visual_MKC, stats = None, None
         if inputs_embeds is None:
             assert input_ids is not None
             inputs_embeds = self.get_input_embeddings()(input_ids)
             image_mask = input_ids == self.config.image_token_id
-            if pixel_values is not None:
-                inputs_embeds, stats = self._scatter(inputs_embeds, image_mask, pixel_values)
+        if pixel_values is not None:
+            if image_mask is None:
+                raise ValueError("inputs_embeds with pixel_values need image_mask, which says where visual tokens go")
+            inputs_embeds, visual_MKC, stats = self._scatter(inputs_embeds, image_mask, pixel_values)
         if position_ids is None and attention_mask is not None:
             position_ids = position_ids_of(attention_mask)[:, -inputs_embeds.shape[1] :]
+        config = self.config.text_config
+        wanted = {
+            "output_attentions": config.output_attentions if output_attentions is None else output_attentions,
+            "output_hidden_states": config.output_hidden_states
+            if output_hidden_states is None
+            else output_hidden_states,
+        }
         if isinstance(past_key_values, MeteorCache):
+            if any(wanted.values()):
+                raise ValueError(
+                    f"{[name for name, on in wanted.items() if on]} cannot be given where stage 3 prunes: layers hold "
+                    "different tokens. Pass past_key_values=DynamicCache(), or set pruning.decode.enabled to false"
+                )
             decoded = decode_pruned(
                 self.language_model, inputs_embeds, attention_mask, position_ids, image_mask, past_key_values
             )
@@ -290,13 +280,21 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
-                use_cache=use_cache,
+                use_cache=config.use_cache and not self.training if use_cache is None else use_cache,
+                **wanted,
+                **kwargs,
             )
-        hidden_BTC = decoded.last_hidden_state
-        logits = self.lm_head(hidden_BTC[:, -logits_to_keep:] if logits_to_keep else hidden_BTC)
-        logits = softcap_logits(self.config.text_config, logits)
-        loss = None if labels is None else token_loss(logits, labels, num_items_in_batch)
-        return MeteorOutput(loss, logits, decoded.past_key_values, stats)
+        rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = softcap_logits(config, self.lm_head(decoded.last_hidden_state[:, rows]))
+        return MeteorOutput(
+            loss=None if labels is None else token_loss(logits, labels, num_items_in_batch),
+            logits=logits,
+            past_key_values=decoded.past_key_values,
+            hidden_states=decoded.hidden_states,
+            attentions=decoded.attentions,
+            image_hidden_states=visual_MKC,
+            pruning_stats=stats,
+        )
 
     def embed_prompts(
         self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None
@@ -309,7 +307,7 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
         embeds_BTC = self.get_input_embeddings()(input_ids)
         is_image_BT = input_ids == self.config.image_token_id
         if pixel_values is not None and len(pixel_values):
-            embeds_BTC, _ = self._scatter(embeds_BTC, is_image_BT, pixel_values)
+            embeds_BTC, _, _ = self._scatter(embeds_BTC, is_image_BT, pixel_values)
         else:
             self._check_placeholders(is_image_BT, 0)
         return embeds_BTC, is_image_BT

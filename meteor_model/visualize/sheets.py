@@ -71,7 +71,7 @@ def draw_kept(
     Args:
         image_3HW: that image as it travelled, uint8.
         config: the model's configuration.
-        stats: what `get_image_features` returned with the tokens.
+        stats: what `encode_images` returned with the tokens.
         sample: index of the image in `stats`.
         decode_kept: for each prompt, the indices (into the K tokens of the image) that stage 3 kept.
 

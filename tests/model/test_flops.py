@@ -81,7 +81,7 @@ def test_the_count_is_what_a_cpu_forward_dispatches(pruning: PruningConfig) -> N
     net = model(pruning)
     report = count_flops(net.config, TEXT)
     with flop_counter() as vision:
-        net.get_image_features(pixels(1))
+        net.encode_images(pixels(1))
     assert vision.get_total_flops() == report.encoding + report.projection + report.fusion
     image_tokens = [net.config.image_token_id] * net.config.tokens_per_image
     input_ids = torch.tensor([[*image_tokens, *range(10, 10 + TEXT)]])

@@ -58,7 +58,7 @@ def test_eagle_is_a_setting() -> None:
     assert list(eagle.projectors) == ["joint"]
     assert eagle.config.tokens_per_image == 16
     images = pixels(2)
-    features, stats = eagle.get_image_features(images)
+    features, stats = eagle.encode_images(images)
     assert features.shape == (2, 16, 128)
     assert stats.as_metrics()["visual_tokens/fuse/kept"] == 16
     maps = []

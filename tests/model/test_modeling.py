@@ -54,7 +54,7 @@ def test_stage_one_with_full_budgets_is_dense() -> None:
     """All tokens at every boundary: 128 for the two transformers, 192 once the convolutional tower joins."""
     dense = model(DENSE)
     images = pixels(2)
-    features, _ = dense.get_image_features(images)
+    features, _ = dense.encode_images(images)
     two = [item for item in config(DENSE).encoders if item.family != "convnext"]
     from meteor_model.configuration_meteor import MeteorConfig
 
@@ -63,17 +63,17 @@ def test_stage_one_with_full_budgets_is_dense() -> None:
     data.update(encoders=[item.to_dict() for item in two], pruning=kept)
     full = MeteorForConditionalGeneration(MeteorConfig(**data)).eval()
     full.load_state_dict({k: v for k, v in dense.state_dict().items() if "convnext" not in k})
-    assert torch.equal(full.get_image_features(images)[0], features[:, :128])
+    assert torch.equal(full.encode_images(images)[0], features[:, :128])
 
 
 @torch.no_grad()
 def test_visual_tokens_land_on_their_placeholders_in_order() -> None:
     built = model(PRUNED)
     inputs = batch(PRUNED)
-    features, stats = built.get_image_features(inputs["pixel_values"])
+    features, stats = built.encode_images(inputs["pixel_values"])
     embeds = built.get_input_embeddings()(inputs["input_ids"])
     is_image = inputs["input_ids"] == 3
-    merged, _ = built._scatter(embeds, is_image, inputs["pixel_values"])
+    merged, _, _ = built._scatter(embeds, is_image, inputs["pixel_values"])
     assert torch.equal(merged[0][is_image[0]], features[0])
     assert torch.equal(merged[2][is_image[2]], features[1:].flatten(0, 1))
     assert torch.equal(merged[~is_image], embeds[~is_image])
@@ -88,9 +88,9 @@ def test_fusion_keeps_the_least_redundant_in_encoder_order() -> None:
     unfused = PruningConfig(PRUNED.encode, FusePruning(enabled=False), PRUNED.decode)
     twin = MeteorForConditionalGeneration(config(unfused)).eval()
     twin.load_state_dict(built.state_dict())
-    pool, stats = twin.get_image_features(images)
+    pool, stats = twin.encode_images(images)
     owner = [e for e, kept in enumerate(stats.encode.values()) for _ in range(kept[-1].shape[1])]
-    kept_features, kept_stats = built.get_image_features(images)
+    kept_features, kept_stats = built.encode_images(images)
     for sample in range(2):
         redundancy = []
         for i in range(len(owner)):

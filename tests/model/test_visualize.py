@@ -40,7 +40,7 @@ def built() -> MeteorForConditionalGeneration:
 @pytest.fixture(scope="module")
 def stats(built: MeteorForConditionalGeneration) -> PruningStats:
     with torch.no_grad():
-        return built.get_image_features(pixels(2))[1]
+        return built.encode_images(pixels(2))[1]
 
 
 @pytest.fixture
@@ -169,7 +169,7 @@ def test_joined_channels_have_a_grid_of_their_own(drawn: list[Any]) -> None:
     torch.manual_seed(0)
     joint = MeteorForConditionalGeneration(dense).eval()
     with torch.no_grad():
-        _, stats = joint.get_image_features(pixels(1))
+        _, stats = joint.encode_images(pixels(1))
     draw_overview(pixels(1)[0], dense, stats)
     assert [grid for grid, _ in drawn] == [(8, 8)] * 3 + [(4, 4)]
     assert drawn[-1][1] == list(range(16))
