@@ -7,14 +7,22 @@ import difflib
 from meteor_model.encoders.base import EncoderConfig, VisionEncoder, VisionTokens
 from meteor_model.encoders.clip import ClipEncoder
 from meteor_model.encoders.convnext import ConvNextEncoder
+from meteor_model.encoders.dinov2 import Dinov2Encoder, Dinov2RegistersEncoder
 from meteor_model.encoders.pix2struct import Pix2StructEncoder
-from meteor_model.encoders.siglip import SiglipEncoder
+from meteor_model.encoders.siglip import Siglip2Encoder, SiglipEncoder
+from meteor_model.encoders.timm_conv import TimmConvEncoder
+from meteor_model.encoders.vit import VitEncoder
 
 ENCODERS: dict[str, type[VisionEncoder]] = {
     "clip": ClipEncoder,
     "convnext": ConvNextEncoder,
+    "dinov2": Dinov2Encoder,
+    "dinov2_registers": Dinov2RegistersEncoder,
     "pix2struct": Pix2StructEncoder,
     "siglip": SiglipEncoder,
+    "siglip2": Siglip2Encoder,
+    "timm_conv": TimmConvEncoder,
+    "vit": VitEncoder,
 }
 
 

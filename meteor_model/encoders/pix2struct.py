@@ -8,7 +8,14 @@ import torch
 from torch import nn
 from transformers import Pix2StructVisionConfig, Pix2StructVisionModel
 
-from meteor_model.encoders.base import EncoderConfig, ScoreProjections, VisionEncoder, square_grid
+from meteor_model.encoders.base import (
+    EncoderConfig,
+    ScoreProjections,
+    VisionEncoder,
+    flatten_patches,
+    library_config,
+    square_grid,
+)
 
 
 class Pix2StructEncoder(VisionEncoder):
@@ -19,11 +26,11 @@ class Pix2StructEncoder(VisionEncoder):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__(config)
-        self.tower = Pix2StructVisionModel(Pix2StructVisionConfig(**config.tower))
+        self.tower = Pix2StructVisionModel(library_config(config, Pix2StructVisionConfig))
 
     @classmethod
     def _patch_size(cls, config: EncoderConfig) -> int:
-        width = Pix2StructVisionConfig(**config.tower).patch_embed_hidden_size
+        width = library_config(config, Pix2StructVisionConfig).patch_embed_hidden_size
         side = round((width / 3) ** 0.5)
         if 3 * side * side != width:
             raise ValueError(
@@ -33,11 +40,18 @@ class Pix2StructEncoder(VisionEncoder):
 
     @classmethod
     def grid_size(cls, config: EncoderConfig) -> tuple[int, int]:
-        return square_grid(config, cls._patch_size(config))
+        rows, columns = square_grid(config, cls._patch_size(config))
+        table = library_config(config, Pix2StructVisionConfig).seq_len
+        if rows >= table:
+            raise ValueError(
+                f"encoder {config.name!r}: image_size {config.image_size} has {rows} rows of patches, the tower "
+                f"{table} row embeddings (seq_len), the first of them for padding"
+            )
+        return rows, columns
 
     @classmethod
     def num_blocks(cls, config: EncoderConfig) -> int:
-        return Pix2StructVisionConfig(**config.tower).num_hidden_layers
+        return library_config(config, Pix2StructVisionConfig).num_hidden_layers
 
     @property
     def embed_dim(self) -> int:
@@ -57,9 +71,7 @@ class Pix2StructEncoder(VisionEncoder):
     def flatten_patches(self, pixels_MCRR: torch.Tensor) -> torch.Tensor:
         """(M, 3, R, R) -> (M, N, 2 + 3 p^2): the library's patches, led by their row and column, counted from 1."""
         rows, columns = self.grid_size(self.config)
-        patch = self._patch_size(self.config)
-        patches_MNE = pixels_MCRR.unflatten(2, (rows, patch)).unflatten(4, (columns, patch))
-        patches_MNE = patches_MNE.permute(0, 2, 4, 3, 5, 1).flatten(1, 2).flatten(2)
+        patches_MNE = flatten_patches(pixels_MCRR, rows, columns)
         cells_N = torch.arange(rows * columns, device=pixels_MCRR.device)
         index_N2 = torch.stack([cells_N // columns + 1, cells_N % columns + 1], dim=-1).to(torch.float32)
         return torch.cat([index_N2.expand(len(patches_MNE), -1, -1), patches_MNE.float()], dim=-1)

@@ -1,49 +1,38 @@
-"""SigLIP's vision transformer (transformers): no CLS token, learned positions, a final norm on every token."""
+"""SigLIP's vision transformers (transformers): no CLS token, learned positions, a final norm on every token."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
-from transformers import SiglipVisionConfig, SiglipVisionModel
+from transformers import Siglip2VisionConfig, Siglip2VisionModel, SiglipVisionConfig, SiglipVisionModel
 
-from meteor_model.encoders.base import EncoderConfig, ScoreProjections, VisionEncoder, square_grid
+from meteor_model.encoders.base import flatten_patches
+from meteor_model.encoders.transformers_vit import TransformersVit
 
 
-class SiglipEncoder(VisionEncoder):
-    """`transformers.SiglipVisionModel` without its pooling head, block by block."""
+class SiglipEncoder(TransformersVit):
+    """`transformers.SiglipVisionModel` without its pooling head. SigLIP2 at a fixed resolution is this model, too."""
 
-    def __init__(self, config: EncoderConfig) -> None:
-        super().__init__(config)
-        self.tower = SiglipVisionModel(SiglipVisionConfig(**{"vision_use_head": False, **config.tower}))
-
-    @classmethod
-    def grid_size(cls, config: EncoderConfig) -> tuple[int, int]:
-        return square_grid(config, SiglipVisionConfig(**config.tower).patch_size)
-
-    @classmethod
-    def num_blocks(cls, config: EncoderConfig) -> int:
-        return SiglipVisionConfig(**config.tower).num_hidden_layers
-
-    @property
-    def embed_dim(self) -> int:
-        return self.tower.config.hidden_size
-
-    @property
-    def blocks(self) -> Sequence[nn.Module]:
-        return self.tower.encoder.layers
-
-    def embed(self, pixels_MCRR: torch.Tensor) -> torch.Tensor:
-        native = self.tower.config.image_size
-        return self.tower.embeddings(pixels_MCRR, interpolate_pos_encoding=self.config.image_size != native)
+    config_class, model = SiglipVisionConfig, SiglipVisionModel
+    defaults: ClassVar[dict[str, Any]] = {"vision_use_head": False}
 
     def finish(self, hidden_MTD: torch.Tensor, positions_MN: torch.Tensor) -> torch.Tensor:
         return self.tower.post_layernorm(hidden_MTD)
 
-    def score_projections(self, index: int) -> ScoreProjections:
-        block = self.tower.encoder.layers[index]
-        attention = block.self_attn
-        return ScoreProjections(
-            block.layer_norm1, attention.q_proj, attention.k_proj, attention.num_heads, attention.scale
-        )
+
+class Siglip2Encoder(SiglipEncoder):
+    """`transformers.Siglip2VisionModel` (NaFlex) on a fixed square grid, to which it resizes its positions."""
+
+    config_class, model = Siglip2VisionConfig, Siglip2VisionModel
+
+    def embed(self, pixels_MCRR: torch.Tensor) -> torch.Tensor:
+        embeddings = self.tower.embeddings
+        rows, columns = self.grid_size(self.config)
+        side = embeddings.position_embedding_size
+        patches_MNE = flatten_patches(pixels_MCRR, rows, columns)
+        # The library resizes positions image by image; here all images have the same grid.
+        shape_12 = torch.tensor([[rows, columns]], device="cpu")
+        positions_RRD = embeddings.position_embedding.weight.unflatten(0, (side, side))
+        positions_1ND = embeddings.resize_positional_embeddings(positions_RRD, shape_12, max_length=rows * columns)
+        return embeddings.patch_embedding(patches_MNE) + positions_1ND

@@ -8,7 +8,6 @@ import torch
 
 from meteor_model.architectures import build_config
 from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, MeteorConfig, PruningConfig
-from meteor_model.encoders import EncoderConfig
 from meteor_model.image_processing_meteor import MeteorImageProcessor
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
@@ -19,54 +18,6 @@ PRUNED = PruningConfig(
     EncodePruning(totals=(96, 64, 60)), FusePruning(keep=24), DecodePruning(layer=2, target_mean=12.0, lam=30.0)
 )
 DENSE = PruningConfig(EncodePruning(enabled=False), FusePruning(enabled=False), DecodePruning(enabled=False))
-
-#: One small tower per registered family, at 64 px.
-TOWERS: dict[str, EncoderConfig] = {
-    "clip": EncoderConfig(
-        "clip",
-        "clip",
-        64,
-        {
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "image_size": 64,
-            "patch_size": 8,
-        },
-    ),
-    "siglip": EncoderConfig(
-        "siglip",
-        "siglip",
-        64,
-        {
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "image_size": 64,
-            "patch_size": 8,
-        },
-    ),
-    "pix2struct": EncoderConfig(
-        "pix2struct",
-        "pix2struct",
-        64,
-        {
-            "hidden_size": 32,
-            "d_ff": 48,
-            "d_kv": 8,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "patch_embed_hidden_size": 192,
-            "seq_len": 64,
-            "initializer_range": 0.02,
-        },
-    ),
-    "convnext": EncoderConfig(
-        "convnext", "convnext", 64, {"hidden_sizes": [16, 32], "depths": [1, 2], "num_stages": 2, "patch_size": 4}
-    ),
-}
 
 
 def processor(pruning: PruningConfig = PRUNED, template: str = "short") -> MeteorProcessor:
