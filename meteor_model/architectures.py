@@ -72,7 +72,127 @@ def tiny() -> Architecture:
     )
 
 
-ARCHITECTURES: dict[str, Callable[[], Architecture]] = {"tiny": tiny}
+#: CLIP ViT-L/14 at 336 px: 24 x 24 tokens, width 1024.
+CLIP_L_336 = EncoderConfig(
+    "clip",
+    "clip",
+    336,
+    {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": 336,
+        "patch_size": 14,
+    },
+)
+#: CLIP's ConvNeXt-XXL at 1024 px: 32 x 32 tokens, width 3072.
+CONVNEXT_XXL_1024 = EncoderConfig("convnext", "timm_conv", 1024, {"model_name": "convnext_xxlarge"})
+#: EVA-02-L as a detector's backbone at 1024 px: 64 x 64 tokens, width 1024, every third block global.
+EVA02_L_DET_1024 = EncoderConfig(
+    "eva02",
+    "eva02_det",
+    1024,
+    {
+        "img_size": 224,
+        "patch_size": 16,
+        "embed_dim": 1024,
+        "depth": 24,
+        "num_heads": 16,
+        "mlp_ratio": 4 * 2 / 3,
+        "qkv_fused": False,
+        "swiglu_mlp": True,
+        "scale_mlp": True,
+        "ref_feat_shape": (16, 16),
+        "window_size": 16,
+        "global_blocks": list(range(2, 24, 3)),
+    },
+)
+#: Pix2Struct-L's encoder on a fixed grid of 45 x 45 patches, width 1536.
+PIX2STRUCT_L = EncoderConfig(
+    "pix2struct",
+    "pix2struct",
+    720,
+    {
+        "hidden_size": 1536,
+        "d_ff": 3968,
+        "d_kv": 64,
+        "num_hidden_layers": 18,
+        "num_attention_heads": 24,
+        "patch_embed_hidden_size": 768,
+        "seq_len": 4096,
+    },
+)
+#: SAM-L at 1024 px with EAGLE's short neck: 64 x 64 tokens, width 256, folded to 32 x 32 of width 1024.
+SAM_L_1024 = EncoderConfig(
+    "sam",
+    "sam",
+    1024,
+    {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "mlp_dim": 4096,
+        "global_attn_indexes": [5, 11, 17, 23],
+        "neck": "short",
+    },
+    fold=2,
+)
+VICUNA_7B: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+HUB_WEIGHTS = {
+    "clip": "openai/clip-vit-large-patch14-336",
+    "convnext": "timm/convnext_xxlarge.clip_laion2b_soup",
+    "eva02": "Yuxin-CV/EVA-02:eva02/det/eva02_L_coco_det_sys_o365.pth",
+    "pix2struct": "google/pix2struct-large",
+    "sam": "facebook/sam-vit-large",
+    LLM_PART: "lmsys/vicuna-7b-v1.5",
+}
+
+
+def _published(encoders: tuple[EncoderConfig, ...], fusion: str) -> Architecture:
+    """Towers of EAGLE around Vicuna-7B."""
+    parts = [*(item.name for item in encoders), LLM_PART]
+    return Architecture(
+        encoders=encoders,
+        text_config=VICUNA_7B,
+        image_size=1024,
+        fusion=fusion,
+        concat_grid=32,
+        weights={part: HUB_WEIGHTS[part] for part in parts},
+    )
+
+
+def eagle_x4_7b() -> Architecture:
+    """EAGLE-X4, the dense baseline: four towers joined on the channels, Vicuna-7B (github.com/NVlabs/EAGLE)."""
+    return _published((CLIP_L_336, CONVNEXT_XXL_1024, EVA02_L_DET_1024, PIX2STRUCT_L), "channel_concat")
+
+
+def eagle_x5_7b() -> Architecture:
+    """EAGLE-X5: EAGLE-X4 and SAM-L."""
+    return _published((CLIP_L_336, CONVNEXT_XXL_1024, SAM_L_1024, EVA02_L_DET_1024, PIX2STRUCT_L), "channel_concat")
+
+
+def meteor_x4_7b() -> Architecture:
+    """The towers of EAGLE-X4 with one projector each, so that all three stages apply."""
+    return _published((CLIP_L_336, CONVNEXT_XXL_1024, EVA02_L_DET_1024, PIX2STRUCT_L), "post_projection")
+
+
+ARCHITECTURES: dict[str, Callable[[], Architecture]] = {
+    "eagle_x4_7b": eagle_x4_7b,
+    "eagle_x5_7b": eagle_x5_7b,
+    "meteor_x4_7b": meteor_x4_7b,
+    "tiny": tiny,
+}
 
 
 def architecture(name: str) -> Architecture:
