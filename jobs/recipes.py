@@ -51,7 +51,7 @@ def tiny_finetune() -> Recipe:
 
 
 def _published(architecture: str, pruning: PruningConfig) -> Recipe:
-    """LLaVA's pre-training as EAGLE runs it: the projector alone, lr 1e-3, global batch 256, one epoch, bf16, 8 GPUs."""
+    """LLaVA's pre-training as EAGLE runs it: projector alone, lr 1e-3, global batch 256, one epoch, bf16, 8 GPUs."""
     return Recipe(
         name=architecture,
         model=ModelSettings(architecture=architecture, template="plain"),
@@ -83,9 +83,9 @@ def _published_finetune(pretrained: Recipe) -> Recipe:
 
 
 EAGLE_DENSE = PruningConfig(EncodePruning(enabled=False), FusePruning(enabled=False), DecodePruning(enabled=False))
-#: Of the 6,697 tokens of the three transformers 2,600 and 1,300 stay after the first boundaries, and with ConvNeXt's 1,193
-#: after the last; 576 enter the LLM, 242 on average pass layer 2. The last three are the published counts; the first two
-#: are ours, chosen to meet the published FLOPs (`make flops`).
+#: Of the 6,697 tokens of the three transformers 2,600 and 1,300 stay after the first boundaries, and with ConvNeXt's
+#: 1,193 after the last; 576 enter the LLM, 242 on average pass layer 2. The last three are the published counts; the
+#: first two are ours, chosen to meet the published FLOPs (`make flops`).
 METEOR_X4 = PruningConfig(
     EncodePruning(totals=(2600, 1300, 1193)), FusePruning(keep=576), DecodePruning(layer=2, target_mean=242.0)
 )
