@@ -270,6 +270,30 @@ def test_one_call_draws_everything(
     assert f"{int(cache.decision.kept_counts_B[0])} of 24" in written
 
 
+def test_charts_are_given_what_the_model_does(
+    built: MeteorForConditionalGeneration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, tuple[Any, ...]] = {}
+    for name in ("draw_ranks", "draw_head_vav"):
+        monkeypatch.setattr(
+            f"meteor_model.visualize.explain.{name}", lambda *args, name=name: given.update({name: args})
+        )
+    images = [noise(64, 64), noise(40, 64)]
+    explain(built, processor(), images[0], PROMPTS, only=["ranks", "vav"], rank_images=images[1:])
+    loaded = torch.stack([processor().load_image(image) for image in images])
+    report, expected, estimator = given["draw_ranks"]
+    assert report == rank_report(built.measure_ranks(loaded, tuple(report["ranks"])))
+    assert (report["images"], expected, estimator) == (2, built.config.ranks, "effective")
+    vav, chosen, layer = given["draw_head_vav"]
+    for prompt in PROMPTS:
+        cache = built.new_cache()
+        with torch.no_grad():
+            built(**processor()(text=[prompt], images=[[images[0]]]), past_key_values=cache, use_cache=True)
+        assert chosen[prompt] == cache.decision.heads_Bk[0].tolist()
+        assert vav[prompt][layer - 1, chosen[prompt]].sum() == pytest.approx(cache.decision.mass_B[0].item(), rel=1e-5)
+        assert vav[prompt].shape == (4, 4)
+
+
 def test_each_part_is_drawn_alone(built: MeteorForConditionalGeneration) -> None:
     assert list(explain(built, processor(), noise(64, 64), (), only=["ranks"])) == ["ranks"]
     assert list(explain(built, processor(), noise(64, 64), PROMPTS[:1], only=["vav"])) == ["vav"]
