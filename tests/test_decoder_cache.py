@@ -18,9 +18,10 @@ from tests.model.decoder_oracle import (
 
 
 @pytest.mark.parametrize("rows", [[4, 1, 1, 0, 2], [3, 0], [2], [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
 @torch.no_grad()
-def test_rows_may_be_reordered_selected_and_repeated_in_the_middle(rows: list[int]) -> None:
-    model, prompts, settings = build_model(), build_prompts(), settings_for()
+def test_rows_may_be_reordered_selected_and_repeated_in_the_middle(name: str, rows: list[int]) -> None:
+    model, prompts, settings = build_model(name), build_prompts(), settings_for()
     generation = Generation(model, prompts, new_cache(model, settings))
     generation.step()
     index = torch.tensor(rows)
@@ -39,9 +40,10 @@ def test_rows_may_be_reordered_selected_and_repeated_in_the_middle(rows: list[in
     assert generation.cache.decision.kept_counts_B.tolist() == generation.output.decision.kept_counts_B[index].tolist()
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2-window", "gemma2"])
 @torch.no_grad()
-def test_crop_takes_back_generated_tokens_but_not_the_prompt() -> None:
-    model, prompts, settings = build_model(), build_prompts(), settings_for()
+def test_crop_takes_back_generated_tokens_but_not_the_prompt(name: str) -> None:
+    model, prompts, settings = build_model(name), build_prompts(), settings_for()
     generation = Generation(model, prompts, new_cache(model, settings))
     for _ in range(3):
         generation.step()
@@ -61,10 +63,11 @@ def test_crop_takes_back_generated_tokens_but_not_the_prompt() -> None:
     assert generation.cache.get_seq_length() == 22, "a refused crop changes nothing"
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2-window", "gemma2"])
 @torch.no_grad()
-def test_several_new_tokens_in_one_call() -> None:
+def test_several_new_tokens_in_one_call(name: str) -> None:
     """A second turn, or the check of a guessed continuation: Q > 1 on a filled cache."""
-    model, prompts, settings = build_model(), build_prompts(), settings_for()
+    model, prompts, settings = build_model(name), build_prompts(), settings_for()
     one_by_one = Generation(model, prompts, new_cache(model, settings))
     for _ in range(3):
         one_by_one.step()

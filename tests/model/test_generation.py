@@ -2,7 +2,7 @@
 
 One batch mixes an image with a short question, text alone, two images, and a conversation of several turns. Every
 prompt is also run alone and literally: stages 1 and 2 on its own images, the decision from the library's own attention
-maps, and every next token from a forward over the whole sequence in which upper layers may not look at what was dropped.
+maps, and every next token from a forward over the whole sequence in which upper layers may not see what was dropped.
 
 Legend: B prompts, T prompt tokens, S new tokens, V vocabulary, C LLM width.
 """
