@@ -34,7 +34,10 @@ class MeteorGenerationMixin(GenerationMixin):
         language_model: PreTrainedModel
 
         def embed_prompts(
-            self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None
+            self,
+            input_ids: torch.Tensor | None,
+            pixel_values: torch.Tensor | None,
+            inputs_embeds: torch.Tensor | None = None,
         ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
     @torch.no_grad()
@@ -80,8 +83,9 @@ class MeteorGenerationMixin(GenerationMixin):
         if used and input_ids is not None:
             self._check_next_turn(input_ids, kwargs.get("attention_mask"), pixel_values, used)
             kwargs["input_ids"] = input_ids
-        elif input_ids is not None and "inputs_embeds" not in kwargs:
-            embeds_BTC, is_image_BT = self.embed_prompts(input_ids, pixel_values)
+        elif "image_mask" not in kwargs:  # which says that embeddings with visual tokens come with it
+            given = kwargs.pop("inputs_embeds", None)
+            embeds_BTC, is_image_BT = self.embed_prompts(input_ids, pixel_values, given)
             kwargs.update(input_ids=input_ids, inputs_embeds=embeds_BTC, image_mask=is_image_BT)
         return super().generate(**kwargs)
 

@@ -229,7 +229,7 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
             position_ids: (B, T); counted from the attention mask where None.
             past_key_values: a cache. With a `MeteorCache`, stage 3 prunes at prefill.
             inputs_embeds: (B, T, C) instead of `input_ids`; `image_mask` then says where visual tokens are.
-            image_mask: (B, T) bool, see above.
+            image_mask: (B, T) bool, see above; with `pixel_values` by default where the placeholder's embedding is.
             use_cache: as in transformers; by default not in training.
             logits_to_keep: compute only the last so many logits (0: all), or those of these positions.
             num_items_in_batch: divisor of the summed loss; None: the supervised tokens of this batch.
@@ -251,8 +251,7 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
             inputs_embeds = self.get_input_embeddings()(input_ids)
             image_mask = input_ids == self.config.image_token_id
         if pixel_values is not None:
-            if image_mask is None:
-                raise ValueError("inputs_embeds with pixel_values need image_mask, which says where visual tokens go")
+            image_mask = self.placeholders_of(inputs_embeds) if image_mask is None else image_mask
             inputs_embeds, visual_MKC, stats = self._scatter(inputs_embeds, image_mask, pixel_values)
         if position_ids is None and attention_mask is not None:
             position_ids = position_ids_of(attention_mask)[:, -inputs_embeds.shape[1] :]
@@ -296,19 +295,34 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
             pruning_stats=stats,
         )
 
+    def placeholders_of(self, embeds_BTC: torch.Tensor) -> torch.Tensor:
+        """Where embedded text (B, T, C) holds the placeholder's embedding, (B, T) bool."""
+        token = torch.tensor(self.config.image_token_id, device=embeds_BTC.device)
+        is_image_BT: torch.Tensor = (embeds_BTC == self.get_input_embeddings()(token)).all(dim=-1)
+        return is_image_BT
+
     def embed_prompts(
-        self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None
+        self,
+        input_ids: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Stages 1 and 2 for prompts: embeddings (B, T, C) with the visual tokens in place, and where they are (B, T).
+
+        Args:
+            input_ids: (B, T), or None with `inputs_embeds`.
+            pixel_values: (M, 3, S, S) uint8, the images of all prompts in order.
+            inputs_embeds: (B, T, C) instead of the embeddings of `input_ids`; without `pixel_values` they hold the
+                visual tokens already.
 
         Raises:
             ValueError: where placeholders and visual tokens differ, naming the sample and both counts.
         """
-        embeds_BTC = self.get_input_embeddings()(input_ids)
-        is_image_BT = input_ids == self.config.image_token_id
+        embeds_BTC = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        is_image_BT = self.placeholders_of(embeds_BTC) if input_ids is None else input_ids == self.config.image_token_id
         if pixel_values is not None and len(pixel_values):
             embeds_BTC, _, _ = self._scatter(embeds_BTC, is_image_BT, pixel_values)
-        else:
+        elif inputs_embeds is None:
             self._check_placeholders(is_image_BT, 0)
         return embeds_BTC, is_image_BT
 

@@ -53,7 +53,8 @@ class MeteorPreTrainedModel(PreTrainedModel):
             pretrained_model_name_or_path: folder or hub id; None with `config` and `state_dict`, which may be partial.
             model_args: as in transformers.
             ignore_mismatched_sizes: give tensors of another shape new values instead of refusing them.
-            output_loading_info: also return what was missing, unexpected and mismatched.
+            output_loading_info: also return what was missing, unexpected and mismatched, and leave the judgement to the
+                caller.
             kwargs: as in transformers: dtype, device_map, attn_implementation, quantization_config, ...
 
         Raises:
@@ -66,13 +67,12 @@ class MeteorPreTrainedModel(PreTrainedModel):
             output_loading_info=True,
             **kwargs,
         )
-        refused = dict(info)
-        if ignore_mismatched_sizes:
-            refused["mismatched_keys"] = ()
-        if pretrained_model_name_or_path is None:
-            refused["missing_keys"] = ()
-        check_layout(str(pretrained_model_name_or_path), refused)
-        return (model, info) if output_loading_info else model
+        if output_loading_info:
+            return model, info
+        mismatched = () if ignore_mismatched_sizes else info["mismatched_keys"]
+        missing = () if pretrained_model_name_or_path is None else info["missing_keys"]
+        check_layout(str(pretrained_model_name_or_path), missing, info["unexpected_keys"], mismatched)
+        return model
 
     def set_attn_implementation(
         self, attn_implementation: str | Mapping[str, str], allow_all_kernels: bool = False
@@ -132,18 +132,22 @@ def knows_kernel(model: PreTrainedModel, kernel: str) -> bool:
     return bool(model._supports_flex_attn if kernel == "flex_attention" else model._supports_flash_attn)
 
 
-def check_layout(source: str, info: Mapping[str, Collection[Any]]) -> None:
+def check_layout(
+    source: str, missing: Collection[str], unexpected: Collection[str], mismatched: Collection[tuple[str, Any, Any]]
+) -> None:
     """Refuse a checkpoint whose tensors are not the model's.
 
     Args:
         source: the folder or hub id, for the error.
-        info: transformers' loading info.
+        missing: tensors of the model that it lacks.
+        unexpected: tensors that it has and the model lacks.
+        mismatched: (name, shape in the file, shape in the model).
 
     Raises:
         CheckpointLayoutError: naming what is missing, unexpected or of another shape.
     """
-    shapes = [f"{name} (file {tuple(found)}, model {tuple(wanted)})" for name, found, wanted in info["mismatched_keys"]]
-    faults = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"], "of another shape": shapes}
+    shapes = [f"{name} (file {tuple(found)}, model {tuple(wanted)})" for name, found, wanted in mismatched]
+    faults = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
     lines = []
     for kind, names in faults.items():
         if names:
