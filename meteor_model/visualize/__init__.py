@@ -1,12 +1,12 @@
 """Pictures of what the model does: the cells that each stage keeps, feature-map ranks, attention on visual tokens.
 
-    explain  from a model, an image and prompts: `explain`, or `explain_kept`, `explain_ranks`, `explain_vav` alone
-sheets   from what a pass returned: `draw_kept`, `draw_overview`
-charts   from numbers: `draw_ranks`, `draw_head_vav`
+from_model  from a model, an image and prompts: `explain`, or `explain_kept`, `explain_ranks`, `explain_vav` alone
+sheets      from what a pass returned: `draw_kept`, `draw_overview`
+charts      from numbers: `draw_ranks`, `draw_head_vav`
 """
 
 from meteor_model.visualize.charts import draw_head_vav, draw_ranks, rank_report
-from meteor_model.visualize.explain import explain, explain_kept, explain_ranks, explain_vav
+from meteor_model.visualize.from_model import explain, explain_kept, explain_ranks, explain_vav
 from meteor_model.visualize.sheets import COLOURS, draw_kept, draw_overview
 
 __all__ = [

@@ -276,7 +276,7 @@ def test_charts_are_given_what_the_model_does(
     given: dict[str, tuple[Any, ...]] = {}
     for name in ("draw_ranks", "draw_head_vav"):
         monkeypatch.setattr(
-            f"meteor_model.visualize.explain.{name}", lambda *args, name=name: given.update({name: args})
+            f"meteor_model.visualize.from_model.{name}", lambda *args, name=name: given.update({name: args})
         )
     images = [noise(64, 64), noise(40, 64)]
     explain(built, processor(), images[0], PROMPTS, only=["ranks", "vav"], rank_images=images[1:])
