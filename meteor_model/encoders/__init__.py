@@ -8,7 +8,9 @@ from meteor_model.encoders.base import EncoderConfig, VisionEncoder, VisionToken
 from meteor_model.encoders.clip import ClipEncoder
 from meteor_model.encoders.convnext import ConvNextEncoder
 from meteor_model.encoders.dinov2 import Dinov2Encoder, Dinov2RegistersEncoder
+from meteor_model.encoders.eva02 import Eva02DetEncoder, Eva02Encoder
 from meteor_model.encoders.pix2struct import Pix2StructEncoder
+from meteor_model.encoders.sam import SamEncoder
 from meteor_model.encoders.siglip import Siglip2Encoder, SiglipEncoder
 from meteor_model.encoders.timm_conv import TimmConvEncoder
 from meteor_model.encoders.vit import VitEncoder
@@ -18,7 +20,10 @@ ENCODERS: dict[str, type[VisionEncoder]] = {
     "convnext": ConvNextEncoder,
     "dinov2": Dinov2Encoder,
     "dinov2_registers": Dinov2RegistersEncoder,
+    "eva02": Eva02Encoder,
+    "eva02_det": Eva02DetEncoder,
     "pix2struct": Pix2StructEncoder,
+    "sam": SamEncoder,
     "siglip": SiglipEncoder,
     "siglip2": Siglip2Encoder,
     "timm_conv": TimmConvEncoder,

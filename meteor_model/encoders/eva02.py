@@ -207,6 +207,7 @@ class Eva02DetEncoder(VisionEncoder):
 
     @classmethod
     def grid_size(cls, config: EncoderConfig) -> tuple[int, int]:
+        cls._layout(config)  # refuses an impossible one
         return square_grid(config, _arguments(config, _DETECTOR, cls.own)["patch_size"])
 
     @classmethod

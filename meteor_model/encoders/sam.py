@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,12 +60,19 @@ class SamEncoder(VisionEncoder):
         super().__init__(config)
         self.grid = self.grid_size(config)
         self.tower = SamVisionModel(self._library_config(config))
-        self.neck = config.tower.get("neck", "full")
-        if self.neck not in NECKS:
-            raise ValueError(f"encoder {config.name!r}: neck must be one of {', '.join(NECKS)}, got {self.neck!r}")
+        self.neck = self._neck(config)
+
+    @staticmethod
+    def _neck(config: EncoderConfig) -> Any:
+        return config.tower.get("neck", "full")
 
     @classmethod
     def _library_config(cls, config: EncoderConfig) -> SamVisionConfig:
+        """ValueError for a neck that there is not, or a setting that SAM does not have."""
+        if cls._neck(config) not in NECKS:
+            raise ValueError(
+                f"encoder {config.name!r}: neck must be one of {', '.join(NECKS)}, got {cls._neck(config)!r}"
+            )
         tower = {key: value for key, value in config.tower.items() if key != "neck"}
         return library_config(replace(config, tower=tower), SamVisionConfig)
 

@@ -21,6 +21,8 @@ from tests.model.towers import TOWERS, full_grid, library_forward, library_token
 EVERY = sorted(TOWERS)
 PRUNED_INSIDE = [name for name in EVERY if encoder_class(TOWERS[name].family).prunes_between_blocks]
 CONVOLUTIONAL = [name for name in EVERY if name not in PRUNED_INSIDE]
+#: Families whose blocks attend within windows: what masking a token means there is tested in test_window_towers.py.
+WINDOWED = ("eva02_det", "sam")
 BUDGETS = (40, 24, 10)
 
 
@@ -116,7 +118,7 @@ def test_pruned_run_equals_a_literal_rerun_over_the_kept_tokens(name: str, queri
         torch.testing.assert_close(joined(tokens)[sample], expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", PRUNED_INSIDE)
+@pytest.mark.parametrize("name", [n for n in PRUNED_INSIDE if TOWERS[n].family not in WINDOWED])
 @torch.no_grad()
 def test_dropping_tokens_equals_masking_them(name: str) -> None:
     """Oracle: every token stays in every block, but the dropped ones are masked out of attention as keys."""
@@ -173,7 +175,7 @@ def attention_maps(name: str) -> tuple[VisionEncoder, torch.Tensor, list[torch.T
     return encoder, images, list(maps)
 
 
-@pytest.mark.parametrize("name", [n for n in PRUNED_INSIDE if TOWERS[n].family not in ("eva02", "eva02_det", "sam")])
+@pytest.mark.parametrize("name", [n for n in PRUNED_INSIDE if TOWERS[n].family not in ("eva02", *WINDOWED)])
 @torch.no_grad()
 def test_importance_is_read_off_the_attention_maps_of_the_library(name: str) -> None:
     encoder, images, maps = attention_maps(name)
@@ -261,7 +263,9 @@ def test_gradients_reach_every_parameter_that_the_kept_tokens_use(name: str) -> 
     tokens.hidden.square().sum().backward()
     unused = {key for key, parameter in encoder.tower.named_parameters() if parameter.grad is None}
     # What the library uses for pooling or pre-training only.
-    idle = ("post_layernorm", "layernorm", "embeddings.mask_token")
+    idle = ("post_layernorm", "layernorm", "embeddings.mask_token", "fc_norm")
+    if name == "sam_short":
+        idle += ("vision_encoder.neck.conv2", "vision_encoder.neck.layer_norm2")
     assert all(key.startswith(idle) for key in unused), unused
 
 
@@ -284,7 +288,8 @@ def test_checkpointing_recomputes_each_block_once_and_changes_no_gradient(name: 
 
     def gradients(budgets: tuple[int, ...]) -> dict[str, torch.Tensor]:
         encoder.zero_grad()
-        encode_pruned(encoder, images, budgets, 2, None)[0].hidden.square().sum().backward()
+        # Cubes: the squares of normalised tokens add up to a constant, whose gradient is rounding.
+        encode_pruned(encoder, images, budgets, 2, None)[0].hidden.pow(3).sum().backward()
         return {key: p.grad.clone() for key, p in encoder.named_parameters() if p.grad is not None}
 
     expected = gradients(budgets)
@@ -292,8 +297,9 @@ def test_checkpointing_recomputes_each_block_once_and_changes_no_gradient(name: 
     recomputed = gradients(budgets)
     assert expected.keys() == recomputed.keys()
     for key, gradient in expected.items():
-        # The reentrant kind is a backward pass of its own per block; kernels of convolutions may differ by rounding.
-        tolerance = 1e-6 * float(gradient.abs().max()) if reentrant else 0.0
+        # The reentrant kind is a backward pass of its own per block; kernels of convolutions, and of attention with
+        # SAM's biases, may differ by rounding.
+        tolerance = (2e-5 if TOWERS[name].family == "sam" else 1e-6) * float(gradient.abs().max()) if reentrant else 0.0
         torch.testing.assert_close(recomputed[key], gradient, rtol=0.0, atol=tolerance, msg=key)
 
     runs: Counter[int] = Counter()
