@@ -118,7 +118,7 @@ def _run_dense(encoder: VisionEncoder, pixels_MCRR: torch.Tensor) -> list[torch.
     """Output of `embed` and of every block; for a convolutional tower only its finished tokens."""
     hidden = encoder.embed(pixels_MCRR)
     total = 1
-    for side in encoder.grid_size(encoder.config):
+    for side in encoder.grid:
         total *= side
     positions_MN = torch.arange(total, device=hidden.device).expand(len(hidden), -1)
     maps = [hidden]

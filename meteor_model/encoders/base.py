@@ -102,6 +102,9 @@ class VisionEncoder(nn.Module, ABC):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
+        #: Rows and columns of the full token grid; kept, for reading a library's configuration in every pass costs time
+        #: and cannot be compiled.
+        self.grid = self.grid_size(config)
         # The names that `gradient_checkpointing_enable` of transformers looks for and sets.
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func: Callable[..., torch.Tensor] | None = None

@@ -70,7 +70,7 @@ class Pix2StructEncoder(VisionEncoder):
 
     def flatten_patches(self, pixels_MCRR: torch.Tensor) -> torch.Tensor:
         """(M, 3, R, R) -> (M, N, 2 + 3 p^2): the library's patches, led by their row and column, counted from 1."""
-        rows, columns = self.grid_size(self.config)
+        rows, columns = self.grid
         patches_MNE = flatten_patches(pixels_MCRR, rows, columns)
         cells_N = torch.arange(rows * columns, device=pixels_MCRR.device)
         index_N2 = torch.stack([cells_N // columns + 1, cells_N % columns + 1], dim=-1).to(torch.float32)

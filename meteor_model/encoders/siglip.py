@@ -28,7 +28,7 @@ class Siglip2Encoder(SiglipEncoder):
 
     def embed(self, pixels_MCRR: torch.Tensor) -> torch.Tensor:
         embeddings = self.tower.embeddings
-        rows, columns = self.grid_size(self.config)
+        rows, columns = self.grid
         side = embeddings.position_embedding_size
         patches_MNE = flatten_patches(pixels_MCRR, rows, columns)
         # The library resizes positions image by image; here all images have the same grid.
