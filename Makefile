@@ -67,7 +67,7 @@ parts: $(PARTS_STAMP)  ## Make the pretrained parts of the recipe `small` (once;
 	@$(PY) jobs/make_parts.py $(ARGS)
 
 visualize: up  ## Draw what is kept: make visualize ARGS="--image FILE --prompt A --prompt B --out DIR"
-	@$(STACK) run -- $(PY) jobs/visualize.py $(ARGS)
+	@$(STACK) run -- $(PY) jobs/visualize.py --model models:/meteor@latest-pretrain $(ARGS)
 
 flops: setup  ## Count FLOPs by stage beside the published table; writes benchmarks/results/flops.json
 	@$(PY) -m benchmarks.flops $(ARGS)
