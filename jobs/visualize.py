@@ -3,8 +3,8 @@
 python jobs/visualize.py --model MODEL --image FILE --prompt TEXT --prompt TEXT --out FOLDER
 
 overview.png shows all stages on one sheet, an encoder a row, a step a column; encode.png, fuse.png and decode.png the
-cells whose tokens each stage keeps; ranks.png the rank of each encoder's feature map at each boundary; vav.png the attention
-mass on visual tokens by LLM layer and head, and the heads that stage 3 listens to.
+cells whose tokens each stage keeps; ranks.png the rank of each encoder's feature map at each boundary; vav.png the
+attention mass on visual tokens by LLM layer and head, and the heads that stage 3 listens to.
 """
 
 import os
