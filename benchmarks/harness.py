@@ -1,4 +1,4 @@
-"""What the speed benchmarks share: models of one size with and without pruning, workloads, clocks, hardware.
+"""What the speed benchmarks share: models of one size with and without pruning, their workloads, the comparison.
 
 Every ratio comes from runs that take turns (A, B, A, B, ...) in one process; the median of the turns counts. Needs
 torch, transformers, timm and meteor_model only.
@@ -6,21 +6,17 @@ torch, transformers, timm and meteor_model only.
 
 from __future__ import annotations
 
-import os
-import platform
+import json
 import statistics
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from types import FrameType
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.clocks import SelectionClock, realised, take_turns
 from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, MeteorConfig, PruningConfig
 from meteor_model.encoders import EncoderConfig, encoder_class
 from meteor_model.flops import FlopReport, count_flops, count_training_flops
@@ -157,7 +153,7 @@ class Work:
     @torch.no_grad()
     def encode(self) -> None:
         """Towers, projectors, fusion."""
-        self.model.get_image_features(self.pixels())
+        self.model.encode_images(self.pixels())
 
     def first_token(self) -> None:
         """The whole model up to the first token."""
@@ -227,166 +223,94 @@ def reports(setup: Setup) -> dict[str, tuple[MeteorConfig, FlopReport]]:
     }
 
 
-# -------------------------------------------------------------------------------------------------------------- clocks
+# ------------------------------------------------------------------------------------------------------- the comparison
 
 
-def seconds(call: Callable[[], None], device: torch.device) -> float:
-    """Wall time of one call; on a GPU by events, from an idle stream to an idle stream."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize(device)
-    begin.record()
-    call()
-    end.record()
-    torch.cuda.synchronize(device)
-    return begin.elapsed_time(end) / 1e3
-
-
-def take_turns(
-    calls: Mapping[str, Callable[[], None]], rounds: int, device: torch.device, warm_up: int = 1
-) -> dict[str, list[float]]:
-    """Seconds of every call in every round, in turns; rounds before the first are thrown away."""
-    spent: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(-warm_up, rounds):
-        for name, call in calls.items():
-            elapsed = seconds(call, device)
-            if turn >= 0:
-                spent[name].append(elapsed)
-    return spent
-
-
-def realised(spent: Mapping[str, Sequence[float]], flops: Mapping[str, int], dense: str, other: str) -> dict[str, Any]:
-    """Speed-up in time over speed-up in FLOPs, round by round; the median and its range."""
-    speed_ups = [slow / fast for slow, fast in zip(spent[dense], spent[other], strict=True)]
-    promised = flops[dense] / flops[other]
+def works(setup: Setup, device: torch.device, dtype: torch.dtype) -> dict[str, Work]:
+    """The four variants on one set of weights."""
+    dense = build(setup.dense(), device, dtype)
+    meteor, stage3 = (with_shared_llm(config, dense, device, dtype) for config in (setup.pruned(), setup.stage3_only()))
     return {
-        "seconds_dense": round(statistics.median(spent[dense]), 4),
-        "seconds": round(statistics.median(spent[other]), 4),
-        "speed_up": round(statistics.median(speed_ups), 3),
-        "speed_up_range": [round(min(speed_ups), 3), round(max(speed_ups), 3)],
-        "flops_ratio": round(promised, 3),
-        "realised": round(statistics.median(speed_ups) / promised, 3),
-        "rounds": len(speed_ups),
+        "dense": Work(dense, setup, 1, device),
+        "meteor": Work(meteor, setup, 1, device),
+        "stage3": Work(stage3, setup, 1, device),
+        "fastv": Work(dense, setup, 1, device, rival=setup.fastv()),
     }
 
 
-#: Functions of meteor_model whose time is selection: scores, sorting, gathering.
-SELECTION = {
-    "encode": {"importance", "mean_similarity", "select_top", "gather_tokens"},
-    "fuse": {"fuse_cooperatively"},
-    "decode": {"score_layer", "_decide", "gather_tokens"},
+def calls(variants: Mapping[str, Work], workload: str) -> dict[str, Callable[[], None]]:
+    """One workload of every variant; a rival needs eager attention, for as long as it runs."""
+
+    def call(work: Work) -> None:
+        if work.rival is None:
+            getattr(work, workload)()
+            return
+        with attention(work.model, "eager"):
+            getattr(work, workload)()
+
+    return {name: lambda work=work: call(work) for name, work in variants.items()}  # type: ignore[misc]
+
+
+#: Who takes part: FastV and stage 3 alone act in the LLM at inference only.
+PARTS = {
+    "encode": ("dense", "meteor"),
+    "first_token": ("dense", "meteor", "stage3", "fastv"),
+    "answer": ("dense", "meteor", "stage3", "fastv"),
+    "train": ("dense", "meteor"),
 }
-_ENTRY = {"encode_pruned": "encode", "get_image_features": "fuse", "decode_pruned": "decode"}
 
 
-class SelectionClock:
-    """Time that selection takes within the real forward: entry and exit of its functions, by Python's profile hook.
-
-    Only the outermost call counts. The hook costs some microseconds a call, on the side of more overhead. On a GPU the
-    device is waited for at both ends, which again counts against selection.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seconds = dict.fromkeys(SELECTION, 0.0)
-        self.seen: set[str] = set()
-        self._stages: list[str] = []
-        self._inside: FrameType | None = None
-        self._start = 0.0
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-    def _hook(self, frame: FrameType, event: str, argument: Any) -> None:
-        if event not in ("call", "return") or not frame.f_globals.get("__name__", "").startswith("meteor_model"):
-            return
-        name = frame.f_code.co_name
-        if name in _ENTRY:
-            self._stages.append(_ENTRY[name]) if event == "call" else self._stages.pop()
-        if not self._stages or name not in SELECTION[self._stages[-1]]:
-            return
-        if event == "call" and self._inside is None:
-            self._inside, self._start = frame, self._now()
-        elif event == "return" and frame is self._inside:
-            self.seconds[self._stages[-1]] += self._now() - self._start
-            self._inside = None
-            self.seen.add(name)
-
-    def measure(self, call: Callable[[], None]) -> float:
-        """Run once; returns the whole wall time. `seconds` holds selection's share of it by stage."""
-        start = self._now()
-        sys.setprofile(self._hook)
-        try:
-            call()
-        finally:
-            sys.setprofile(None)
-        missing = set().union(*SELECTION.values()) - self.seen
-        assert not missing, f"selection functions that never ran, so their time is not in: {sorted(missing)}"
-        return self._now() - start
+def measure_realised(variants: Mapping[str, Work], batches: Mapping[str, int], rounds: int) -> dict[str, Any]:
+    """Every workload of `batches` (its batch size), its variants in turns: see `clocks.realised`."""
+    setup, device = variants["dense"].setup, variants["dense"].device
+    counted = {name: workload_flops(report, config, setup) for name, (config, report) in reports(setup).items()}
+    out: dict[str, Any] = {}
+    for workload, batch in batches.items():
+        chosen = {name: replace(variants[name], batch=batch) for name in PARTS[workload]}
+        flops = {name: counted[name][workload] for name in chosen}
+        spent = take_turns(calls(chosen, workload), rounds, device)
+        rate = flops["dense"] * batch / statistics.median(spent["dense"])
+        out[workload] = {
+            "batch": batch,
+            "dense_gflops_per_second": round(rate / 1e9, 1),
+            **{name: realised(spent, flops, "dense", name) for name in chosen if name != "dense"},
+        }
+        print(f"{workload}: {json.dumps(out[workload])}", flush=True)
+    return out
 
 
-# ------------------------------------------------------------------------------------------------------------ hardware
+def measure_overhead(variants: Mapping[str, Work], rounds: int) -> dict[str, Any]:
+    """Selection within METEOR's run to the first token, over the dense model's time for it."""
+    dense, meteor = variants["dense"], variants["meteor"]
+    clocks: list[SelectionClock] = []
 
+    def clocked() -> None:
+        clocks.append(SelectionClock(meteor.device))
+        clocks[-1].measure(meteor.first_token)
 
-def hardware(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """What the numbers were measured on, and how busy it was."""
-    about: dict[str, Any] = {
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_before": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": __import__("transformers").__version__,
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": str(device),
+    spent = take_turns({"dense": dense.first_token, "meteor": clocked}, rounds, dense.device)
+    kept, base = clocks[-rounds:], statistics.median(spent["dense"])
+    total = statistics.median(sum(clock.seconds.values()) for clock in kept)
+    stages = {stage: statistics.median(clock.seconds[stage] for clock in kept) for stage in kept[0].seconds}
+    return {
+        "tokens": {**meteor.model.config.encoder_tokens, "llm": dense.setup.concat_grid**2},
+        "dense_seconds": round(base, 4),
+        "selection_seconds": round(total, 5),
+        "selection_seconds_by_stage": {stage: round(value, 5) for stage, value in stages.items()},
+        "overhead": round(total / base, 5),
+        "rounds": rounds,
     }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        about.update(
-            gpu=properties.name, gpu_memory_gib=round(properties.total_memory / 2**30, 1), cuda=torch.version.cuda
-        )
-    return about
 
 
-def _cpu_name() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    flags = next((line.split() for line in lines if line.startswith("flags")), [])
-    name = next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
-    return f"{name} ({', '.join(flag for flag in ('avx2', 'avx512f', 'avx512_bf16', 'amx_tile') if flag in flags)})"
-
-
-# -------------------------------------------------------------------------------------------------------------- memory
-
-
-def peak_memory(call: Callable[[], None], device: torch.device) -> float:
-    """MiB that a call needs at its peak above what is allocated before it.
-
-    On a GPU the allocator's own count; on a CPU the process's resident set, so use a fresh process each time.
-    """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        torch.cuda.synchronize(device)
-        return round((torch.cuda.max_memory_allocated(device) - before) / 2**20, 1)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
-    before_kib = _status("VmRSS")
-    call()
-    return round((_status("VmHWM") - before_kib) / 2**10, 1)
-
-
-def _status(field: str) -> int:
-    """KiB of one line of /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+def describe(setup: Setup) -> dict[str, Any]:
+    """Sizes for the results file."""
+    pruned = setup.pruned()
+    return {
+        "encoder_tokens": pruned.encoder_tokens,
+        "encoder_budgets": {name: list(budget) for name, budget in pruned.encode_budgets.items()},
+        "visual_tokens": {"dense": setup.concat_grid**2, "fused": setup.fused, "kept": setup.kept},
+        "stage_3_after_layer": setup.layer,
+        "text_tokens": setup.text_tokens,
+        "new_tokens": setup.new_tokens,
+        "llm": {key: value for key, value in setup.text_config.items() if key != "model_type"},
+    }

@@ -18,26 +18,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.harness import (
-    SelectionClock,
-    Setup,
-    Work,
-    attention,
-    build,
-    hardware,
-    peak_memory,
-    realised,
-    reports,
-    take_turns,
-    with_shared_llm,
-    workload_flops,
-)
+from benchmarks.clocks import hardware, peak_memory, take_turns
+from benchmarks.harness import Setup, calls, describe, measure_overhead, measure_realised, works
 from benchmarks.sizes import cpu_setup, doubled, tiny_setup
 from meteor_model.encoders import EncoderConfig, build_encoder
 from meteor_model.fusion import fuse_cooperatively
@@ -46,6 +34,8 @@ from meteor_model.pruning import gather_tokens, mean_similarity, select_top, tex
 RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")
 DTYPE = torch.float32
+#: Samples of a batch: two share the weights that a decode step reads.
+BATCHES = {"encode": 1, "first_token": 1, "answer": 2, "train": 1}
 #: Memory is probed for these (variant, workload) pairs.
 PROBES = (
     ("dense", "first_token"),
@@ -54,75 +44,6 @@ PROBES = (
     ("dense", "train"),
     ("meteor", "train"),
 )
-
-
-def works(setup: Setup, batch: int = 1) -> dict[str, Work]:
-    """The four variants on one set of weights."""
-    dense = build(setup.dense(), CPU, DTYPE)
-    meteor, stage3 = (with_shared_llm(config, dense, CPU, DTYPE) for config in (setup.pruned(), setup.stage3_only()))
-    return {
-        "dense": Work(dense, setup, batch, CPU),
-        "meteor": Work(meteor, setup, batch, CPU),
-        "stage3": Work(stage3, setup, batch, CPU),
-        "fastv": Work(dense, setup, batch, CPU, rival=setup.fastv()),
-    }
-
-
-def calls(variants: Mapping[str, Work], workload: str) -> dict[str, Callable[[], None]]:
-    """One workload of every variant; a rival needs eager attention, for as long as it runs."""
-
-    def call(work: Work) -> None:
-        if work.rival is None:
-            getattr(work, workload)()
-            return
-        with attention(work.model, "eager"):
-            getattr(work, workload)()
-
-    return {name: lambda work=work: call(work) for name, work in variants.items()}  # type: ignore[misc]
-
-
-def measure_realised(setup: Setup, rounds: int, answer_batch: int) -> dict[str, Any]:
-    """Part 3: every workload, all variants in turns."""
-    counted = {name: workload_flops(report, config, setup) for name, (config, report) in reports(setup).items()}
-    everyone, pair = ("dense", "meteor", "stage3", "fastv"), ("dense", "meteor")
-    plan = {"encode": (pair, 1), "first_token": (everyone, 1), "answer": (everyone, answer_batch), "train": (pair, 1)}
-    out: dict[str, Any] = {}
-    for workload, (names, batch) in plan.items():
-        variants = {name: work for name, work in works(setup, batch).items() if name in names}
-        flops = {name: counted[name][workload] for name in names}
-        spent = take_turns(calls(variants, workload), rounds, CPU)
-        out[workload] = {
-            "batch": batch,
-            "dense_gflops_per_second": round(flops["dense"] * batch / statistics.median(spent["dense"]) / 1e9, 1),
-            **{name: realised(spent, flops, "dense", name) for name in names if name != "dense"},
-        }
-        print(f"{workload}: {json.dumps(out[workload])}", flush=True)
-    return out
-
-
-def measure_overhead(setup: Setup, rounds: int) -> dict[str, Any]:
-    """Part 1: selection within METEOR's run to the first token, over the dense model's time for it."""
-    variants = {name: work for name, work in works(setup).items() if name in ("dense", "meteor")}
-    clocks: list[SelectionClock] = []
-
-    def clocked() -> None:
-        clocks.append(SelectionClock(CPU))
-        clocks[-1].measure(variants["meteor"].first_token)
-
-    spent = take_turns({"dense": variants["dense"].first_token, "meteor": clocked}, rounds, CPU)
-    dense = statistics.median(spent["dense"])
-    by_stage = {
-        stage: statistics.median(clock.seconds[stage] for clock in clocks[-rounds:]) for stage in clocks[-1].seconds
-    }
-    total = statistics.median(sum(clock.seconds.values()) for clock in clocks[-rounds:])
-    return {
-        "tokens": {**variants["meteor"].model.config.encoder_tokens, "llm": setup.concat_grid**2},
-        "dense_seconds": round(dense, 4),
-        "selection_seconds": round(total, 5),
-        "selection_seconds_by_stage": {stage: round(value, 5) for stage, value in by_stage.items()},
-        "overhead": round(total / dense, 5),
-        "rounds": rounds,
-    }
 
 
 def selection_steps(tokens: int, width: int = 768) -> dict[str, Callable[[], Any]]:
@@ -195,7 +116,7 @@ def measure_memory(tiny: bool) -> dict[str, dict[str, float]]:
 
 def probe(setup: Setup, variant: str, workload: str) -> float:
     """MiB that one workload of one variant needs above what is there before it."""
-    run = calls({variant: works(setup)[variant]}, workload)[variant]
+    run = calls({variant: works(setup, CPU, DTYPE)[variant]}, workload)[variant]
     return peak_memory(run, CPU)
 
 
@@ -216,9 +137,10 @@ def main(arguments: list[str] | None = None) -> None:
     print(json.dumps(results["hardware"]), flush=True)
     counts = (64, 128, 256) if options.tiny else (1024, 2048, 4096, 8192, 16384)
     if "realised" in chosen:
-        results["realised"] = measure_realised(setup, options.rounds, answer_batch=2)
+        results["realised"] = measure_realised(works(setup, CPU, DTYPE), BATCHES, options.rounds)
     if "overhead" in chosen:
-        results["overhead"] = [measure_overhead(setup, options.rounds), measure_overhead(doubled(setup), 1)]
+        sizes = ((setup, options.rounds), (doubled(setup), 1))
+        results["overhead"] = [measure_overhead(works(size, CPU, DTYPE), rounds) for size, rounds in sizes]
         print(json.dumps(results["overhead"]), flush=True)
     if "growth" in chosen:
         results["growth"] = measure_growth(counts, rounds=5)
@@ -230,20 +152,6 @@ def main(arguments: list[str] | None = None) -> None:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(results, indent=1) + "\n")
     print(f"written: {options.output} after {results['minutes']} minutes")
-
-
-def describe(setup: Setup) -> dict[str, Any]:
-    """Sizes for the results file."""
-    pruned = setup.pruned()
-    return {
-        "encoder_tokens": pruned.encoder_tokens,
-        "encoder_budgets": {name: list(budget) for name, budget in pruned.encode_budgets.items()},
-        "visual_tokens": {"dense": setup.concat_grid**2, "fused": setup.fused, "kept": setup.kept},
-        "stage_3_after_layer": setup.layer,
-        "text_tokens": setup.text_tokens,
-        "new_tokens": setup.new_tokens,
-        "llm": {key: value for key, value in setup.text_config.items() if key != "model_type"},
-    }
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ from benchmarks.harness import Setup
 from meteor_model.architectures import Architecture, architecture
 from meteor_model.encoders import EncoderConfig
 
-VOCABULARY = 8000
-
 
 def cpu_setup() -> Setup:
     """Two ViT-B towers of 1,024 tokens, a ConvNeXt-T of 576, a 0.2 B Llama: 0.4 B parameters.
@@ -37,7 +35,7 @@ def cpu_setup() -> Setup:
             "num_key_value_heads": 16,
             "max_position_embeddings": 32768,
             "tie_word_embeddings": False,
-            "vocab_size": VOCABULARY,
+            "vocab_size": 8000,
         },
         image_size=768,
         concat_grid=32,
@@ -51,20 +49,22 @@ def cpu_setup() -> Setup:
 def tiny_setup() -> Setup:
     """The architecture `tiny`: for tests of the benchmarks' own code."""
     return from_architecture(
-        architecture("tiny"), 8, shares=(0.5, 0.3), leave=36, fused=24, kept=12, text_tokens=10, new_tokens=3
+        architecture("tiny"), 8, 300, shares=(0.5, 0.3), leave=36, fused=24, kept=12, text_tokens=10, new_tokens=3
     )
 
 
 def gpu_setup() -> Setup:
     """EAGLE-X4's towers at their real size and Vicuna-7B's layers; the published counts."""
-    return from_architecture(architecture("eagle_x4_7b"), 32, shares=(0.5, 0.25), leave=1193, fused=576, kept=242)
+    return from_architecture(
+        architecture("eagle_x4_7b"), 32, 32001, shares=(0.39, 0.195), leave=1193, fused=576, kept=242
+    )
 
 
-def from_architecture(parts: Architecture, concat_grid: int, **counts: Any) -> Setup:
+def from_architecture(parts: Architecture, concat_grid: int, vocabulary: int, **counts: Any) -> Setup:
     """A named architecture; both ways to join its encoders."""
     return Setup(
         encoders=tuple(replace(item, fold=1) for item in parts.encoders),
-        text_config={**parts.text_config, "vocab_size": VOCABULARY},
+        text_config={**parts.text_config, "vocab_size": vocabulary},
         image_size=parts.image_size,
         concat_grid=concat_grid,
         **counts,
