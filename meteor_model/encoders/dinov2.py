@@ -36,7 +36,7 @@ class Dinov2Encoder(TransformersVit):
 
     def score_projections(self, index: int) -> ScoreProjections:
         block, settings = self.tower.encoder.layer[index], self.tower.config
-        layers = dict(block.attention.named_modules())  # named otherwise before transformers 5.2x
+        layers = dict(block.attention.named_modules())  # transformers 5.17 nests and names them otherwise
         prefix, query, key = ("", "q_proj", "k_proj") if "q_proj" in layers else ("attention.", "query", "key")
         heads = settings.num_attention_heads
         scaling = (settings.hidden_size // heads) ** -0.5

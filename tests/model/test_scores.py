@@ -1,0 +1,65 @@
+"""Scores of stage 1 that avoid work, against the same written out in fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from meteor_model.encoders.base import is_whole_linear
+from meteor_model.pruning import absorbed_prefix_attention, evenly_spaced, received_attention
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_prefix", [1, 3])
+@torch.no_grad()
+def test_absorbed_keys_give_the_attention_of_cls(num_prefix: int, dtype: torch.dtype) -> None:
+    """Oracle: keys W x + b of every token, softmax head by head; a large bias changes nothing."""
+    heads, width, tokens = 4, 8, 20
+    hidden_BTD, query_BHd = randn(2, tokens, 24, dtype=dtype), randn(2, heads, width, seed=1, dtype=dtype)
+    weight, bias = randn(heads * width, 24, seed=2, dtype=dtype), 5 * randn(heads * width, seed=3)
+    fast = absorbed_prefix_attention(query_BHd, hidden_BTD, weight, 0.3, num_prefix)
+    assert fast.dtype == torch.float32
+    for sample in range(2):
+        keys = hidden_BTD[sample].double() @ weight.double().T + bias.double()
+        rows = [
+            torch.softmax(keys[:, head * width : (head + 1) * width] @ query_BHd[sample, head].double() * 0.3, 0)
+            for head in range(heads)
+        ]
+        expected = torch.stack(rows).mean(0)[num_prefix:]
+        torch.testing.assert_close(fast[sample].double(), expected, rtol=1e-4, atol=1e-8)
+
+
+def test_evenly_spaced() -> None:
+    cpu = torch.device("cpu")
+    assert evenly_spaced(12, 4, cpu).tolist() == [1, 4, 7, 10]
+    assert evenly_spaced(10, 4, cpu).tolist() == [1, 3, 6, 8]
+    for wanted in (None, 10, 11):
+        assert evenly_spaced(10, wanted, cpu).tolist() == list(range(10))
+    for count in range(1, 40):
+        for wanted in range(1, count + 1):
+            chosen = evenly_spaced(count, wanted, cpu).tolist()
+            assert len(set(chosen)) == wanted
+            assert chosen == sorted(chosen)
+            # As far from one end as from the other, to within the rounding of one index.
+            assert abs(chosen[0] - (count - 1 - chosen[-1])) <= 1
+
+
+def test_attention_from_some_queries_is_their_mean_over_all_keys() -> None:
+    query_BHNd, key_BHNd = randn(2, 3, 9, 4), randn(2, 3, 9, 4, seed=1)
+    pick_Q = evenly_spaced(9, 3, torch.device("cpu"))
+    rows = torch.softmax(query_BHNd.double() @ key_BHNd.double().transpose(2, 3) * 0.5, dim=-1).mean(1)
+    few = received_attention(query_BHNd[:, :, pick_Q], key_BHNd, 0.5, chunk=2)
+    torch.testing.assert_close(few.double(), rows[:, pick_Q].mean(1), rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(few.sum(-1), torch.ones(2))
+
+
+def test_only_a_whole_linear_layer_is_read() -> None:
+    layer = torch.nn.Linear(4, 6)
+    assert is_whole_linear(layer)
+    assert not is_whole_linear(torch.nn.Sequential(layer))
+    layer.weight.data = torch.empty(0)  # what ZeRO-3 leaves of a layer outside of a forward
+    assert not is_whole_linear(layer)
