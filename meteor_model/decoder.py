@@ -161,6 +161,11 @@ def _continue(
     """5. decode: new tokens through all layers. Nothing is read back to the host for a single one."""
     decision, plan, config, layer = cache.decision, cache.plan, language_model.config, cache.settings.layer
     assert decision is not None
+    if len(embeds_BQC) != len(decision.kept_counts_B):
+        raise ValueError(
+            f"{len(embeds_BQC)} samples on a cache of {len(decision.kept_counts_B)}: repeat or select its rows first "
+            "(batch_repeat_interleave, batch_select_indices)"
+        )
     past_length = cache.get_seq_length()
     length, prompt_length = past_length + embeds_BQC.shape[1], decision.prompt_length
     position_ids_BQ = positions(embeds_BQC, position_ids_BQ, past_length)

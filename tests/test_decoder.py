@@ -448,6 +448,8 @@ def test_input_that_does_not_fit_is_refused() -> None:
     prefill(model, prompts, used)
     with pytest.raises(ValueError, match="a pass without a cache got one that holds 18 tokens"):
         prefill(model, prompts, used, use_cache=False)
+    with pytest.raises(ValueError, match="10 samples on a cache of 5"):
+        decode_pruned(model, embeds[:, :1].repeat(2, 1, 1), None, None, None, used)
     other = AutoModel.from_config(AutoConfig.for_model("gpt2", vocab_size=8, n_embd=WIDTH, n_layer=4, n_head=4))
     with pytest.raises(ValueError, match="decoder family 'gpt2'"):
         decode_pruned(other, embeds, mask, positions, visual, new_cache(model, settings_for()))

@@ -12,7 +12,9 @@ from meteor_model.decoder import decode_pruned
 from tests.model.decoder_batches import LAYOUTS, Generation, assert_row_equals, build_prompts, new_cache, prefill
 from tests.model.decoder_oracle import (
     build_model,
+    decide_literally,
     generate_literally,
+    last_hidden_literally,
     settings_for,
 )
 
@@ -102,3 +104,31 @@ def test_a_reset_cache_starts_again() -> None:
     assert cache.decision is None
     again, fresh = prefill(model, prompts, cache), prefill(model, prompts, new_cache(model, settings_for()))
     assert torch.equal(again.last_hidden_state, fresh.last_hidden_state)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@torch.no_grad()
+def test_padding_that_comes_with_a_later_turn_is_hidden(name: str) -> None:
+    """Nothing of the prompts is padded, above or below the layer; then one sample's turn is shorter."""
+    model, settings, prompts = build_model(name), settings_for(), build_prompts(LAYOUTS[:1] * 2)
+    prompts.embeds_BTC[1] = prompts.embeds_BTC[0]
+    cache = new_cache(model, settings)
+    prefill(model, prompts, cache)
+    assert cache.decision is not None
+    assert not cache.decision.lower_padded
+    assert not cache.decision.upper_padded
+    embeds_1TC, visual_T = prompts.singles[0]
+    length = embeds_1TC.shape[1]
+    turn_23C = model.embed_tokens(torch.tensor([[5, 6, 7], [30, 31, 8]]))
+    mask_BL = torch.ones(2, length + 3, dtype=torch.long)
+    mask_BL[1, length : length + 2] = 0
+    positions_23 = torch.tensor([[length, length + 1, length + 2], [0, 0, length]])
+    decode_pruned(model, turn_23C, mask_BL, positions_23, None, cache)
+    next_21C = model.embed_tokens(torch.tensor([[9], [9]]))
+    mask_BL = torch.cat([mask_BL, torch.ones(2, 1, dtype=torch.long)], dim=1)
+    stepped = decode_pruned(model, next_21C, mask_BL, torch.tensor([[length + 3], [length + 1]]), None, cache)
+    kept = decide_literally(model, embeds_1TC, visual_T, settings).kept
+    for row, said in enumerate(([5, 6, 7, 9], [8, 9])):
+        whole_1LC = torch.cat([embeds_1TC, model.embed_tokens(torch.tensor([said]))], dim=1)
+        expected_C = last_hidden_literally(model, whole_1LC, kept, length, settings.layer)
+        torch.testing.assert_close(stepped.last_hidden_state[row, 0], expected_C, rtol=2e-4, atol=2e-5)
