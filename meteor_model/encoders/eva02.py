@@ -122,7 +122,6 @@ class Eva02Encoder(VisionEncoder):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__(config)
         arguments = _arguments(config, _WITH_CLS)
-        self.grid = self.grid_size(config)
         # A static model is what timm builds, with its rotations stored; at another size timm computes them as it runs.
         self.tower = Eva(**{**arguments, "dynamic_img_size": config.image_size != arguments["img_size"]})
 
@@ -186,7 +185,6 @@ class Eva02DetEncoder(VisionEncoder):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__(config)
-        self.grid = self.grid_size(config)
         self.window, self.global_blocks = self._layout(config)
         self.tower = Eva(**{**_arguments(config, _DETECTOR, self.own), "dynamic_img_size": True})
 

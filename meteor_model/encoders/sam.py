@@ -58,7 +58,6 @@ class SamEncoder(VisionEncoder):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__(config)
-        self.grid = self.grid_size(config)
         self.tower = SamVisionModel(self._library_config(config))
         self.neck = self._neck(config)
 
