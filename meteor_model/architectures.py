@@ -187,10 +187,58 @@ def meteor_x4_7b() -> Architecture:
     return _published((CLIP_L_336, CONVNEXT_XXL_1024, EVA02_L_DET_1024, PIX2STRUCT_L), "post_projection")
 
 
+def small() -> Architecture:
+    """Real pretrained parts that packages hold or that are trained on the spot (pipelines/parts), 163 M parameters.
+
+    DINOv2 ViT-S/14 (its first ten blocks), EfficientNet-Lite0, a text-reading ViT, and SmolLM2-135M-Instruct: 256, 100
+    and 441 tokens. Other sources of the same shapes, hub ids for instance, are a setting.
+    """
+    dinov2 = {
+        "hidden_size": 384,
+        "num_hidden_layers": 10,
+        "num_attention_heads": 6,
+        "image_size": 518,
+        "patch_size": 14,
+    }
+    reader = {"hidden_size": 192, "d_ff": 512, "d_kv": 48, "num_hidden_layers": 6, "num_attention_heads": 4}
+    return Architecture(
+        encoders=(
+            EncoderConfig("dinov2", "dinov2", 224, dinov2),
+            EncoderConfig("efficientnet", "timm_conv", 320, {"model_name": "tf_efficientnet_lite0"}),
+            EncoderConfig(
+                "reader",
+                "pix2struct",
+                336,
+                {**reader, "patch_embed_hidden_size": 768, "seq_len": 33, "initializer_range": 0.02},
+            ),
+        ),
+        text_config={
+            "model_type": "llama",
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "max_position_embeddings": 8192,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 100_000.0,
+            "tie_word_embeddings": True,
+        },
+        image_size=336,
+        weights={
+            "dinov2": "parts:dinov2-small",
+            "efficientnet": "parts:efficientnet-lite0",
+            "reader": "parts:reader-small",
+            LLM_PART: "parts:smollm2-135m-instruct",
+        },
+    )
+
+
 ARCHITECTURES: dict[str, Callable[[], Architecture]] = {
     "eagle_x4_7b": eagle_x4_7b,
     "eagle_x5_7b": eagle_x5_7b,
     "meteor_x4_7b": meteor_x4_7b,
+    "small": small,
     "tiny": tiny,
 }
 

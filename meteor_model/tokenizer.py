@@ -1,13 +1,14 @@
-"""A small byte-level BPE tokenizer trained on the texts of a run, for models that start from random weights."""
+"""Tokenizers: a small one trained on the texts of a run, or the one that comes with a pretrained LLM."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from meteor_model.chat import IMAGE_PLACEHOLDER
+from meteor_model.checkpoints import WeightsError, parse_source
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", IMAGE_PLACEHOLDER)
 
@@ -37,3 +38,26 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=pad, bos_token=bos, eos_token=eos, additional_special_tokens=[image]
     )
+
+
+def pretrained_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer beside an LLM's weights, with the image token and, where it has none, a padding token.
+
+    `<image>` becomes a special token after all others (an LLM's embedding may already have a row there). Padding takes
+    the unknown or the end-of-sequence token: it is masked wherever it stands, so it needs no token of its own.
+
+    Args:
+        source: as for weights (meteor_model/weights.py): a folder or a hub repository.
+
+    Raises:
+        WeightsError: where the source holds no tokenizer.
+    """
+    where = parse_source(source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where.place, revision=where.revision or "main")
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{source!r} holds no tokenizer: {' '.join(str(error).split())}") from error
+    tokenizer.add_tokens([AddedToken(IMAGE_PLACEHOLDER, special=True, normalized=False)], special_tokens=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer

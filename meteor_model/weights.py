@@ -16,15 +16,16 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from meteor_model.checkpoints import Checkpoint, Source, WeightsError, parse_source, read_checkpoint
+from meteor_model.checkpoints import Checkpoint, Source, WeightsError, parse_source, read_checkpoint, read_config
 from meteor_model.encoders import VisionEncoder
 from meteor_model.weight_names import (
     FAMILIES,
@@ -171,7 +172,7 @@ def load_llm(model: MeteorForConditionalGeneration, source: str) -> LoadedPart:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise WeightsError(f"part {LLM!r}: transformers has no causal language model for {config.model_type!r}")
     _check_settings(LLM, checkpoint, config, "text_config")
-    rows = _vocabulary_rows(checkpoint)
+    rows = _stored_rows(checkpoint)
     if rows > config.vocab_size:
         raise WeightsError(
             f"part {LLM!r}: {checkpoint.described} has embeddings of {rows} tokens, the model of {config.vocab_size}: "
@@ -187,7 +188,22 @@ def load_llm(model: MeteorForConditionalGeneration, source: str) -> LoadedPart:
     return _report(LLM, where, standing, read.stored, [])
 
 
-def _vocabulary_rows(checkpoint: Checkpoint) -> int:
+def vocabulary_rows(source: str) -> int:
+    """Rows of an LLM's embedding, from its config.json alone; often more than its tokenizer has tokens.
+
+    Raises:
+        WeightsError: where the source has no config.json that says so.
+    """
+    content = read_config(parse_source(source))
+    rows = content.get("text_config", content).get("vocab_size")
+    if not isinstance(rows, int):
+        raise WeightsError(
+            f"part {LLM!r}: {source!r} has no config.json with a vocab_size; give a folder or repository"
+        )
+    return rows
+
+
+def _stored_rows(checkpoint: Checkpoint) -> int:
     rows = [len(tensor) for name, tensor in checkpoint.tensors.items() if name.endswith("embed_tokens.weight")]
     if len(rows) != 1:
         raise WeightsError(f"part {LLM!r}: {checkpoint.described} has {len(rows)} tensors embed_tokens.weight, not one")
@@ -269,10 +285,17 @@ def _check_settings(part: str, checkpoint: Checkpoint, ours: PreTrainedConfig, s
     differ = [
         f"{name} is {theirs[name]!r} there and {mine[name]!r} in the model"
         for name in SILENT_SETTINGS
-        if name in mine and name in theirs and mine[name] != theirs[name]
+        if name in mine and name in theirs and not _same(mine[name], theirs[name])
     ]
     if differ:
         raise WeightsError(f"part {part!r}: the config.json of {checkpoint.described} differs: {'; '.join(differ)}")
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    """Equal; numbers up to the rounding of formats that store them in fp32."""
+    if isinstance(ours, float) and isinstance(theirs, float):
+        return math.isclose(ours, theirs, rel_tol=1e-6)
+    return bool(ours == theirs)
 
 
 def _check_architecture(encoder: VisionEncoder, checkpoint: Checkpoint) -> None:

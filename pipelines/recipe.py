@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from meteor_model.architectures import architecture, build_config
+from meteor_model.architectures import Architecture, architecture, build_config
 from meteor_model.chat import chat_template
 from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, PruningConfig
 from pipelines.settings import DataSettings, SettingsError, TrainingSettings
@@ -23,18 +23,28 @@ class ModelSettings:
     """Named architecture: towers and LLM (meteor_model/architectures.py)."""
     start: str | None = None
     """Model to start from: models:/NAME@ALIAS, models:/NAME/VERSION, or a stored one (s3://.../runs/NAME/export or a
-    local folder); None starts from the architecture with random weights."""
+    local folder); None starts from the architecture and the pretrained parts that it names."""
+    weights: dict[str, str] = field(default_factory=dict)
+    """Sources of pretrained parts in place of those that the architecture names, by encoder or llm: a hub id, a folder,
+    a safetensors file, or parts:NAME (meteor_model/weights.py, pipelines/parts)."""
+    parts_dir: str = field(default_factory=lambda: os.environ.get("METEOR_PARTS_DIR", ""))
+    """Cache of parts:NAME on the machine that runs the job; by default METEOR_PARTS_DIR, or the stack's local state."""
     template: str = "vicuna_v1"
-    """Chat template: plain, vicuna_v1 or short."""
+    """Chat template: plain, vicuna_v1, short or chatml."""
     vocab_size: int = 512
-    """Tokens of the BPE tokenizer that is trained on the run's texts, where no tokenizer comes with the start model."""
+    """Tokens of the BPE tokenizer that is trained on the run's texts, where none comes with pretrained parts."""
     seed: int = 0
     """Seed of random weights."""
 
     def __post_init__(self) -> None:
         chat_template(self.template)
         if self.start is None:
-            architecture(self.architecture)
+            self.pretrained()
+
+    def pretrained(self) -> Architecture:
+        """The architecture with the sources of these settings. Raises ValueError for a part that it does not have."""
+        base = architecture(self.architecture)
+        return replace(base, weights={**base.weights, **self.weights})
 
 
 @dataclass(frozen=True)
@@ -126,6 +136,7 @@ class Recipe:
         agree in it."""
         plain = self.to_dict()
         for where, keys in {
+            "model": ("parts_dir",),
             "run": ("name", "output", "storage", "pictures"),
             "tracking": tuple(plain["tracking"]),
             "training": ("workers", "micro_batch", "max_failures", "timeout_s", "cpus_per_worker", "gpus_per_worker"),

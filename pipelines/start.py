@@ -6,9 +6,11 @@ them again, and pre-training and fine-tuning share everything after this module.
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,21 +18,26 @@ from typing import Any
 import pyarrow.fs
 import torch
 
-from meteor_model.architectures import architecture, build_config
+from meteor_model.architectures import LLM_PART, build_config
+from meteor_model.chat import IMAGE_PLACEHOLDER
 from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.image_processing_meteor import MeteorImageProcessor
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
-from meteor_model.tokenizer import train_tokenizer
+from meteor_model.tokenizer import pretrained_tokenizer, train_tokenizer
+from meteor_model.weights import LoadedPart, load_parts, vocabulary_rows
 from pipelines import shards, storage
 from pipelines.calibrate import calibrate_ranks
 from pipelines.checkpoint import PROCESSOR_FOLDER, local_copy
 from pipelines.export import pull_model
+from pipelines.parts import default_parts_dir, resolve_sources
 from pipelines.recipe import Recipe
 from pipelines.schema import SampleError, parse_sample
 
 READY_FILE = "READY.json"
 RANKS_FILE = "ranks.json"
+PARTS_FILE = "parts.json"
+"""In `init/`: source, size and checksum of every pretrained part that was loaded."""
 TOKENIZER_TEXTS = 20_000
 
 
@@ -48,7 +55,14 @@ def prepare_start(recipe: Recipe, manifest: shards.Manifest, run_url: str) -> di
         return ranks
     with tempfile.TemporaryDirectory(prefix="meteor-start-") as name:
         folder = Path(name)
-        model, processor = _pulled(recipe) if recipe.model.start else _built(recipe, manifest)
+        loaded: list[LoadedPart] = []
+        if recipe.model.start:
+            model, processor = _pulled(recipe)
+        else:
+            model, processor, loaded = _built(recipe, manifest)
+        parts = [{**asdict(part), "dropped": len(part.dropped)} for part in loaded]
+        if parts:
+            (folder / PARTS_FILE).write_text(json.dumps(parts, indent=2) + "\n")
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         upload_folder(folder, init_url)
@@ -75,7 +89,7 @@ def prepare_start(recipe: Recipe, manifest: shards.Manifest, run_url: str) -> di
         storage.write_json(ranks_url, ranks)
         storage.write_bytes(storage.join(init_url, "config.json"), (folder / "config.json").read_bytes())
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        storage.write_json(storage.join(init_url, READY_FILE), {"parameters": parameters})
+        storage.write_json(storage.join(init_url, READY_FILE), {"parameters": parameters, "parts": parts})
     return ranks
 
 
@@ -85,17 +99,36 @@ def with_pruning(config: MeteorConfig, recipe: Recipe, ranks: dict[str, list[flo
     return MeteorConfig(**data)
 
 
-def _built(recipe: Recipe, manifest: shards.Manifest) -> tuple[MeteorForConditionalGeneration, MeteorProcessor]:
-    """Random weights, and a tokenizer trained on the run's own texts."""
-    texts = islice(_texts(manifest, recipe.data.train_split), TOKENIZER_TEXTS)
-    tokenizer = train_tokenizer(texts, recipe.model.vocab_size)
+def _built(
+    recipe: Recipe, manifest: shards.Manifest
+) -> tuple[MeteorForConditionalGeneration, MeteorProcessor, list[LoadedPart]]:
+    """A model from the architecture: its pretrained parts loaded, the rest random.
+
+    The tokenizer is the LLM's; without a pretrained LLM, one that is trained on the run's own texts.
+    """
+    settings = recipe.model
+    parts = settings.pretrained()
+    sources = resolve_sources(parts.weights, Path(settings.parts_dir or default_parts_dir()), _say)
+    rows = 0
+    if LLM_PART in sources:
+        tokenizer = pretrained_tokenizer(sources[LLM_PART])
+        rows = vocabulary_rows(sources[LLM_PART])  # may be more than the tokenizer's
+    else:
+        texts = islice(_texts(manifest, recipe.data.train_split), TOKENIZER_TEXTS)
+        tokenizer = train_tokenizer(texts, settings.vocab_size)
     special_ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    image_token_id = tokenizer.convert_tokens_to_ids("<image>")
-    config = build_config(recipe.model.architecture, recipe.pruning, len(tokenizer), special_ids, image_token_id)
-    torch.manual_seed(recipe.model.seed)
+    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
+    vocabulary = max(len(tokenizer), rows)
+    config = build_config(settings.architecture, recipe.pruning, vocabulary, special_ids, image_token_id)
+    torch.manual_seed(settings.seed)
     model = MeteorForConditionalGeneration(config)
-    images = MeteorImageProcessor(architecture(recipe.model.architecture).image_size)
-    return model, MeteorProcessor(images, tokenizer, config.tokens_per_image, template=recipe.model.template)
+    loaded = load_parts(model, sources)
+    images = MeteorImageProcessor(parts.image_size)
+    return model, MeteorProcessor(images, tokenizer, config.tokens_per_image, template=settings.template), loaded
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def _pulled(recipe: Recipe) -> tuple[MeteorForConditionalGeneration, MeteorProcessor]:

@@ -1,0 +1,186 @@
+"""Pretrained parts that are made on this machine: converted out of packages, or trained here. No hub is asked.
+
+    names       what there is: PARTS
+    make        one folder per part in a cache directory, sealed by `part.json`: where it came from, its licence, how it
+                was verified, the sha256 of every file
+    resolve     a recipe's sources: `parts:NAME` becomes the folder, made on demand
+
+A part that is there and whole is left alone; one that is damaged, or was made by an older recipe of this module, is
+made again.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from hashlib import file_digest
+from pathlib import Path
+from typing import Any
+
+from meteor_model.checkpoints import PARTS_PREFIX
+from pipelines.parts.dinov2 import DISTRIBUTIONS as DINOV2_DISTRIBUTIONS
+from pipelines.parts.dinov2 import make_dinov2
+from pipelines.parts.efficientnet import DISTRIBUTIONS as EFFICIENTNET_DISTRIBUTIONS
+from pipelines.parts.efficientnet import make_efficientnet
+from pipelines.parts.packages import PartError, versions
+from pipelines.parts.reader import make_reader
+from pipelines.parts.smollm2 import DISTRIBUTIONS as SMOLLM2_DISTRIBUTIONS
+from pipelines.parts.smollm2 import make_smollm2
+
+METADATA_FILE = "part.json"
+MAKE_COMMAND = "make parts"
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class PartMaker:
+    """How a part is made.
+
+    Attributes:
+        make: writes the files into a folder and returns what was verified.
+        distributions: packages that hold the weights or read them.
+        licence: of the weights.
+        what: one line for people.
+        recipe: raised when `make` makes something else than before.
+    """
+
+    make: Callable[[Path, Say], dict[str, Any]]
+    distributions: tuple[str, ...]
+    licence: str
+    what: str
+    recipe: int = 1
+
+
+PARTS: dict[str, PartMaker] = {
+    "dinov2-small": PartMaker(make_dinov2, DINOV2_DISTRIBUTIONS, "Apache-2.0 (package: MIT)", "DINOv2 ViT-S/14"),
+    "efficientnet-lite0": PartMaker(
+        make_efficientnet, EFFICIENTNET_DISTRIBUTIONS, "Apache-2.0", "EfficientNet-Lite0, ImageNet"
+    ),
+    "smollm2-135m-instruct": PartMaker(make_smollm2, SMOLLM2_DISTRIBUTIONS, "Apache-2.0", "SmolLM2-135M-Instruct"),
+    "reader-small": PartMaker(make_reader, (), "Apache-2.0", "text-reading ViT of 2.8 M parameters, trained here"),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part that is there and whole."""
+
+    name: str
+    folder: Path
+    reused: bool
+    seconds: float
+    metadata: dict[str, Any]
+
+
+def default_parts_dir() -> Path:
+    """METEOR_PARTS_DIR; else `parts` in the stack's local state (METEOR_STATE_DIR, or `.meteor` in the repository)."""
+    if chosen := os.environ.get("METEOR_PARTS_DIR"):
+        return Path(chosen)
+    state = os.environ.get("METEOR_STATE_DIR") or Path(__file__).resolve().parents[2] / ".meteor"
+    return Path(state) / "parts"
+
+
+def make_part(name: str, parts_dir: Path, say: Say) -> Part:
+    """Make a part, or find that it is there and whole. It appears whole or not at all.
+
+    Args:
+        name: key of `PARTS`.
+        parts_dir: the cache; the part is a folder of its name in it.
+        say: is told about progress.
+
+    Raises:
+        PartError: for an unknown name (naming the nearest), packages that are not installed (saying how to install
+            them), or a conversion that does not verify.
+    """
+    maker, folder, started = _maker(name), parts_dir / name, time.monotonic()
+    if (metadata := _whole(folder, maker)) is not None:
+        return Part(name, folder, True, time.monotonic() - started, metadata)
+    try:
+        packages = versions(maker.distributions)
+    except PartError as error:
+        raise PartError(f"part {name!r} cannot be made: {error}; run `{MAKE_COMMAND}`, which installs them") from None
+    parts_dir.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=parts_dir))
+    try:
+        details = maker.make(scratch, say)
+        metadata = {
+            "name": name,
+            "what": maker.what,
+            "licence": maker.licence,
+            "packages": packages,
+            "recipe": maker.recipe,
+            **details,
+            "files": {path.name: _sha256(path) for path in sorted(scratch.iterdir())},
+        }
+        (scratch / METADATA_FILE).write_text(json.dumps(metadata, indent=2) + "\n")
+        scratch.chmod(0o755)
+        if folder.exists():  # damaged or older
+            shutil.rmtree(folder)
+        scratch.replace(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return Part(name, folder, False, time.monotonic() - started, metadata)
+
+
+def resolve_sources(weights: Mapping[str, str], parts_dir: Path, say: Say) -> dict[str, str]:
+    """Sources of weights with every `parts:NAME` replaced by its folder in the cache, made where it is not there.
+
+    Args:
+        weights: source by part of the model.
+        parts_dir: the cache.
+        say: is told about progress.
+
+    Raises:
+        PartError: as `make_part` does.
+    """
+    return {
+        part: str(make_part(source.removeprefix(PARTS_PREFIX), parts_dir, say).folder)
+        if source.startswith(PARTS_PREFIX)
+        else source
+        for part, source in weights.items()
+    }
+
+
+def _maker(name: str) -> PartMaker:
+    if name not in PARTS:
+        near = difflib.get_close_matches(name, PARTS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise PartError(f"unknown part {name!r}; known: {', '.join(sorted(PARTS))}{hint}")
+    return PARTS[name]
+
+
+def _whole(folder: Path, maker: PartMaker) -> dict[str, Any] | None:
+    """The metadata of a part whose files are all there and unchanged, made by the present recipe; else None."""
+    try:
+        metadata: dict[str, Any] = json.loads((folder / METADATA_FILE).read_text())
+        files: dict[str, str] = metadata["files"]
+        whole = metadata["recipe"] == maker.recipe and all(
+            _sha256(folder / name) == checksum for name, checksum in files.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return metadata if whole else None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
+
+
+__all__ = [
+    "METADATA_FILE",
+    "PARTS",
+    "Part",
+    "PartError",
+    "PartMaker",
+    "default_parts_dir",
+    "make_part",
+    "resolve_sources",
+]
