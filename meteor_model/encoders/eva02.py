@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import apply_rot_embed_cat
@@ -22,7 +22,9 @@ from torch.nn import functional as F
 
 from meteor_model.encoders.base import OPENAI_MEAN, OPENAI_STD, EncoderConfig, VisionEncoder, square_grid
 from meteor_model.encoders.windows import (
+    Memo,
     Sink,
+    WindowLayout,
     attend_in_windows,
     blocked,
     local_cells,
@@ -171,6 +173,31 @@ class Eva02Encoder(VisionEncoder):
         )
 
 
+def _outside_sink(attention: EvaAttention, outside_MN: Tensor, value_MNHd: Tensor) -> Sink:
+    """The zero cells of a window beyond the grid's edge: key zero (there is no key bias), value the bias."""
+    logit_MN = outside_MN.clamp(min=1).log().to(value_MNHd.dtype)
+    logit_MN = logit_MN.masked_fill(outside_MN == 0, blocked(value_MNHd.dtype))
+    zero_Hd = value_MNHd.new_zeros(value_MNHd.shape[2:])
+    bias = attention.v_bias if attention.v_proj is None else attention.v_proj.bias
+    return Sink(zero_Hd, zero_Hd if bias is None else bias.unflatten(0, zero_Hd.shape), logit_MN[..., None])
+
+
+class _Places(NamedTuple):
+    """What the detector's blocks need to know of the kept cells, the same for all blocks of a segment.
+
+    Attributes:
+        global_rope: rotations in the grid, as `_rope_of` gives them.
+        window_rope: rotations within the windows: (n, C) of all cells of one, or (M, N, 1, C) of the kept ones.
+        layout: the windows of the kept tokens; None where every token is present.
+        outside_MN: int64, cells of each token's window that lie beyond the grid; None where windows fit the grid.
+    """
+
+    global_rope: Tensor
+    window_rope: Tensor
+    layout: WindowLayout | None
+    outside_MN: Tensor | None
+
+
 class Eva02DetEncoder(VisionEncoder):
     """EVA-02's detector backbone on timm's Eva: window attention but for the global blocks, no CLS token.
 
@@ -187,6 +214,7 @@ class Eva02DetEncoder(VisionEncoder):
         super().__init__(config)
         self.window, self.global_blocks = self._layout(config)
         self.tower = Eva(**{**_arguments(config, _DETECTOR, self.own), "dynamic_img_size": True})
+        self._known = Memo[_Places]()
 
     @classmethod
     def _layout(cls, config: EncoderConfig) -> tuple[int, tuple[int, ...]]:
@@ -236,52 +264,45 @@ class Eva02DetEncoder(VisionEncoder):
     def _all_present(self, positions_MN: Tensor) -> bool:
         return positions_MN.shape[1] == math.prod(self.grid)
 
-    def _global_rope(self, positions_MN: Tensor) -> Tensor:
-        table_NC = self.tower.rope.get_embed(shape=self.grid)
-        return _rope_of(table_NC, positions_MN, self._all_present(positions_MN))
+    def _places(self, positions_MN: Tensor) -> _Places:
+        window, rope = self.window, self.tower.rope
+        global_rope = _rope_of(rope.get_embed(shape=self.grid), positions_MN, self._all_present(positions_MN))
+        window_rope = rope.get_embed(shape=(window, window))
+        if self._all_present(positions_MN):
+            return _Places(global_rope, window_rope, None, None)
+        row_MN, column_MN = local_cells(positions_MN, self.grid[1], window)
+        window_rope = window_rope[row_MN * window + column_MN][:, :, None]
+        rows_MN, columns_MN = window_extent(positions_MN, self.grid, window)
+        fits = self.grid[0] % window == 0 and self.grid[1] % window == 0
+        layout = window_layout(positions_MN, self.grid, window)
+        return _Places(global_rope, window_rope, layout, None if fits else window**2 - rows_MN * columns_MN)
 
     def run_block(self, index: int, hidden_MTD: Tensor, positions_MN: Tensor) -> Tensor:
-        block = self.tower.blocks[index]
+        block, places = self.tower.blocks[index], self._known(positions_MN, self._places)
         if index in self.global_blocks:
-            output: Tensor = block(hidden_MTD, rope=self._global_rope(positions_MN))
+            output: Tensor = block(hidden_MTD, rope=places.global_rope)
             return output
         normed_MND = block.norm1(hidden_MTD)
-        table_nC = self.tower.rope.get_embed(shape=(self.window, self.window))
-        if self._all_present(positions_MN):
-            windows_GnD = block.attn(partition(normed_MND, self.grid, self.window), rope=table_nC)
+        if places.layout is None:
+            windows_GnD = block.attn(partition(normed_MND, self.grid, self.window), rope=places.window_rope)
             attended_MND = unpartition(windows_GnD, self.grid, self.window)
         else:
-            attended_MND = self._attend(block.attn, normed_MND, positions_MN, table_nC)
+            attended_MND = self._attend(block.attn, normed_MND, places, places.layout)
         return _add_branches(block, hidden_MTD, attended_MND)
 
-    def _attend(self, attention: EvaAttention, normed_MND: Tensor, positions_MN: Tensor, table_nC: Tensor) -> Tensor:
+    def _attend(self, attention: EvaAttention, normed_MND: Tensor, places: _Places, layout: WindowLayout) -> Tensor:
         """The block's attention on the kept tokens: its projections on the flat row, its core window by window."""
-        row_MN, column_MN = local_cells(positions_MN, self.grid[1], self.window)
-        rope_MN1C = table_nC[row_MN * self.window + column_MN][:, :, None]
         value_MNHd = _project(attention, normed_MND, 2)
         attended_MND = attend_in_windows(
-            _rotate(attention, _project(attention, normed_MND, 0), rope_MN1C),
-            _rotate(attention, _project(attention, normed_MND, 1), rope_MN1C),
+            _rotate(attention, _project(attention, normed_MND, 0), places.window_rope),
+            _rotate(attention, _project(attention, normed_MND, 1), places.window_rope),
             value_MNHd,
-            window_layout(positions_MN, self.grid, self.window),
-            sink=self._sink(attention, positions_MN, value_MNHd),
+            layout,
+            sink=None if places.outside_MN is None else _outside_sink(attention, places.outside_MN, value_MNHd),
             dropout=attention.attn_drop.p if self.training else 0.0,
         )
         output: Tensor = attention.proj_drop(attention.proj(attention.norm(attended_MND)))
         return output
-
-    def _sink(self, attention: EvaAttention, positions_MN: Tensor, value_MNHd: Tensor) -> Sink | None:
-        """The zero cells of a window beyond the grid's edge: key zero (there is no key bias), value the bias."""
-        if self.grid[0] % self.window == 0 and self.grid[1] % self.window == 0:
-            return None
-        rows_MN, columns_MN = window_extent(positions_MN, self.grid, self.window)
-        count_MN = self.window**2 - rows_MN * columns_MN
-        logit_MN = count_MN.clamp(min=1).log().to(value_MNHd.dtype)
-        logit_MN = logit_MN.masked_fill(count_MN == 0, blocked(value_MNHd.dtype))
-        zero_Hd = value_MNHd.new_zeros(value_MNHd.shape[2:])
-        bias = attention.v_bias if attention.v_proj is None else attention.v_proj.bias
-        value_Hd = zero_Hd if bias is None else bias.unflatten(0, zero_Hd.shape)
-        return Sink(zero_Hd, value_Hd, logit_MN[..., None])
 
     def score_block(self, end: int) -> int:
         """The last global block before `end`: only there does a token receive attention from the whole image."""
@@ -296,7 +317,7 @@ class Eva02DetEncoder(VisionEncoder):
             )
         block = self.tower.blocks[index]
         normed_MND = block.norm1(input_MTD)
-        rope = self._global_rope(positions_MN)
+        rope = self._known(positions_MN, self._places).global_rope
         key_MHNd = _rotate(block.attn, _project(block.attn, normed_MND, 1).transpose(1, 2), rope)
         pick_Q = evenly_spaced(positions_MN.shape[1], queries, positions_MN.device)
         query_MHQd = _project(block.attn, normed_MND[:, pick_Q], 0).transpose(1, 2)

@@ -30,8 +30,10 @@ from meteor_model.encoders.base import (
     square_grid,
 )
 from meteor_model.encoders.windows import (
+    Memo,
     Relative,
     Sink,
+    WindowLayout,
     attend_in_windows,
     blocked,
     local_cells,
@@ -60,6 +62,7 @@ class SamEncoder(VisionEncoder):
         super().__init__(config)
         self.tower = SamVisionModel(self._library_config(config))
         self.neck = self._neck(config)
+        self._layout = Memo[WindowLayout]()
 
     @staticmethod
     def _neck(config: EncoderConfig) -> Any:
@@ -133,7 +136,7 @@ class SamEncoder(VisionEncoder):
             query_MNHd,
             key_MNHd,
             value_MNHd,
-            window_layout(positions_MN, self.grid, window),
+            self._layout(positions_MN, lambda cells_MN: window_layout(cells_MN, self.grid, window)),
             relative,
             _padding_sink(attention, query_MNHd, relative, positions_MN, self.grid, window),
         )

@@ -11,12 +11,14 @@ attention runs on, L keys of a window (n, or n + 1 with a sink), Q queries, K ke
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+T = TypeVar("T")
 #: A window is padded by less than this share of its cells (in eager mode).
 BUCKETS = 8
 
@@ -65,6 +67,28 @@ class Sink(NamedTuple):
     key_Hd: Tensor
     value_Hd: Tensor
     logit_MNH: Tensor
+
+
+class Memo(Generic[T]):
+    """The last result of a function of the kept cells, for the blocks of a segment all ask for the same one.
+
+    The key is the tensor itself: nothing is decided here, and a recomputed block that asks again gets the same. A copy
+    of the encoder starts with an empty memo.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[Tensor, T] | None = None
+
+    def __call__(self, positions_MN: Tensor, compute: Callable[[Tensor], T]) -> T:
+        if torch.compiler.is_compiling():
+            return compute(positions_MN)
+        last = self._last
+        if last is None or last[0] is not positions_MN:
+            last = self._last = (positions_MN, compute(positions_MN))
+        return last[1]
+
+    def __reduce__(self) -> tuple[type[Memo[T]], tuple[()]]:
+        return type(self), ()
 
 
 def blocked(dtype: torch.dtype) -> float:

@@ -5,6 +5,8 @@ Oracles: full attention with everything outside a window masked; a loop over sam
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch.nn import functional as F
 
 from meteor_model.encoders.windows import (
     BUCKETS,
+    Memo,
     Relative,
     Sink,
     attend_in_windows,
@@ -161,3 +164,15 @@ def test_partition_by_reshape_is_the_layout_of_all_cells() -> None:
     grid = F.pad(hidden.unflatten(1, (5, 5)), (0, 0, 0, 1, 0, 1))
     assert torch.equal(windows[9 + 5], grid[1, 2:4, 4:6].flatten(0, 1))
     assert torch.equal(unpartition(windows, (5, 5), 2), hidden)
+
+
+def test_a_memo_computes_once_for_the_same_tensor_and_is_not_copied() -> None:
+    memo, calls = Memo[int](), []
+
+    def count(positions: Tensor) -> int:
+        calls.append(positions)
+        return len(calls)
+
+    first, equal = torch.arange(3), torch.arange(3)
+    assert [memo(first, count), memo(first, count), memo(equal, count), memo(first, count)] == [1, 1, 2, 3]
+    assert copy.deepcopy(memo)(first, count) == 4
