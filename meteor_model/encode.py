@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from meteor_model.encoders.base import VisionEncoder, VisionTokens
-from meteor_model.pruning import gather_tokens, mean_similarity, select_top
+from meteor_model.pruning import gather_tokens, mean_similarity, refuse_nan, select_top, top_indices
 
 
 def segment_ends(num_blocks: int, num_segments: int) -> tuple[int, ...]:
@@ -53,7 +53,7 @@ def encode_pruned(
     hidden_MTD = encoder.embed(pixels_MCRR)
     images, total = len(hidden_MTD), hidden_MTD.shape[1] - num_prefix
     positions_MN = torch.arange(total, device=hidden_MTD.device).expand(images, -1)
-    kept, start = [], 0
+    kept, all_scores, start = [], [], 0
     for segment, (end, budget) in enumerate(zip(segment_ends(len(encoder.blocks), len(budgets)), budgets, strict=True)):
         prunes, deep = budget < positions_MN.shape[1], segment + 1 >= first_deep_segment
         scorer = _score_block(encoder, start, end) if prunes and deep else None
@@ -69,12 +69,14 @@ def encode_pruned(
                     scores_MN = -mean_similarity(hidden_MTD[:, num_prefix:])
                 else:
                     scores_MN = encoder.importance(scorer, score_input_MTD, positions_MN, score_queries)
-                keep_MK = select_top(scores_MN, budget)
+                keep_MK = top_indices(scores_MN, budget)
+            all_scores.append(scores_MN)
             patches_MKD = gather_tokens(hidden_MTD[:, num_prefix:], keep_MK)
             hidden_MTD = torch.cat([hidden_MTD[:, :num_prefix], patches_MKD], dim=1)
             positions_MN = gather_tokens(positions_MN, keep_MK)
         kept.append(positions_MN)
     hidden_MTD = encoder.finish(hidden_MTD, positions_MN)
+    refuse_nan(*all_scores)  # once, after everything is queued: a GPU is waited for here only
     return VisionTokens(hidden_MTD[:, num_prefix:], positions_MN, hidden_MTD[:, :num_prefix]), tuple(kept)
 
 

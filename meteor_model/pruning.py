@@ -25,12 +25,19 @@ from torch import Tensor
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _refuse_nan(scores: Tensor) -> None:
-    """A NaN sorts as the largest value and would be kept silently. Data cannot be read while compiling or on meta."""
-    if not (scores.is_meta or torch.compiler.is_compiling()) and bool(torch.isnan(scores).any()):
-        count = int(torch.isnan(scores).sum())
+def refuse_nan(*scores: Tensor) -> None:
+    """ValueError where a score is NaN: it sorts as the largest value and would be kept silently.
+
+    Reads one value back from the device for all `scores` together. Data cannot be read while compiling or on meta, so
+    there nothing is checked.
+    """
+    if not scores or any(item.is_meta for item in scores) or torch.compiler.is_compiling():
+        return
+    if bool(torch.stack([torch.isnan(item).any() for item in scores]).any()):
+        count = sum(int(torch.isnan(item).sum()) for item in scores)
         raise ValueError(
-            f"{count} of {scores.numel()} token scores are NaN; the features they were computed from are not finite"
+            f"{count} of {sum(item.numel() for item in scores)} token scores are NaN; the features they were computed "
+            "from are not finite"
         )
 
 
@@ -41,10 +48,15 @@ def select_top(scores_BN: Tensor, k: int) -> Tensor:
 
     Raises ValueError when `k` is outside 1..N or a score is NaN.
     """
+    refuse_nan(scores_BN)
+    return top_indices(scores_BN, k)
+
+
+def top_indices(scores_BN: Tensor, k: int) -> Tensor:
+    """`select_top` for a caller that looks for NaN itself (`refuse_nan`), so that a GPU is not waited for here."""
     count = scores_BN.shape[-1]
     if not 1 <= k <= count:
         raise ValueError(f"cannot keep {k} of {count} tokens: the number kept must be between 1 and {count}")
-    _refuse_nan(scores_BN)
     order_BN = torch.sort(scores_BN, dim=-1, descending=True, stable=True).indices
     return torch.sort(order_BN[..., :k], dim=-1).values
 
@@ -55,7 +67,7 @@ def select_visual(scores_BT: Tensor, visual_mask_BT: Tensor, counts_B: Tensor) -
     A row's count may differ from its neighbour's and may be 0. Raises ValueError when a count is larger than the row's
     number of visual tokens, or when a score is NaN.
     """
-    _refuse_nan(scores_BT)
+    refuse_nan(scores_BT)
     present_B = visual_mask_BT.sum(dim=-1)
     if bool((counts_B > present_B).any()):
         row = int((counts_B > present_B).nonzero()[0])
@@ -106,8 +118,7 @@ def mean_similarity(hidden_BND: Tensor) -> Tensor:
     mean_BD1 = hidden_BND.mean(dim=1).unsqueeze(2)
     product_BN = torch.bmm(hidden_BND, mean_BD1).squeeze(2)
     norms_BN = torch.linalg.vector_norm(hidden_BND, dim=2) * torch.linalg.vector_norm(mean_BD1, dim=1)
-    # A norm of zero has product zero; dividing by one instead keeps the gradient finite as well.
-    return product_BN / torch.where(norms_BN > 0, norms_BN, torch.ones_like(norms_BN))
+    return product_BN / norms_BN.clamp_min(torch.finfo(torch.float32).tiny)  # where a norm is zero, so is the product
 
 
 def prefix_attention(query_BHQd: Tensor, key_BHNd: Tensor, scaling: float, num_prefix: int) -> Tensor:
@@ -419,7 +430,7 @@ def adaptive_counts(mass_B: Tensor, lam: float, num_visual_B: Tensor, k_min: int
     """
     if not (math.isfinite(lam) and lam >= 0) or k_min < 0:
         raise ValueError(f"lambda must be finite and not negative, k_min not negative; got lambda={lam}, k_min={k_min}")
-    _refuse_nan(mass_B)
+    refuse_nan(mass_B)
     return _counts(mass_B, lam, num_visual_B, k_min)
 
 
