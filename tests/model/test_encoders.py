@@ -241,7 +241,7 @@ def test_a_scoring_block_may_lie_anywhere_in_its_segment_but_not_outside() -> No
 def test_features_that_are_not_finite_are_an_error_not_a_selection() -> None:
     encoder = tower("clip")
     encoder.blocks[3].layer_norm1.weight.fill_(float("nan"))
-    with pytest.raises(ValueError, match=r"48 of 176 token scores are NaN"):
+    with pytest.raises(ValueError, match=r"48 of 256 token scores are NaN"):
         encode_pruned(encoder, inputs(encoder), BUDGETS, 2, None)
 
 
