@@ -17,16 +17,19 @@ from meteor_model.decoder import decode_pruned
 from meteor_model.decoder_cache import Decision, MeteorCache
 from meteor_model.decoder_scores import attention_mass, visual_attention_by_head
 
+#: Any of these makes `generate` guess tokens and check several at once.
+ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+
 
 class MeteorGenerationMixin(GenerationMixin):
     """The part of `MeteorForConditionalGeneration` that generates."""
 
-    # Others guess tokens before they know the prompt's decision, or keep caches that stage 3 cannot shorten.
     _supported_generation_modes = (
         GenerationMode.GREEDY_SEARCH,
         GenerationMode.SAMPLE,
         GenerationMode.BEAM_SEARCH,
         GenerationMode.BEAM_SAMPLE,
+        GenerationMode.ASSISTED_GENERATION,
     )
 
     if TYPE_CHECKING:
@@ -53,8 +56,8 @@ class MeteorGenerationMixin(GenerationMixin):
         The towers run once, before beams or samples multiply the batch; the result goes on as embeddings. Stage 3
         needs a cache: with `use_cache=False` nothing is pruned in the LLM. Pass your own `MeteorCache` (`new_cache()`)
         to read afterwards what each sample kept, or to go on with the conversation: give the next call the same cache,
-        the ids of everything so far and the new turn's, and the attention mask of all of it. A later turn is text; with
-        a new image, start a new cache with the whole conversation.
+        the ids of everything so far and the new turn's, and the attention mask of all of it. A later turn is text
+        (images that the cache has seen may come again); a new image needs a new cache and the whole conversation.
 
         Args:
             inputs: (B, T) prompt ids, left-padded; or `input_ids` by name.
@@ -63,8 +66,8 @@ class MeteorGenerationMixin(GenerationMixin):
             kwargs: what `GenerationMixin.generate` takes.
 
         Raises:
-            ValueError: where images and placeholders do not fit, for images on a used cache, and for what stage 3
-                cannot serve: `prefill_chunk_size`, `cache_implementation`, assisted decoding.
+            ValueError: where images and placeholders do not fit, for images on a used cache, for `prefill_chunk_size`,
+                and for what stage 3 cannot serve: `cache_implementation`, assisted decoding.
         """
         input_ids = kwargs.pop("input_ids", inputs)
         if self._generation_setting(kwargs, "prefill_chunk_size") is not None:
@@ -77,8 +80,16 @@ class MeteorGenerationMixin(GenerationMixin):
                     f"cache_implementation {implementation!r} is not supported: stage 3 needs a MeteorCache, whose "
                     "upper layers are shorter; leave it out, or set pruning.decode.enabled to false"
                 )
+        assisted = [name for name in ASSISTED if self._generation_setting(kwargs, name)]
+        if assisted and isinstance(past_key_values, MeteorCache):
+            raise ValueError(
+                f"{assisted[0]} is not supported: assisted decoding guesses tokens in the pass in which stage 3 "
+                "decides on the prompt; leave it out, or set pruning.decode.enabled to false"
+            )
         if past_key_values is not None:
             kwargs["past_key_values"] = past_key_values
+        if assisted:  # guessed tokens and prompt come in one pass, so ids and images go on as they are
+            return super().generate(inputs=input_ids, pixel_values=pixel_values, **kwargs)
         used = past_key_values.get_seq_length() if isinstance(past_key_values, Cache) else 0
         if used and input_ids is not None:
             self._check_next_turn(input_ids, kwargs.get("attention_mask"), pixel_values, used)
@@ -94,8 +105,8 @@ class MeteorGenerationMixin(GenerationMixin):
         if kwargs.get(name) is not None:
             return kwargs[name]
         given = kwargs.get("generation_config")
-        value = None if given is None else getattr(given, name)
-        return value if value is not None else getattr(self.generation_config, name)
+        found = [getattr(source, name, None) for source in (given, self.generation_config)]  # not all in all releases
+        return next((value for value in found if value is not None), None)
 
     def _check_next_turn(
         self,
@@ -104,24 +115,25 @@ class MeteorGenerationMixin(GenerationMixin):
         pixel_values: torch.Tensor | None,
         used: int,
     ) -> None:
-        """Only text may come on a used cache. Raises ValueError."""
-        if pixel_values is not None and len(pixel_values):
-            raise ValueError(
-                f"{len(pixel_values)} images on a cache that already holds {used} tokens: what they replace was pruned "
-                "before they came; start a new cache with the whole conversation"
-            )
+        """Only text may come on a used cache; images that it has seen may be given again. Raises ValueError."""
         # As in transformers: the ids are of everything so far, unless the mask is longer than they are.
         whole = attention_mask is None or attention_mask.shape[1] == input_ids.shape[1]
-        new_BQ = input_ids[:, used:] if whole else input_ids
+        is_image_BL = input_ids == self.config.image_token_id
+        new_BQ = is_image_BL[:, used:] if whole else is_image_BL
         if new_BQ.shape[1] == 0:
             raise ValueError(f"the cache holds {used} tokens and the {input_ids.shape[1]} ids bring no new one")
-        counts = (new_BQ == self.config.image_token_id).sum(dim=1).tolist()
-        for sample, count in enumerate(counts):
-            if count:
+        for sample, count in enumerate(new_BQ.sum(dim=1).tolist()):
+            if count >= self.config.tokens_per_image:  # fewer are no image: the model has said the token itself
                 raise ValueError(
                     f"sample {sample} of the batch has {count} image placeholders after the {used} tokens of its "
                     "cache: start a new cache with the whole conversation"
                 )
+        images = 0 if pixel_values is None else len(pixel_values)
+        if images and int((is_image_BL.sum(dim=1) // self.config.tokens_per_image).sum()) != images:
+            raise ValueError(
+                f"{images} images on a cache that already holds {used} tokens, and they are not those of the ids: "
+                "start a new cache with the whole conversation"
+            )
 
     def new_cache(self) -> MeteorCache | None:
         """A cache for `generate`: one that prunes where `config.pruning.decode` is enabled and lambda is known."""

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, TextIteratorStreamer, TextStreamer
+from transformers import GenerationConfig, TextIteratorStreamer, TextStreamer
 
 from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, MeteorConfig, PruningConfig
 from meteor_model.decoder_cache import MeteorCache
@@ -264,7 +264,8 @@ def test_a_second_turn_goes_on_with_the_used_cache(name: str, only_new_ids: bool
     )
     whole_BL = torch.cat([first, turn_BQ], dim=1)
     ids = whole_BL[:, used.get_seq_length() :] if only_new_ids else whole_BL
-    second = built.generate(ids, attention_mask=mask_BL, **FIXED, do_sample=False, past_key_values=used)
+    again = None if only_new_ids else batch.inputs["pixel_values"]
+    second = built.generate(ids, again, attention_mask=mask_BL, **FIXED, do_sample=False, past_key_values=used)
     spoken = new_tokens(first, batch)
     for row, literal in enumerate(literals(built, batch)):
         given = (*spoken[row], *turns[row])
@@ -279,8 +280,9 @@ def test_a_turn_that_the_used_cache_cannot_take_is_refused() -> None:
     first = built.generate(**batch.inputs, **FIXED, do_sample=False, past_key_values=used)
     length = used.get_seq_length()
     more = torch.cat([first, torch.full((4, 3), 9)], dim=1)
-    with pytest.raises(ValueError, match=f"1 images on a cache that already holds {length} tokens"):
-        built.generate(more, pixels(1), past_key_values=used)
+    for ids, mask in ((more, None), (more[:, length:], torch.ones_like(more))):
+        with pytest.raises(ValueError, match=f"1 images on a cache that already holds {length} tokens"):
+            built.generate(ids, pixels(1), past_key_values=used, attention_mask=mask)
     with_image = torch.cat([first, torch.full((4, PER_IMAGE), 9)], dim=1)
     with_image[2, -PER_IMAGE:] = IMAGE_TOKEN
     with pytest.raises(ValueError, match=f"sample 2 of the batch has 8 image placeholders after the {length} tokens"):
@@ -327,7 +329,8 @@ def test_a_prompt_s_decision_and_head_attention_without_generating() -> None:
         ({"generation_config": GenerationConfig(cache_implementation="offloaded")}, "'offloaded' is not supported"),
         ({"prefill_chunk_size": 4}, "prefill_chunk_size is not supported"),
         ({"generation_config": GenerationConfig(prefill_chunk_size=4)}, "prefill_chunk_size is not supported"),
-        ({"prompt_lookup_num_tokens": 3}, r"only supports.*ASSISTED_GENERATION"),
+        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens is not supported: assisted decoding guesses"),
+        ({"assistant_early_exit": 2}, "assistant_early_exit is not supported: assisted decoding guesses"),
     ],
 )
 @torch.no_grad()
@@ -338,11 +341,16 @@ def test_what_stage_3_cannot_serve_is_refused(settings: dict[str, Any], message:
 
 
 @torch.no_grad()
-def test_an_assistant_is_refused() -> None:
-    built, batch = build(), make_batch(LAYOUTS[:1])
-    assistant = AutoModelForCausalLM.from_config(build_config())
-    with pytest.raises(ValueError, match=r"only supports.*ASSISTED_GENERATION"):
-        built.generate(**batch.inputs, max_new_tokens=2, assistant_model=assistant)
+def test_assisted_decoding_is_refused_with_stage_3_and_right_without() -> None:
+    batch = make_batch(LAYOUTS[3:])
+    ids = torch.cat([batch.ids[0], batch.ids[0][:, -6:]], dim=1)  # said twice: there is something to look up
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": batch.images[0]}
+    dense = build(enabled=False)
+    greedy = dense.generate(**inputs, **FIXED, do_sample=False)
+    for assistance in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": build("llama", enabled=False, k_min=2)}):
+        assert torch.equal(dense.generate(**inputs, **FIXED, do_sample=False, **assistance), greedy)
+    with pytest.raises(ValueError, match="assistant_model is not supported: assisted decoding guesses"):
+        build().generate(**inputs, **FIXED, do_sample=False, assistant_model=dense)
 
 
 @torch.no_grad()
