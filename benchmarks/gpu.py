@@ -1,6 +1,6 @@
 """What pruning brings on a GPU, at the published size: `make bench-gpu` (some minutes on one H100).
 
-EAGLE-X4's towers and Vicuna-7B's layers with random bf16 weights made on the device; METEOR's published counts. Speed-up
+EAGLE-X4's towers and Vicuna-7B's layers, random bf16 weights made on the device; METEOR's published counts. Speed-up
 in time over speed-up in FLOPs, selection overhead and peak memory, at one image and at a batch. Needs torch,
 transformers, timm and meteor_model only. Writes benchmarks/results/gpu.json. See benchmarks/README.md.
 
