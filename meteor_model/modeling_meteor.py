@@ -56,7 +56,8 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
         self.projectors = self._build_projectors({name: tower.embed_dim for name, tower in towers.items()})
         self.language_model = AutoModel.from_config(config.text_config)
         self.lm_head = nn.Linear(width, config.text_config.vocab_size, bias=False)
-        self._set_tower_kernels(config._attn_implementation)
+        undecided = [item.name for item in config.encoders if "attn_implementation" not in item.tower]
+        self._set_tower_kernels(config._attn_implementation, undecided)
         self.post_init()
 
     def _build_projectors(self, widths: Mapping[str, int]) -> nn.ModuleDict:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import nn
@@ -94,18 +94,14 @@ class MeteorPreTrainedModel(PreTrainedModel):
         own = attn_implementation.get("", self.config._attn_implementation)
         self.get_decoder().set_attn_implementation(text, allow_all_kernels=allow_all_kernels)
         self.config._attn_implementation = {"": own, "text_config": self.get_decoder().config._attn_implementation}
-        self._set_tower_kernels(own)
+        self._set_tower_kernels(own, list(self.encoders))
 
-    def _set_tower_kernels(self, kernel: str) -> None:
-        for tower in self._library_towers():
-            if kernel != tower.config._attn_implementation and knows_kernel(tower, kernel):
-                tower.set_attn_implementation(kernel)
-
-    def _library_towers(self) -> Iterator[PreTrainedModel]:
-        """The towers that are models of transformers; timm's choose their kernel themselves."""
-        for module in self.encoders.modules():
-            if isinstance(module, PreTrainedModel):
-                yield module
+    def _set_tower_kernels(self, kernel: str, names: Sequence[str]) -> None:
+        """The kernel of these encoders, where they are models of transformers; timm's choose theirs themselves."""
+        for name in names:
+            for module in self.encoders[name].modules():
+                if isinstance(module, PreTrainedModel) and knows_kernel(module, kernel):
+                    module.set_attn_implementation(kernel)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Towers and LLM initialise themselves; the projectors and the head follow the LLM's range.
