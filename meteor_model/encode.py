@@ -50,9 +50,7 @@ def encode_pruned(
         return _prune_output(encoder, pixels_MCRR, budgets[-1])
 
     num_prefix = encoder.num_prefix_tokens
-    hidden_MTD = encoder.embed(pixels_MCRR)
-    images, total = len(hidden_MTD), hidden_MTD.shape[1] - num_prefix
-    positions_MN = torch.arange(total, device=hidden_MTD.device).expand(images, -1)
+    hidden_MTD, positions_MN = _embed(encoder, pixels_MCRR)
     kept, all_scores, start = [], [], 0
     for segment, (end, budget) in enumerate(zip(segment_ends(len(encoder.blocks), len(budgets)), budgets, strict=True)):
         prunes, deep = budget < positions_MN.shape[1], segment + 1 >= first_deep_segment
@@ -96,7 +94,7 @@ def _prune_output(
     encoder: VisionEncoder, pixels_MCRR: torch.Tensor, budget: int
 ) -> tuple[VisionTokens, tuple[torch.Tensor, ...]]:
     """A convolutional tower: dense, then the tokens least like the mean of the output map are kept."""
-    hidden_MND = _run_dense(encoder, pixels_MCRR)[-1]
+    hidden_MND = _dense_output(encoder, pixels_MCRR)
     positions_MN = torch.arange(hidden_MND.shape[1], device=hidden_MND.device).expand(len(hidden_MND), -1)
     if budget < hidden_MND.shape[1]:
         with torch.no_grad():
@@ -111,20 +109,26 @@ def dense_maps(encoder: VisionEncoder, pixels_MCRR: torch.Tensor, num_segments: 
     A convolutional tower has one boundary, its output.
     """
     if not encoder.prunes_between_blocks:
-        return (_run_dense(encoder, pixels_MCRR)[-1],)
-    maps = _run_dense(encoder, pixels_MCRR)
-    return tuple(maps[end][:, encoder.num_prefix_tokens :] for end in segment_ends(len(encoder.blocks), num_segments))
+        return (_dense_output(encoder, pixels_MCRR),)
+    hidden_MTD, positions_MN = _embed(encoder, pixels_MCRR)
+    ends, maps = segment_ends(len(encoder.blocks), num_segments), []
+    for index in range(len(encoder.blocks)):
+        hidden_MTD = encoder.checkpointed_block(index, hidden_MTD, positions_MN)
+        if index + 1 in ends:
+            maps.append(hidden_MTD[:, encoder.num_prefix_tokens :])
+    return tuple(maps)
 
 
-def _run_dense(encoder: VisionEncoder, pixels_MCRR: torch.Tensor) -> list[torch.Tensor]:
-    """Output of `embed` and of every block; for a convolutional tower only its finished tokens."""
-    hidden = encoder.embed(pixels_MCRR)
-    total = 1
-    for side in encoder.grid:
-        total *= side
-    positions_MN = torch.arange(total, device=hidden.device).expand(len(hidden), -1)
-    maps = [hidden]
+def _embed(encoder: VisionEncoder, pixels_MCRR: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the first block is given, and the positions (M, N) of the full grid."""
+    hidden_MTD = encoder.embed(pixels_MCRR)
+    cells_N = torch.arange(encoder.grid[0] * encoder.grid[1], device=hidden_MTD.device)
+    return hidden_MTD, cells_N.expand(len(hidden_MTD), -1)
+
+
+def _dense_output(encoder: VisionEncoder, pixels_MCRR: torch.Tensor) -> torch.Tensor:
+    """Finished tokens (M, N, D) of a convolutional tower; no map before the last is kept."""
+    hidden, positions_MN = _embed(encoder, pixels_MCRR)
     for index in range(len(encoder.blocks)):
         hidden = encoder.checkpointed_block(index, hidden, positions_MN)
-        maps.append(hidden)
-    return maps if encoder.prunes_between_blocks else [encoder.finish(hidden, positions_MN)]
+    return encoder.finish(hidden, positions_MN)

@@ -11,14 +11,30 @@ tokens of one sequence, H heads, G key/value heads (G divides H), D encoder widt
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
+from typing import ParamSpec
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+
+
+def in_full_precision(score: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """A score that autocast leaves alone: its matrix products would otherwise be rounded to half precision."""
+
+    @functools.wraps(score)
+    def run(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            return score(*args, **kwargs)
+
+    return run
+
 
 # --------------------------------------------------------------------------------------------------------------------
 # Selection
@@ -108,6 +124,7 @@ def _unit(hidden: Tensor) -> Tensor:
     return hidden / torch.where(norm > 0, norm, torch.ones_like(norm))
 
 
+@in_full_precision
 def mean_similarity(hidden_BND: Tensor) -> Tensor:
     """Redundancy of each token: its cosine similarity to the mean token of its map. (B, N) fp32, high = drop first.
 
@@ -121,6 +138,7 @@ def mean_similarity(hidden_BND: Tensor) -> Tensor:
     return product_BN / norms_BN.clamp_min(torch.finfo(torch.float32).tiny)  # where a norm is zero, so is the product
 
 
+@in_full_precision
 def prefix_attention(query_BHQd: Tensor, key_BHNd: Tensor, scaling: float, num_prefix: int) -> Tensor:
     """Importance of each patch token: the attention that CLS (prefix token 0) pays it, heads averaged. (B, N - P) fp32.
 
@@ -135,6 +153,7 @@ def prefix_attention(query_BHQd: Tensor, key_BHNd: Tensor, scaling: float, num_p
     return logits_BHN.softmax(dim=-1).mean(dim=1)[:, num_prefix:]
 
 
+@in_full_precision
 def absorbed_prefix_attention(
     query_BHd: Tensor, hidden_BTD: Tensor, key_weight: Tensor, scaling: float, num_prefix: int
 ) -> Tensor:
@@ -165,6 +184,7 @@ def evenly_spaced(count: int, wanted: int | None, device: torch.device) -> Tenso
     return (2 * torch.arange(wanted, device=device) + 1) * count // (2 * wanted)
 
 
+@in_full_precision
 def received_attention(
     query_BHQd: Tensor, key_BHNd: Tensor, scaling: float, num_prefix: int = 0, chunk: int = 128
 ) -> Tensor:
@@ -307,6 +327,7 @@ def allocate_budgets(
 # --------------------------------------------------------------------------------------------------------------------
 
 
+@in_full_precision
 def mutual_redundancy(tokens: Sequence[Tensor]) -> Tensor:
     """How much the OTHER encoders already say of each token. `tokens`: E tensors (B, N_l, C) -> (B, sum N_l) fp32.
 
@@ -336,6 +357,7 @@ def mutual_redundancy(tokens: Sequence[Tensor]) -> Tensor:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+@in_full_precision
 def attention_rows(
     query_BHQd: Tensor,
     key_BGTd: Tensor,

@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from meteor_model.encoders.base import is_whole_linear
-from meteor_model.pruning import absorbed_prefix_attention, evenly_spaced, received_attention
+from meteor_model.pruning import (
+    absorbed_prefix_attention,
+    attention_rows,
+    evenly_spaced,
+    mean_similarity,
+    mutual_redundancy,
+    prefix_attention,
+    received_attention,
+)
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -63,3 +71,23 @@ def test_only_a_whole_linear_layer_is_read() -> None:
     assert not is_whole_linear(torch.nn.Sequential(layer))
     layer.weight.data = torch.empty(0)  # what ZeRO-3 leaves of a layer outside of a forward
     assert not is_whole_linear(layer)
+
+
+HIDDEN, QUERY, KEY = randn(2, 9, 8), randn(2, 2, 9, 4, seed=1), randn(2, 2, 9, 4, seed=2)
+SCORES = {
+    "mean_similarity": lambda: mean_similarity(HIDDEN),
+    "prefix_attention": lambda: prefix_attention(QUERY, KEY, 0.5, 1),
+    "absorbed": lambda: absorbed_prefix_attention(QUERY[:, :, 0], HIDDEN, randn(8, 8, seed=3), 0.5, 1),
+    "received": lambda: received_attention(QUERY, KEY, 0.5),
+    "mutual_redundancy": lambda: mutual_redundancy([HIDDEN, HIDDEN.flip(1)]),
+    "attention_rows": lambda: attention_rows(QUERY, KEY, torch.ones(2, 9, 9, dtype=torch.bool), 0.5),
+}
+
+
+@pytest.mark.parametrize("name", sorted(SCORES))
+def test_autocast_does_not_round_a_score(name: str) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (HIDDEN @ HIDDEN.mT).dtype == torch.bfloat16
+        mixed = SCORES[name]()
+    assert mixed.dtype == torch.float32
+    assert torch.equal(mixed, SCORES[name]())
