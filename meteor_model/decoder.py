@@ -83,7 +83,7 @@ def decode_pruned(
     if past_length:
         return _continue(language_model, inputs_embeds_BQC, attention_mask_BL, position_ids_BQ, past_key_values)
     plan, settings = plan_decoder(language_model.config), past_key_values.settings
-    check_kernel(language_model.config, plan.window)
+    check_kernel(language_model.config, plan)
     prompt = read_prompt(inputs_embeds_BQC, attention_mask_BL, position_ids_BQ, visual_mask_BQ, settings.query)
     return _prefill(language_model, plan, prompt, past_key_values, use_cache)
 

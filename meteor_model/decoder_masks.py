@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers import Cache, PreTrainedConfig
 from transformers.masking_utils import create_causal_mask
 
+from meteor_model.decoder_families import DecoderPlan
+
 
 @dataclass(frozen=True)
 class Masks:
@@ -44,13 +46,19 @@ class _OneLayer:
         return self.cache.get_mask_sizes(query_length, self.layer)
 
 
-def check_kernel(config: PreTrainedConfig, window: int | None) -> None:
-    """Raises ValueError where the attention kernel cannot be told what a window hides after pruning."""
+def check_kernel(config: PreTrainedConfig, plan: DecoderPlan) -> None:
+    """Raises ValueError where the attention kernel would not do what the decoder's configuration says."""
     kernel = config._attn_implementation
-    if window is not None and kernel not in ("sdpa", "eager"):
+    if plan.window is not None and kernel not in ("sdpa", "eager"):
         raise ValueError(
-            f"attn_implementation {kernel!r} counts the {window} columns of this decoder's sliding window itself, and "
-            "pruning changes them: with stage 3 set attn_implementation to 'sdpa' or 'eager', or disable pruning.decode"
+            f"attn_implementation {kernel!r} counts the {plan.window} columns of this decoder's sliding window itself, "
+            "and pruning changes them: with stage 3 set attn_implementation to 'sdpa' or 'eager', or disable "
+            "pruning.decode"
+        )
+    if plan.family.softcaps_attention and config.attn_logit_softcapping is not None and kernel == "sdpa":
+        raise ValueError(
+            "attn_implementation 'sdpa' leaves out this decoder's attn_logit_softcapping, and scores would not be "
+            "those of its attention: set attn_implementation of the LLM to 'eager', or disable pruning.decode"
         )
 
 

@@ -165,7 +165,7 @@ def _listen(
 ) -> list[VisualScores]:
     """Scores by each of these layers, nothing pruned."""
     plan, length = plan_decoder(language_model.config), prompt.embeds_BTC.shape[1]
-    check_kernel(language_model.config, plan.window)
+    check_kernel(language_model.config, plan)
     binds = plan.window is not None and length >= plan.window
     rotary = rotary_embeddings(language_model, plan, prompt.embeds_BTC, prompt.position_ids_BT)
     places_BT = places(prompt.seen_BT, length, prompt.embeds_BTC) if binds else None

@@ -419,13 +419,22 @@ def test_decoders_that_cannot_be_pruned_name_their_field(family: str, changes: A
         check_decode_settings(config, 2, 1)
 
 
+@pytest.mark.parametrize(
+    ("name", "kernel", "message"),
+    [
+        ("mistral-window", "flash_attention_2", f"'flash_attention_2' counts the {WINDOW} columns"),
+        ("gemma2", "sdpa", "'sdpa' leaves out this decoder's attn_logit_softcapping"),
+    ],
+)
 @torch.no_grad()
-def test_windows_with_a_kernel_that_counts_columns_are_refused() -> None:
-    model, prompts = build_model("mistral-window"), build_prompts()
+def test_kernels_that_do_not_do_what_the_configuration_says_are_refused(name: str, kernel: str, message: str) -> None:
+    model, prompts = build_model(name), build_prompts()
     cache = new_cache(model, settings_for())
-    model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match=f"'flash_attention_2' counts the {WINDOW} columns"):
+    model.config._attn_implementation = kernel
+    with pytest.raises(ValueError, match=message):
         prefill(model, prompts, cache)
+    with pytest.raises(ValueError, match=message):
+        visual_attention_by_head(model, prompts.embeds_BTC, prompts.attention_BT, None, prompts.visual_BT)
 
 
 @torch.no_grad()

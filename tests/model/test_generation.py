@@ -57,6 +57,8 @@ def build(name: str = "llama", **decode: Any) -> MeteorForConditionalGeneration:
     )
     torch.manual_seed(11)
     built = MeteorForConditionalGeneration(config).eval()
+    if not DECODERS[name][2]:  # some releases choose SDPA for it, which then leaves out its softcap
+        built.language_model.set_attn_implementation("eager")
     for parameter_name, parameter in built.language_model.named_parameters():
         if "norm" in parameter_name:
             torch.nn.init.normal_(parameter, mean=float(parameter.detach().mean()), std=0.3)
