@@ -188,7 +188,7 @@ def meteor_x4_7b() -> Architecture:
 
 
 def small() -> Architecture:
-    """Real pretrained parts that packages hold or that are trained on the spot (pipelines/parts), 163 M parameters.
+    """Real pretrained parts that packages hold or that are trained on the spot (pipelines/parts), 160 M parameters.
 
     DINOv2 ViT-S/14 (its first ten blocks), EfficientNet-Lite0, a text-reading ViT, and SmolLM2-135M-Instruct: 256, 100
     and 441 tokens. Other sources of the same shapes, hub ids for instance, are a setting.

@@ -23,6 +23,8 @@ from meteor_model.checkpoints import WeightsError
 from meteor_model.encoders import VisionEncoder
 
 StateDict = dict[str, Tensor]
+#: Tensors that timm's filter for Eva resizes silently.
+RESAMPLED = ("pos_embed", "patch_embed.proj.weight")
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,10 @@ def read_with_transformers(
     absent = {*missing, *(item for item, _, _ in mismatched)}
     state = {item: tensor for item, tensor in loaded.state_dict().items() if item not in absent}
     shapes = [(item, tuple(theirs), tuple(ours)) for item, theirs, ours in mismatched]
-    # Tensors of the larger model that share its prefix with the tower's own keep it.
-    unexpected = sorted(name.removeprefix(f"{kind.base_model_prefix}.") for name in info["unexpected_keys"])
+    unexpected = sorted(info["unexpected_keys"])
+    prefix = f"{kind.base_model_prefix}."
+    if not any(name.startswith(prefix) for name in loaded.state_dict()):  # a larger model's prefix, which ours has not
+        unexpected = [name.removeprefix(prefix) for name in unexpected]
     return Read(state, stored, missing, unexpected, shapes)
 
 
@@ -134,8 +138,8 @@ def read_with_timm(tower: nn.Module, tensors: StateDict, stored: torch.dtype) ->
 def timm_names(encoder: VisionEncoder, tower: nn.Module, tensors: StateDict) -> StateDict:
     """Names of a checkpoint as timm's module has them, by timm's own filter of the tower's kind.
 
-    The filter drops silently what it does not want and resizes positions, so what is declared unused is taken out
-    before it, and positions of another size stay as they are, to be refused.
+    The filter drops silently what it does not want and resizes positions and patches, so what is declared unused is
+    taken out before it, and those of another size stay as they are, to be refused.
 
     Raises:
         WeightsError: where timm's filter does not know a name.
@@ -145,11 +149,12 @@ def timm_names(encoder: VisionEncoder, tower: nn.Module, tensors: StateDict) -> 
         tensors = {key: value for key, value in tensors.items() if ".rope." not in key}
         if "pos_embed" in tensors:
             tensors["pos_embed"] = tensors["pos_embed"][:, 1:]
-    kept = {key: value for key, value in tensors.items() if not declared(key, FAMILIES[family].unused)}
+    own = tower.state_dict()
+    kept = {key: value for key, value in tensors.items() if key in own or not declared(key, FAMILIES[family].unused)}
     if family in ("eva02", "eva02_det"):
-        positions = kept.pop("pos_embed", None)
-        kept = timm.models.eva.checkpoint_filter_fn(kept, tower)
-        return kept if positions is None else {**kept, "pos_embed": positions}
+        renamed: StateDict = timm.models.eva.checkpoint_filter_fn(kept, tower)
+        resampled = {name: key for name in RESAMPLED for key in kept if f".{key}".endswith(f".{name}")}
+        return {**renamed, **{name: kept[key] for name, key in resampled.items()}}
     if isinstance(tower, timm.models.convnext.ConvNeXt):
         try:
             return timm.models.convnext.checkpoint_filter_fn(kept, whole_net(encoder))

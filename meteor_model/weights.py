@@ -19,7 +19,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -88,7 +88,7 @@ def checksum(tensors: Mapping[str, Tensor], stored: torch.dtype) -> str:
         tensor = tensors[name].detach().cpu()
         tensor = (tensor.to(stored) if tensor.is_floating_point() else tensor).contiguous()
         digest.update(f"{name}\0{tensor.dtype}\0{'x'.join(map(str, tensor.shape))}\0".encode())
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -106,7 +106,9 @@ def load_parts(model: MeteorForConditionalGeneration, weights: Mapping[str, str]
     if unknown := sorted(set(weights) - set(known)):
         raise WeightsError(f"weights name the part {unknown[0]!r}; the model has {', '.join(known)}")
     return [
-        load_llm(model, weights[name]) if name == LLM else load_encoder(model.encoders[name], weights[name])
+        load_llm(model, weights[name])
+        if name == LLM
+        else load_encoder(cast(VisionEncoder, model.encoders[name]), weights[name])
         for name in known
         if name in weights
     ]

@@ -37,7 +37,7 @@ _EXPANDED = {
 _OUTSIDE = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
 
 
-def timm_names(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def timm_names(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """The package's tensors by timm's names; the blocks of all stages are counted through there."""
     places = [f"blocks.{stage}.{block}" for stage, blocks in enumerate(model.blocks) for block in range(len(blocks))]
     expanded = {name.split(".")[1] for name in state if "._expand_conv." in name}

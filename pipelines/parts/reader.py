@@ -140,8 +140,9 @@ def _fit(settings: ReaderTraining, say: Callable[[str], None]) -> Reader:
         reader.zero_grad(set_to_none=True)
         (binary + choice).backward()
         nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
-        for item in (*optimizers, *schedules):
-            item.step()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
         losses.append(binary.item())
         if step % REPORT_EVERY == 0:
             nats, seconds = sum(losses[-REPORT_EVERY:]) / REPORT_EVERY, time.monotonic() - started

@@ -64,7 +64,7 @@ def _text(rng: np.random.Generator, vocabulary: Sequence[str], length: int) -> s
     while sum(map(len, pieces)) + len(pieces) < length:
         kind = rng.random()
         if kind < 0.5:
-            word = vocabulary[rng.integers(len(vocabulary))]
+            word = vocabulary[int(rng.integers(len(vocabulary)))]
             pieces.append((word, word.capitalize(), word.upper())[rng.integers(3)])
         elif kind < 0.9:
             pieces.append("".join(ALPHABET[i] for i in rng.integers(len(ALPHABET), size=rng.integers(2, 9))))
@@ -92,7 +92,7 @@ def _ground(rng: np.random.Generator, side: int, colour: np.ndarray) -> np.ndarr
     if rng.random() < 0.4:
         draw = ImageDraw.Draw(picture)
         for _ in range(rng.integers(1, 5)):
-            x0, y0, width, height = rng.integers(-20, side), rng.integers(-20, side), *rng.integers(8, side // 2, 2)
+            (x0, y0), (width, height) = rng.integers(-20, side, 2).tolist(), rng.integers(8, side // 2, 2).tolist()
             near = np.clip(colour + rng.integers(-30, 31, 3), 0, 255)
             shape = draw.ellipse if rng.random() < 0.5 else draw.rectangle
             shape((x0, y0, x0 + width, y0 + height), fill=tuple(int(value) for value in near))

@@ -14,7 +14,6 @@ import timm
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
-from timm.models.eva import Eva
 
 from meteor_model.checkpoints import WeightsError, parse_source
 from meteor_model.encoders import ENCODERS, EncoderConfig, VisionEncoder, build_encoder
@@ -132,9 +131,15 @@ def _detector_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return renamed
 
 
-def _eva(tower: dict[str, Any]) -> torch.nn.Module:
-    own = {key: value for key, value in tower.items() if key not in ("window_size", "global_blocks")}
-    return Eva(num_classes=0, use_rot_pos_emb=True, rope_type="cat", class_token="window_size" not in tower, **own)
+def _eva(family: str, tower: dict[str, Any]) -> Any:
+    return build_encoder(EncoderConfig("whole", family, 32, tower)).tower
+
+
+def _sam_tower(whole: Any) -> Any:
+    """SAM's tower alone is the library's model around the same module."""
+    tower = hf.SamVisionModel(hf.SamVisionConfig(**SAM)).eval()
+    tower.vision_encoder = whole.vision_encoder
+    return tower
 
 
 CASES = {
@@ -214,14 +219,14 @@ CASES = {
                 )
             )
         ),
-        lambda whole: whole.vision_encoder,
+        _sam_tower,
     ),
     "timm_conv": Case(
         "timm_conv", EFFICIENTNET, _timm(lambda: timm.create_model("tf_efficientnet_lite0"), dict), lambda whole: whole
     ),
-    "eva02": Case("eva02", EVA, _timm(lambda: _eva(EVA), dict), lambda whole: whole),
+    "eva02": Case("eva02", EVA, _timm(lambda: _eva("eva02", EVA), dict), lambda whole: whole),
     "eva02_det": Case(
-        "eva02_det", EVA_DETECTOR, _timm(lambda: _eva(EVA_DETECTOR), _detector_names), lambda whole: whole
+        "eva02_det", EVA_DETECTOR, _timm(lambda: _eva("eva02_det", EVA_DETECTOR), _detector_names), lambda whole: whole
     ),
 }
 
