@@ -189,6 +189,7 @@ class MeteorConfig(PreTrainedConfig):
         super().__init__(**kwargs)
         if self.encoders:  # transformers builds an empty config to compare with when it prints a diff
             self._check()
+            _ = self.encoder_grids, self.tokens_per_image  # worked out now: a compiled forward cannot
 
     def _check(self) -> None:
         names = [item.name for item in self.encoders]

@@ -94,10 +94,14 @@ class MeteorGenerationMixin(GenerationMixin):
         if used and input_ids is not None:
             self._check_next_turn(input_ids, kwargs.get("attention_mask"), pixel_values, used)
             kwargs["input_ids"] = input_ids
-        elif "image_mask" not in kwargs:  # which says that embeddings with visual tokens come with it
+        elif "image_mask" not in kwargs and (input_ids is not None or "inputs_embeds" in kwargs):
+            # (A mask says that the embeddings with it hold their visual tokens.)
             given = kwargs.pop("inputs_embeds", None)
             embeds_BTC, is_image_BT = self.embed_prompts(input_ids, pixel_values, given)
-            kwargs.update(input_ids=input_ids, inputs_embeds=embeds_BTC, image_mask=is_image_BT)
+            # Transformers caches whatever starts from inputs_embeds; without a cache every step gets the prompt again.
+            caches = input_ids is None or self._generation_setting(kwargs, "use_cache") is not False
+            name = "inputs_embeds" if caches else "prompt_embeds"
+            kwargs.update({"input_ids": input_ids, name: embeds_BTC, "image_mask": is_image_BT})
         return super().generate(**kwargs)
 
     def _generation_setting(self, kwargs: Mapping[str, Any], name: str) -> Any:

@@ -213,6 +213,7 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
         past_key_values: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         image_mask: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | float | None = None,
@@ -231,6 +232,7 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
             past_key_values: a cache. With a `MeteorCache`, stage 3 prunes at prefill.
             inputs_embeds: (B, T, C) instead of `input_ids`; `image_mask` then says where visual tokens are.
             image_mask: (B, T) bool, see above; with `pixel_values` by default where the placeholder's embedding is.
+            prompt_embeds: (B, P, C) embeddings of the first P of `input_ids`, with the visual tokens in place.
             use_cache: as in transformers; by default not in training.
             logits_to_keep: compute only the last so many logits (0: all), or those of these positions.
             num_items_in_batch: divisor of the summed loss; None: the supervised tokens of this batch.
@@ -249,8 +251,12 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
         visual_MKC, stats = None, None
         if inputs_embeds is None:
             assert input_ids is not None
-            inputs_embeds = self.get_input_embeddings()(input_ids)
             image_mask = input_ids == self.config.image_token_id
+            if prompt_embeds is None:
+                inputs_embeds = self.get_input_embeddings()(input_ids)
+            else:
+                later_embeds = self.get_input_embeddings()(input_ids[:, prompt_embeds.shape[1] :])
+                inputs_embeds = torch.cat([prompt_embeds, later_embeds], dim=1)
         if pixel_values is not None:
             image_mask = self.placeholders_of(inputs_embeds) if image_mask is None else image_mask
             inputs_embeds, visual_MKC, stats = self._scatter(inputs_embeds, image_mask, pixel_values)

@@ -244,6 +244,19 @@ def test_embeddings_may_be_given_instead_of_ids() -> None:
     assert torch.equal(alone, expected[:, -3:])
 
 
+@pytest.mark.parametrize("ask", [{}, {"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}])
+def test_generation_without_a_cache_gives_the_same_tokens(ask: dict[str, Any]) -> None:
+    built = model(UNDECODED)
+    inputs = processor(PRUNED)(["What colour?", "Two <image><image>?"], [[pixels(1)[0]], list(pixels(2))])
+    ask = {**ask, "max_new_tokens": 4, "eos_token_id": None, "do_sample": False, "return_dict_in_generate": True}
+    expected = built.generate(**inputs, **ask)
+    given = built.generate(**inputs, **ask, use_cache=False, output_hidden_states=True)
+    assert torch.equal(given.sequences, expected.sequences)
+    assert given.past_key_values is None
+    lengths = [states[0].shape[1] for states in given.hidden_states]
+    assert lengths == [inputs["input_ids"].shape[1] + step for step in range(4)], "every step sees everything"
+
+
 def test_lora_adapters_train_merge_and_reload(tmp_path: Path) -> None:
     names = r"(language_model|encoders\.(clip|pix2struct))\..*\.(q_proj|v_proj|query|value)"
     settings = LoraConfig(r=2, target_modules=names, init_lora_weights=False)
