@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.clocks import hardware, peak_memory
-from benchmarks.harness import PARTS, Work, calls, describe, measure_overhead, measure_realised, works
+from benchmarks.harness import PARTS, Work, calls, count_work, describe, measure_overhead, measure_realised, works
 from benchmarks.sizes import gpu_setup, tiny_setup
 
 RESULTS = Path(__file__).parent / "results"
@@ -58,8 +58,14 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"built in {time.perf_counter() - start:.0f} s", flush=True)
     one = dict.fromkeys(PARTS, 1)
     many = {workload: options.batch for workload in PARTS if workload != "train"}
-    results["realised"] = [measure_realised(variants, batches, options.rounds) for batches in (one, many)]
-    results["overhead"] = measure_overhead(variants, options.rounds)
+    counted = count_work(setup)
+    results["realised"] = [
+        measure_realised(
+            variants, counted, {workload: (batch, 2) for workload, batch in batches.items()}, options.rounds
+        )
+        for batches in (one, many)
+    ]
+    results["overhead"] = measure_overhead(variants, options.rounds, warm_up=2)
     print(json.dumps(results["overhead"]), flush=True)
     results["peak_memory_mib"] = [{"batch": 1, **measure_memory(variants, one)}]
     results["peak_memory_mib"] += [{"batch": options.batch, **measure_memory(variants, many)}]

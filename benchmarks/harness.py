@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.clocks import SelectionClock, realised, take_turns
 from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, MeteorConfig, PruningConfig
 from meteor_model.encoders import EncoderConfig, encoder_class
-from meteor_model.flops import FlopReport, count_flops, count_training_flops
+from meteor_model.flops import count_flops, count_training_flops
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.rivals import FastV, LayerPruner, prefill, step
 
@@ -201,26 +201,33 @@ def attention(model: MeteorForConditionalGeneration, kernel: str) -> Iterator[No
         model.language_model.set_attn_implementation(before)
 
 
-def workload_flops(report: FlopReport, config: MeteorConfig, setup: Setup, training: bool = True) -> dict[str, int]:
-    """FLOPs per image of each workload, from flops.py."""
-    first = report.total + report.lm_head
-    flops = {
-        "encode": report.encoding + report.projection + report.fusion,
+#: Who takes part: FastV and stage 3 alone act in the LLM at inference only.
+PARTS = {
+    "encode": ("dense", "meteor"),
+    "first_token": ("dense", "meteor", "stage3", "fastv"),
+    "answer": ("dense", "meteor", "stage3", "fastv"),
+    "train": ("dense", "meteor"),
+}
+
+
+def count_work(setup: Setup) -> dict[str, dict[str, int]]:
+    """FLOPs per image of every workload and the variants that take part, from meteor_model/flops.py."""
+    dense, meteor, stage3 = setup.dense(), setup.pruned(), setup.stage3_only()
+    text = setup.text_tokens
+    reports = {
+        "dense": count_flops(dense, text),
+        "meteor": count_flops(meteor, text),
+        "stage3": count_flops(stage3, text),
+        "fastv": count_flops(dense, text, setup.fastv().schedule),
+    }
+    first = {name: report.total + report.lm_head for name, report in reports.items()}
+    counted = {
+        "encode": {name: report.encoding + report.projection + report.fusion for name, report in reports.items()},
         "first_token": first,
-        "answer": first + (setup.new_tokens - 1) * report.step,
+        "answer": {name: first[name] + (setup.new_tokens - 1) * report.step for name, report in reports.items()},
+        "train": {"dense": count_training_flops(dense, text), "meteor": count_training_flops(meteor, text)},
     }
-    return {**flops, "train": count_training_flops(config, setup.text_tokens)} if training else flops
-
-
-def reports(setup: Setup) -> dict[str, tuple[MeteorConfig, FlopReport]]:
-    """Configs and FLOPs of the four variants."""
-    dense, text = setup.dense(), setup.text_tokens
-    return {
-        "dense": (dense, count_flops(dense, text)),
-        "meteor": (setup.pruned(), count_flops(setup.pruned(), text)),
-        "stage3": (setup.stage3_only(), count_flops(setup.stage3_only(), text)),
-        "fastv": (dense, count_flops(dense, text, setup.fastv().schedule)),
-    }
+    return {workload: {name: counted[workload][name] for name in names} for workload, names in PARTS.items()}
 
 
 # ------------------------------------------------------------------------------------------------------- the comparison
@@ -251,24 +258,19 @@ def calls(variants: Mapping[str, Work], workload: str) -> dict[str, Callable[[],
     return {name: lambda work=work: call(work) for name, work in variants.items()}  # type: ignore[misc]
 
 
-#: Who takes part: FastV and stage 3 alone act in the LLM at inference only.
-PARTS = {
-    "encode": ("dense", "meteor"),
-    "first_token": ("dense", "meteor", "stage3", "fastv"),
-    "answer": ("dense", "meteor", "stage3", "fastv"),
-    "train": ("dense", "meteor"),
-}
-
-
-def measure_realised(variants: Mapping[str, Work], batches: Mapping[str, int], rounds: int) -> dict[str, Any]:
-    """Every workload of `batches` (its batch size), its variants in turns: see `clocks.realised`."""
-    setup, device = variants["dense"].setup, variants["dense"].device
-    counted = {name: workload_flops(report, config, setup) for name, (config, report) in reports(setup).items()}
+def measure_realised(
+    variants: Mapping[str, Work],
+    counted: Mapping[str, Mapping[str, int]],
+    plan: Mapping[str, tuple[int, int]],
+    rounds: int,
+) -> dict[str, Any]:
+    """Every workload of `plan` (batch size, rounds of warm-up), its variants in turns: see `clocks.realised`."""
+    device = variants["dense"].device
     out: dict[str, Any] = {}
-    for workload, batch in batches.items():
+    for workload, (batch, warm_up) in plan.items():
         chosen = {name: replace(variants[name], batch=batch) for name in PARTS[workload]}
-        flops = {name: counted[name][workload] for name in chosen}
-        spent = take_turns(calls(chosen, workload), rounds, device)
+        flops = counted[workload]
+        spent = take_turns(calls(chosen, workload), rounds, device, warm_up)
         rate = flops["dense"] * batch / statistics.median(spent["dense"])
         out[workload] = {
             "batch": batch,
@@ -279,7 +281,7 @@ def measure_realised(variants: Mapping[str, Work], batches: Mapping[str, int], r
     return out
 
 
-def measure_overhead(variants: Mapping[str, Work], rounds: int) -> dict[str, Any]:
+def measure_overhead(variants: Mapping[str, Work], rounds: int, warm_up: int) -> dict[str, Any]:
     """Selection within METEOR's run to the first token, over the dense model's time for it."""
     dense, meteor = variants["dense"], variants["meteor"]
     clocks: list[SelectionClock] = []
@@ -288,7 +290,7 @@ def measure_overhead(variants: Mapping[str, Work], rounds: int) -> dict[str, Any
         clocks.append(SelectionClock(meteor.device))
         clocks[-1].measure(meteor.first_token)
 
-    spent = take_turns({"dense": dense.first_token, "meteor": clocked}, rounds, dense.device)
+    spent = take_turns({"dense": dense.first_token, "meteor": clocked}, rounds, dense.device, warm_up)
     kept, base = clocks[-rounds:], statistics.median(spent["dense"])
     total = statistics.median(sum(clock.seconds.values()) for clock in kept)
     stages = {stage: statistics.median(clock.seconds[stage] for clock in kept) for stage in kept[0].seconds}

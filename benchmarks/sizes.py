@@ -11,7 +11,7 @@ from meteor_model.encoders import EncoderConfig
 
 
 def cpu_setup() -> Setup:
-    """Two ViT-B towers of 1,024 tokens, a ConvNeXt-T of 576, a 0.2 B Llama: 0.4 B parameters.
+    """Two ViT-B towers of 1,024 tokens, a ConvNeXt-T of 576, a Llama of 0.17 B: 0.4 B in all.
 
     The towers and widths are real ones; the LLM is as wide as a 0.5 B model and as deep as two cores can bear. EAGLE's
     1,024 visual tokens, METEOR's 576 and 242.
@@ -30,7 +30,7 @@ def cpu_setup() -> Setup:
             "model_type": "llama",
             "hidden_size": 1024,
             "intermediate_size": 2816,
-            "num_hidden_layers": 16,
+            "num_hidden_layers": 12,
             "num_attention_heads": 16,
             "num_key_value_heads": 16,
             "max_position_embeddings": 32768,
