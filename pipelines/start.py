@@ -33,6 +33,7 @@ from pipelines.export import pull_model
 from pipelines.parts import default_parts_dir, resolve_sources
 from pipelines.recipe import Recipe
 from pipelines.schema import SampleError, parse_sample
+from pipelines.zero3 import save_for_sharding
 
 READY_FILE = "READY.json"
 RANKS_FILE = "ranks.json"
@@ -63,7 +64,7 @@ def prepare_start(recipe: Recipe, manifest: shards.Manifest, run_url: str) -> di
         parts = [{**asdict(part), "dropped": len(part.dropped)} for part in loaded]
         if parts:
             (folder / PARTS_FILE).write_text(json.dumps(parts, indent=2) + "\n")
-        model.save_pretrained(folder)
+        save_for_sharding(model, folder)
         processor.save_pretrained(folder)
         upload_folder(folder, init_url)
         with tempfile.TemporaryDirectory(prefix="meteor-processor-") as small:

@@ -94,7 +94,7 @@ class WeightFiles:
             with safe_open(path, framework="pt") as file:
                 self._file_of.update(dict.fromkeys(file.keys(), path))
         if not self._file_of:
-            raise WeightsError(f"{directory} holds no *.safetensors; it must be a folder that save_pretrained wrote")
+            raise WeightsError(f"{directory} holds no *.safetensors; it must be a folder that save_for_sharding wrote")
         self.directory = directory
 
     def __contains__(self, name: str) -> bool:
@@ -109,6 +109,14 @@ class WeightFiles:
         """Tensor `name`, on the CPU."""
         with safe_open(self._file_of[name], framework="pt") as file:
             return file.get_tensor(name)
+
+
+def save_for_sharding(model: PreTrainedModel, directory: Path) -> None:
+    """Write the folder that `load_sharded` reads: config, and weights under the names of the model's own modules.
+
+    By default transformers writes some towers (DINOv2, ViT) under the names of their published checkpoints.
+    """
+    model.save_pretrained(directory, save_original_format=False)
 
 
 def load_sharded(

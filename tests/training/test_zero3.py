@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from meteor_model.architectures import build_config
-from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, PruningConfig
+from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, MeteorConfig, PruningConfig
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from pipelines.checkpoint import ZERO3_TAG, CheckpointError, consolidate
 from pipelines.settings import LearningRates, OptimizerSettings, TrainingSettings
@@ -23,13 +25,18 @@ from pipelines.zero3 import (
     import_deepspeed,
     load_sharded,
     parameter_groups,
+    save_for_sharding,
     weight_dtype,
 )
+from tests.model.towers import TOWERS
 
 IMAGE, VISUAL = 3, 16
 RATES = LearningRates(projector=1e-2, towers=None, llm=1e-3)
 # A large epsilon: AdamW's first steps are otherwise +-lr even where the gradient is rounding noise.
 ADAMW: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-3, "weight_decay": 0.0}
+# Towers that read parameters outside their module's own forward: positions, biases, relative positions, fused qkv.
+MISSING = "projectors.{}.input.bias"
+READERS = ("eva02_det", "eva02_fused", "sam_padded", "dinov2_registers")
 PRUNING = PruningConfig(EncodePruning(totals=(96, 64, 64)), FusePruning(keep=VISUAL), DecodePruning(enabled=False))
 
 
@@ -69,7 +76,7 @@ def work(rank: int, folder: Path, precision: Any, rates: LearningRates, recomput
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     config = deepspeed_config(settings)
     arguments = (config, weight_dtype(settings), False)
-    with pytest.raises(WeightsError, match=r"holds no weights for projectors\.clip\.input\.bias"):
+    with pytest.raises(WeightsError, match=r"holds no weights for projectors\.\w+\.input\.bias"):
         load_sharded(MeteorForConditionalGeneration, folder / "incomplete", *arguments)
     model = load_sharded(MeteorForConditionalGeneration, folder / "init", *arguments)
     if recompute:
@@ -91,16 +98,28 @@ def work(rank: int, folder: Path, precision: Any, rates: LearningRates, recomput
     torch.distributed.destroy_process_group()
 
 
+def tiny(towers: Sequence[str] = ()) -> MeteorConfig:
+    """The tiny architecture, on towers of the tests' table where some are named."""
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = build_config("tiny", PRUNING, 64, ids, IMAGE)
+    if not towers:
+        return config
+    return MeteorConfig(**{**config.to_dict(), "encoders": [replace(TOWERS[name], name=name) for name in towers]})
+
+
 def run(
-    folder: Path, precision: str, rates: LearningRates = RATES, recompute: bool = False
+    folder: Path,
+    precision: str,
+    rates: LearningRates = RATES,
+    recompute: bool = False,
+    towers: Sequence[str] = (),
 ) -> tuple[list[float], Path]:
     """Both workers; returns the losses and the checkpoint, in which both workers' files are together."""
     torch.manual_seed(0)
-    config = build_config("tiny", PRUNING, 64, {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}, IMAGE)
-    MeteorForConditionalGeneration(config).save_pretrained(folder / "init")
+    save_for_sharding(MeteorForConditionalGeneration(tiny(towers)), folder / "init")
     shutil.copytree(folder / "init", folder / "incomplete")
     weights = load_file(folder / "init" / "model.safetensors")
-    del weights["projectors.clip.input.bias"]
+    del weights[MISSING.format(towers[0] if towers else "clip")]
     save_file(weights, folder / "incomplete" / "model.safetensors", metadata={"format": "pt"})
     torch.multiprocessing.spawn(work, args=(folder, precision, rates, recompute), nprocs=2)
     shutil.copytree(folder / "checkpoint-1" / ZERO3_TAG, folder / "checkpoint" / ZERO3_TAG, dirs_exist_ok=True)
@@ -144,20 +163,23 @@ def test_real_model_in_fp32_equals_one_process(tmp_path: Path) -> None:
         consolidate(checkpoint, MeteorForConditionalGeneration, tmp_path / "init")
 
 
-def test_recomputed_activations_train_the_same_weights_in_every_part(tmp_path: Path) -> None:
+@pytest.mark.parametrize("towers", [(), READERS], ids=["tiny", "readers"])
+def test_recomputed_activations_train_the_same_weights_in_every_part(tmp_path: Path, towers: tuple[str, ...]) -> None:
     """Towers train too, one rank has no image, and every block is recomputed in the backward pass."""
     rates = LearningRates(projector=1e-2, towers=1e-3, llm=1e-3)
-    losses, checkpoint = run(tmp_path, "fp32", rates, recompute=True)
+    losses, checkpoint = run(tmp_path, "fp32", rates, recompute=True, towers=towers)
     expected, model = plain(tmp_path / "init", rates)
     assert losses == pytest.approx(expected, rel=1e-5)
     whole = consolidate(checkpoint, MeteorForConditionalGeneration, tmp_path / "init")
     weights, start = dict(whole.named_parameters()), load_file(tmp_path / "init" / "model.safetensors")
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(weights[name], parameter, rtol=1e-3, atol=2e-5, msg=name)
-    assert not torch.equal(
-        weights["encoders.clip.tower.encoder.layers.0.mlp.fc1.weight"],
-        start["encoders.clip.tower.encoder.layers.0.mlp.fc1.weight"],
-    )
+    moved = {
+        name.split(".")[1]
+        for name in start
+        if name.startswith("encoders.") and name in weights and not torch.equal(weights[name], start[name])
+    }
+    assert moved == set(model.encoders), "every tower trains"
 
 
 def test_real_model_in_bf16_keeps_fp32_masters(tmp_path: Path) -> None:
