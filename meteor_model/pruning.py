@@ -186,7 +186,7 @@ def evenly_spaced(count: int, wanted: int | None, device: torch.device) -> Tenso
 
 @in_full_precision
 def received_attention(
-    query_BHQd: Tensor, key_BHNd: Tensor, scaling: float, num_prefix: int = 0, chunk: int = 128
+    query_BHQd: Tensor, key_BHNd: Tensor, scaling: float, num_prefix: int = 0, chunk: int = 32
 ) -> Tensor:
     """Importance of each patch token where no CLS is usable: the attention it receives. (B, N - P) fp32.
 
