@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from meteor_model.decoder_families import plan_decoder
+from meteor_model.decoder.families import plan_decoder
 from meteor_model.encoders import EncoderConfig, encoder_class
 from meteor_model.pruning import RANK_ESTIMATORS, allocate_budgets
 

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from meteor_model.configuration_meteor import MeteorConfig
-from meteor_model.decoder_scores import attention_mass
+from meteor_model.decoder.scores import attention_mass
 from meteor_model.encode import encode_pruned, segment_ends
 from meteor_model.encoders import VisionEncoder
 from meteor_model.fusion import concat_channels, fuse_cooperatively

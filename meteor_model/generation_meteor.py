@@ -13,9 +13,9 @@ from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.generation import GenerationMode
 
 from meteor_model.configuration_meteor import MeteorConfig
-from meteor_model.decoder import decode_pruned
-from meteor_model.decoder_cache import Decision, MeteorCache
-from meteor_model.decoder_scores import attention_mass, visual_attention_by_head
+from meteor_model.decoder.cache import Decision, MeteorCache
+from meteor_model.decoder.loop import decode_pruned
+from meteor_model.decoder.scores import attention_mass, visual_attention_by_head
 
 #: Any of these makes `generate` guess tokens and check several at once.
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")

@@ -6,7 +6,7 @@ The forward reads like the paper:
     2. project  each encoder's tokens go through their own MLP into the LLM's width
     3. fuse     the tokens of all encoders are pooled; those that another encoder already says are dropped
     4. scatter  the survivors replace the placeholders in the text embeddings, counted sample by sample
-    5. decode   the LLM; in `generate`, text-guided pruning after one early layer (meteor_model/decoder.py)
+    5. decode   the LLM; in `generate`, text-guided pruning after one early layer (meteor_model/decoder/)
 
 Legend: B samples, M images of the batch, N tokens of one encoder, K visual tokens per image, T sequence length,
 D encoder width, C LLM width, V vocabulary, S travelling image size.
@@ -25,9 +25,9 @@ from transformers.utils.generic import can_return_tuple
 
 from meteor_model.chat import IGNORE_INDEX
 from meteor_model.configuration_meteor import MeteorConfig
-from meteor_model.decoder import decode_pruned
-from meteor_model.decoder_cache import MeteorCache
-from meteor_model.decoder_families import softcap_logits
+from meteor_model.decoder.cache import MeteorCache
+from meteor_model.decoder.families import softcap_logits
+from meteor_model.decoder.loop import decode_pruned
 from meteor_model.encode import dense_maps, encode_pruned
 from meteor_model.encoders import VisionEncoder, build_encoder
 from meteor_model.fusion import MeteorProjector, concat_channels, concat_width, fuse_cooperatively

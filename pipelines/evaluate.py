@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from meteor_model.configuration_meteor import MeteorConfig
-from meteor_model.decoder_cache import MeteorCache
+from meteor_model.decoder.cache import MeteorCache
 from meteor_model.images import ImageError
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from meteor_model.decoder_cache import MeteorCache
-from meteor_model.decoder_scores import visual_attention_by_head
+from meteor_model.decoder.cache import MeteorCache
+from meteor_model.decoder.scores import visual_attention_by_head
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from meteor_model.pruning import RANK_ESTIMATORS, select_heads

@@ -20,12 +20,11 @@ from torch import Tensor
 from transformers import GenerationConfig, TextIteratorStreamer, TextStreamer
 
 from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, MeteorConfig, PruningConfig
-from meteor_model.decoder_cache import MeteorCache
-from meteor_model.decoder_families import softcap_logits
+from meteor_model.decoder.cache import MeteorCache
+from meteor_model.decoder.families import softcap_logits
 from meteor_model.encoders import EncoderConfig
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
-from tests.model.builders import pixels
-from tests.model.decoder_oracle import (
+from tests.decoder.oracle import (
     DECODERS,
     LAYERS,
     LISTENING,
@@ -35,6 +34,7 @@ from tests.model.decoder_oracle import (
     last_hidden_literally,
     library_attention,
 )
+from tests.model.builders import pixels
 
 PER_IMAGE, IMAGE_TOKEN, NEW = 8, 3, 5
 TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 16}

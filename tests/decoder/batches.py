@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from meteor_model.configuration_meteor import DecodePruning
-from meteor_model.decoder import decode_pruned
-from meteor_model.decoder_cache import MeteorCache
-from tests.model.decoder_oracle import LISTENING, WIDTH, pick_token
+from meteor_model.decoder.cache import MeteorCache
+from meteor_model.decoder.loop import decode_pruned
+from tests.decoder.oracle import LISTENING, WIDTH, pick_token
 
 
 @dataclass

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from meteor_model.decoder_masks import build_masks
-from tests.model.decoder_batches import LAYOUTS, Generation, build_prompts, new_cache, prefill
-from tests.model.decoder_oracle import LAYERS, WIDTH, build_config, build_model, settings_for
+from meteor_model.decoder.masks import build_masks
+from tests.decoder.batches import LAYOUTS, Generation, build_prompts, new_cache, prefill
+from tests.decoder.oracle import LAYERS, WIDTH, build_config, build_model, settings_for
 
 
 def _count_projections(model: Any, layer: int) -> dict[str, list[int]]:

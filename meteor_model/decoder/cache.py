@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from meteor_model.configuration_meteor import DecodePruning
-from meteor_model.decoder_families import check_decode_settings, plan_decoder
+from meteor_model.decoder.families import check_decode_settings, plan_decoder
 from meteor_model.pruning import gather_tokens
 
 

@@ -27,11 +27,11 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from meteor_model.decoder_cache import Decision, MeteorCache
-from meteor_model.decoder_families import DecoderPlan, plan_decoder, rotary_embeddings
-from meteor_model.decoder_masks import build_masks, check_kernel
-from meteor_model.decoder_prompt import Prompt, check_mask, places, positions, read_prompt
-from meteor_model.decoder_scores import KeyTap, refuse_nan, run_layers, score_layer
+from meteor_model.decoder.cache import Decision, MeteorCache
+from meteor_model.decoder.families import DecoderPlan, plan_decoder, rotary_embeddings
+from meteor_model.decoder.masks import build_masks, check_kernel
+from meteor_model.decoder.prompt import Prompt, check_mask, places, positions, read_prompt
+from meteor_model.decoder.scores import KeyTap, refuse_nan, run_layers, score_layer
 from meteor_model.pruning import VisualScores, adaptive_selection, gather_tokens
 
 

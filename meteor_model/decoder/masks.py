@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedConfig
 from transformers.masking_utils import create_causal_mask
 
-from meteor_model.decoder_families import DecoderPlan
+from meteor_model.decoder.families import DecoderPlan
 
 
 @dataclass(frozen=True)

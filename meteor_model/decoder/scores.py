@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from meteor_model.configuration_meteor import DecodePruning
-from meteor_model.decoder_cache import MeteorCache
-from meteor_model.decoder_families import (
+from meteor_model.decoder.cache import MeteorCache
+from meteor_model.decoder.families import (
     DecoderPlan,
     Rotary,
     attention_softcap,
@@ -27,8 +27,8 @@ from meteor_model.decoder_families import (
     plan_decoder,
     rotary_embeddings,
 )
-from meteor_model.decoder_masks import Masks, build_masks, check_kernel
-from meteor_model.decoder_prompt import Prompt, places, read_prompt
+from meteor_model.decoder.masks import Masks, build_masks, check_kernel
+from meteor_model.decoder.prompt import Prompt, places, read_prompt
 from meteor_model.pruning import VisualScores, gather_tokens, text_guided_scores
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from meteor_model.decoder import decode_pruned
-from tests.model.decoder_batches import LAYOUTS, Generation, assert_row_equals, build_prompts, new_cache, prefill
-from tests.model.decoder_oracle import (
+from meteor_model.decoder.loop import decode_pruned
+from tests.decoder.batches import LAYOUTS, Generation, assert_row_equals, build_prompts, new_cache, prefill
+from tests.decoder.oracle import (
     build_model,
     decide_literally,
     generate_literally,

@@ -12,12 +12,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 
-from meteor_model.decoder import decode_pruned
-from meteor_model.decoder_cache import MeteorCache
-from meteor_model.decoder_families import DECODER_FAMILIES, check_decode_settings, softcap_logits
-from meteor_model.decoder_scores import attention_mass, visual_attention_by_head
+from meteor_model.decoder.cache import MeteorCache
+from meteor_model.decoder.families import DECODER_FAMILIES, check_decode_settings, softcap_logits
+from meteor_model.decoder.loop import decode_pruned
+from meteor_model.decoder.scores import attention_mass, visual_attention_by_head
 from meteor_model.pruning import select_heads, solve_lambda
-from tests.model.decoder_batches import (
+from tests.decoder.batches import (
     LAYOUTS,
     Generation,
     assert_row_equals,
@@ -25,7 +25,7 @@ from tests.model.decoder_batches import (
     new_cache,
     prefill,
 )
-from tests.model.decoder_oracle import (
+from tests.decoder.oracle import (
     DECODERS,
     HEADS,
     LAYERS,
