@@ -50,6 +50,39 @@ def tiny_finetune() -> Recipe:
     )
 
 
+def small() -> Recipe:
+    """Real pretrained parts (make parts): the projectors learn to show DINOv2, EfficientNet and a reader to SmolLM2."""
+    return Recipe(
+        name="small",
+        model=ModelSettings(architecture="small", template="chatml"),
+        pruning=PruningConfig(
+            encode=EncodePruning(totals=(400, 280, 192)),
+            fuse=FusePruning(keep=96),
+            decode=DecodePruning(layer=2, target_mean=48.0),
+        ),
+        data=DataSettings(heldout_samples=64, max_length=512),
+        source=OpenMojiSettings(code_points=512, variants=2),
+        training=TrainingSettings(
+            workers=2,
+            micro_batch=8,
+            global_batch=16,
+            optimizer=OptimizerSettings(learning_rates=LearningRates(projector=1e-3, towers=None, llm=None)),
+        ),
+    )
+
+
+def small_finetune() -> Recipe:
+    """`small`, continued from the newest registered pre-training: every part learns, on other drawings."""
+    base = small()
+    rates = LearningRates(projector=2e-4, towers=2e-5, llm=2e-5)
+    return replace(
+        base,
+        model=replace(base.model, start="models:/meteor@latest-pretrain"),
+        source=replace(base.source, seed=1),
+        training=replace(base.training, optimizer=replace(base.training.optimizer, learning_rates=rates)),
+    )
+
+
 def _published(architecture: str, pruning: PruningConfig) -> Recipe:
     """LLaVA's pre-training as EAGLE runs it: projector alone, lr 1e-3, global batch 256, one epoch, bf16, 8 GPUs."""
     return Recipe(
@@ -111,12 +144,14 @@ RECIPES: dict[str, dict[str, Callable[[], Recipe]]] = {
         "eagle_x4_7b": eagle_x4_7b,
         "eagle_x5_7b": eagle_x5_7b,
         "meteor_x4_7b": meteor_x4_7b,
+        "small": small,
         "tiny": tiny,
     },
     "finetune": {
         "eagle_x4_7b": lambda: _published_finetune(eagle_x4_7b()),
         "eagle_x5_7b": lambda: _published_finetune(eagle_x5_7b()),
         "meteor_x4_7b": lambda: _published_finetune(meteor_x4_7b()),
+        "small": small_finetune,
         "tiny": tiny_finetune,
     },
 }
