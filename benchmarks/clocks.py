@@ -59,9 +59,9 @@ def realised(spent: Mapping[str, Sequence[float]], flops: Mapping[str, int], den
     }
 
 
-#: Functions of meteor_model whose time is selection: scores, sorting, gathering.
+#: Functions whose time is selection: scores, sorting, gathering, joining kept tokens to their prefix.
 SELECTION = {
-    "encode": {"importance", "mean_similarity", "select_top", "gather_tokens"},
+    "encode": {"importance", "mean_similarity", "select_top", "gather_tokens", "cat"},
     "fuse": {"fuse_cooperatively"},
     "decode": {"score_layer", "_decide", "gather_tokens"},
 }
@@ -89,16 +89,18 @@ class SelectionClock:
         return time.perf_counter()
 
     def _hook(self, frame: FrameType, event: str, argument: Any) -> None:
-        if event not in ("call", "return") or not frame.f_globals.get("__name__", "").startswith("meteor_model"):
+        if not frame.f_globals.get("__name__", "").startswith("meteor_model"):
             return
         name = frame.f_code.co_name
-        if name in _ENTRY:
+        if name in _ENTRY and event in ("call", "return"):
             self._stages.append(_ENTRY[name]) if event == "call" else self._stages.pop()
+        if event.startswith("c_"):  # a function of torch itself, called where a stage is written down
+            name = argument.__name__ if name in _ENTRY else ""
         if not self._stages or name not in SELECTION[self._stages[-1]]:
             return
-        if event == "call" and self._inside is None:
+        if event in ("call", "c_call") and self._inside is None:
             self._inside, self._start = frame, self._now()
-        elif event == "return" and frame is self._inside:
+        elif event in ("return", "c_return", "c_exception") and frame is self._inside:
             self.seconds[self._stages[-1]] += self._now() - self._start
             self._inside = None
             self.seen.add(name)

@@ -98,7 +98,7 @@ class Setup:
 def build(
     config: MeteorConfig, device: torch.device, dtype: torch.dtype, seed: int = 0
 ) -> MeteorForConditionalGeneration:
-    """Random weights, made on the device in their final dtype."""
+    """Random weights, made on the device in their final dtype; buffers keep the dtype that their module chose."""
     torch.manual_seed(seed)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -107,7 +107,7 @@ def build(
             model = MeteorForConditionalGeneration(config)
     finally:
         torch.set_default_dtype(default)
-    return model.to(device=device, dtype=dtype).eval()
+    return model.eval()
 
 
 def with_shared_llm(
