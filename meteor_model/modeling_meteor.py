@@ -91,9 +91,9 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
 
     def _pixels_of(self, name: str, pixel_values: torch.Tensor) -> torch.Tensor:
         """Normalised pixels (M, 3, R, R) for one tower, where it is and in its dtype."""
-        weight = next(p for p in self.encoders[name].parameters() if p.is_floating_point())
-        pixels: torch.Tensor = self.encoders[name].normalize(pixel_values.to(weight.device), weight.dtype)
-        return pixels
+        encoder = cast(VisionEncoder, self.encoders[name])
+        weight = next(p for p in encoder.parameters() if p.is_floating_point())
+        return encoder.normalize(pixel_values.to(weight.device), weight.dtype)
 
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor) -> MeteorImageFeatures:

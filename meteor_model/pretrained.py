@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -114,7 +114,7 @@ class MeteorPreTrainedModel(PreTrainedModel):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif hasattr(module, "init_non_persistent_buffers"):
-            module.init_non_persistent_buffers()
+            cast(Any, module).init_non_persistent_buffers()
 
 
 def knows_kernel(model: PreTrainedModel, kernel: str) -> bool:
