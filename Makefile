@@ -40,7 +40,7 @@ $(PARTS_STAMP): $(STAMP) parts-requirements.txt
 
 lock: setup  ## Write the installed versions to constraints.txt
 	@{ sed -n '/^#/p' constraints.txt; $(PY) -m pip freeze --exclude-editable --all \
-	  | grep -v -E '^(pip|wheel)==' ; } > constraints.new && mv constraints.new constraints.txt
+	  | grep -v -E '^(pip|wheel)==' | grep -vxFf <(sed 's/ *#.*//' parts-requirements.txt) ; } > constraints.new && mv constraints.new constraints.txt
 
 up: setup  ## Start the local stack (SeaweedFS, MLflow, Ray), what is missing of it
 	@$(STACK) up
