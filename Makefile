@@ -15,10 +15,13 @@ PARTS_STAMP := $(VENV)/.installed-parts
 GPU_PYTHON ?= python3
 # Settings of a job, as on its own command line: make pretrain ARGS="--training.epochs 2"
 ARGS ?=
+# Cache of the pretrained parts.
+PARTS_DIR := $(or $(METEOR_PARTS_DIR),$(or $(METEOR_STATE_DIR),$(CURDIR)/.meteor)/parts)
 # The job runs in a copy of this folder on the cluster; its summary comes back to runs/latest here.
 # The copy has no .git, so the commit travels as a variable.
 SUBMIT = RAY_LOGGER_LEVEL=warning $(STACK) run -- $(BIN)/ray job submit --working-dir . \
-  --runtime-env-json '{"env_vars": {"METEOR_GIT_COMMIT": "$(shell git describe --always --dirty --abbrev=12 2>/dev/null)"}}' --
+  --runtime-env-json '{"env_vars": {"METEOR_GIT_COMMIT": "$(shell git describe --always --dirty --abbrev=12 2>/dev/null)", \
+  "METEOR_PARTS_DIR": "$(PARTS_DIR)"}}' --
 
 help:  ## List every target
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -88,10 +91,10 @@ format: setup  ## Format and fix what can be fixed
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-test: setup  ## All tests but the slow ones; starts and stops its own servers
+test: $(PARTS_STAMP)  ## All tests but the slow ones; starts and stops its own servers
 	@$(PY) -m pytest -m "not slow" $(ARGS)
 
-test-slow: setup  ## The slow tests as well
+test-slow: $(PARTS_STAMP)  ## The slow tests as well
 	@$(PY) -m pytest $(ARGS)
 
 clean:  ## Remove caches and local results; the stack's data stays
