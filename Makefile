@@ -16,7 +16,7 @@ GPU_PYTHON ?= python3
 # Settings of a job, as on its own command line: make pretrain ARGS="--training.epochs 2"
 ARGS ?=
 # Cache of the pretrained parts.
-PARTS_DIR := $(or $(METEOR_PARTS_DIR),$(or $(METEOR_STATE_DIR),$(CURDIR)/.meteor)/parts)
+PARTS_DIR := $(abspath $(or $(METEOR_PARTS_DIR),$(or $(METEOR_STATE_DIR),$(CURDIR)/.meteor)/parts))
 # The job runs in a copy of this folder on the cluster; its summary comes back to runs/latest here.
 # The copy has no .git, so the commit travels as a variable.
 SUBMIT = RAY_LOGGER_LEVEL=warning $(STACK) run -- $(BIN)/ray job submit --working-dir . \

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -436,6 +437,24 @@ def test_hub_sources_are_taken_apart() -> None:
     assert pinned.sha256 == "0" * 64
 
 
+def test_a_cached_repository_loads_without_the_network(
+    stored: Callable[[str], tuple[Path, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's cache as it lies on disk: a commit under snapshots, named by refs/main or by itself."""
+    folder, _ = stored("dinov2")
+    commit, repository = "c" * 40, tmp_path / "models--owner--eye"
+    shutil.copytree(folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    expected = load_encoder(encoder_of("dinov2"), str(folder)).sha256
+    for source in ("owner/eye", f"owner/eye@{commit}", "owner/eye:model.safetensors"):
+        assert load_encoder(encoder_of("dinov2"), source).sha256 == expected
+    with pytest.raises(WeightsError, match=r"other\.safetensors of 'owner/eye:other\.safetensors' does not come"):
+        load_encoder(encoder_of("dinov2"), "owner/eye:other.safetensors")
+
+
 def test_a_hub_that_does_not_answer_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(WeightsError, match=r"owner/not-cached.*HF_HOME.*local folder"):
@@ -489,6 +508,23 @@ def test_the_llm_computes_what_it_computed_alone(tied: bool, tmp_path: Path) -> 
     rows = built.get_input_embeddings().weight
     torch.testing.assert_close(rows[290:], rows[:290].mean(dim=0).expand(10, -1))
     assert (built.lm_head.weight is rows) == tied
+
+
+def test_buffers_that_older_versions_stored_are_no_fault(
+    stored: Callable[[str], tuple[Path, Any]], tmp_path: Path
+) -> None:
+    """CLIP's position indices and Llama's rotary frequencies, which today are computed."""
+    clip, llm = tmp_path / "clip", tmp_path / "llm"
+    clip.mkdir()
+    ids = {f"{half}.embeddings.position_ids": torch.arange(17)[None] for half in ("vision_model", "text_model")}
+    save_file({**load_file(stored("clip")[0] / "model.safetensors"), **ids}, clip / "model.safetensors")
+    plain = load_encoder(encoder_of("clip"), str(stored("clip")[0]))
+    assert load_encoder(encoder_of("clip"), str(clip)).sha256 == plain.sha256
+    _llm(llm)
+    before = load_llm(model(DENSE), str(llm))
+    frequencies = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.rand(16) for layer in range(4)}
+    save_file({**load_file(llm / "model.safetensors"), **frequencies}, llm / "model.safetensors")
+    assert load_llm(model(DENSE), str(llm)) == before
 
 
 @pytest.mark.parametrize(
