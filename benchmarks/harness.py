@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -126,6 +127,20 @@ def with_shared_llm(
 # ----------------------------------------------------------------------------------------------------------- workloads
 
 
+@lru_cache
+def random_pixels(batch: int, size: int, device: torch.device) -> Tensor:
+    """(batch, 3, size, size) uint8 on the device; made once, so that no clock sees it."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, generator=generator).to(device)
+
+
+@lru_cache
+def prompt_ids(batch: int, image_tokens: int, text_tokens: int, device: torch.device) -> Tensor:
+    """(batch, image_tokens + text_tokens) on the device; made once."""
+    row = torch.cat([torch.full((image_tokens,), IMAGE_TOKEN), torch.arange(text_tokens) + IMAGE_TOKEN + 1])
+    return row.expand(batch, -1).contiguous().to(device)
+
+
 @dataclass(frozen=True)
 class Work:
     """One model and one batch of one-image prompts."""
@@ -137,18 +152,12 @@ class Work:
     rival: LayerPruner | None = None
 
     def pixels(self) -> Tensor:
-        size = self.setup.image_size
-        generator = torch.Generator().manual_seed(1)
-        return torch.randint(0, 256, (self.batch, 3, size, size), dtype=torch.uint8, generator=generator).to(
-            self.device
-        )
+        return random_pixels(self.batch, self.setup.image_size, self.device)
 
     def prompt(self) -> dict[str, Tensor]:
         """Image first, then text; no padding."""
-        text = torch.arange(self.setup.text_tokens) + IMAGE_TOKEN + 1
-        row = torch.cat([torch.full((self.model.config.tokens_per_image,), IMAGE_TOKEN), text])
-        input_ids = row.expand(self.batch, -1).contiguous().to(self.device)
-        return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "pixel_values": self.pixels()}
+        ids = prompt_ids(self.batch, self.model.config.tokens_per_image, self.setup.text_tokens, self.device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": self.pixels()}
 
     @torch.no_grad()
     def encode(self) -> None:
