@@ -14,6 +14,7 @@ Legend: R resolution of an encoder, T tokens of a sequence, C LLM width, K visua
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -165,11 +166,23 @@ def _cpu_attention_backward(grad: Sequence[int], query: Sequence[int], *rest: An
     )  # four products; what a kernel recomputes is no cost of the model
 
 
-#: Products that torch's counter leaves out; without the last two attention on a CPU would count as nothing.
+def _convolution_backward(
+    grad: Sequence[int], pixels: Sequence[int], weight: Sequence[int], *rest: Any, **_: Any
+) -> int:
+    """As many products as forward, for each of the two gradients wanted: of the input and of the weight."""
+    transposed, output_mask = rest[4], rest[7]
+    places = pixels[2:] if transposed else grad[2:]
+    forward = 2 * math.prod(weight) * grad[0] * math.prod(places)
+    return forward * sum(output_mask[:2])
+
+
+#: Products that torch's counter leaves out (attention on a CPU would count as nothing) or gets wrong (the gradient of a
+#: depthwise convolution's weight, by a factor of its channels).
 EXTRA_FORMULAS: dict[Any, Any] = {
     torch.ops.aten.mv: _matrix_vector,
     torch.ops.aten.addmv: _add_matrix_vector,
     torch.ops.aten.dot: _inner_product,
+    torch.ops.aten.convolution_backward: _convolution_backward,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
 }

@@ -129,6 +129,14 @@ def test_training_flops_are_what_a_cpu_step_dispatches(pruning: PruningConfig) -
     assert counter.get_total_flops() == count_training_flops(net.config, TEXT)
 
 
+def test_training_flops_equal_their_closed_form() -> None:
+    """Backward is twice forward, but for the first layers: nobody asks for the gradient of the pixels."""
+    length, first_layers = TEXT + 192, 2 * 64 * 192 * 64 * 2 + 2 * 256 * (3 * 16) * 32
+    forward = clip((64,) * 3) + pix2struct((64,) * 3) + convnext() + 3 * 2 * 64 * (64 * WIDTH + WIDTH * WIDTH)
+    forward += LAYERS * llm_layer(length, length) + 2 * length * WIDTH * 300
+    assert count_training_flops(config(DENSE), TEXT) == 3 * forward - first_layers
+
+
 def test_reports_are_tables_and_plain_dictionaries() -> None:
     report = count_flops(config(PRUNED), TEXT)
     assert report.as_dict()["total"] == report.total
