@@ -95,8 +95,10 @@ class DecodePruning:
             raise ValueError(f"pruning.decode.query must be 'last' or 'all_text', got {self.query!r}")
         if self.k_min < 1:
             raise ValueError(f"pruning.decode.k_min must be at least 1, got {self.k_min}")
-        if self.lam is not None and self.lam <= 0:
-            raise ValueError(f"pruning.decode.lam must be positive, got {self.lam}")
+        if self.lam is not None and not (math.isfinite(self.lam) and self.lam > 0):
+            raise ValueError(f"pruning.decode.lam must be positive and finite, got {self.lam}")
+        if self.target_mean is not None and not math.isfinite(self.target_mean):
+            raise ValueError(f"pruning.decode.target_mean must be finite, got {self.target_mean}")
         if self.target_mean is not None and self.target_mean < self.k_min:
             raise ValueError(f"pruning.decode.target_mean {self.target_mean} is below k_min {self.k_min}")
 

@@ -504,7 +504,7 @@ def solve_lambda(mass_B: Tensor, num_visual_B: Tensor, target_mean: float, k_min
     ]
     edges_S = torch.unique(torch.cat(edges))  # sorted
     if edges_S.numel() == 0:
-        return 0.0
+        return 1.0  # every lambda keeps the same, and a configuration takes positive ones
     steps = list(chain([float(edges_S[0]) / 2], ((edges_S[:-1] + edges_S[1:]) / 2).tolist(), [float(edges_S[-1]) * 2]))
 
     def mean_count(lam: float) -> float:

@@ -563,6 +563,11 @@ def test_lambda_hits_the_target_on_a_real_sized_batch_and_ignores_text_only_rows
     assert solve_lambda(*with_text_B, 242.0, 16) == lam
 
 
+def test_where_every_lambda_is_right_it_is_one_that_a_configuration_takes() -> None:
+    assert solve_lambda(torch.tensor([1.0, 2.0]), torch.tensor([4, 4]), 4.0, 4) == 1.0
+    assert solve_lambda(torch.zeros(2), torch.tensor([9, 9]), 3.0, 3) == 1.0
+
+
 def test_lambda_out_of_reach_is_refused_with_the_range() -> None:
     mass_B, present_B = torch.tensor([1.0, 2.0]), torch.tensor([10, 20])
     for target in (3.9, 15.1):

@@ -199,6 +199,9 @@ class VisionEncoder(nn.Module, ABC):
         """uint8 images (M, 3, S, S) -> this tower's resolution and value range, on the images' device."""
         if pixels_MCSS.dtype != torch.uint8:
             raise ValueError(f"images travel as uint8, got {pixels_MCSS.dtype}")
+        shape = tuple(pixels_MCSS.shape)
+        if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3]:  # one channel would broadcast, a strip be squashed
+            raise ValueError(f"images travel as squares (M, 3, S, S), got {shape}")
         size = self.config.image_size
         if pixels_MCSS.shape[-2:] != (size, size):
             pixels_MCSS = tvf.resize(pixels_MCSS, [size, size], antialias=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -139,6 +140,13 @@ def test_placeholder_counts_name_the_sample_and_both_counts() -> None:
         built(**inputs, past_key_values=built.new_cache())
     with pytest.raises(ValueError, match="prefill_chunk_size is not supported"):
         built.generate(inputs["input_ids"], inputs["pixel_values"], prefill_chunk_size=8)
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 64, 64), (3, 3, 64, 32), (3, 64, 64, 3), (3, 3, 64)])
+def test_pixels_that_would_be_broadcast_or_squashed_are_refused(shape: tuple[int, ...]) -> None:
+    inputs = {**batch(PRUNED), "pixel_values": torch.zeros(shape, dtype=torch.uint8)}
+    with pytest.raises(ValueError, match=rf"squares \(M, 3, S, S\), got {re.escape(str(shape))}"):
+        model(PRUNED)(**inputs)
 
 
 def test_loss_is_the_sum_over_supervised_tokens_by_the_divisor() -> None:
