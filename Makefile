@@ -92,10 +92,10 @@ format: setup  ## Format and fix what can be fixed
 	@$(BIN)/ruff format .
 
 test: $(PARTS_STAMP)  ## All tests but the slow ones; starts and stops its own servers
-	@$(PY) -m pytest -m "not slow" $(ARGS)
+	@METEOR_REQUIRE_PARTS=1 $(PY) -m pytest -m "not slow" $(ARGS)
 
 test-slow: $(PARTS_STAMP)  ## The slow tests as well
-	@$(PY) -m pytest $(ARGS)
+	@METEOR_REQUIRE_PARTS=1 $(PY) -m pytest $(ARGS)
 
 clean:  ## Remove caches and local results; the stack's data stays
 	@rm -rf runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -39,9 +39,9 @@ from pipelines.recipe import Recipe
 from pipelines.report import build_summary, load_summary, readable, store_summary
 from pipelines.settings import SettingsError
 from pipelines.sources.openmoji import OpenMoji
-from pipelines.start import prepare_start
+from pipelines.start import loaded_parts, prepare_start
 from pipelines.stream import RowEncoder, build_stream, data_config, rows_from, rows_to
-from pipelines.tracking import finish_run, git_commit, open_run, require_tracking
+from pipelines.tracking import finish_run, git_commit, log_documents, open_run, require_tracking
 from pipelines.training import TrainingJob, fit
 
 JobName = Literal["pretrain", "finetune"]
@@ -108,6 +108,10 @@ def run_job(recipe: Recipe, job: JobName) -> dict[str, Any]:
 def _phases(recipe: Recipe, job: JobName, run: RunHandle, manifest: shards.Manifest, phases: Phases) -> dict[str, Any]:
     with phases("calibrate", "start model, ranks of the feature maps, budgets"):
         ranks = prepare_start(recipe, manifest, run.url)
+        if parts := loaded_parts(run.url):
+            log_documents(recipe.tracking.uri, run.mlflow_run_id, {"parts.json": parts})
+        for part in parts:
+            print(f"  {part['name']}: {part['source']}, sha256 {part['sha256'][:12]}", flush=True)
         for name, budget in ranks["budgets"].items():
             print(f"  {name}: keeps {' -> '.join(map(str, budget))} tokens", flush=True)
     with phases("train", f"{recipe.training.workers} workers, ZeRO-3"):

@@ -94,6 +94,12 @@ def prepare_start(recipe: Recipe, manifest: shards.Manifest, run_url: str) -> di
     return ranks
 
 
+def loaded_parts(run_url: str) -> list[dict[str, Any]]:
+    """Name, source, size and checksum of the pretrained parts that a prepared run starts from."""
+    parts: list[dict[str, Any]] = storage.read_json(storage.join(run_url, "init", READY_FILE))["parts"]
+    return parts
+
+
 def with_pruning(config: MeteorConfig, recipe: Recipe, ranks: dict[str, list[float]] | None) -> MeteorConfig:
     """The configuration with the recipe's pruning, and ranks where they are measured."""
     data = {**config.to_dict(), "pruning": recipe.pruning, "ranks": ranks}
