@@ -24,7 +24,7 @@ class Architecture:
         fusion: how encoders are joined, see `MeteorConfig`.
         concat_grid: common grid of fusion="channel_concat".
         weights: where pretrained parts come from, by encoder name or "llm": a hub id, a local folder or a safetensors
-            file (meteor_model/weights.py). Parts that are not named start from random weights.
+            file (meteor_model/weights/). Parts that are not named start from random weights.
     """
 
     encoders: tuple[EncoderConfig, ...]

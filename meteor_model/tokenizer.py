@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from meteor_model.chat import IMAGE_PLACEHOLDER
-from meteor_model.checkpoints import WeightsError, parse_source
+from meteor_model.weights.checkpoints import WeightsError, parse_source
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", IMAGE_PLACEHOLDER)
 
@@ -47,7 +47,7 @@ def pretrained_tokenizer(source: str) -> PreTrainedTokenizerBase:
     the unknown or the end-of-sequence token: it is masked wherever it stands, so it needs no token of its own.
 
     Args:
-        source: as for weights (meteor_model/weights.py): a folder or a hub repository.
+        source: as for weights (meteor_model/weights/): a folder or a hub repository.
 
     Raises:
         WeightsError: where the source holds no tokenizer.

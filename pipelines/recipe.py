@@ -26,7 +26,7 @@ class ModelSettings:
     local folder); None starts from the architecture and the pretrained parts that it names."""
     weights: dict[str, str] = field(default_factory=dict)
     """Sources of pretrained parts in place of those that the architecture names, by encoder or llm: a hub id, a folder,
-    a safetensors file, or parts:NAME (meteor_model/weights.py, pipelines/parts)."""
+    a safetensors file, or parts:NAME (meteor_model/weights/, pipelines/parts)."""
     parts_dir: str = field(default_factory=lambda: os.environ.get("METEOR_PARTS_DIR", ""))
     """Cache of parts:NAME on the machine that runs the job; by default METEOR_PARTS_DIR, or the stack's local state."""
     template: str = "vicuna_v1"

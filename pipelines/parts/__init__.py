@@ -23,7 +23,7 @@ from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
-from meteor_model.checkpoints import PARTS_PREFIX
+from meteor_model.weights.checkpoints import PARTS_PREFIX
 from pipelines.parts.dinov2 import DISTRIBUTIONS as DINOV2_DISTRIBUTIONS
 from pipelines.parts.dinov2 import make_dinov2
 from pipelines.parts.efficientnet import DISTRIBUTIONS as EFFICIENTNET_DISTRIBUTIONS

@@ -16,11 +16,11 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
-from meteor_model.checkpoints import WeightsError, parse_source
 from meteor_model.encoders import ENCODERS, EncoderConfig, VisionEncoder, build_encoder
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
-from meteor_model.weight_names import FAMILIES
 from meteor_model.weights import checksum, load_encoder, load_llm, load_parts
+from meteor_model.weights.checkpoints import WeightsError, parse_source
+from meteor_model.weights.names import FAMILIES
 from tests.model.builders import DENSE, config, model
 from tests.model.towers import library_tokens
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from meteor_model.checkpoints import WeightsError
 from meteor_model.encoders import VisionEncoder
+from meteor_model.weights.checkpoints import WeightsError
 
 StateDict = dict[str, Tensor]
 #: Tensors that timm's filter for Eva resizes silently.

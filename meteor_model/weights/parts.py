@@ -8,7 +8,7 @@ A part is one tower (by its encoder's name) or the LLM ("llm"). Its source is wr
 
 and may end in `#sha256=HEX`, the checksum that the loaded part must have. Nothing stays silently random: a tensor that
 is missing, unexpected or of another shape is an error. What a checkpoint holds beside the part (CLIP's text half, a
-classifier) is declared in `weight_names.FAMILIES`; blocks beyond those that the tower has are dropped and listed in the
+classifier) is declared in `names.FAMILIES`; blocks beyond those that the tower has are dropped and listed in the
 report.
 """
 
@@ -25,9 +25,16 @@ import torch
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from meteor_model.checkpoints import Checkpoint, Source, WeightsError, parse_source, read_checkpoint, read_config
 from meteor_model.encoders import VisionEncoder
-from meteor_model.weight_names import (
+from meteor_model.weights.checkpoints import (
+    Checkpoint,
+    Source,
+    WeightsError,
+    parse_source,
+    read_checkpoint,
+    read_config,
+)
+from meteor_model.weights.names import (
     FAMILIES,
     Read,
     StateDict,
