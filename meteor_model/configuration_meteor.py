@@ -1,142 +1,70 @@
-"""MeteorConfig: encoders, decoder and the three pruning stages. Every invariant is checked here, when it is built."""
+"""MeteorConfig: encoders, decoder and the three pruning stages. Every invariant is checked here."""
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from meteor_model.checks import from_mapping, whole_number
 from meteor_model.decoder.families import plan_decoder
 from meteor_model.encoders import EncoderConfig, encoder_class
-from meteor_model.pruning import RANK_ESTIMATORS, allocate_budgets
+from meteor_model.pruning import allocate_budgets
+from meteor_model.pruning_config import DecodePruning, EncodePruning, FusePruning, PruningConfig
 
-T = TypeVar("T")
+__all__ = ["FUSIONS", "DecodePruning", "EncodePruning", "FusePruning", "MeteorConfig", "PruningConfig"]
 
 FUSIONS = ("post_projection", "channel_concat")
+#: Properties that are worked out from the settings, once.
+DERIVED = ("encoder_grids", "encoder_tokens", "encode_budgets", "tokens_per_image")
 
 
-@dataclass(frozen=True)
-class EncodePruning:
-    """Stage 1: how many tokens survive each boundary between segments, and how encoders share them."""
-
-    enabled: bool = True
-    """Prune inside the encoders."""
-    totals: tuple[int, ...] = ()
-    """Tokens that survive each boundary, summed over the encoders that are pruned there; one number a segment."""
-    first_deep_segment: int = 2
-    """First segment (counted from 1) whose boundary scores by attention; earlier ones by similarity to the mean."""
-    rank_estimator: str = "effective"
-    """How the rank of a feature map is measured: effective, energy or numerical."""
-    rank_exponent: float = 1.0
-    """Budgets go with rank ** exponent: 1 is the paper, 0 uniform, -1 inverse."""
-    score_queries: int | None = 256
-    """Evenly spaced query tokens from which an encoder without CLS counts the attention that a token receives, so that
-    scoring is linear in the tokens; None takes every token."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "totals", tuple(int(total) for total in self.totals))
-        if self.enabled and not self.totals:
-            raise ValueError("pruning.encode.totals is empty: give the tokens to keep after each segment, or disable")
-        if any(later > earlier for earlier, later in zip(self.totals, self.totals[1:], strict=False)):
-            raise ValueError(f"pruning.encode.totals must not grow from boundary to boundary, got {self.totals}")
-        if self.first_deep_segment < 1:
-            raise ValueError(f"pruning.encode.first_deep_segment counts from 1, got {self.first_deep_segment}")
-        if self.score_queries is not None and self.score_queries < 1:
-            raise ValueError(f"pruning.encode.score_queries must be at least 1 or None, got {self.score_queries}")
-        if not math.isfinite(self.rank_exponent):
-            raise ValueError(f"pruning.encode.rank_exponent must be finite, got {self.rank_exponent}")
-        if self.rank_estimator not in RANK_ESTIMATORS:
-            known = ", ".join(sorted(RANK_ESTIMATORS))
-            raise ValueError(f"pruning.encode.rank_estimator {self.rank_estimator!r} is unknown; known: {known}")
+def _as_encoders(items: Any) -> tuple[EncoderConfig, ...]:
+    return tuple(from_mapping(EncoderConfig, f"encoders[{index}]", item) for index, item in enumerate(items))
 
 
-@dataclass(frozen=True)
-class FusePruning:
-    """Stage 2: how many of the projected tokens of all encoders go on into the LLM."""
-
-    enabled: bool = True
-    """Prune the pooled tokens by mutual redundancy."""
-    keep: int = 576
-    """Visual tokens per image that enter the LLM."""
-
-    def __post_init__(self) -> None:
-        if self.keep < 1:
-            raise ValueError(f"pruning.fuse.keep must be positive, got {self.keep}")
+def _as_text_config(text: Any) -> Any:
+    text = {} if text is None else text
+    return AutoConfig.for_model(**{"model_type": "llama", **text}) if isinstance(text, Mapping) else text
 
 
-@dataclass(frozen=True)
-class DecodePruning:
-    """Stage 3 (generation only): how many visual tokens stay after one early LLM layer, sample by sample."""
-
-    enabled: bool = True
-    """Prune in `generate`."""
-    layer: int = 2
-    """LLM layers that see every visual token; the scores are the attention of the last of them."""
-    num_heads: int | None = None
-    """Heads that count, those with the most attention on visual tokens; None is a quarter of the heads."""
-    query: Literal["last", "all_text"] = "last"
-    """Which text token asks: the last of the prompt, or the mean of all text tokens after the images."""
-    target_mean: float | None = None
-    """Mean number of visual tokens to keep; lambda is solved for it on calibration samples."""
-    lam: float | None = None
-    """Lambda: tokens kept per unit of visual attention. Solved from target_mean where that is given."""
-    k_min: int = 1
-    """Fewest visual tokens that a sample with images keeps."""
-
-    def __post_init__(self) -> None:
-        if self.layer < 1:
-            raise ValueError(f"pruning.decode.layer must be at least 1, got {self.layer}")
-        if self.query not in ("last", "all_text"):
-            raise ValueError(f"pruning.decode.query must be 'last' or 'all_text', got {self.query!r}")
-        if self.k_min < 1:
-            raise ValueError(f"pruning.decode.k_min must be at least 1, got {self.k_min}")
-        if self.lam is not None and not (math.isfinite(self.lam) and self.lam > 0):
-            raise ValueError(f"pruning.decode.lam must be positive and finite, got {self.lam}")
-        if self.target_mean is not None and not math.isfinite(self.target_mean):
-            raise ValueError(f"pruning.decode.target_mean must be finite, got {self.target_mean}")
-        if self.target_mean is not None and self.target_mean < self.k_min:
-            raise ValueError(f"pruning.decode.target_mean {self.target_mean} is below k_min {self.k_min}")
+def _as_pruning(pruning: Any) -> PruningConfig:
+    if pruning is None:
+        return PruningConfig(EncodePruning(enabled=False), FusePruning(enabled=False), DecodePruning(enabled=False))
+    return pruning if isinstance(pruning, PruningConfig) else PruningConfig.from_dict(pruning)
 
 
-@dataclass(frozen=True)
-class PruningConfig:
-    """The three stages."""
-
-    encode: EncodePruning = field(default_factory=EncodePruning)
-    """Stage 1, inside the encoders."""
-    fuse: FusePruning = field(default_factory=FusePruning)
-    """Stage 2, between encoders and LLM."""
-    decode: DecodePruning = field(default_factory=DecodePruning)
-    """Stage 3, inside the LLM."""
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> PruningConfig:
-        """From config.json; unknown keys are errors that name themselves."""
-        stages = {"encode": EncodePruning, "fuse": FusePruning, "decode": DecodePruning}
-        _refuse_unknown("pruning", data, stages)
-        return cls(**{name: _from_dict(stages[name], f"pruning.{name}", value) for name, value in data.items()})
+def _as_ranks(ranks: Any) -> dict[str, list[float]] | None:
+    try:
+        return None if ranks is None else {name: [float(rank) for rank in values] for name, values in ranks.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(f"ranks must map each encoder's name to a list of numbers, got {ranks!r}") from None
 
 
-def _refuse_unknown(where: str, data: Mapping[str, Any], known: Any) -> None:
-    unknown = sorted(set(data) - set(known))
-    if unknown:
-        raise ValueError(f"{where} has unknown keys {unknown}; known: {sorted(known)}")
-
-
-def _from_dict(cls: type[T], where: str, data: Any) -> T:
-    if isinstance(data, cls):
-        return data
-    _refuse_unknown(where, data, [item.name for item in fields(cls)])  # type: ignore[arg-type]
-    return cls(**data)
+#: What MeteorConfig is made of, and how each setting is brought to its type.
+_SETTINGS: dict[str, Callable[[Any], Any]] = {
+    "encoders": _as_encoders,
+    "text_config": _as_text_config,
+    "pruning": _as_pruning,
+    "image_size": lambda value: whole_number("image_size", value, least=1),
+    "image_token_id": lambda value: whole_number("image_token_id", value),
+    "ranks": _as_ranks,
+    "fusion": lambda value: value,
+    "concat_grid": lambda value: whole_number("concat_grid", value, least=1),
+}
 
 
 class MeteorConfig(PreTrainedConfig):
     """Configuration of `MeteorForConditionalGeneration`.
+
+    A setting may be assigned later as well, as a whole: budgets and token counts are then worked out anew, and an
+    assignment that contradicts the other settings is refused and changes nothing. A model that is already built follows
+    its configuration in `pruning` and `ranks`; its modules stay what they are.
 
     Args:
         encoders: the towers, in fusion order.
@@ -171,36 +99,46 @@ class MeteorConfig(PreTrainedConfig):
         concat_grid: int = 32,
         **kwargs: Any,
     ) -> None:
-        self.encoders = tuple(
-            item if isinstance(item, EncoderConfig) else _from_dict(EncoderConfig, "encoders[]", item)
-            for item in encoders
-        )
-        text: Any = text_config if text_config is not None else {}
-        self.text_config: Any = (
-            AutoConfig.for_model(**{"model_type": "llama", **text}) if isinstance(text, Mapping) else text
-        )
-        if pruning is None:
-            pruning = PruningConfig(EncodePruning(enabled=False), FusePruning(enabled=False), DecodePruning(False))
-        self.pruning = pruning if isinstance(pruning, PruningConfig) else PruningConfig.from_dict(pruning)
+        self.encoders = _as_encoders(encoders)
+        self.text_config = _as_text_config(text_config)
+        self.pruning = _as_pruning(pruning)
         self.image_size = image_size
         self.image_token_id = image_token_id
         self.fusion = fusion
         self.concat_grid = concat_grid
-        self.ranks = None if ranks is None else {name: [float(r) for r in values] for name, values in ranks.items()}
+        self.ranks = _as_ranks(ranks)
         kwargs.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
         super().__init__(**kwargs)
         if self.encoders:  # transformers builds an empty config to compare with when it prints a diff
-            self._check()
-            _ = self.encoder_grids, self.tokens_per_image  # worked out now: a compiled forward cannot
+            self.check()
 
-    def _check(self) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _SETTINGS:
+            super().__setattr__(name, value)
+            return
+        before = dict(self.__dict__)
+        super().__setattr__(name, _SETTINGS[name](value))
+        if DERIVED[-1] not in before:  # it is being built
+            return
+        try:
+            self.check()
+        except ValueError:
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            raise
+
+    def check(self) -> None:
+        """Work out budgets and token counts, now: a compiled forward cannot. Raises ValueError on a contradiction."""
+        for derived in DERIVED:
+            self.__dict__.pop(derived, None)
+        if not self.encoders:
+            raise ValueError("encoders is empty: a model needs at least one EncoderConfig")
         names = [item.name for item in self.encoders]
         if len(set(names)) != len(names):
             raise ValueError(f"encoder names must differ, got {names}")
-        encode, fuse, decode = self.pruning.encode, self.pruning.fuse, self.pruning.decode
         self._check_fusion()
-        if self.ranks is not None and set(self.ranks) != set(names):
-            raise ValueError(f"ranks are for encoders {sorted(self.ranks)}, the model has {sorted(names)}")
+        self._check_ranks(names)
+        encode, fuse = self.pruning.encode, self.pruning.fuse
         for item in self.encoders:
             blocks = encoder_class(item.family).num_blocks(item)
             if encode.enabled and encoder_class(item.family).prunes_between_blocks and len(encode.totals) > blocks:
@@ -210,21 +148,50 @@ class MeteorConfig(PreTrainedConfig):
         pool = sum(self.encode_budgets[name][-1] for name in names)  # raises where totals exceed the tokens there are
         if fuse.enabled and fuse.keep > pool:
             raise ValueError(f"pruning.fuse.keep {fuse.keep} exceeds the {pool} tokens that leave the encoders")
-        layers, heads = self.text_config.num_hidden_layers, self.text_config.num_attention_heads
+        self._check_decoder()
+
+    def _check_decoder(self) -> None:
+        decode, text = self.pruning.decode, self.text_config
+        layers, heads = text.num_hidden_layers, text.num_attention_heads
         if decode.enabled:
-            plan_decoder(self.text_config)  # raises where stage 3 cannot run this LLM
+            plan_decoder(text)  # raises where stage 3 cannot run this LLM
         if decode.enabled and decode.layer >= layers:
             raise ValueError(f"pruning.decode.layer {decode.layer} must be below the LLM's {layers} layers")
-        if decode.num_heads is not None and not 1 <= decode.num_heads <= heads:
+        if decode.num_heads is not None and decode.num_heads > heads:
             raise ValueError(f"pruning.decode.num_heads {decode.num_heads} is not in 1..{heads}, the LLM's heads")
-        if decode.target_mean is not None and decode.target_mean > self.tokens_per_image:
-            raise ValueError(
-                f"pruning.decode.target_mean {decode.target_mean} exceeds an image's {self.tokens_per_image} tokens"
-            )
-        if not 0 <= self.image_token_id < self.text_config.vocab_size:
-            raise ValueError(
-                f"image_token_id {self.image_token_id} is outside the vocabulary {self.text_config.vocab_size}"
-            )
+        for name, tokens in (("target_mean", decode.target_mean), ("k_min", decode.k_min)):
+            if tokens is not None and tokens > self.tokens_per_image:
+                raise ValueError(f"pruning.decode.{name} {tokens} exceeds an image's {self.tokens_per_image} tokens")
+        if not 0 <= self.image_token_id < text.vocab_size:
+            raise ValueError(f"image_token_id {self.image_token_id} is outside the vocabulary {text.vocab_size}")
+        for where, settings in (("pad_token_id", self.__dict__), ("text_config.pad_token_id", text.__dict__)):
+            if settings.get("pad_token_id") == self.image_token_id:
+                raise ValueError(
+                    f"image_token_id {self.image_token_id} is {where} too: padding would count as visual tokens; give "
+                    "the placeholder an id of its own"
+                )
+
+    def _check_ranks(self, names: list[str]) -> None:
+        if self.ranks is None:
+            return
+        if set(self.ranks) != set(names):
+            raise ValueError(f"ranks are for encoders {sorted(self.ranks)}, the model has {sorted(names)}")
+        encode = self.pruning.encode
+        # Without totals (stage 1 off) the boundaries are those that were measured.
+        expected = len(encode.totals) or max(1, *(len(values) for values in self.ranks.values()))
+        for name, values in self.ranks.items():
+            if len(values) not in (1, expected):
+                raise ValueError(f"ranks[{name!r}] has {len(values)} values, the encoder has {expected} boundaries")
+            for index, rank in enumerate(values):
+                if not (math.isfinite(rank) and rank >= 0):
+                    raise ValueError(f"ranks[{name!r}][{index}] is {rank}: a rank is finite and not negative")
+                try:
+                    _ = encode.enabled and rank**encode.rank_exponent
+                except (OverflowError, ZeroDivisionError):
+                    raise ValueError(
+                        f"pruning.encode.rank_exponent {encode.rank_exponent}: ranks[{name!r}][{index}] = {rank} has "
+                        "no such power; use an exponent nearer to 0"
+                    ) from None
 
     def _check_fusion(self) -> None:
         if self.fusion not in FUSIONS:
@@ -236,8 +203,6 @@ class MeteorConfig(PreTrainedConfig):
             if folded:
                 raise ValueError(f"encoders {folded} set fold, which only fusion='channel_concat' uses")
             return
-        if self.concat_grid < 1:
-            raise ValueError(f"concat_grid must be positive, got {self.concat_grid}")
         for stage, on in (("encode", self.pruning.encode.enabled), ("fuse", self.pruning.fuse.enabled)):
             if on:
                 raise ValueError(
@@ -289,9 +254,6 @@ class MeteorConfig(PreTrainedConfig):
         if self.ranks is None:
             return 1.0
         values = self.ranks[name]
-        expected = len(self.pruning.encode.totals)
-        if len(values) not in (1, expected):
-            raise ValueError(f"ranks[{name!r}] has {len(values)} values, the encoder has {expected} boundaries")
         return values[0] if len(values) == 1 else values[boundary]
 
     @cached_property
@@ -316,7 +278,7 @@ class MeteorConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionary for config.json."""
         output = super().to_dict()
-        for derived in ("encoder_grids", "encoder_tokens", "encode_budgets", "tokens_per_image"):
+        for derived in DERIVED:
             output.pop(derived, None)
         output["encoders"] = [item.to_dict() for item in self.encoders]
         output["text_config"] = self.text_config.to_dict()

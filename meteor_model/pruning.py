@@ -267,9 +267,16 @@ def _budget_weights(ranks: Sequence[float], exponent: float) -> list[Fraction]:
     for index, rank in enumerate(ranks):
         if not math.isfinite(rank) or rank < 0 or (rank == 0 and exponent < 0):
             raise ValueError(f"encoder {index} has rank {rank}: cannot share tokens by rank to the power {exponent}")
-    weights = [Fraction(rank**exponent) for rank in ranks]
-    if not any(weights):
+    try:
+        weights = [Fraction(rank**exponent) for rank in ranks]
+    except OverflowError:
+        raise ValueError(
+            f"the ranks {list(ranks)} to the power {exponent} are too large to share tokens by: use a smaller exponent"
+        ) from None
+    if not any(ranks):
         raise ValueError(f"every encoder has rank 0 ({list(ranks)}): there is nothing to share tokens by")
+    if not any(weights):
+        raise ValueError(f"the ranks {list(ranks)} to the power {exponent} are all 0: use an exponent nearer to 0")
     return weights
 
 

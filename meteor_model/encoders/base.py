@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import functional as tvf
 from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from meteor_model.checks import whole_number
 from meteor_model.pruning import absorbed_prefix_attention, evenly_spaced, prefix_attention, received_attention
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -48,12 +49,12 @@ class EncoderConfig:
     fold: int = 1
 
     def __post_init__(self) -> None:
-        if not self.name.isidentifier():
+        if not (isinstance(self.name, str) and self.name.isidentifier()):
             raise ValueError(f"encoder name {self.name!r} must be letters, digits and underscores: it names parameters")
-        if self.image_size < 1:
-            raise ValueError(f"encoder {self.name!r}: image_size must be positive, got {self.image_size}")
-        if self.fold < 1:
-            raise ValueError(f"encoder {self.name!r}: fold must be at least 1, got {self.fold}")
+        if hasattr(nn.ModuleDict(), self.name):
+            raise ValueError(f"encoder name {self.name!r} is taken by torch.nn.ModuleDict, which holds the encoders")
+        whole_number(f"encoder {self.name!r}: image_size", self.image_size, least=1)
+        whole_number(f"encoder {self.name!r}: fold", self.fold, least=1)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionary for config.json."""
