@@ -5,6 +5,7 @@ Legend: B samples, T prompt tokens, M images of all prompts, S travelling image 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,20 @@ from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.decoder.cache import Decision, MeteorCache
 from meteor_model.decoder.loop import decode_pruned
 from meteor_model.decoder.scores import attention_mass, visual_attention_by_head
+from meteor_model.inputs import check_padding
 
 #: Any of these makes `generate` guess tokens and check several at once.
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+
+UNSOLVED = (
+    "stage 3 is enabled but its lambda is not known, so nothing is pruned in the LLM: solve it for a target_mean on a "
+    "calibration batch (meteor_model.pruning.solve_lambda) and set pruning.decode.lam"
+)
+UNMARKED = (
+    "stage 3 finds no placeholder in inputs_embeds, so it drops nothing: say with image_mask (B, T) where the visual "
+    "tokens are (all False for text alone)"
+)
+STACK = 3  # the caller of `generate`, below its `no_grad`
 
 
 class MeteorGenerationMixin(GenerationMixin):
@@ -60,20 +72,28 @@ class MeteorGenerationMixin(GenerationMixin):
         (images that the cache has seen may come again); a new image needs a new cache and the whole conversation.
 
         Args:
-            inputs: (B, T) prompt ids, left-padded; or `input_ids` by name.
+            inputs: (B, T) prompt ids, left-padded; or `input_ids` by name. `inputs_embeds` without `pixel_values` hold
+                the visual tokens already: say with `image_mask` (B, T) where, or stage 3 sees none and drops none.
             pixel_values: (M, 3, S, S) uint8, the images of all prompts in order.
             past_key_values: a cache; by default one that prunes, where `config.pruning.decode` says so.
             kwargs: what `GenerationMixin.generate` takes.
 
         Raises:
             ValueError: where images and placeholders do not fit, for images on a used cache, for `prefill_chunk_size`,
-                and for what stage 3 cannot serve: `cache_implementation`, assisted decoding.
+                for padding on the right (the prefill of stage 3 alone can read it), and for what stage 3 cannot serve:
+                `cache_implementation`, assisted decoding.
+
+        Warns:
+            UserWarning: where stage 3 is enabled and cannot act: its lambda is not solved, or embeddings came without
+                `image_mask`.
         """
         input_ids = kwargs.pop("input_ids", inputs)
         if self._generation_setting(kwargs, "prefill_chunk_size") is not None:
             raise ValueError("prefill_chunk_size is not supported: stage 3 decides on the whole prompt at once")
         if past_key_values is None and self._generation_setting(kwargs, "use_cache") is not False:
             past_key_values = self.new_cache()
+            if past_key_values is None and self.config.pruning.decode.enabled:
+                warnings.warn(UNSOLVED, stacklevel=STACK)
             implementation = self._generation_setting(kwargs, "cache_implementation")
             if past_key_values is not None and implementation is not None:
                 raise ValueError(
@@ -86,6 +106,7 @@ class MeteorGenerationMixin(GenerationMixin):
                 f"{assisted[0]} is not supported: assisted decoding guesses tokens in the pass in which stage 3 "
                 "decides on the prompt; leave it out, or set pruning.decode.enabled to false"
             )
+        check_padding(kwargs.get("attention_mask"), past_key_values)
         if past_key_values is not None:
             kwargs["past_key_values"] = past_key_values
         if assisted:  # guessed tokens and prompt come in one pass, so ids and images go on as they are
@@ -98,6 +119,8 @@ class MeteorGenerationMixin(GenerationMixin):
             # (A mask says that the embeddings with it hold their visual tokens.)
             given = kwargs.pop("inputs_embeds", None)
             embeds_BTC, is_image_BT = self.embed_prompts(input_ids, pixel_values, given)
+            if input_ids is None and isinstance(past_key_values, MeteorCache) and not bool(is_image_BT.any()):
+                warnings.warn(UNMARKED, stacklevel=STACK)
             # Transformers caches whatever starts from inputs_embeds; without a cache every step gets the prompt again.
             caches = input_ids is None or self._generation_setting(kwargs, "use_cache") is not False
             name = "inputs_embeds" if caches else "prompt_embeds"
@@ -148,9 +171,12 @@ class MeteorGenerationMixin(GenerationMixin):
 
     @torch.no_grad()
     def prune_prompts(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, pixel_values: torch.Tensor | None
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
     ) -> Decision:
-        """What stage 3 decides on each prompt, without generating.
+        """What stage 3 decides on each prompt, without generating. No mask: no padding.
 
         `Decision.kept_visual()` says which of its visual tokens each sample keeps, `heads_Bk` who was listened to.
 
@@ -161,7 +187,7 @@ class MeteorGenerationMixin(GenerationMixin):
         if cache is None:
             raise ValueError("stage 3 does not act: pruning.decode is disabled or its lam is not set")
         embeds_BTC, is_image_BT = self.embed_prompts(input_ids, pixel_values)
-        position_ids = position_ids_of(attention_mask)
+        position_ids = None if attention_mask is None else position_ids_of(attention_mask)
         decided = decode_pruned(
             self.language_model, embeds_BTC, attention_mask, position_ids, is_image_BT, cache, use_cache=False
         ).decision
@@ -172,8 +198,8 @@ class MeteorGenerationMixin(GenerationMixin):
     def visual_attention_by_head(
         self,
         input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        pixel_values: torch.Tensor | None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         layers: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """VAV of every head, (B, layers, H) fp32: its attention mass on visual tokens, nothing pruned in the LLM.
@@ -182,14 +208,17 @@ class MeteorGenerationMixin(GenerationMixin):
         """
         embeds_BTC, is_image_BT = self.embed_prompts(input_ids, pixel_values)
         query = self.config.pruning.decode.query
-        position_ids = position_ids_of(attention_mask)
+        position_ids = None if attention_mask is None else position_ids_of(attention_mask)
         return visual_attention_by_head(
             self.language_model, embeds_BTC, attention_mask, position_ids, is_image_BT, query, layers
         )
 
     @torch.no_grad()
     def visual_attention_mass(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, pixel_values: torch.Tensor | None
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What lambda is solved from: attention mass on visual tokens (B,) and their number (B,), prompt by prompt."""
         embeds_BTC, is_image_BT = self.embed_prompts(input_ids, pixel_values)
@@ -197,7 +226,7 @@ class MeteorGenerationMixin(GenerationMixin):
             self.language_model,
             embeds_BTC,
             attention_mask,
-            position_ids_of(attention_mask),
+            None if attention_mask is None else position_ids_of(attention_mask),
             is_image_BT,
             self.config.pruning.decode,
             self.config.decode_heads,

@@ -28,10 +28,12 @@ from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.decoder.cache import MeteorCache
 from meteor_model.decoder.families import softcap_logits
 from meteor_model.decoder.loop import decode_pruned
+from meteor_model.decoder.prompt import check_not_empty
 from meteor_model.encode import dense_maps, encode_pruned
 from meteor_model.encoders import VisionEncoder, build_encoder
 from meteor_model.fusion import MeteorProjector, concat_channels, concat_width, fuse_cooperatively
 from meteor_model.generation_meteor import MeteorGenerationMixin, position_ids_of
+from meteor_model.inputs import check_no_images, check_pixels, check_placeholders, check_tokens
 from meteor_model.outputs import MeteorImageFeatures, MeteorOutput, PruningStats
 from meteor_model.pretrained import MeteorPreTrainedModel
 from meteor_model.pruning import feature_rank
@@ -50,6 +52,7 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
 
     def __init__(self, config: MeteorConfig) -> None:
         super().__init__(config)
+        config.check()
         width = config.text_config.hidden_size
         towers = {item.name: build_encoder(item) for item in config.encoders}
         self.encoders = nn.ModuleDict(towers)
@@ -114,6 +117,7 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
         Returns:
             (M, K, C) visual tokens in encoder order, then raster order; and what was kept.
         """
+        check_pixels(pixel_values)
         config = self.config
         encode = config.pruning.encode
         maps, kept = [], {}
@@ -143,7 +147,11 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
 
         Returns:
             estimator -> encoder -> float array (M, boundaries).
+
+        Raises:
+            ValueError: for no image.
         """
+        check_pixels(pixel_values)
         segments = len(self.config.pruning.encode.totals) or 1
         ranks: dict[str, dict[str, Any]] = {estimator: {} for estimator in estimators}
         for name, encoder in self._towers():
@@ -153,34 +161,6 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
                 ranks[estimator][name] = torch.stack(values, dim=1).float().cpu().numpy()
         return ranks
 
-    def _check_placeholders(self, is_image_BT: torch.Tensor, num_images: int) -> None:
-        """Every sample holds whole images, and all samples together the images that came.
-
-        Raises:
-            ValueError: naming the sample and both counts. In a compiled graph, which cannot read numbers back to name
-                them, the same condition is asserted on the device: a RuntimeError, never a shifted image.
-        """
-        per_image = self.config.tokens_per_image
-        counts_B = is_image_BT.sum(dim=1)
-        if torch.compiler.is_compiling():
-            whole = (counts_B % per_image == 0).all() & (counts_B.sum() == num_images * per_image)
-            torch._assert_async(
-                whole, "image placeholders and visual tokens differ: run the batch uncompiled to see where"
-            )
-            return
-        counts = counts_B.tolist()
-        for sample, count in enumerate(counts):
-            if count % per_image:
-                raise ValueError(
-                    f"sample {sample} of the batch has {count} image placeholders, not a multiple of the {per_image} "
-                    "visual tokens of an image: was it encoded for another pruning configuration?"
-                )
-        if sum(counts) != num_images * per_image:
-            raise ValueError(
-                f"the batch has {sum(counts)} image placeholders ({counts} by sample), its {num_images} images give "
-                f"{num_images * per_image} visual tokens ({per_image} each)"
-            )
-
     def _scatter(
         self, embeds_BTC: torch.Tensor, is_image_BT: torch.Tensor, pixel_values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None, PruningStats]:
@@ -189,8 +169,9 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
         A batch without images runs the towers on a zero image, times 0, so that every rank of a distributed run
         executes every module.
         """
+        check_pixels(pixel_values, empty=True)
         num_images = len(pixel_values)
-        self._check_placeholders(is_image_BT, num_images)
+        check_placeholders(is_image_BT, num_images, self.config.tokens_per_image)
         if num_images == 0:
             size = self.config.image_size
             features_MKC, stats = self.encode_images(pixel_values.new_zeros(1, 3, size, size))
@@ -241,22 +222,28 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
             kwargs: for the LLM's own forward.
 
         Raises:
-            ValueError: where placeholders and visual tokens differ, naming the sample and both counts; for labels,
-                hidden states or attentions of a decoder that stage 3 prunes.
+            ValueError: where placeholders and visual tokens differ, naming the sample and both counts, also for ids of
+                images that did not come; for a mask of another shape than the tokens; for labels, hidden states or
+                attentions of a decoder that stage 3 prunes; for labels with `logits_to_keep`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if labels is not None and isinstance(past_key_values, MeteorCache):
             raise ValueError("labels go with an unpruned decoder: stage 3 leaves no logits for dropped tokens")
+        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise ValueError("labels need the logits of every token: leave logits_to_keep out")
         visual_MKC, stats = None, None
         if inputs_embeds is None:
             assert input_ids is not None
             image_mask = input_ids == self.config.image_token_id
             if prompt_embeds is None:
                 inputs_embeds = self.get_input_embeddings()(input_ids)
+                if pixel_values is None:
+                    check_no_images(image_mask, self.config.tokens_per_image, labels, past_key_values)
             else:
                 later_embeds = self.get_input_embeddings()(input_ids[:, prompt_embeds.shape[1] :])
                 inputs_embeds = torch.cat([prompt_embeds, later_embeds], dim=1)
+        check_tokens(inputs_embeds, attention_mask, past_key_values)
         if pixel_values is not None:
             image_mask = self.placeholders_of(inputs_embeds) if image_mask is None else image_mask
             inputs_embeds, visual_MKC, stats = self._scatter(inputs_embeds, image_mask, pixel_values)
@@ -276,7 +263,13 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
                     "different tokens. Pass past_key_values=DynamicCache(), or set pruning.decode.enabled to false"
                 )
             decoded = decode_pruned(
-                self.language_model, inputs_embeds, attention_mask, position_ids, image_mask, past_key_values
+                self.language_model,
+                inputs_embeds,
+                attention_mask,
+                position_ids,
+                image_mask,
+                past_key_values,
+                use_cache=use_cache is not False,
             )
             if stats is not None and decoded.decision is not None:
                 stats.decode = decoded.decision.kept_counts_B
@@ -326,11 +319,14 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
             ValueError: where placeholders and visual tokens differ, naming the sample and both counts.
         """
         embeds_BTC = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        check_not_empty(embeds_BTC)
+        if pixel_values is not None:
+            check_pixels(pixel_values, empty=True)
         is_image_BT = self.placeholders_of(embeds_BTC) if input_ids is None else input_ids == self.config.image_token_id
         if pixel_values is not None and len(pixel_values):
             embeds_BTC, _, _ = self._scatter(embeds_BTC, is_image_BT, pixel_values)
         elif inputs_embeds is None:
-            self._check_placeholders(is_image_BT, 0)
+            check_placeholders(is_image_BT, 0, self.config.tokens_per_image)
         return embeds_BTC, is_image_BT
 
 

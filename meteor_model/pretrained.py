@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -59,14 +61,19 @@ class MeteorPreTrainedModel(PreTrainedModel):
 
         Raises:
             CheckpointLayoutError: naming the tensors that are missing, unexpected or of another shape.
+            ValueError: naming a weights file that is cut short or broken.
         """
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path,
-            *model_args,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-            output_loading_info=True,
-            **kwargs,
-        )
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path,
+                *model_args,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                output_loading_info=True,
+                **kwargs,
+            )
+        except SafetensorError as error:
+            found = broken_file(pretrained_model_name_or_path) or f"of {pretrained_model_name_or_path}: {error}"
+            raise ValueError(f"a weights file is cut short or broken, copy it again: {found}") from error
         if output_loading_info:
             return model, info
         mismatched = () if ignore_mismatched_sizes else info["mismatched_keys"]
@@ -155,3 +162,15 @@ def check_layout(
             f"the weights of {source} have another layout than the configuration describes (encoders, projectors or "
             "LLM differ): " + "; ".join(lines)
         )
+
+
+def broken_file(source: Any) -> str | None:
+    """The first safetensors file of a folder that cannot be opened, with what is wrong; None where there is none."""
+    folder = Path(source) if isinstance(source, str | Path) else None
+    for path in sorted(folder.glob("*.safetensors")) if folder is not None and folder.is_dir() else ():
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            return f"{path} ({error})"
+    return None

@@ -41,6 +41,7 @@ def read_prompt(
 ) -> Prompt:
     """A prompt's masks, checked. Values are read back once, and not at all where nothing needs them."""
     shape, device = embeds_BTC.shape[:2], embeds_BTC.device
+    check_not_empty(embeds_BTC)
     visual_BT = torch.zeros(shape, dtype=torch.bool, device=device)
     if visual_mask_BT is not None:
         if visual_mask_BT.shape != shape:
@@ -53,8 +54,12 @@ def read_prompt(
         visual_BT = visual_BT & attended_BT
     columns_T = torch.arange(shape[1], device=device)
     last_B1 = torch.where(attended_BT, columns_T, 0).amax(dim=1, keepdim=True)
-    # Text before the image sees no visual token: it would only dilute the mean.
-    asks_BT = attended_BT & ~visual_BT & (visual_BT.cumsum(dim=1) > 0) if query == "all_text" else columns_T == last_B1
+    asks_BT = columns_T == last_B1
+    if query == "all_text":
+        # Text before the image sees no visual token: it would only dilute the mean. Without text after it, the last
+        # token asks: nobody asking would read as nobody looking.
+        after_BT = attended_BT & ~visual_BT & (visual_BT.cumsum(dim=1) > 0)
+        asks_BT = after_BT | (asks_BT & ~after_BT.any(dim=1, keepdim=True))
 
     num_empty = num_padded = 0
     rows = 1
@@ -82,6 +87,12 @@ def places(seen_BL: Tensor | None, length: int, like: Tensor) -> Tensor:
     if seen_BL is None:
         return torch.arange(length, device=like.device)[None]
     return seen_BL.cumsum(dim=1) - 1
+
+
+def check_not_empty(embeds_BTC: Tensor) -> None:
+    if 0 in embeds_BTC.shape[:2]:
+        samples, tokens = embeds_BTC.shape[:2]
+        raise ValueError(f"{samples} samples of {tokens} tokens: a prompt needs at least one token")
 
 
 def check_mask(embeds_BQC: Tensor, attention_mask_BL: Tensor, past_length: int) -> None:

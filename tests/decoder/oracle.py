@@ -122,10 +122,8 @@ def decide_literally(
     if settings.query == "last":
         rows = [length - 1]
     else:
-        rows = [i for i in range(length) if i not in visual and any(j < i for j in visual)]
-    row_HT = [
-        [sum(attention_HTT[h, q, t].item() for q in rows) / max(len(rows), 1) for t in range(length)] for h in heads
-    ]
+        rows = [i for i in range(length) if i not in visual and any(j < i for j in visual)] or [length - 1]
+    row_HT = [[sum(attention_HTT[h, q, t].item() for q in rows) / len(rows) for t in range(length)] for h in heads]
     mass_H = [sum(row_HT[h][t] for t in visual) for h in heads]
     listening = sorted(heads, key=lambda h: (-mass_H[h], h))[:num_heads]
     score = {t: sum(row_HT[h][t] for h in listening) for t in visual}
