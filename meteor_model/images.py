@@ -71,8 +71,13 @@ def decode_image(data: bytes, size: int, *, max_pixels: int = MAX_PIXELS, max_by
 
 
 def fit_square(image_3HW: torch.Tensor, size: int) -> torch.Tensor:
-    """Resize uint8 (3, H, W) so that its longer side is `size`, and pad with grey to uint8 (3, size, size), centred."""
+    """Resize uint8 (3, H, W) so that its longer side is `size`, and pad with grey to uint8 (3, size, size), centred.
+
+    Raises ValueError for an image without pixels.
+    """
     height, width = image_3HW.shape[-2:]
+    if not height or not width:
+        raise ValueError(f"an image of {height} rows and {width} columns has no pixels")
     longer = max(height, width)
     new_height, new_width = (max(1, round(side * size / longer)) for side in (height, width))
     if (new_height, new_width) != (height, width):
@@ -96,10 +101,20 @@ def _decode_jpeg(data: bytes) -> torch.Tensor | None:
 
 
 def pillow_to_rgb(image: Image.Image) -> torch.Tensor:
-    """Uint8 (3, H, W) of the first frame of any Pillow image, orientation applied, alpha over white."""
+    """Uint8 (3, H, W) of the first frame of any Pillow image, orientation applied, alpha over white.
+
+    16-bit grey (modes I;16, and I of a PNG file) is brought to 8 bits by 255/65535. Raises ValueError for the modes F
+    and I from elsewhere: what their numbers mean, white at 1, 255 or 65535, only their maker knows.
+    """
+    is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+    if image.mode in ("I", "F") and not is_16_bit:
+        raise ValueError(
+            f"a Pillow image of mode {image.mode!r} does not say which number is white: bring it to 0..255 and make it "
+            "8-bit, e.g. Image.fromarray(levels.astype('uint8'))"
+        )
     image.seek(0)
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":  # 16 bits a sample: Pillow's own conversion would clip them
+    if is_16_bit:  # Pillow's own conversion would clip it
         levels_HW = np.asarray(image).astype(np.float64)
         grey_HW = np.clip(np.rint(levels_HW / 257), 0, 255).astype(np.uint8)
         return torch.from_numpy(grey_HW)[None].expand(3, -1, -1)

@@ -32,6 +32,7 @@ from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.image_processing_meteor import ImageInput, MeteorImageProcessor, flatten_images
 
 PROCESSOR_FILE = "processor_config.json"
+PADDINGS = (True, False, "longest", "max_length")
 
 Turns = Sequence[tuple[str, Content]]
 Messages = Sequence[Mapping[str, Any]]
@@ -197,7 +198,8 @@ class MeteorProcessor(ProcessorMixin):
             return_tensors: "pt" or "np".
 
         Raises:
-            ValueError: where the prompts and images differ in number, or a prompt is too long.
+            ValueError: where there is no prompt, prompts and images differ in number, a prompt is too long, an image
+                cannot be used (naming its place) or an argument has another value.
         """
         prompts = [text] if isinstance(text, str) else list(text)
         conversations = [_conversation(prompt) for prompt in prompts]
@@ -287,6 +289,12 @@ class MeteorProcessor(ProcessorMixin):
         masks: bool = False,
     ) -> BatchFeature:
         """Rows and the images of each as one batch."""
+        if not rows:
+            raise ValueError("there is no prompt: give at least one")
+        if padding not in PADDINGS:
+            raise ValueError(f"padding must be one of {PADDINGS}, got {padding!r}")
+        if padding_side not in ("left", "right"):
+            raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
         lengths = {len(row.input_ids) for row in rows}
         if padding is False and len(lengths) > 1:
             raise ValueError(f"prompts of {sorted(lengths)} tokens do not stack: set padding=True")
@@ -299,7 +307,7 @@ class MeteorProcessor(ProcessorMixin):
         if masks:
             replies = [[int(label != IGNORE_INDEX) for label in row.labels] for row in rows]
             batch["assistant_masks"] = _pad(replies, 0, padding_side, length)[0]
-        pixels = [self.load_image(image) for group in groups for image in group]
+        pixels = self.image_processor.load_images([image for group in groups for image in group])
         if pixels:
             batch["pixel_values"] = torch.stack(pixels)
         return BatchFeature(batch, tensor_type=return_tensors)

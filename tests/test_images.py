@@ -237,3 +237,32 @@ def test_the_error_survives_a_process_boundary() -> None:
 def test_a_size_below_one_is_the_callers_error() -> None:
     with pytest.raises(ValueError, match="size must be at least 1"):
         decode_image(GOOD_JPEG, 0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "wanted"),
+    [
+        ("I;16", None, (50,) * 3),  # 50 * 257 of 65535
+        ("I;16B", None, (50,) * 3),
+        ("I", "PNG", (50,) * 3),  # how older Pillow opens 16-bit PNG files
+        ("I", None, "mode 'I' does not say which number is white"),
+        ("F", None, "mode 'F' does not say which number is white"),
+        ("F", "TIFF", "mode 'F' does not say which number is white"),
+    ],
+)
+def test_numbers_of_unknown_range_are_refused_and_16_bits_become_8(
+    mode: str, kind: str | None, wanted: tuple[int, ...] | str
+) -> None:
+    image = Image.new(mode, (8, 8), 50 * 257)
+    image.format = kind
+    if isinstance(wanted, str):
+        with pytest.raises(ValueError, match=wanted):
+            images.pillow_to_rgb(image)
+    else:
+        assert set(colours(images.pillow_to_rgb(image))) == {wanted}
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
+def test_an_image_without_pixels_is_refused(shape: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=f"{shape[0]} rows and {shape[1]} columns has no pixels"):
+        fit_square(torch.zeros(3, *shape, dtype=torch.uint8), SIZE)

@@ -266,6 +266,30 @@ def test_call_takes_every_kind_of_image_and_left_pads(tmp_path: Path) -> None:
     )
 
 
+RGBA = np.dstack([ARRAY, np.where(np.arange(48) < 24, 0, 255)[None].repeat(64, 0)]).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("array", "mode"),
+    [
+        (ARRAY[:, ::-1], "RGB"),
+        (ARRAY[..., ::-1], "RGB"),
+        (ARRAY[..., 0], "L"),
+        (ARRAY[::-1, :, :1], "L"),
+        (RGBA, "RGBA"),
+    ],
+)
+def test_arrays_and_tensors_are_what_pillow_makes_of_them(array: np.ndarray, mode: str) -> None:
+    """Grey, RGB, RGBA over white, and views with negative strides."""
+    proc = processor().image_processor
+    expected = proc.load_image(Image.fromarray(np.ascontiguousarray(array.squeeze())).convert(mode))
+    assert torch.equal(proc.load_image(array), expected)
+    tensor = torch.from_numpy(array.copy())
+    assert torch.equal(proc.load_image(tensor if tensor.ndim == 2 else tensor.movedim(-1, 0)), expected)
+    if mode == "RGBA":
+        assert expected[:, 32, 9].tolist() == [255] * 3, "left of the middle all is transparent"
+
+
 @pytest.mark.parametrize(
     ("text", "images", "expected"),
     [
@@ -293,7 +317,22 @@ def test_images_are_dealt_to_their_prompts(text: Any, images: Any, expected: lis
     ("call", "message"),
     [
         (lambda p: p(["a", "b"], [ARRAY]), "2 prompts came with images for 1"),
-        (lambda p: p("a", torch.zeros(1, 8, 8, dtype=torch.uint8)), r"uint8 \(3, H, W\)"),
+        (lambda p: p("a", torch.zeros(3, 8, 8)), r"image 0: image tensors are uint8 .* got torch.float32 \(3, 8, 8\)"),
+        (lambda p: p("a", ARRAY.astype(np.float32)), r"got float32 \(64, 48, 3\)"),
+        (lambda p: p("a", ARRAY[..., :2]), r"got uint8 \(64, 48, 2\)"),
+        (lambda p: p("a", torch.zeros(8, dtype=torch.uint8)), r"got torch.uint8 \(8,\)"),
+        (lambda p: p("a", ARRAY[:0]), "image 0: an image of 0 rows and 48 columns has no pixels"),
+        (lambda p: p("a", Image.new("RGB", (0, 5))), "image 0: an image of 5 rows and 0 columns has no pixels"),
+        (lambda p: p("a", Image.new("F", (5, 5), 200.0)), "image 0: a Pillow image of mode 'F'"),
+        (lambda p: p(["a", "b"], [ARRAY, b"junk"]), "undecodable_image: image 1: "),
+        (lambda p: p("a", Image.open(io.BytesIO(png()[:4000]))), "undecodable_image: image 0: a Pillow image: OSError"),
+        (lambda p: p("a", Path(__file__)), r"undecodable_image: image 0: .*test_processing\.py: "),
+        (lambda p: p("a", Path(__file__).parent), "image 0: '.*model' is no file that can be read: .*directory"),
+        (lambda p: p("a", "x" * 5000), "image 0: 'x+' is no file that can be read: .*too long"),
+        (lambda p: p.image_processor([]), "there is no image to preprocess"),
+        (lambda p: p([]), "there is no prompt"),
+        (lambda p: p("a", padding="foo"), "padding must be one of .* got 'foo'"),
+        (lambda p: p("a", padding_side="middle"), "padding_side must be 'left' or 'right', got 'middle'"),
         (lambda p: p("a", "https://example.org/a.png"), "is a URL, and images are not fetched"),
         (lambda p: p("a", {"not": "an image"}), "an image is bytes, a path, PIL, numpy or torch; got dict"),
         (lambda p: p("a", "data:image/png;base64,????"), "base64 text is broken"),
