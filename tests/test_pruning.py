@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 
 import pytest
@@ -246,7 +246,8 @@ def test_received_attention(chunk: int, num_prefix: int, dtype: torch.dtype) -> 
     assert_same_with_gradient(fast, slow, query_BHQd, key_BHNd)
 
 
-def test_received_attention_never_holds_the_whole_map() -> None:
+def largest_tensor(call: Callable[[], Tensor]) -> tuple[Tensor, int]:
+    """What a call returns, and the most values of any tensor that an operation of it gave."""
     sizes: list[int] = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -255,10 +256,16 @@ def test_received_attention_never_holds_the_whole_map() -> None:
             sizes.extend(t.numel() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor))
             return out
 
-    heads, count, chunk = 4, 64, 8
     with Watch():
-        received_attention(randn(1, heads, count, 4), randn(1, heads, count, 4), 1.0, 0, chunk)
-    assert max(sizes) == heads * chunk * count
+        result = call()
+    return result, max(sizes)
+
+
+def test_received_attention_never_holds_the_whole_map() -> None:
+    heads, count, chunk = 4, 64, 8
+    query_BHQd, key_BHNd = randn(1, heads, count, 4), randn(1, heads, count, 4)
+    _, largest = largest_tensor(lambda: received_attention(query_BHQd, key_BHNd, 1.0, 0, chunk))
+    assert largest == heads * chunk * count
 
 
 # -------------------------------------------------------------------------------------------------------------- ranks
@@ -379,6 +386,8 @@ def test_budgets_worked_by_hand() -> None:
         (([-2, 1], 4, [10, 10]), "encoder 0 has rank -2"),
         (([1, 0], 4, [10, 10], -1.0), "encoder 1 has rank 0"),
         (([0, 0], 4, [10, 10]), "every encoder has rank 0"),
+        (([30.0, 1.0], 4, [10, 10], 1000.0), r"ranks \[30.0, 1.0\] to the power 1000.0 are too large"),
+        (([30.0, 20.0], 4, [10, 10], -1000.0), r"ranks \[30.0, 20.0\] to the power -1000.0 are all 0"),
     ],
 )
 def test_budgets_that_cannot_be_are_refused_with_their_numbers(arguments: tuple, message: str) -> None:
@@ -412,6 +421,21 @@ def test_mutual_redundancy_equals_the_double_sum(sizes: tuple[int, ...], dtype: 
     fast = mutual_redundancy(tokens)
     assert fast.shape == (2, sum(sizes))
     assert_same_with_gradient(fast, mutual_redundancy_literally(tokens), *tokens)
+
+
+def test_mutual_redundancy_at_4096_tokens_a_tower_holds_no_map_of_them() -> None:
+    count, width = 4096, 16
+    tokens = [randn(1, count, width, seed=i) + 0.2 for i in range(3)]
+    scores_BN, largest = largest_tensor(lambda: mutual_redundancy(tokens))
+    assert largest == count * width, "nothing is larger than one tower's tokens, N x N is 256 times that"
+    for j, row in ((0, 0), (1, 17), (2, count - 1)):
+        similarities = [
+            torch.nn.functional.cosine_similarity(tokens[j][0, row].double(), other[0].double(), dim=-1)
+            for i, other in enumerate(tokens)
+            if i != j
+        ]
+        expected = float(sum(item.sum() for item in similarities))
+        assert float(scores_BN[0, j * count + row]) == pytest.approx(expected, rel=1e-4, abs=1e-2)
 
 
 def test_mutual_redundancy_at_the_edges() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 from transformers import GenerationConfig
 
+import benchmarks.flops as published
 from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, PruningConfig
 from meteor_model.flops import count_flops, count_training_flops, flop_counter
 from meteor_model.rivals import FastV, prefill
@@ -144,6 +145,20 @@ def test_training_flops_equal_their_closed_form() -> None:
     forward = clip((64,) * 3) + pix2struct((64,) * 3) + convnext() + 3 * 2 * 64 * (64 * WIDTH + WIDTH * WIDTH)
     forward += LAYERS * llm_layer(length, length) + 2 * length * WIDTH * 300
     assert count_training_flops(config(DENSE), TEXT) == all_of(3 * forward - first_layers)
+
+
+def test_the_published_table_is_met_on_the_meta_device() -> None:
+    """`make flops` in one test, in TFLOPs: the dense rows within 3% of what is published, METEOR's own at or below."""
+    eagle = published.llm_config("eagle_x4_7b", DENSE)
+    tera = {
+        "EAGLE": count_flops(eagle).total / 1e12,
+        "FastV": count_flops(eagle, schedule=FastV(layer=2, keep=256).schedule).total / 1e12,
+        "METEOR": count_flops(published.meteor_config()).total / 1e12,
+    }
+    assert tera["EAGLE"] == pytest.approx(26.21, rel=0.03)
+    assert tera["FastV"] == pytest.approx(16.83, rel=0.03)
+    assert tera["METEOR"] <= 13.42
+    assert tera["METEOR"] > 0.95 * 13.42, "a part is not counted"
 
 
 def test_reports_are_tables_and_plain_dictionaries() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -125,13 +126,24 @@ def test_training_keeps_no_cache() -> None:
     assert built.eval()(**inputs).past_key_values is not None
 
 
-@pytest.mark.parametrize("part", ["encoders.clip", "projectors.pix2struct"])
-def test_nan_in_scores_is_an_error_not_a_selection(part: str) -> None:
-    built = model(PRUNED)
+TOWERS_ONLY = replace(PRUNED, fuse=FusePruning(enabled=False))
+
+
+@pytest.mark.parametrize(
+    ("pruning", "weight"),
+    [
+        (TOWERS_ONLY, "encoders.clip.tower.embeddings.class_embedding"),
+        (TOWERS_ONLY, "encoders.convnext.tower.encoder.stages.0.layers.0.dwconv.weight"),
+        (PRUNED, "encoders.pix2struct.tower.layernorm.weight"),  # after the tower's last boundary: stage 2 sees it
+        (PRUNED, "projectors.pix2struct.input.weight"),
+    ],
+)
+def test_nan_in_scores_is_an_error_not_a_selection(pruning: PruningConfig, weight: str) -> None:
+    built = model(pruning)
     with torch.no_grad():
-        next(built.get_submodule(part).parameters()).fill_(torch.nan)
+        built.get_parameter(weight).fill_(torch.nan)
     with pytest.raises(ValueError, match="NaN"):
-        built(**batch(PRUNED))
+        built(**batch(pruning))
 
 
 def test_loss_scale_and_shapes_do_not_depend_on_content() -> None:
