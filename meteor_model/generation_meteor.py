@@ -80,8 +80,7 @@ class MeteorGenerationMixin(GenerationMixin):
 
         Raises:
             ValueError: where images and placeholders do not fit, for images on a used cache, for `prefill_chunk_size`,
-                for padding on the right (the prefill of stage 3 alone can read it), and for what stage 3 cannot serve:
-                `cache_implementation`, assisted decoding.
+                for padding on the right, and for what stage 3 cannot serve: `cache_implementation`, assisted decoding.
 
         Warns:
             UserWarning: where stage 3 is enabled and cannot act: its lambda is not solved, or embeddings came without
@@ -106,7 +105,7 @@ class MeteorGenerationMixin(GenerationMixin):
                 f"{assisted[0]} is not supported: assisted decoding guesses tokens in the pass in which stage 3 "
                 "decides on the prompt; leave it out, or set pruning.decode.enabled to false"
             )
-        check_padding(kwargs.get("attention_mask"), past_key_values)
+        check_padding(kwargs.get("attention_mask"))
         if past_key_values is not None:
             kwargs["past_key_values"] = past_key_values
         if assisted:  # guessed tokens and prompt come in one pass, so ids and images go on as they are

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from meteor_model.decoder.cache import MeteorCache
 from meteor_model.decoder.prompt import check_mask, check_not_empty
 
 
@@ -97,17 +96,15 @@ def check_tokens(embeds_BTC: torch.Tensor, attention_mask: Any, past_key_values:
         check_mask(embeds_BTC, attention_mask, past_key_values.get_seq_length() if past_key_values is not None else 0)
 
 
-def check_padding(attention_mask: Any, past_key_values: Any) -> None:
-    """A prompt for `generate` ends in its last column: the next token is read there. One read to the host.
+def check_padding(attention_mask: Any) -> None:
+    """A prompt for `generate` ends in its last column: the next token and its position are counted from there.
 
-    Only the prefill of stage 3 takes padding on either side.
+    (One pass of stage 3 takes padding on either side; `generate` would go on at the wrong positions.)
 
     Raises:
         ValueError: naming the sample that is padded on the right, or all padding.
     """
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2 or 0 in attention_mask.shape:
-        return
-    if isinstance(past_key_values, MeteorCache) and not past_key_values.get_seq_length():
         return
     ends, holds = torch.stack([attention_mask[:, -1].bool(), attention_mask.bool().any(dim=1)]).tolist()
     for sample, (ends_in_token, holds_tokens) in enumerate(zip(ends, holds, strict=True)):
@@ -115,6 +112,6 @@ def check_padding(attention_mask: Any, past_key_values: Any) -> None:
             raise ValueError(f"sample {sample} of the batch is all padding: a prompt needs at least one token")
         if not ends_in_token:
             raise ValueError(
-                f"sample {sample} of the batch is padded on the right, where the next token is read: give the "
+                f"sample {sample} of the batch is padded on the right, where new tokens go on: give the "
                 'processor padding_side="left"'
             )

@@ -144,6 +144,22 @@ def test_decision_equals_the_definition(name: str, side: str, query: str) -> Non
     assert counts[2] == 0, "a text-only row has nothing to keep"
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_all_text_without_text_after_the_image_asks_the_last_token(side: str) -> None:
+    model, settings = build_model(), settings_for(query="all_text", lam=6.0)
+    prompts = build_prompts(("tt" + "v" * 12, "t" + "v" * 9 + "tt", "v" * 7, "tt"), side=side)
+    decision = prefill(model, prompts, new_cache(model, settings)).decision
+    expected = [decide_literally(model, *single, settings) for single in prompts.singles]
+    assert decision.kept_counts_B.tolist() == [one.count for one in expected]
+    assert decision.mass_B.tolist() == pytest.approx([one.mass for one in expected], rel=1e-4)
+    assert all(expected[row].count > settings.k_min for row in (0, 2)), "somebody asks"
+    starts = prompts.attention_BT.argmax(dim=1).tolist()
+    for row, one in enumerate(expected):
+        index_W = decision.kept_index_BW[row]
+        assert {int(i) - starts[row] for i in index_W[index_W >= 0]} == one.kept
+
+
 @pytest.mark.parametrize("query", ["last", "all_text"])
 @pytest.mark.parametrize("name", DECODERS)
 @torch.no_grad()

@@ -320,6 +320,11 @@ def test_a_prompt_s_decision_and_head_attention_without_generating() -> None:
     assert output.pruning_stats.as_metrics()["visual_tokens/decode/kept_mean"] == pytest.approx(
         decision.kept_counts_B.float().mean().item()
     )
+    alone = {"input_ids": batch.ids[3], "pixel_values": batch.images[3]}
+    ones = torch.ones_like(batch.ids[3])
+    for ask in (lambda m, **k: m.prune_prompts(**k).mass_B, lambda m, **k: m.visual_attention_by_head(**k),
+                lambda m, **k: m.visual_attention_mass(**k)[0]):  # fmt: skip
+        assert torch.equal(ask(built, **alone), ask(built, **alone, attention_mask=ones)), "no mask is no padding"
     with pytest.raises(ValueError, match="stage 3 does not act"):
         build("qwen2", enabled=False).prune_prompts(**batch.inputs)
 

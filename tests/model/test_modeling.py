@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -140,6 +142,56 @@ def test_placeholder_counts_name_the_sample_and_both_counts() -> None:
         built(**inputs, past_key_values=built.new_cache())
     with pytest.raises(ValueError, match="prefill_chunk_size is not supported"):
         built.generate(inputs["input_ids"], inputs["pixel_values"], prefill_chunk_size=8)
+
+
+def longer(mask: torch.Tensor) -> torch.Tensor:
+    return F.pad(mask, (0, 1), value=1)
+
+
+#: what is changed in a batch of one image, none and two -> what the error says
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "no pixels, labels": ({"pixel_values": None}, r"72 image placeholders \(\[24, 0, 48\] by sample\), its 0 images"),
+    "no pixels": ({"pixel_values": None, "labels": None}, r"\(\[24, 0, 48\] by sample\) and no pixel_values"),
+    "numpy": ({"pixel_values": np.zeros((3, 3, 64, 64), np.uint8)}, "a uint8 torch tensor .* got ndarray"),
+    "mask too long": ({"attention_mask": longer}, r"the attention mask is \(3, \d+\), .* 3 samples need"),
+    "mask of two": ({"attention_mask": lambda mask: mask[:2]}, r"the attention mask is \(2, \d+\), .* 3 samples need"),
+    "labels, one logit": ({"logits_to_keep": 1}, "labels need the logits of every token"),
+    "labels, some logits": ({"logits_to_keep": torch.tensor([0, 1])}, "labels need the logits of every token"),
+    "no token": (
+        {"input_ids": lambda ids: ids[:, :0], "attention_mask": None, "pixel_values": None, "labels": None},
+        "3 samples of 0 tokens: a prompt needs at least one token",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@torch.no_grad()
+def test_inputs_that_do_not_fit_are_refused(case: str) -> None:
+    changes, message = REFUSED[case]
+    inputs: dict[str, Any] = batch(PRUNED)
+    for name, change in changes.items():
+        inputs[name] = change(inputs[name]) if callable(change) else change
+    with pytest.raises(ValueError, match=message):
+        model(PRUNED)(**inputs)
+
+
+@torch.no_grad()
+def test_placeholders_that_a_model_says_itself_are_text() -> None:
+    """Without labels: fewer than an image's in a prompt, and any number on a used cache, whose steps are not read."""
+    built = model(DENSE)
+    ids = torch.tensor([[1, 3, 3, 40]])
+    filled = built(ids, use_cache=True).past_key_values
+    assert filled.get_seq_length() == 4
+    later = built(torch.full((1, built.config.tokens_per_image), 3), past_key_values=filled)
+    assert later.logits.shape[1] == built.config.tokens_per_image
+    with pytest.raises(ValueError, match="sample 0 of the batch has 2 image placeholders, not a multiple"):
+        built(ids, labels=ids)
+
+
+def test_ranks_of_no_image_are_refused() -> None:
+    for call in (lambda: model().measure_ranks(pixels(0), ("effective",)), lambda: model().encode_images(pixels(0))):
+        with pytest.raises(ValueError, match="pixel_values hold no image"):
+            call()
 
 
 @pytest.mark.parametrize("shape", [(3, 1, 64, 64), (3, 3, 64, 32), (3, 64, 64, 3), (3, 3, 64)])

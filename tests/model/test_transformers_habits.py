@@ -139,6 +139,16 @@ def test_a_checkpoint_of_another_layout_says_what_differs(
     assert sum(len(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")) == 1
 
 
+@pytest.mark.parametrize("cut", [5, 2000, -100])
+def test_a_weights_file_that_is_cut_short_is_named(cut: int, folder: Path, tmp_path: Path) -> None:
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    broken = sorted(tmp_path.glob("*.safetensors"))[1]
+    broken.write_bytes(broken.read_bytes()[:cut])
+    with pytest.raises(ValueError, match=f"cut short or broken, copy it again: {broken} "):
+        AutoModelForImageTextToText.from_pretrained(tmp_path)
+
+
 def test_a_config_with_another_encoder_is_refused(folder: Path, tmp_path: Path) -> None:
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -184,10 +194,9 @@ def test_hidden_states_attentions_and_tuples() -> None:
     assert isinstance(features, MeteorImageFeatures)
     assert torch.equal(features.pooler_output, output.image_hidden_states)
     assert features.pruning_stats.fuse.shape == (3, 24)
+    del inputs["labels"]
     with pytest.raises(ValueError, match=r"\['output_hidden_states'\] cannot be given where stage 3 prunes"):
-        built(
-            inputs["input_ids"], inputs["attention_mask"], output_hidden_states=True, past_key_values=built.new_cache()
-        )
+        built(**inputs, output_hidden_states=True, past_key_values=built.new_cache())
 
 
 def test_generate_gives_hidden_states_with_an_unpruned_cache() -> None:
