@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.generation import GenerationMode
 
 from meteor_model.configuration_meteor import MeteorConfig
@@ -120,6 +120,11 @@ class MeteorGenerationMixin(GenerationMixin):
             embeds_BTC, is_image_BT = self.embed_prompts(input_ids, pixel_values, given)
             if input_ids is None and isinstance(past_key_values, MeteorCache) and not bool(is_image_BT.any()):
                 warnings.warn(UNMARKED, stacklevel=STACK)
+            if self._generation_setting(kwargs, "is_assistant") and input_ids is not None:
+                # Transformers drops an assistant's embeddings and pixels, so its prompt goes into the cache here.
+                cache = DynamicCache(config=self.config.text_config)
+                self(inputs_embeds=embeds_BTC[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+                return super().generate(input_ids=input_ids, **{**kwargs, "past_key_values": cache})
             # Transformers caches whatever starts from inputs_embeds; without a cache every step gets the prompt again.
             caches = input_ids is None or self._generation_setting(kwargs, "use_cache") is not False
             name = "inputs_embeds" if caches else "prompt_embeds"

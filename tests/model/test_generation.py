@@ -356,6 +356,10 @@ def test_assisted_decoding_is_refused_with_stage_3_and_right_without() -> None:
     greedy = dense.generate(**inputs, **FIXED, do_sample=False)
     for assistance in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": build("llama", enabled=False, k_min=2)}):
         assert torch.equal(dense.generate(**inputs, **FIXED, do_sample=False, **assistance), greedy)
+    twin, called = build("llama", enabled=False, k_min=3), []
+    twin.register_forward_pre_hook(lambda *_: called.append(None))
+    assert torch.equal(dense.generate(**inputs, **FIXED, do_sample=False, assistant_model=twin), greedy)
+    assert len(called) <= NEW + 1, "its prompt and one guess each: the same weights see the same images and guess right"
     with pytest.raises(ValueError, match="assistant_model is not supported: assisted decoding guesses"):
         build().generate(**inputs, **FIXED, do_sample=False, assistant_model=dense)
 
