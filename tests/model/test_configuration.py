@@ -146,7 +146,6 @@ def renamed(**changes: Any) -> list[dict[str, Any]]:
         (PRUNED, {"image_token_id": 0}, "image_token_id 0 is pad_token_id too"),
         (PRUNED, {"image_token_id": 0, "pad_token_id": None}, "image_token_id 0 is text_config.pad_token_id too"),
         (PRUNED, {"image_token_id": 300}, "image_token_id 300 is outside the vocabulary 300"),
-        (PRUNED, {"concat_grid": 0}, "concat_grid must be at least 1, got 0"),
     ],
 )
 def test_settings_that_do_not_fit_the_model_name_themselves(

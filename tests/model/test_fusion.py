@@ -81,7 +81,7 @@ def test_eagle_is_a_setting() -> None:
     [
         (PRUNED, {"fusion": "channel_concat"}, "pruning.encode.enabled is true with fusion='channel_concat'"),
         (DENSE, {"fusion": "channel_conact"}, "fusion 'channel_conact' is unknown.*did you mean 'channel_concat'"),
-        (DENSE, {"fusion": "channel_concat", "concat_grid": 0}, "concat_grid must be positive, got 0"),
+        (DENSE, {"fusion": "channel_concat", "concat_grid": 0}, "concat_grid must be at least 1, got 0"),
     ],
 )
 def test_contradictions_name_the_field(pruning: object, changes: dict, message: str) -> None:
