@@ -71,8 +71,8 @@ def check_no_images(
     if labels is not None:
         check_placeholders(is_image_BT, 0, per_image)
         return
-    if past_key_values is not None and past_key_values.get_seq_length():
-        return
+    if is_image_BT.shape[1] < per_image or (past_key_values is not None and past_key_values.get_seq_length()):
+        return  # (a fixed-size cache counts on the device: a decode step must not ask it)
     counts_B = is_image_BT.sum(dim=1)
     if torch.compiler.is_compiling():
         torch._assert_async((counts_B < per_image).all(), "image placeholders came without pixel_values")
