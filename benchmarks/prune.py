@@ -34,8 +34,8 @@ from meteor_model.pruning import gather_tokens, mean_similarity, select_top, tex
 RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")
 DTYPE = torch.float32
-#: Batch size and rounds of warm-up; what runs later is warm. A decode step is bound by reading the weights, which pruning
-#: does not shrink; four samples share them. Two (`--answer-batch 2`) gave 0.84 of the FLOPs saved, see docs/LOG.md.
+#: Batch size and rounds of warm-up; what runs later is warm. A decode step is bound by reading the weights, which
+#: pruning does not shrink; four samples share them. Two (`--answer-batch 2`) gave 0.84, see docs/LOG.md.
 PLAN = {"encode": (1, 1), "first_token": (1, 1), "answer": (4, 0), "train": (1, 0)}
 #: Memory is probed for these (variant, workload) pairs.
 PROBES = (
