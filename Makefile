@@ -75,7 +75,7 @@ visualize: up  ## Draw what is kept: make visualize ARGS="--image FILE --prompt 
 flops: setup  ## Count FLOPs by stage beside the published table; writes benchmarks/results/flops.json
 	@$(PY) -m benchmarks.flops $(ARGS)
 
-bench-prune: setup  ## Measure what pruning costs and saves on this CPU (about 10 minutes); writes benchmarks/results/prune.json
+bench-prune: setup  ## Measure what pruning costs and saves on this CPU (about 13 minutes); writes benchmarks/results/prune.json
 	@$(PY) -m benchmarks.prune $(ARGS)
 
 bench-gpu:  ## The same on a GPU, in a Python that has torch, transformers and timm: make bench-gpu GPU_PYTHON=python3

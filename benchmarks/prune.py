@@ -1,4 +1,4 @@
-"""What pruning costs and what it brings in wall-clock, on a CPU: `make bench-prune` (about ten minutes on two cores).
+"""What pruning costs and what it brings in wall-clock, on a CPU: `make bench-prune` (about 13 minutes on two cores).
 
 1. overhead   selection (scores, sorting, gathering) over the dense model's time to the first token
 2. growth     selection from 1k to 16k tokens, exponent fitted
