@@ -54,7 +54,7 @@ status: setup  ## Show the local stack
 down: setup  ## Stop the local stack; data stays (make down ARGS=--purge removes it)
 	@$(STACK) down $(ARGS)
 
-pretrain: up  ## Pre-train the tiny model end to end on the local stack (about 6 minutes)
+pretrain: up  ## Pre-train the tiny model end to end on the local stack (about 5 minutes)
 	@$(SUBMIT) python jobs/pretrain.py --run.output "$(CURDIR)/runs/latest" $(ARGS)
 
 finetune: up  ## Fine-tune what pretrain registered
