@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import tyro
 
+from meteor_model.checks import nearest
 from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, PruningConfig
 from pipelines.recipe import ModelSettings, Recipe
 from pipelines.settings import DataSettings, LearningRates, OptimizerSettings, TrainingSettings, Zero3Settings
@@ -161,9 +161,7 @@ def recipe(job: str, name: str) -> Recipe:
     """A recipe by name. Raises ValueError that names the nearest one."""
     known = RECIPES[job]
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown {job} recipe {name!r}; known: {', '.join(sorted(known))}{hint}")
+        raise ValueError(f"unknown {job} recipe {name!r}; known: {', '.join(sorted(known))}{nearest(name, known)}")
     return known[name]()
 
 

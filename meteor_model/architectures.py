@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from meteor_model.checks import nearest
 from meteor_model.configuration_meteor import MeteorConfig, PruningConfig
 from meteor_model.encoders import EncoderConfig
 
@@ -246,9 +246,9 @@ ARCHITECTURES: dict[str, Callable[[], Architecture]] = {
 def architecture(name: str) -> Architecture:
     """An architecture by name. Raises ValueError that names the nearest one."""
     if name not in ARCHITECTURES:
-        near = difflib.get_close_matches(name, ARCHITECTURES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown architecture {name!r}; known: {', '.join(sorted(ARCHITECTURES))}{hint}")
+        raise ValueError(
+            f"unknown architecture {name!r}; known: {', '.join(sorted(ARCHITECTURES))}{nearest(name, ARCHITECTURES)}"
+        )
     return ARCHITECTURES[name]()
 
 

@@ -7,12 +7,13 @@ of a template (`jinja_template`), for programs that know only text, is made from
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple
+
+from meteor_model.checks import nearest
 
 IMAGE_PLACEHOLDER = "<image>"
 IGNORE_INDEX = -100  # label of a token that the loss leaves out
@@ -92,9 +93,9 @@ TEMPLATES: dict[str, ChatTemplate] = {
 def chat_template(name: str) -> ChatTemplate:
     """A template by name. Raises ValueError that names the nearest one."""
     if name not in TEMPLATES:
-        near = difflib.get_close_matches(name, TEMPLATES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown chat template {name!r}; known: {', '.join(sorted(TEMPLATES))}{hint}")
+        raise ValueError(
+            f"unknown chat template {name!r}; known: {', '.join(sorted(TEMPLATES))}{nearest(name, TEMPLATES)}"
+        )
     return TEMPLATES[name]
 
 

@@ -3,9 +3,10 @@ from somewhere else."""
 
 from __future__ import annotations
 
+import difflib
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar
 
@@ -41,6 +42,12 @@ def switch(where: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise ValueError(f"{where} must be true or false, got {value!r}")
     return value
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What an error adds where a name is misspelt: "; did you mean 'x'?", or nothing where no known name is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def refuse_unknown(where: str, data: Any, known: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -11,7 +10,7 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from meteor_model.checks import from_mapping, whole_number
+from meteor_model.checks import from_mapping, nearest, whole_number
 from meteor_model.decoder.families import plan_decoder
 from meteor_model.encoders import EncoderConfig, encoder_class
 from meteor_model.pruning import allocate_budgets
@@ -195,9 +194,9 @@ class MeteorConfig(PreTrainedConfig):
 
     def _check_fusion(self) -> None:
         if self.fusion not in FUSIONS:
-            near = difflib.get_close_matches(str(self.fusion), FUSIONS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"fusion {self.fusion!r} is unknown; known: {', '.join(FUSIONS)}{hint}")
+            raise ValueError(
+                f"fusion {self.fusion!r} is unknown; known: {', '.join(FUSIONS)}{nearest(str(self.fusion), FUSIONS)}"
+            )
         folded = [item.name for item in self.encoders if item.fold != 1]
         if self.fusion == "post_projection":
             if folded:

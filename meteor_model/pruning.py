@@ -10,7 +10,6 @@ tokens of one sequence, H heads, G key/value heads (G divides H), D encoder widt
 
 from __future__ import annotations
 
-import difflib
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -21,6 +20,8 @@ from typing import ParamSpec
 
 import torch
 from torch import Tensor
+
+from meteor_model.checks import nearest
 
 P = ParamSpec("P")
 
@@ -257,8 +258,7 @@ def feature_rank(hidden_BND: Tensor, estimator: str, **options: float) -> Tensor
     Raises ValueError for an unknown estimator, naming the nearest one.
     """
     if estimator not in RANK_ESTIMATORS:
-        near = difflib.get_close_matches(estimator, RANK_ESTIMATORS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = nearest(estimator, RANK_ESTIMATORS)
         raise ValueError(f"unknown rank estimator {estimator!r}, choose one of {sorted(RANK_ESTIMATORS)}{hint}")
     return RANK_ESTIMATORS[estimator](hidden_BND, **options)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-
+from meteor_model.checks import nearest
 from meteor_model.encoders.base import EncoderConfig, VisionEncoder, VisionTokens
 from meteor_model.encoders.clip import ClipEncoder
 from meteor_model.encoders.convnext import ConvNextEncoder
@@ -34,9 +33,9 @@ ENCODERS: dict[str, type[VisionEncoder]] = {
 def encoder_class(family: str) -> type[VisionEncoder]:
     """The adapter of a family. Raises ValueError that names the known families and the nearest one."""
     if family not in ENCODERS:
-        near = difflib.get_close_matches(family, ENCODERS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown encoder family {family!r}; known: {', '.join(sorted(ENCODERS))}{hint}")
+        raise ValueError(
+            f"unknown encoder family {family!r}; known: {', '.join(sorted(ENCODERS))}{nearest(family, ENCODERS)}"
+        )
     return ENCODERS[family]
 
 

@@ -6,7 +6,6 @@ S travelling image size (uint8), R the encoder's own resolution.
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,7 +18,7 @@ from torchvision.transforms.v2 import functional as tvf
 from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from meteor_model.checks import whole_number
+from meteor_model.checks import nearest, whole_number
 from meteor_model.pruning import absorbed_prefix_attention, evenly_spaced, prefix_attention, received_attention
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -247,7 +246,5 @@ def library_config(config: EncoderConfig, kind: type[ConfigT], **defaults: Any) 
     known = set(kind().to_dict()) | {"attn_implementation"}
     for key in config.tower:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"encoder {config.name!r}: {kind.__name__} has no setting {key!r}{hint}")
+            raise ValueError(f"encoder {config.name!r}: {kind.__name__} has no setting {key!r}{nearest(key, known)}")
     return kind(**{**defaults, **config.tower})

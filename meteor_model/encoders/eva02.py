@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from timm.layers import apply_rot_embed_cat
@@ -115,25 +115,28 @@ def _add_branches(block: EvaBlock, hidden_MND: Tensor, attended_MND: Tensor) -> 
     return hidden_MND + block.drop_path2(fed_MND)
 
 
-class Eva02Encoder(VisionEncoder):
-    """`timm.models.eva.Eva` with a CLS token, block by block; the rotations follow the kept tokens."""
+class _EvaEncoder(VisionEncoder):
+    """What both layouts share: where the parts of timm's Eva are."""
 
-    num_prefix_tokens = 1
     mean, std = OPENAI_MEAN, OPENAI_STD
+    #: What the layout fixes of Eva's arguments.
+    fixed: ClassVar[Mapping[str, Any]]
+    #: Settings of `tower` that are the layout's own, not Eva's.
+    own: ClassVar[tuple[str, ...]] = ()
+    tower: Eva
 
-    def __init__(self, config: EncoderConfig) -> None:
-        super().__init__(config)
-        arguments = _arguments(config, _WITH_CLS)
-        # A static model is what timm builds, with its rotations stored; at another size timm computes them as it runs.
-        self.tower = Eva(**{**arguments, "dynamic_img_size": config.image_size != arguments["img_size"]})
+    @classmethod
+    def arguments(cls, config: EncoderConfig) -> dict[str, Any]:
+        """Eva's arguments for this encoder. Raises ValueError as `_arguments`."""
+        return _arguments(config, cls.fixed, cls.own)
 
     @classmethod
     def grid_size(cls, config: EncoderConfig) -> tuple[int, int]:
-        return square_grid(config, _arguments(config, _WITH_CLS)["patch_size"])
+        return square_grid(config, cls.arguments(config)["patch_size"])
 
     @classmethod
     def num_blocks(cls, config: EncoderConfig) -> int:
-        depth: int = _arguments(config, _WITH_CLS)["depth"]
+        depth: int = cls.arguments(config)["depth"]
         return depth
 
     @property
@@ -143,6 +146,19 @@ class Eva02Encoder(VisionEncoder):
     @property
     def blocks(self) -> Sequence[nn.Module]:
         return self.tower.blocks
+
+
+class Eva02Encoder(_EvaEncoder):
+    """`timm.models.eva.Eva` with a CLS token, block by block; the rotations follow the kept tokens."""
+
+    num_prefix_tokens = 1
+    fixed = _WITH_CLS
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__(config)
+        arguments = self.arguments(config)
+        # A static model is what timm builds, with its rotations stored; at another size timm computes them as it runs.
+        self.tower = Eva(**{**arguments, "dynamic_img_size": config.image_size != arguments["img_size"]})
 
     def embed(self, pixels_MCRR: Tensor) -> Tensor:
         hidden, _ = self.tower._pos_embed(self.tower.patch_embed(pixels_MCRR))
@@ -198,7 +214,7 @@ class _Places(NamedTuple):
     outside_MN: Tensor | None
 
 
-class Eva02DetEncoder(VisionEncoder):
+class Eva02DetEncoder(_EvaEncoder):
     """EVA-02's detector backbone on timm's Eva: window attention but for the global blocks, no CLS token.
 
     Conventions of the public EVA-02 detector: positions of the pre-training grid resized bicubically; the rotations of
@@ -207,13 +223,13 @@ class Eva02DetEncoder(VisionEncoder):
     Tokens are scored by the attention they receive in the last global block of a segment.
     """
 
-    mean, std = OPENAI_MEAN, OPENAI_STD
+    fixed = _DETECTOR
     own = ("window_size", "global_blocks")
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__(config)
         self.window, self.global_blocks = self._layout(config)
-        self.tower = Eva(**{**_arguments(config, _DETECTOR, self.own), "dynamic_img_size": True})
+        self.tower = Eva(**{**self.arguments(config), "dynamic_img_size": True})
         self._known = Memo[_Places]()
 
     @classmethod
@@ -234,20 +250,7 @@ class Eva02DetEncoder(VisionEncoder):
     @classmethod
     def grid_size(cls, config: EncoderConfig) -> tuple[int, int]:
         cls._layout(config)  # refuses an impossible one
-        return square_grid(config, _arguments(config, _DETECTOR, cls.own)["patch_size"])
-
-    @classmethod
-    def num_blocks(cls, config: EncoderConfig) -> int:
-        depth: int = _arguments(config, _DETECTOR, cls.own)["depth"]
-        return depth
-
-    @property
-    def embed_dim(self) -> int:
-        return self.tower.embed_dim
-
-    @property
-    def blocks(self) -> Sequence[nn.Module]:
-        return self.tower.blocks
+        return super().grid_size(config)
 
     def embed(self, pixels_MCRR: Tensor) -> Tensor:
         tower = self.tower

@@ -11,7 +11,6 @@ made again.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
+from meteor_model.checks import nearest
 from meteor_model.weights.checkpoints import PARTS_PREFIX
 from pipelines.parts.dinov2 import DISTRIBUTIONS as DINOV2_DISTRIBUTIONS
 from pipelines.parts.dinov2 import make_dinov2
@@ -150,9 +150,7 @@ def resolve_sources(weights: Mapping[str, str], parts_dir: Path, say: Say) -> di
 
 def _maker(name: str) -> PartMaker:
     if name not in PARTS:
-        near = difflib.get_close_matches(name, PARTS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise PartError(f"unknown part {name!r}; known: {', '.join(sorted(PARTS))}{hint}")
+        raise PartError(f"unknown part {name!r}; known: {', '.join(sorted(PARTS))}{nearest(name, PARTS)}")
     return PARTS[name]
 
 
