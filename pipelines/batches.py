@@ -29,6 +29,17 @@ class StreamOrderError(ValueError):
     """The stream delivered other rows than the plan says; the message names both."""
 
 
+@dataclass(frozen=True, slots=True)
+class SampleId:
+    """Which sample a row holds: dataset of the mixture, epoch, shard of the split, index in the shard, and its key."""
+
+    dataset: int
+    epoch: int
+    shard: int
+    index: int
+    key: str
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """What one worker runs through the model at a time."""
@@ -43,6 +54,8 @@ class MicroBatch:
     """Tokens that are no padding, visual ones included."""
     seen: int
     """Samples in the batch."""
+    samples: tuple[SampleId, ...]
+    """Which samples those are, in the order of the batch."""
     dropped: tuple[DroppedSample, ...]
     """Faulty samples among the rows."""
 
@@ -90,7 +103,14 @@ def make_micro_batch(rows: Sequence[Row], collate: Collate, pad_token_id: int) -
     tokens = sum(len(row["input_ids"]) for row in samples)
     examples = [_example(row) for row in samples] or [_empty_example(pad_token_id)]
     num_images = tuple(len(example["images"]) for example in examples)
-    return MicroBatch(collate(examples), num_images, supervised, tokens, len(samples), dropped)
+    ids = tuple(_sample_id(row) for row in samples)
+    return MicroBatch(collate(examples), num_images, supervised, tokens, len(samples), ids, dropped)
+
+
+def _sample_id(row: Row) -> SampleId:
+    return SampleId(
+        int(row.get("dataset", 0)), int(row["epoch"]), int(row["shard"]), int(row["index"]), str(row["key"])
+    )
 
 
 def _empty_example(pad_token_id: int) -> dict[str, Any]:

@@ -9,14 +9,14 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import ray.train
 import torch
 from numpy.random import SeedSequence
 
-from pipelines.batches import Counts, MicroBatch
+from pipelines.batches import Counts, MicroBatch, SampleId
 from pipelines.checkpoint import (
     MAX_LISTED_DROPS,
     PARITY_FILE,
@@ -41,6 +41,25 @@ class DivergedError(ValueError):
     """The loss is no longer a number; the message names the step. No weight was touched in that step."""
 
 
+@dataclasses.dataclass(frozen=True)
+class StepRecord:
+    """What one worker trained in one optimizer step."""
+
+    step: int
+    """Optimizer steps done, this one included."""
+    total_steps: int
+    rank: int
+    world: int
+    loss: float
+    """Mean over the supervised tokens of the global batch; the same on every worker."""
+    samples: tuple[SampleId, ...]
+    """The samples that this worker's forward and backward saw."""
+
+
+Observer = Callable[[StepRecord], None]
+"""Called on every worker right after the optimizer's step, before a checkpoint of it."""
+
+
 class MetricLogger(Protocol):
     """Where rank 0 sends its metrics."""
 
@@ -63,6 +82,7 @@ class Loop:
         rank: int,
         world: int,
         logger: MetricLogger | None,
+        observe: Observer | None = None,
     ) -> None:
         self.settings = settings
         self.expected_samples = expected_samples
@@ -71,6 +91,7 @@ class Loop:
         self.rank = rank
         self.world = world
         self.logger = logger
+        self.observe = observe
         self._new_drops: list[DroppedSample] = []
         self._clock = _Clock()
 
@@ -90,6 +111,9 @@ class Loop:
             loss = self._optimizer_step(members, counts)
             self._count(loss, counts, time.perf_counter() - started)
             step = self.state.step
+            if self.observe is not None:
+                trained = tuple(sample for batch in members for sample in batch.samples)
+                self.observe(StepRecord(step, self.state.total_steps, self.rank, self.world, loss, trained))
             if step == 1 or step % settings.log_every_steps == 0 or self.state.done:
                 self._log(loss)
             if step % settings.checkpoint_every_steps == 0 and not self.state.done:

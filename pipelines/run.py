@@ -19,30 +19,25 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from mlflow import MlflowClient
 
 from meteor_model.configuration_meteor import MeteorConfig
-from meteor_model.modeling_meteor import MeteorForConditionalGeneration
-from meteor_model.processing_meteor import collate
 from pipelines import shards, storage
-from pipelines.batches import iterate_rows
-from pipelines.checkpoint import TrainState, load_processor, run_url
+from pipelines.assemble import assemble_training
+from pipelines.checkpoint import run_url
 from pipelines.finish import export, look, register
 from pipelines.making import differences, make_shards
 from pipelines.metric_log import MetricLogger, SystemMetrics
-from pipelines.order import StreamPlan
 from pipelines.recipe import Recipe
 from pipelines.report import build_summary, load_summary, readable, store_summary
 from pipelines.settings import SettingsError
 from pipelines.sources.openmoji import OpenMoji
 from pipelines.start import loaded_parts, prepare_start
-from pipelines.stream import RowEncoder, build_stream, data_config, rows_from, rows_to
 from pipelines.tracking import finish_run, git_commit, log_documents, open_run, require_tracking
-from pipelines.training import TrainingJob, fit
+from pipelines.training import fit
 
 JobName = Literal["pretrain", "finetune"]
 RUN_FILE = "run.json"
@@ -115,7 +110,7 @@ def _phases(recipe: Recipe, job: JobName, run: RunHandle, manifest: shards.Manif
         for name, budget in ranks["budgets"].items():
             print(f"  {name}: keeps {' -> '.join(map(str, budget))} tokens", flush=True)
     with phases("train", f"{recipe.training.workers} workers, ZeRO-3"):
-        training = training_job(recipe, manifest, run)
+        training = assemble_training(recipe, manifest, run.name, run.url, run.mlflow_run_id)
         checkpoint = fit(training).checkpoint
     state = checkpoint.state
     with tempfile.TemporaryDirectory(prefix="meteor-export-") as name:
@@ -257,53 +252,3 @@ def _open(recipe: Recipe, job: JobName, name: str, manifest: shards.Manifest) ->
     storage.write_json(storage.join(run.url, "recipe.json"), recipe.to_dict())
     print(f"  run {name} ({'continued' if stored else 'new'}), MLflow run {run_id}", flush=True)
     return run
-
-
-# --------------------------------------------------------------------------------------------------------------- train
-
-
-def training_job(recipe: Recipe, manifest: shards.Manifest, run: RunHandle) -> TrainingJob:
-    """The data streams and settings of `fit`."""
-    training, data = recipe.training, recipe.data
-    processor = load_processor(run.url)
-    encoder = RowEncoder(partial(load_processor, run.url), processor.tokenizer.pad_token_id, data.max_length)
-    samples = [info.samples for info in manifest.split(data.train_split)]
-    plan = StreamPlan(samples, training.seed, training.epochs, training.global_batch, data.window_shards)
-    heldout = StreamPlan(
-        [info.samples for info in manifest.split(data.heldout_split)],
-        seed=0,
-        epochs=1,
-        global_batch=training.workers * training.micro_batch,
-        window_shards=data.window_shards,
-    )
-    heldout_rows = min(heldout.total_rows, -(-data.heldout_samples // heldout.global_batch) * heldout.global_batch)
-    stream = partial(
-        build_stream,
-        manifest,
-        encoder=encoder,
-        micro_batch=training.micro_batch,
-        cpus_per_task=data.data_task_cpus,
-        read_concurrency=data.data_tasks,
-    )
-    return TrainingJob(
-        storage=recipe.run.storage,
-        run_name=run.name,
-        settings=training,
-        model_class=MeteorForConditionalGeneration,
-        collate=partial(collate, pad_token_id=processor.tokenizer.pad_token_id, image_size=processor.image_size),
-        pad_token_id=processor.tokenizer.pad_token_id,
-        total_rows=plan.total_rows,
-        expected_samples=plan.total_samples,
-        train_data=partial(rows_from, stream, data.train_split, plan),
-        heldout_rows=heldout_rows,
-        heldout_data=partial(rows_to, stream, data.heldout_split, heldout, heldout_rows),
-        iterate=iterate_rows,
-        data_config=data_config(),
-        recipe_hash=recipe.digest(),
-        mlflow_run_id=run.mlflow_run_id,
-        make_logger=partial(_logger, run.mlflow_run_id, recipe.tracking.uri),
-    )
-
-
-def _logger(run_id: str, uri: str, state: TrainState) -> MetricLogger:
-    return MetricLogger(run_id, uri)

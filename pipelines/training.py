@@ -47,7 +47,7 @@ from pipelines.checkpoint import (
 )
 from pipelines.failures import root_cause
 from pipelines.heldout import evaluate
-from pipelines.loop import Loop, MetricLogger
+from pipelines.loop import Loop, MetricLogger, Observer
 from pipelines.settings import SettingsError, TrainingSettings
 from pipelines.zero3 import (
     checkpoint_activations,
@@ -95,6 +95,8 @@ class TrainingJob:
     """The MLflow run that the metrics go to; kept in every checkpoint."""
     make_logger: Callable[[TrainState], MetricLogger] | None = None
     """Makes rank 0's logger, at every start of the workers, from the state it starts at."""
+    observe: Observer | None = None
+    """Told of every step on every worker (picklable); for audits."""
 
     def __post_init__(self) -> None:
         settings = self.settings
@@ -244,7 +246,7 @@ def train_worker(config: Mapping[str, Any]) -> None:
     state = _resume(engine, job)
     logger = job.make_logger(state) if job.make_logger and rank == 0 else None
     reader = BatchReader(job.collate, job.pad_token_id, settings.micro_batch, rank, world)
-    loop = Loop(settings, job.expected_samples, engine, state, rank, world, logger)
+    loop = Loop(settings, job.expected_samples, engine, state, rank, world, logger, job.observe)
     # 5. step
     rows = job.iterate(ray.train.get_dataset_shard("train"), settings.micro_batch)
     loop.run(reader.read(rows, state.rows))
