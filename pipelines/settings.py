@@ -4,7 +4,7 @@ The command line is made from these classes, so every field has one line of docu
 contradiction is an error that names the setting and the numbers.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Part = Literal["projector", "towers", "llm"]
@@ -115,11 +115,18 @@ class TrainingSettings:
     """One training: its size, its optimizer, and what it needs from the cluster."""
 
     workers: int = 2
-    """Number of Ray Train workers, one process each (the world size)."""
+    """Number of Ray Train workers, one process each (the world size). May change between restarts of a run."""
+    min_workers: int | None = None
+    """Elastic training: go on with any number of workers from this one to `workers`, as the cluster has room; None asks
+    for exactly `workers`. The global batch stays the same."""
+    resize_interval_s: float = 60.0
+    """Elastic training: seconds between two looks at whether the cluster has room for more workers."""
     micro_batch: int = 8
     """Samples that one worker runs through the model at a time."""
     global_batch: int = 32
-    """Samples of one optimizer step over all workers; a multiple of workers * micro_batch."""
+    """Samples of one optimizer step over all workers; a multiple of micro_batch."""
+    batching: Literal["length", "plan"] = "length"
+    """How a worker groups its samples of a step into micro-batches: by length, which pads less, or as they come."""
     epochs: int = 1
     """How often the data is passed."""
     seed: int = 0
@@ -137,14 +144,30 @@ class TrainingSettings:
     checkpoint_every_steps: int = 100
     """Optimizer steps between two checkpoints; the last step always makes one."""
     keep_checkpoints: int = 2
-    """Newest checkpoints that stay in storage."""
+    """Newest checkpoints that stay in storage; the best validated one stays as well."""
+    upload_patience_s: float = 300.0
+    """Seconds for which the upload of a checkpoint outlasts a store that fails; after that the training restarts from
+    the last whole one."""
+    validate_every_checkpoints: int = 1
+    """Checkpoints between two validations on held-out samples, which run beside the training; 0 makes none."""
+    validation_samples: int = 64
+    """Held-out samples of one validation during training."""
+    validation_cpus: float = 1.0
+    """Ray CPUs that a validation reserves."""
+    validation_gpus: float = 0.0
+    """Ray GPUs that a validation reserves."""
+    validation_timeout_s: float = 1800.0
+    """Seconds after which a validation is given up; the training does not wait for it."""
     log_every_steps: int = 10
     """Optimizer steps between two progress lines."""
     max_drop_share: float = 0.01
     """Largest share of faulty samples, judged over at least the first 1,000 samples (or all, if fewer); beyond it
     the job fails."""
-    max_failures: int = 0
-    """How often a failed worker group is started again from the last checkpoint before the job fails."""
+    max_failures: int = 3
+    """How often in a row, without a new checkpoint in between, failed workers are started again before the job fails.
+    Faults of data or settings fail at once; a preemption is no failure."""
+    preemption_grace_s: float = 30.0
+    """Seconds that a preemption notice by SIGTERM leaves for a last checkpoint."""
     timeout_s: int = 600
     """Seconds after which a collective operation between the workers fails."""
     cpus_per_worker: float = 1.0
@@ -162,6 +185,7 @@ class TrainingSettings:
             "epochs": self.epochs,
             "checkpoint_every_steps": self.checkpoint_every_steps,
             "keep_checkpoints": self.keep_checkpoints,
+            "validation_samples": self.validation_samples,
             "log_every_steps": self.log_every_steps,
             "timeout_s": self.timeout_s,
             "threads_per_worker": self.threads_per_worker,
@@ -171,42 +195,58 @@ class TrainingSettings:
         _require(0 <= self.max_drop_share <= 1, f"max_drop_share is {self.max_drop_share}; it must lie in [0, 1]")
         _require(self.cpus_per_worker >= 0, f"cpus_per_worker is {self.cpus_per_worker}; it must not be negative")
         _require(self.gpus_per_worker >= 0, f"gpus_per_worker is {self.gpus_per_worker}; it must not be negative")
-        _require(self.max_failures >= 0, f"max_failures is {self.max_failures}; it must not be negative")
+        for name in ("max_failures", "validate_every_checkpoints", "validation_cpus", "validation_gpus"):
+            _require(self.__dict__[name] >= 0, f"{name} is {self.__dict__[name]}; it must not be negative")
+        for name in ("resize_interval_s", "upload_patience_s", "validation_timeout_s", "preemption_grace_s"):
+            _require(self.__dict__[name] > 0, f"{name} is {self.__dict__[name]}; it must be above 0")
         _require(
             self.gpus_per_worker > 0 or self.zero3.offload == "none",
             f"zero3.offload is {self.zero3.offload!r} but gpus_per_worker is 0: on CPUs there is nothing to offload",
         )
-        accumulation_steps(self.global_batch, self.micro_batch, self.workers)
+        _require(
+            self.global_batch % self.micro_batch == 0,
+            f"micro_batch is {self.micro_batch}, which does not divide global_batch {self.global_batch}; choose it "
+            f"from {_divisors(self.global_batch)}",
+        )
+        _require(
+            self.workers <= self.micro_batches_per_step,
+            f"workers is {self.workers}, but global_batch {self.global_batch} has only {self.micro_batches_per_step} "
+            f"micro-batches of {self.micro_batch}: some workers would have none; use fewer workers or a smaller "
+            "micro_batch",
+        )
+        _require(
+            self.min_workers is None or 1 <= self.min_workers <= self.workers,
+            f"min_workers is {self.min_workers}; it must lie in [1, workers = {self.workers}]",
+        )
+
+    @property
+    def micro_batches_per_step(self) -> int:
+        """Micro-batches of one optimizer step, over all workers."""
+        return self.global_batch // self.micro_batch
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches that one worker runs in one optimizer step."""
-        return accumulation_steps(self.global_batch, self.micro_batch, self.workers)
+        """Micro-batches that every worker runs in one optimizer step; where `workers` does not divide those of a step,
+        some of them are empty."""
+        return -(-self.micro_batches_per_step // self.workers)
+
+    @property
+    def spare_rows(self) -> int:
+        """Void rows that the stream needs behind its end, so that it splits evenly whatever the number of workers."""
+        fixed = self.min_workers is None or self.min_workers == self.workers
+        return 0 if fixed and self.micro_batches_per_step % self.workers == 0 else self.workers * self.micro_batch
+
+    def at_world(self, world: int) -> "TrainingSettings":
+        """The same for `world` workers; `global_batch` counts the places of empty micro-batches, too, as DeepSpeed's
+        own check of batch sizes wants it."""
+        forwards = -(-self.micro_batches_per_step // world)
+        nominal = self.micro_batch * forwards * world
+        return replace(self, workers=world, min_workers=None, global_batch=nominal)
 
     @property
     def uses_gpu(self) -> bool:
         """Whether the workers train on GPUs."""
         return self.gpus_per_worker > 0
-
-
-def accumulation_steps(global_batch: int, micro_batch: int, workers: int) -> int:
-    """Micro-batches per worker and optimizer step.
-
-    Raises:
-        SettingsError: if `workers` does not divide `global_batch`, or `micro_batch` the worker's share of it.
-    """
-    _require(
-        global_batch % workers == 0,
-        f"workers is {workers}, which does not divide global_batch {global_batch}: every optimizer step must give "
-        f"each worker the same number of samples; choose workers from {_divisors(global_batch)}",
-    )
-    share = global_batch // workers
-    _require(
-        share % micro_batch == 0,
-        f"workers * micro_batch is {workers} * {micro_batch} = {workers * micro_batch}, which does not divide "
-        f"global_batch {global_batch}: with {workers} workers choose micro_batch from {_divisors(share)}",
-    )
-    return share // micro_batch
 
 
 def _divisors(number: int) -> list[int]:

@@ -22,8 +22,11 @@ from pipelines.zero3 import deepspeed_config, parameter_groups, schedule_factor
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"workers": 3}, ["workers is 3", "global_batch 32", "[1, 2, 4, 8, 16, 32]"]),
-        ({"micro_batch": 5}, ["2 * 5 = 10", "global_batch 32", "[1, 2, 4, 8, 16]"]),
+        ({"workers": 5}, ["workers is 5", "global_batch 32", "only 4 micro-batches of 8"]),
+        ({"micro_batch": 5}, ["micro_batch is 5", "global_batch 32", "[1, 2, 4, 8, 16, 32]"]),
+        ({"min_workers": 3}, ["min_workers is 3", "workers = 2"]),
+        ({"max_failures": -1}, ["max_failures is -1"]),
+        ({"upload_patience_s": 0}, ["upload_patience_s is 0"]),
         ({"workers": 0}, ["workers is 0"]),
         ({"max_drop_share": 1.5}, ["max_drop_share is 1.5"]),
         ({"zero3": Zero3Settings(offload="all")}, ["zero3.offload", "gpus_per_worker is 0"]),
@@ -59,6 +62,21 @@ def test_deepspeed_config_keeps_the_global_batch() -> None:
     config = deepspeed_config(TrainingSettings(workers=2, micro_batch=4, global_batch=32))
     assert config["gradient_accumulation_steps"] == 4
     assert config["train_batch_size"] == 2 * 4 * 4
+
+
+@pytest.mark.parametrize(("world", "forwards"), [(1, 8), (2, 4), (3, 3), (5, 2), (8, 1)])
+def test_any_number_of_workers_shares_a_step(world: int, forwards: int) -> None:
+    settings = TrainingSettings(workers=world, micro_batch=4, global_batch=32)
+    assert settings.accumulation == forwards
+    config = deepspeed_config(settings.at_world(world))
+    assert config["gradient_accumulation_steps"] == forwards
+    assert config["train_batch_size"] == 4 * forwards * world
+    assert (settings.spare_rows == 0) == (8 % world == 0)
+
+
+def test_an_elastic_training_has_spare_rows() -> None:
+    assert TrainingSettings(workers=2, min_workers=1).spare_rows == 2 * 8
+    assert TrainingSettings(workers=2, min_workers=2).spare_rows == 0
 
 
 def test_schedule_warms_up_then_follows_a_cosine() -> None:
