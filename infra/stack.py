@@ -17,6 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psutil
+
 from infra import services
 from infra.processes import (
     POLL_S,
@@ -419,3 +421,18 @@ def running_stack(state_dir: Path | str | None = None) -> Stack:
     if bad:
         raise StackError(f"the stack in {folder} is not up ({'; '.join(bad)}); run `python -m infra.local up`")
     return remembered_stack(folder)
+
+
+def crash(state_dir: Path | str, name: str) -> list[int]:
+    """SIGKILL every process of one service at once, as a crash of its host would; returns their pids.
+
+    The next `up` sweeps up after it and starts the service again, at the same addresses.
+    """
+    record = _record(Path(state_dir).resolve(), name)
+    killed = []
+    for process in members(record):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+            killed.append(process.pid)
+    reap(record.pid)
+    return killed

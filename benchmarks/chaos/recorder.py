@@ -1,0 +1,113 @@
+"""What sits inside the training workers: it writes down what was trained, and dies where it is told to.
+
+Every worker appends one line a step to one file; a line is one `write`, so lines of several processes never mix. A
+fault happens once for its marker file, whichever attempt or command comes to its step first.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import ray.data
+import torch
+
+from benchmarks.chaos.data import as_json
+from pipelines.batches import Row, iterate_rows
+from pipelines.loop import StepRecord
+
+HOLD_LIMIT_S = 180.0
+POLL_S = 0.02
+INTO_DATA_START_S = 0.3
+
+Action = Literal["kill", "hold", "terminate"]
+
+
+@dataclass(frozen=True)
+class StepFault:
+    """One fault right after the optimizer step `step` on worker `rank`.
+
+    kill: SIGKILL to itself. terminate: SIGTERM to itself. hold: wait there until `marker`.go is made.
+    """
+
+    step: int
+    rank: int
+    action: Action
+    marker: str
+
+    def happen(self) -> None:
+        """Claim the marker, then act; nothing where the marker was claimed before."""
+        if not claim(Path(self.marker)):
+            return
+        if self.action == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif self.action == "terminate":
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            deadline = time.monotonic() + HOLD_LIMIT_S
+            while not Path(self.marker + ".go").exists():
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"nobody released the hold at step {self.step} within {HOLD_LIMIT_S:.0f} s")
+                time.sleep(POLL_S)
+
+
+def claim(marker: Path) -> bool:
+    """Make `marker`, with the time in it (seconds since the epoch); False where it is there already."""
+    try:
+        descriptor = os.open(marker, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    except FileExistsError:
+        return False
+    with os.fdopen(descriptor, "w") as file:
+        file.write(repr(time.time()))
+    return True
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """The observer of the training loop."""
+
+    log: str
+    faults: tuple[StepFault, ...] = ()
+    step_seconds: float = 0.0
+    """Pause after every step, for faults that need a training that lasts."""
+
+    def __call__(self, record: StepRecord) -> None:
+        """Append the line of one step, then let the faults of this step and worker happen."""
+        line = {
+            # Equal on all workers of one start, and another one at the next.
+            "attempt": f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
+            "pid": os.getpid(),
+            "time": time.time(),
+            "step": record.step,
+            "rank": record.rank,
+            "world": record.world,
+            "loss": record.loss,
+            "samples": [[sample.epoch, sample.key] for sample in record.samples],
+        }
+        descriptor = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(descriptor, (as_json(line) + "\n").encode())
+        finally:
+            os.close(descriptor)
+        time.sleep(self.step_seconds)
+        for fault in self.faults:
+            if (fault.step, fault.rank) == (record.step, record.rank):
+                fault.happen()
+
+
+@dataclass(frozen=True)
+class KilledInDataStart:
+    """Reads rows as `iterate_rows` does, but worker `rank` dies while it waits for its first ones."""
+
+    rank: int
+    marker: str
+
+    def __call__(self, share: ray.data.DataIterator, micro_batch: int) -> Iterator[Sequence[Row]]:
+        """The rows of one worker's share."""
+        if torch.distributed.get_rank() == self.rank and claim(Path(self.marker)):
+            threading.Timer(INTO_DATA_START_S, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        return iterate_rows(share, micro_batch)

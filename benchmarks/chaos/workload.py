@@ -1,0 +1,133 @@
+"""The training under test: a small model on the real stream, the real loop and the real checkpoints."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.chaos.data import IMAGE_SIZE, PAD, ByteProcessor
+from benchmarks.chaos.model import ChaosConfig, ChaosModel
+from benchmarks.chaos.recorder import KilledInDataStart, Recorder, StepFault
+from meteor_model.processing_meteor import collate
+from pipelines import storage
+from pipelines.batches import iterate_rows
+from pipelines.checkpoint import TrainState, run_url
+from pipelines.metric_log import MetricLogger
+from pipelines.order import StreamPlan
+from pipelines.settings import LearningRates, OptimizerSettings, TrainingSettings
+from pipelines.shards import load_manifest
+from pipelines.start import upload_folder
+from pipelines.stream import RowEncoder, build_stream, data_config, rows_from, rows_to
+from pipelines.training import TrainingJob
+from pipelines.zero3 import save_for_sharding
+
+SETTINGS = TrainingSettings(
+    workers=2,
+    micro_batch=4,
+    global_batch=24,
+    epochs=2,
+    seed=7,
+    # A large epsilon: where a gradient is rounding noise, AdamW's steps would otherwise be noise of full size.
+    optimizer=OptimizerSettings(learning_rates=LearningRates(1e-2, 1e-2, 1e-2), epsilon=1e-3),
+    checkpoint_every_steps=4,
+    log_every_steps=1,
+    max_drop_share=0.05,
+    timeout_s=60,
+    cpus_per_worker=1.0,
+)
+WINDOW_SHARDS = 3
+HELDOUT_ROWS = 24
+MAX_LENGTH = 256
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run under test, as a JSON file that every command of it is given."""
+
+    storage: str
+    run_name: str
+    manifest: str
+    ray_address: str
+    log: str
+    """The file that the workers append to."""
+    workers: int = SETTINGS.workers
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Fields of TrainingSettings that differ from `SETTINGS`."""
+    faults: tuple[StepFault, ...] = ()
+    data_start_kill: str | None = None
+    """Marker of a kill of worker 1 while it waits for its first batch."""
+    step_seconds: float = 0.0
+    mlflow_uri: str | None = None
+    mlflow_run_id: str | None = None
+
+    def to_json(self) -> str:
+        """The configuration as JSON."""
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Config:
+        """The inverse of `to_json`."""
+        values = json.loads(text)
+        return cls(**{**values, "faults": tuple(StepFault(**fault) for fault in values["faults"])})
+
+
+def make_job(config: Config) -> TrainingJob:
+    """The training of `config`."""
+    settings = replace(SETTINGS, workers=config.workers, **config.settings)
+    manifest = load_manifest(config.manifest)
+    encoder = RowEncoder(ByteProcessor, PAD, MAX_LENGTH)
+    plan = StreamPlan(
+        [info.samples for info in manifest.split("train")],
+        settings.seed,
+        settings.epochs,
+        settings.global_batch,
+        WINDOW_SHARDS,
+    )
+    heldout = StreamPlan(
+        [info.samples for info in manifest.split("heldout")],
+        seed=0,
+        epochs=1,
+        global_batch=HELDOUT_ROWS,
+        window_shards=WINDOW_SHARDS,
+    )
+    stream = partial(build_stream, manifest, encoder=encoder, micro_batch=settings.micro_batch)
+    return TrainingJob(
+        storage=config.storage,
+        run_name=config.run_name,
+        settings=settings,
+        model_class=ChaosModel,
+        collate=partial(collate, pad_token_id=PAD, image_size=IMAGE_SIZE),
+        pad_token_id=PAD,
+        total_rows=plan.total_rows,
+        expected_samples=plan.total_samples,
+        train_data=partial(rows_from, stream, "train", plan),
+        heldout_rows=HELDOUT_ROWS,
+        heldout_data=partial(rows_to, stream, "heldout", heldout, HELDOUT_ROWS),
+        iterate=KilledInDataStart(1, config.data_start_kill) if config.data_start_kill else iterate_rows,
+        data_config=data_config(),
+        recipe_hash="chaos",
+        mlflow_run_id=config.mlflow_run_id,
+        make_logger=partial(_logger, config.mlflow_run_id, config.mlflow_uri) if config.mlflow_run_id else None,
+        observe=Recorder(config.log, config.faults, config.step_seconds),
+    )
+
+
+def _logger(run_id: str, uri: str, state: TrainState) -> MetricLogger:
+    return MetricLogger(run_id, uri)
+
+
+def prepare_init(root: str, run_name: str) -> None:
+    """Store the start model of a run, the same for every run; what is there stays."""
+    import torch
+
+    url = storage.join(run_url(root, run_name), "init")
+    if storage.exists(storage.join(url, "config.json")):
+        return
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory(prefix="meteor-chaos-") as folder:
+        save_for_sharding(ChaosModel(ChaosConfig()), Path(folder))
+        upload_folder(Path(folder), url)

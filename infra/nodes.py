@@ -1,0 +1,111 @@
+"""More Ray nodes on this machine, beside the head of a local stack: what a cluster of several hosts does, on loopback.
+
+Each node is a raylet with ports and a process tree of its own, started and stopped as the services are.
+"""
+
+from __future__ import annotations
+
+import http.client
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+
+from infra import services
+from infra.processes import POLL_S, Record, StackError, choose_port, leader, members, reap, spawn, stop, tail
+from infra.services import HOST, Stack
+
+NODE_PORTS = ("node_manager", "object_manager", "agent", "agent_grpc", "runtime_env_agent", "metrics")
+START_TIMEOUT_S = 60.0
+STOP_GRACE_S = 10.0
+RAYLET = "raylet"
+
+
+@dataclass(frozen=True)
+class Node:
+    """One started node."""
+
+    record: Record
+    log: Path
+
+    @property
+    def raylet(self) -> psutil.Process | None:
+        """The node's raylet, or None where it is gone."""
+        return next((process for process in members(self.record) if _is_raylet(process)), None)
+
+
+def _is_raylet(process: psutil.Process) -> bool:
+    try:
+        return process.name() == RAYLET
+    except psutil.Error:
+        return False
+
+
+def start_node(
+    stack: Stack, name: str, num_cpus: int, object_store_bytes: int = 200_000_000, timeout_s: float = START_TIMEOUT_S
+) -> Node:
+    """Start a node `name` of the stack's Ray cluster and return it when its agent reports it healthy.
+
+    Raises StackError with the end of its log when it does not become healthy in time; nothing of it stays then.
+    """
+    taken: set[int] = set()
+    ports = {}
+    for role in NODE_PORTS:
+        ports[role] = choose_port(taken)
+        taken.add(ports[role])
+    log = stack.state_dir / "logs" / f"{name}.log"
+    command, env = _command_and_env(stack, ports, num_cpus, object_store_bytes)
+    tag = f"{name}@{stack.state_dir}"
+    pid, record = spawn(name, command, env, log, stack.state_dir, tag)
+    node = Node(replace(record, ports=ports), log)
+    deadline = time.monotonic() + timeout_s
+    try:
+        while not _healthy(ports["agent"]):
+            reap(pid)
+            if leader(record) is None or time.monotonic() > deadline:
+                raise StackError(f"{name}: the Ray node did not become healthy\n  last lines of {log}:\n{tail(log)}")
+            time.sleep(POLL_S)
+    except BaseException:  # an interrupt too
+        stop_node(node)
+        raise
+    return node
+
+
+def stop_node(node: Node) -> None:
+    """End every process of the node. Raises StackError when one survives."""
+    stop(node.record, STOP_GRACE_S)
+
+
+def _healthy(agent_port: int) -> bool:
+    try:
+        return services.get(agent_port, "/api/local_raylet_healthz")[0] == 200
+    except (OSError, http.client.HTTPException):
+        return False
+
+
+def _command_and_env(
+    stack: Stack, ports: dict[str, int], num_cpus: int, object_store_bytes: int
+) -> tuple[list[str], dict[str, str]]:
+    flags = {
+        "address": stack.ray_gcs_address,
+        "node-ip-address": HOST,
+        "node-manager-port": ports["node_manager"],
+        "object-manager-port": ports["object_manager"],
+        "dashboard-agent-listen-port": ports["agent"],
+        "dashboard-agent-grpc-port": ports["agent_grpc"],
+        "runtime-env-agent-port": ports["runtime_env_agent"],
+        "metrics-export-port": ports["metrics"],
+        "min-worker-port": 0,
+        "max-worker-port": 0,
+        "num-cpus": num_cpus,
+        "object-store-memory": object_store_bytes,
+    }
+    command = [services.executable("ray"), "start", "--block", "--disable-usage-stats", "--log-color=false"]
+    command += [f"--{name}={value}" for name, value in flags.items()]
+    env = services.full_env(stack)
+    env.pop("RAY_ADDRESS", None)
+    return command, env | {
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        "RAY_API_SERVER_ADDRESS": stack.ray_dashboard,
+    }
