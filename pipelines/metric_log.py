@@ -4,21 +4,21 @@
 of the call, and goes on trying while the server is away. A point leaves memory only once the server has taken its
 batch, so an outage loses nothing; a batch that is sent twice is stored once (MLflow drops equal points).
 
-What is still undelivered at `close` goes to a local file; `python -m pipelines.metric_log FILE` delivers it later.
+While the server is away the thread also writes the points to the run's outbox in storage, every `KEEP_EVERY_S`, and
+`close` writes what is left: the driver delivers the outbox at the end of the run (`pipelines.tracker`). A checkpoint
+holds `pending_points`, and the logger of the next start begins with them.
+
+A resumed training makes the steps after its checkpoint again. One value per metric and step is stored, the one that
+reached the server first: a new logger asks once which steps of a metric the run has and leaves those out (`Delivered`).
 """
 
-import json
 import logging
-import os
-import sys
-import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import requests
@@ -31,53 +31,62 @@ from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
 from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
 from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
-from pipelines.tracking import hide_passwords, limit_http_waits, require_tracking
+from pipelines import storage
+from pipelines.points import REFUSED_FOLDER, Point, keep_points
+from pipelines.tracking import RUN_FILE, hide_passwords, is_passing, limit_http_waits
 
 logger = logging.getLogger(__name__)
 
 POINTS_PER_BATCH = 1000
 GATHER_S = 0.5
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
+KEEP_EVERY_S = 30.0
 
 # Errors that sending again cannot mend: they are about the points themselves.
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 
 
-@dataclass(frozen=True)
-class Point:
-    """One value of one metric; `time_ms` is milliseconds since the epoch."""
-
-    name: str
-    value: float
-    time_ms: int
-    step: int
+class NoRunYetError(ValueError):
+    """The driver has not opened the MLflow run: the server has been away since the start."""
 
 
 @dataclass(frozen=True)
 class Delivery:
-    """What `MetricLogger.close` can say: points delivered, points not delivered, and the file that holds the latter."""
+    """What `MetricLogger.close` can say about the points it was given."""
 
     delivered: int
+    """Taken by the server."""
+    repeated: int
+    """Left out: the run had a value of that metric and step."""
+    refused: int
+    """Refused by the server for what they are, for example for a bad name."""
     undelivered: int
-    file: Path | None
+    """Kept in the run's outbox, or lost where storage was away, too (`kept` is False)."""
+    kept: bool
+    """Whether all that was refused or undelivered is in the outbox."""
 
 
 class MetricLogger:
     """Delivers the metrics of one run. Cheap to make and to pickle: the thread starts at the first `log`.
 
     Args:
-        run_id: of the run, which exists.
+        run_id: of the MLflow run; None asks `run.json` for it until the driver has opened the run.
         uri: of the tracking server.
-        folder: where undelivered points are written at the end; the system's temporary folder by default.
+        run_url: folder of the run in storage; without one, what is undelivered at `close` is lost.
+        initial: points to deliver first, in their order: the `pending_points` of the checkpoint that is resumed from.
     """
 
-    def __init__(self, run_id: str, uri: str, folder: str | None = None) -> None:
+    def __init__(self, run_id: str | None, uri: str, run_url: str | None = None, initial: Sequence[Point] = ()) -> None:
         self.run_id = run_id
         self.uri = uri
-        self.folder = folder
-        self._points: deque[Point] = deque()
+        self.run_url = run_url
+        self._points: deque[Point] = deque(initial)
         self._refused: list[Point] = []
         self._delivered = 0
+        self._repeated = 0
+        self._kept = 0  # the first points of the queue that are in the outbox, in `_kept_files`
+        self._kept_files: list[str] = []
+        self._kept_at = 0.0
         self._changed = threading.Condition()  # guards everything above and below
         self._closing = False
         self._given_up = False
@@ -85,7 +94,7 @@ class MetricLogger:
 
     def __reduce__(self) -> tuple[Any, ...]:
         assert not self._points, "a logger with undelivered points must not be pickled: they would be sent twice"
-        return MetricLogger, (self.run_id, self.uri, self.folder)
+        return MetricLogger, (self.run_id, self.uri, self.run_url)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Take the metrics of one step. Never waits for the server, never raises; non-finite values go as they are."""
@@ -101,80 +110,87 @@ class MetricLogger:
                 logger.warning("%d metrics came after the logger was closed; left out", len(points))
                 return
             self._points.extend(points)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._deliver_all, name="metric-logger", daemon=True)
-                self._thread.start()
+            self._start()
             self._changed.notify_all()
 
-    @property
-    def pending(self) -> int:
-        """Points that the server has not taken yet."""
+    def pending_points(self) -> list[Point]:
+        """Points that the server has not taken yet, oldest first, for a checkpoint. Waits for nobody."""
         with self._changed:
-            return len(self._points)
+            return list(self._points)
 
-    def close(self, deadline_s: float = 30.0) -> Delivery:
-        """Deliver what is left, for at most `deadline_s` seconds; the rest goes to a file. Never raises."""
+    def close(self, deadline_s: float = 15.0) -> Delivery:
+        """Deliver what is left, for at most `deadline_s` seconds, and with one last attempt where the server is away;
+        the rest goes to the run's outbox. Never raises."""
         with self._changed:
             self._closing = True
+            if self._points:
+                self._start()
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join(deadline_s)
         with self._changed:
             self._given_up = True
             self._changed.notify_all()
-            left = [*self._refused, *self._points]
+            undelivered, to_keep = len(self._points), list(islice(self._points, self._kept, None))
+            refused, self._refused = self._refused, []
             self._points.clear()
-            self._refused = []
-        if not left:
-            return Delivery(self._delivered, 0, None)
-        file = self._write(left)
-        logger.error(
-            "%d metric points of run %s were not delivered to %s; they are in %s "
-            "(deliver them later: python -m pipelines.metric_log FILE)",
-            *(len(left), self.run_id, hide_passwords(self.uri), file),
-        )
-        return Delivery(self._delivered, len(left), file)
+        kept = _try_to_keep(self.run_url, refused, REFUSED_FOLDER) is not None if refused else True
+        if to_keep:
+            kept = _try_to_keep(self.run_url, to_keep) is not None and kept
+        if undelivered and kept:
+            logger.warning(
+                "%d metric points did not reach MLflow yet; they are kept with the run, which delivers them at its end",
+                undelivered,
+            )
+        elif not kept:
+            logger.error(
+                "MLflow and storage are away: of %d undelivered metric points those after the last checkpoint are lost",
+                undelivered + len(refused),
+            )
+        return Delivery(self._delivered, self._repeated, len(refused), undelivered, kept)
 
-    def _write(self, points: Sequence[Point]) -> Path | None:
-        folder = Path(self.folder) if self.folder is not None else Path(tempfile.gettempdir())
-        path = folder / f"metrics-{self.run_id}-{_now_ms()}.jsonl"
-        lines = "".join(json.dumps({"run_id": self.run_id, **asdict(point)}) + "\n" for point in points)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(lines)
-        except OSError as error:
-            logger.error("%d metric points are lost: %s cannot be written: %s", len(points), path, error)
-            return None
-        return path
+    def _start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._deliver_all, name="metric-logger", daemon=True)
+            self._thread.start()
 
     def _deliver_all(self) -> None:
-        """The thread: batch by batch, oldest first, until closed and empty, or given up."""
+        """The thread: batch by batch, oldest first, until closed and empty or without a server, or given up."""
         limit_http_waits()
         client = MlflowClient(self.uri)
+        known: Delivered | None = None
         pause_s = 0.0
         while not self._given_up:
             batch = self._next_batch()
             if not batch:
                 return
             try:
-                refused = send(client, self.run_id, batch)
-            except (MlflowException, requests.RequestException, OSError) as error:
+                known = known or Delivered(client, self._find_run())
+                fresh = known.fresh(batch)
+                refused = send(client, known.run_id, fresh) if fresh else []
+            except (MlflowException, requests.RequestException, OSError, ValueError) as error:
                 if not pause_s:
                     shown = hide_passwords(str(error))[:200]
                     logger.warning("MLflow takes no metrics (%s); they are kept and sent later", shown)
                 pause_s = min(max(2 * pause_s, FIRST_PAUSE_S), LONGEST_PAUSE_S)
-                self._pause(pause_s)
+                if self._closing:
+                    return
+                self._keep()
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closing, pause_s)
                 continue
             if pause_s:
-                logger.warning("MLflow takes metrics again; %d points wait", self.pending)
+                logger.warning("MLflow takes metrics again; %d points wait", len(self.pending_points()))
                 pause_s = 0.0
-            with self._changed:
-                if self._given_up:
-                    return
-                for _ in batch:
-                    self._points.popleft()
-                self._refused += refused
-                self._delivered += len(batch) - len(refused)
+            self._took(len(batch), len(fresh) - len(refused), refused)
+
+    def _find_run(self) -> str:
+        """The run's id, from `run.json` where the driver had not opened the run when this logger was made."""
+        if self.run_id is None and self.run_url is not None:
+            self.run_id = storage.read_json(storage.join(self.run_url, RUN_FILE))["mlflow_run_id"]
+        if self.run_id is None:
+            raise NoRunYetError("the run is not open yet")
+        return self.run_id
 
     def _next_batch(self) -> list[Point]:
         """The oldest points, which stay in the queue; waits for some, and for those of the same moment to come along.
@@ -184,16 +200,81 @@ class MetricLogger:
             self._changed.wait_for(lambda: len(self._points) >= POINTS_PER_BATCH or self._closing, GATHER_S)
             return list(islice(self._points, POINTS_PER_BATCH))
 
-    def _pause(self, seconds: float) -> None:
-        """Wait before the next attempt; near the end only shortly."""
+    def _took(self, points: int, delivered: int, refused: Sequence[Point]) -> None:
+        """Let go of the first `points` of the queue."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closing, seconds)
-            if self._closing:
-                self._changed.wait_for(lambda: self._given_up, FIRST_PAUSE_S)
+            if self._given_up:
+                return
+            for _ in range(points):
+                self._points.popleft()
+            self._refused += refused
+            self._delivered += delivered
+            self._repeated += points - delivered - len(refused)
+            self._kept = max(0, self._kept - points)
+            emptied, self._kept_files = (self._kept_files, []) if not self._kept else ([], self._kept_files)
+        for url in emptied:
+            try:
+                storage.delete(url)
+            except storage.StorageError as error:  # harmless: the driver leaves out what the run has
+                logger.warning("%s was delivered but cannot be removed: %s", url, error)
+
+    def _keep(self) -> None:
+        """Write the points of the last KEEP_EVERY_S to the outbox, where they survive this process."""
+        if time.monotonic() - self._kept_at < KEEP_EVERY_S:
+            return
+        self._kept_at = time.monotonic()
+        with self._changed:
+            points = list(islice(self._points, self._kept, None))
+        url = _try_to_keep(self.run_url, points) if points else None
+        if url is not None:
+            with self._changed:
+                self._kept += len(points)
+                self._kept_files.append(url)
+
+
+def _try_to_keep(run_url: str | None, points: Sequence[Point], *folder: str) -> str | None:
+    if run_url is None:
+        return None
+    try:
+        return keep_points(run_url, points, *folder)
+    except storage.StorageError as error:
+        logger.warning("%d metric points cannot be written to the run's outbox: %s", len(points), error)
+        return None
 
 
 def _now_ms() -> int:
     return time.time_ns() // 1_000_000
+
+
+class Delivered:
+    """The steps of each metric that an MLflow run had before this process sent any; asked once per metric.
+
+    Equal points collapse in MLflow only with equal times, and the times of a step that is made again differ.
+    """
+
+    def __init__(self, client: MlflowClient, run_id: str) -> None:
+        self.run_id = run_id
+        self._client = client
+        self._names: frozenset[str] | None = None
+        self._steps: dict[str, set[int]] = {}
+
+    def fresh(self, points: Sequence[Point]) -> list[Point]:
+        """The points whose (name, step) the run does not have.
+
+        Raises:
+            MlflowException and requests' errors: when the server is away.
+        """
+        if self._names is None:
+            self._names = frozenset(self._client.get_run(self.run_id).data.metrics)
+        for name in {point.name for point in points} - self._steps.keys():
+            history = self._client.get_metric_history(self.run_id, name) if name in self._names else []
+            self._steps[name] = {metric.step for metric in history}
+        return [point for point in points if point.step not in self._steps[point.name]]
+
+    def add(self, points: Sequence[Point]) -> None:
+        """Count points that `fresh` has returned as delivered."""
+        for point in points:
+            self._steps[point.name].add(point.step)
 
 
 def send(client: MlflowClient, run_id: str, points: Sequence[Point]) -> list[Point]:
@@ -205,7 +286,7 @@ def send(client: MlflowClient, run_id: str, points: Sequence[Point]) -> list[Poi
     try:
         client.log_batch(run_id, [Metric(point.name, point.value, point.time_ms, point.step) for point in points])
     except MlflowException as error:
-        if error.error_code not in _REFUSALS:
+        if is_passing(error) or error.error_code not in _REFUSALS:
             raise
         if len(points) == 1:
             logger.warning("MLflow refuses metric %r: %s", points[0].name, str(error)[:200])
@@ -213,28 +294,6 @@ def send(client: MlflowClient, run_id: str, points: Sequence[Point]) -> list[Poi
         half = len(points) // 2  # one bad name must not hold back the others
         return send(client, run_id, points[:half]) + send(client, run_id, points[half:])
     return []
-
-
-def deliver_file(path: Path, uri: str) -> tuple[int, int]:
-    """Deliver a file that `MetricLogger.close` wrote; (delivered, refused). Delivering twice does no harm.
-
-    Raises:
-        ValueError: a line that is no metric point, by number.
-    """
-    by_run: dict[str, list[Point]] = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        try:
-            fields = json.loads(line)
-            point = Point(fields["name"], float(fields["value"]), int(fields["time_ms"]), int(fields["step"]))
-            by_run.setdefault(fields["run_id"], []).append(point)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number} is no metric point ({error})") from error
-    client = MlflowClient(uri)
-    refused = 0
-    for run_id, points in by_run.items():
-        for start in range(0, len(points), POINTS_PER_BATCH):
-            refused += len(send(client, run_id, points[start : start + POINTS_PER_BATCH]))
-    return sum(map(len, by_run.values())) - refused, refused
 
 
 class SystemMetrics:
@@ -258,6 +317,7 @@ class SystemMetrics:
             self._probes.append(GPUMonitor())
         except (ImportError, RuntimeError):
             logger.debug("no GPU metrics: nvidia-ml-py or a GPU is missing")
+        self._last_step = -1
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample_all, name="system-metrics", daemon=True)
 
@@ -283,18 +343,7 @@ class SystemMetrics:
             probe.collect_metrics()
             metrics |= {f"system/{name}": value for name, value in probe.aggregate_metrics().items()}
             probe.clear_metrics()
-        self._sink.log(metrics, (_now_ms() - self._run_start_ms) // 1000)
-
-
-def main(files: Sequence[str]) -> int:
-    """`python -m pipelines.metric_log FILE...`: deliver files of undelivered metrics to MLFLOW_TRACKING_URI."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    require_tracking(uri)
-    for name in files:
-        delivered, refused = deliver_file(Path(name), uri)
-        print(f"{name}: {delivered} metric points delivered to {hide_passwords(uri)}, {refused} refused")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+        step = (_now_ms() - self._run_start_ms) // 1000
+        if step > self._last_step:  # one value per metric and step
+            self._sink.log(metrics, step)
+        self._last_step = step

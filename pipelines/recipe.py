@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from meteor_model.architectures import Architecture, architecture, build_config
 from meteor_model.chat import chat_template
@@ -76,6 +76,18 @@ class TrackingSettings:
     """Name under which the trained model is registered."""
     parity_tolerance: float = 1e-3
     """Largest difference between the registered model's logits and the training model's."""
+    when_down: Literal["fail", "buffer"] = "fail"
+    """What to do where MLflow does not answer at the start. fail: an error before anything starts. buffer: train
+    without it; all records are kept with the run in storage and delivered when it answers, at the latest before the
+    model is registered. In the middle of a run, records are buffered either way."""
+    patience_s: float = 60.0
+    """Seconds for which a request to MLflow at the start and the end of a run is repeated before the run stops."""
+
+    def __post_init__(self) -> None:
+        if self.when_down not in ("fail", "buffer"):
+            raise SettingsError(f"tracking.when_down is {self.when_down!r}; it must be fail or buffer")
+        if not self.patience_s >= 0:
+            raise SettingsError(f"tracking.patience_s is {self.patience_s}; it must not be negative")
 
 
 @dataclass(frozen=True)

@@ -72,10 +72,8 @@ def build_summary(
 
 
 def store_summary(recipe: Recipe, run_url: str, summary: Mapping[str, Any], pictures: Path) -> None:
-    """Beside the run in storage, and in `run.output` where that is set."""
+    """Beside the run in storage, and with the pictures in `run.output` where that is set."""
     storage.write_json(storage.join(run_url, SUMMARY_FILE), summary)
-    for picture in sorted(pictures.iterdir()):
-        storage.write_bytes(storage.join(run_url, "pictures", picture.name), picture.read_bytes())
     if recipe.run.output is not None:
         output = Path(recipe.run.output)
         shutil.rmtree(output / "pictures", ignore_errors=True)

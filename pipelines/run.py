@@ -8,7 +8,9 @@
 6. register   a new version in MLflow's registry, with an alias
 7. report     summary.json
 
-Killed anywhere and started again under the same name, a run goes on with the first phase that is not complete.
+Killed anywhere and started again under the same name, a run goes on with the first phase that is not complete. Where
+MLflow is away in the middle, training goes on; at the end the run stops with an error, and the same command delivers
+what was kept and registers the model.
 """
 
 from __future__ import annotations
@@ -16,19 +18,19 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mlflow import MlflowClient
-
 from meteor_model.configuration_meteor import MeteorConfig
 from pipelines import shards, storage
 from pipelines.assemble import assemble_training
 from pipelines.checkpoint import run_url
-from pipelines.finish import export, look, register
+from pipelines.evaluate import Answer
+from pipelines.finish import EXPORT_FOLDER, export, look, register, undelivered_points
 from pipelines.making import differences, make_shards
 from pipelines.metric_log import MetricLogger, SystemMetrics
 from pipelines.recipe import Recipe
@@ -36,11 +38,11 @@ from pipelines.report import build_summary, load_summary, readable, store_summar
 from pipelines.settings import SettingsError
 from pipelines.sources.openmoji import OpenMoji
 from pipelines.start import loaded_parts, prepare_start
-from pipelines.tracking import finish_run, git_commit, log_documents, open_run, require_tracking
+from pipelines.tracker import RunRequest, Tracker
+from pipelines.tracking import RUN_FILE, TrackingAwayError, git_commit, require_tracking
 from pipelines.training import fit
 
 JobName = Literal["pretrain", "finetune"]
-RUN_FILE = "run.json"
 
 
 @dataclass
@@ -64,9 +66,11 @@ class RunHandle:
 
     name: str
     url: str
-    mlflow_run_id: str
-    mlflow_start_ms: int
     commit: str
+    training_id: str
+    """Made before the MLflow run, which carries it as a tag: so the run of a start that died in between is found."""
+    started_ms: int
+    """Milliseconds since the epoch: the first start, and the start of the MLflow run."""
 
 
 def run_job(recipe: Recipe, job: JobName) -> dict[str, Any]:
@@ -84,33 +88,48 @@ def run_job(recipe: Recipe, job: JobName) -> dict[str, Any]:
         if finished:
             print(f"run {name} is finished; choose another --run.name to train again", flush=True)
             return load_summary(recipe, url)
-        run = _open(recipe, job, name, manifest)
-    logger = MetricLogger(run.mlflow_run_id, recipe.tracking.uri)
-    system = SystemMetrics(logger, run.mlflow_start_ms)
+        run, tracker = _open(recipe, job, name, manifest)
+    logger = MetricLogger(tracker.run_id, recipe.tracking.uri, run.url)
+    system = SystemMetrics(logger, run.started_ms)
     system.start()
     try:
-        summary = _phases(recipe, job, run, manifest, phases)
-    except BaseException:
-        finish_run(recipe.tracking.uri, run.mlflow_run_id, "FAILED")
+        try:
+            summary, answers = _phases(recipe, job, run, tracker, manifest, phases)
+        finally:
+            system.stop()
+            logger.close()
+        tracker.finish()
+    except BaseException as error:
+        tracker.fail()
+        if isinstance(error, TrackingAwayError):
+            raise TrackingAwayError(f"{error}. {_how_to_go_on(run, phases)}") from error
         raise
-    finally:
-        system.stop()
-        logger.close()
-    finish_run(recipe.tracking.uri, run.mlflow_run_id)
+    _store_run(recipe, job, run, tracker.run_id, finished=True)
+    print("\n" + readable(summary, answers), flush=True)
     return summary
 
 
-def _phases(recipe: Recipe, job: JobName, run: RunHandle, manifest: shards.Manifest, phases: Phases) -> dict[str, Any]:
+def _how_to_go_on(run: RunHandle, phases: Phases) -> str:
+    model = f"The trained model is in {storage.join(run.url, EXPORT_FOLDER)}. " if "export" in phases.seconds else ""
+    return (
+        f"{model}Start MLflow and give the same command again with --run.name {run.name}: it goes on with the first "
+        "phase that is not complete"
+    )
+
+
+def _phases(
+    recipe: Recipe, job: JobName, run: RunHandle, tracker: Tracker, manifest: shards.Manifest, phases: Phases
+) -> tuple[dict[str, Any], list[Answer]]:
     with phases("calibrate", "start model, ranks of the feature maps, budgets"):
         ranks = prepare_start(recipe, manifest, run.url)
         if parts := loaded_parts(run.url):
-            log_documents(recipe.tracking.uri, run.mlflow_run_id, {"parts.json": parts})
+            tracker.log_documents({"parts.json": parts})
         for part in parts:
             print(f"  {part['name']}: {part['source']}, sha256 {part['sha256'][:12]}", flush=True)
         for name, budget in ranks["budgets"].items():
             print(f"  {name}: keeps {' -> '.join(map(str, budget))} tokens", flush=True)
     with phases("train", f"{recipe.training.workers} workers, ZeRO-3"):
-        training = assemble_training(recipe, manifest, run.name, run.url, run.mlflow_run_id)
+        training = assemble_training(recipe, manifest, run.name, run.url, tracker.run_id)  # type: ignore[arg-type]
         checkpoint = fit(training).checkpoint
     state = checkpoint.state
     with tempfile.TemporaryDirectory(prefix="meteor-export-") as name:
@@ -118,12 +137,14 @@ def _phases(recipe: Recipe, job: JobName, run: RunHandle, manifest: shards.Manif
         with phases("export", "consolidate, solve lambda, reload, compare logits"):
             parity = export(recipe, run.url, manifest, checkpoint, folder)
         with phases("look", "held-out answers and pictures of the kept tokens"):
-            answers = look(recipe, run.mlflow_run_id, manifest, state, ranks, folder, pictures)
+            answers = look(recipe, run.url, tracker, manifest, checkpoint, ranks, folder, pictures)
         with phases("register", f"{recipe.tracking.registered_model} in MLflow"):
-            version = register(recipe, job, run.mlflow_run_id, state, parity, run.commit, run.name, folder)
+            tracker.log_points(undelivered_points(checkpoint))
+            mlflow_run_id = tracker.settle()
+            version = register(recipe, job, mlflow_run_id, state, parity, run.commit, run.name, folder)
         summary = build_summary(
             run_name=run.name,
-            mlflow_run_id=run.mlflow_run_id,
+            mlflow_run_id=mlflow_run_id,
             expected=training.expected_samples,
             state=state,
             ranks=ranks,
@@ -135,16 +156,15 @@ def _phases(recipe: Recipe, job: JobName, run: RunHandle, manifest: shards.Manif
             wall_s=phases.seconds,
         )
         store_summary(recipe, run.url, summary, pictures)
-    storage.write_json(storage.join(run.url, RUN_FILE), {**_identity(recipe, job, run), "finished": True})
-    print("\n" + readable(summary, answers), flush=True)
-    return summary
+    return summary, answers
 
 
 # ------------------------------------------------------------------------------------------------------------- prepare
 
 
 def check_places(recipe: Recipe) -> None:
-    """Storage, its bucket and MLflow answer, before anything is started.
+    """Storage, its bucket and MLflow answer, before anything is started; with `tracking.when_down` buffer, MLflow may
+    be away, but not misnamed.
 
     Raises:
         SettingsError: for an address that is not set.
@@ -156,7 +176,12 @@ def check_places(recipe: Recipe) -> None:
             "(`make up` and `python -m infra.local run -- ...` do it for the local stack)"
         )
     storage.require_bucket(recipe.run.storage)
-    require_tracking(recipe.tracking.uri)
+    try:
+        require_tracking(recipe.tracking.uri)
+    except TrackingAwayError as error:
+        if recipe.tracking.when_down == "fail":
+            raise TrackingAwayError(f"{error}; or train without it: --tracking.when-down buffer") from error
+        print(f"  {error}\n  its records are kept with the run until it answers", flush=True)
 
 
 def ensure_shards(recipe: Recipe) -> shards.Manifest:
@@ -223,32 +248,61 @@ def _stored(recipe: Recipe, name: str) -> dict[str, Any] | None:
     return stored
 
 
-def _identity(recipe: Recipe, job: JobName, run: RunHandle) -> dict[str, Any]:
-    return {"job": job, "settings": recipe.identity(), "mlflow_run_id": run.mlflow_run_id, "commit": run.commit}
+def _store_run(recipe: Recipe, job: JobName, run: RunHandle, mlflow_run_id: str | None, *, finished: bool) -> None:
+    record = {
+        "job": job,
+        "settings": recipe.identity(),
+        "commit": run.commit,
+        "training_id": run.training_id,
+        "started_ms": run.started_ms,
+        "mlflow_run_id": mlflow_run_id,
+        "finished": finished,
+    }
+    storage.write_json(storage.join(run.url, RUN_FILE), record)
 
 
-def _open(recipe: Recipe, job: JobName, name: str, manifest: shards.Manifest) -> RunHandle:
-    """The run's file in storage and its MLflow run, new or opened again."""
+def _open(recipe: Recipe, job: JobName, name: str, manifest: shards.Manifest) -> tuple[RunHandle, Tracker]:
+    """The run's file in storage, and its MLflow run, new or opened again, or to be opened when MLflow is there.
+
+    The file is written first: what a start that dies here has made, the next one finds.
+    """
     stored = _stored(recipe, name)
-    commit = git_commit(Path.cwd())
-    run_id = open_run(
-        recipe.tracking.uri,
+    known = {"training_id": uuid.uuid4().hex, "started_ms": time.time_ns() // 1_000_000, **(stored or {})}
+    run = RunHandle(
+        name, run_url(recipe.run.storage, name), git_commit(Path.cwd()), known["training_id"], known["started_ms"]
+    )
+    run_id = stored["mlflow_run_id"] if stored else None
+    _store_run(recipe, job, run, run_id, finished=False)
+    storage.write_json(storage.join(run.url, "recipe.json"), recipe.to_dict())
+    request = RunRequest(
         experiment=recipe.tracking.experiment,
         run_name=name,
         settings=recipe.to_dict(),
         tags={
             "job": job,
             "recipe": recipe.name,
-            "git_commit": commit,
+            "git_commit": run.commit,
+            "run_url": run.url,
             "manifest": manifest.url,
             "manifest_sha256": manifest.sha256,
         },
         documents={"recipe.json": recipe.to_dict()},
-        run_id=stored["mlflow_run_id"] if stored else None,
+        training_id=run.training_id,
+        started_ms=run.started_ms,
     )
-    started_ms = MlflowClient(recipe.tracking.uri).get_run(run_id).info.start_time
-    run = RunHandle(name, run_url(recipe.run.storage, name), run_id, started_ms, commit)
-    storage.write_json(storage.join(run.url, RUN_FILE), {**_identity(recipe, job, run), "finished": False})
-    storage.write_json(storage.join(run.url, "recipe.json"), recipe.to_dict())
-    print(f"  run {name} ({'continued' if stored else 'new'}), MLflow run {run_id}", flush=True)
-    return run
+    tracker = Tracker(
+        recipe.tracking.uri,
+        run.url,
+        request,
+        run_id=run_id,
+        store_run_id=lambda opened: _store_run(recipe, job, run, opened, finished=False),
+        patience_s=recipe.tracking.patience_s,
+    )
+    if recipe.tracking.when_down == "fail":
+        tracker.open()
+    tracker.start()
+    print(
+        f"  run {name} ({'continued' if stored else 'new'}), MLflow run {tracker.run_id or '(when MLflow is there)'}",
+        flush=True,
+    )
+    return run, tracker

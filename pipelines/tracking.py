@@ -5,8 +5,9 @@
 3. `log_documents`, `log_files`  recipe, ranks, pictures: kept with the run
 4. `finish_run`
 
-Calls on the driver wait out a short absence of the server (`PATIENCE_S`) and then fail with a TrackingError. No value
-of a setting whose name looks like a credential leaves the process: everything passes `redact`.
+Calls on the driver wait out a short absence of the server (`patience_s`) and then fail with a TrackingAwayError; what a
+job does meanwhile is in `pipelines.tracker`. No value of a setting whose name looks like a credential leaves the
+process: everything passes `redact`.
 """
 
 import itertools
@@ -19,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -29,14 +31,18 @@ from mlflow import MlflowClient
 from mlflow.entities import Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.utils.credentials import get_default_host_creds
-from mlflow.utils.rest_utils import http_request
+from mlflow.utils.rest_utils import http_request, verify_rest_response
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
 PATIENCE_S = 60.0
-"""Seconds for which a call on the driver outlasts an absent server."""
+"""Seconds for which a call on the driver outlasts an absent server, where nothing else is said."""
+RUN_FILE = "run.json"
+"""In a run's folder in storage: what the run belongs to, the id of its MLflow run included once that is open."""
+TRAINING_TAG = "training_id"
+"""Tag of an MLflow run with the id that its training had before the run was made."""
 MAX_VALUE = 500
 """Characters of a parameter value: what every server version accepts; the whole value is in recipe.json."""
 MAX_KEY = 250
@@ -62,6 +68,10 @@ _SIGNATURE = re.compile(r"(?i)((?:x-amz-(?:signature|credential|security-token)|
 
 class TrackingError(ValueError):
     """The tracking server, a run or a registered model cannot be used; the message says what to do."""
+
+
+class TrackingAwayError(TrackingError):
+    """The tracking server, its database or its artifact store does not answer; later it may."""
 
 
 def limit_http_waits() -> None:
@@ -148,7 +158,8 @@ def require_tracking(uri: str, timeout_s: float = 10.0) -> None:
     """Check at the start of a job that the tracking server answers, database included, within `timeout_s`.
 
     Raises:
-        TrackingError: that names the address, what happened, and what to do.
+        TrackingAwayError: a server that does not answer, or with an error of its own.
+        TrackingError: an address that cannot be right, a refused login. Both say what happened and what to do.
     """
     limit_http_waits()
     if not uri:
@@ -161,16 +172,18 @@ def require_tracking(uri: str, timeout_s: float = 10.0) -> None:
             f"the MLflow tracking URI {shown} is not an http(s) address: workers on other machines could not reach it; "
             "start a server (`mlflow server`, or `make up` here) and give its address"
         )
-    problem = _probe(uri, timeout_s)
+    problem, away = _probe(uri, timeout_s)
     if problem is not None:
-        raise TrackingError(
+        kind = TrackingAwayError if away else TrackingError
+        raise kind(
             f"the MLflow tracking server at {shown} cannot be used: {problem}. Start it (`make up` here, `make status` "
             "shows what runs), or set MLFLOW_TRACKING_URI to one that runs"
         )
 
 
-def _probe(uri: str, timeout_s: float) -> str | None:
-    """What is wrong with the server, or None. The search goes to its database, which /health does not."""
+def _probe(uri: str, timeout_s: float) -> tuple[str | None, bool]:
+    """What is wrong with the server, or None, and whether that may pass. The search goes to its database, which
+    /health does not."""
     endpoint = "/api/2.0/mlflow/experiments/search"
     try:
         response = http_request(
@@ -183,19 +196,18 @@ def _probe(uri: str, timeout_s: float) -> str | None:
             raise_on_status=False,
         )
     except (MlflowException, requests.RequestException) as error:
-        return hide_passwords(_short_cause(error, timeout_s))
+        return hide_passwords(_short_cause(error, timeout_s)), True
     if response.status_code in (401, 403):
-        return (
-            f"it refused our login (HTTP {response.status_code}); "
-            "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
-        )
+        login = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+        return f"it refused our login (HTTP {response.status_code}); {login}", False
     if response.status_code != 200:
-        return f"it answered HTTP {response.status_code} to {endpoint}: {response.text[:200].strip()}"
+        answered = f"it answered HTTP {response.status_code} to {endpoint}: {response.text[:200].strip()}"
+        return answered, response.status_code >= 500 or response.status_code == 429
     try:
         answer = response.json()
     except requests.JSONDecodeError:
         answer = None
-    return None if isinstance(answer, dict) else "what answers there is not MLflow"
+    return None if isinstance(answer, dict) else "what answers there is not MLflow", False
 
 
 def _short_cause(error: Exception, timeout_s: float) -> str:
@@ -211,6 +223,9 @@ def _short_cause(error: Exception, timeout_s: float) -> str:
 def is_passing(error: Exception) -> bool:
     """Whether an error of MLflow may go away by itself (server gone, overloaded, its store away)."""
     if isinstance(error, MlflowException):  # a request that got no answer counts as INTERNAL_ERROR
+        # Some faults of the server's database (no free connection, a connection cut) come as BAD_REQUEST.
+        if error.error_code == "BAD_REQUEST" and "sqlalche.me" in str(error):
+            return True
         return error.error_code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
     if isinstance(error, requests.HTTPError) and error.response is not None:
         return error.response.status_code >= 500 or error.response.status_code == 429
@@ -221,7 +236,8 @@ def patiently(what: str, action: Callable[[], T], patience_s: float = PATIENCE_S
     """The action's result; tried again with growing pauses while the server is away.
 
     Raises:
-        TrackingError: naming `what`, after `patience_s` or at once where trying again cannot help.
+        TrackingAwayError: naming `what`, after `patience_s`.
+        TrackingError: at once, where trying again cannot help.
     """
     deadline, pause = time.monotonic() + patience_s, 0.5
     while True:
@@ -232,7 +248,7 @@ def patiently(what: str, action: Callable[[], T], patience_s: float = PATIENCE_S
             if not is_passing(error):
                 raise TrackingError(f"MLflow refused {what}: {shown}") from error
             if time.monotonic() + pause > deadline:
-                raise TrackingError(f"MLflow did not take {what} within {patience_s:g} s: {shown}") from error
+                raise TrackingAwayError(f"MLflow did not take {what} within {patience_s:g} s: {shown}") from error
             logger.warning("MLflow does not take %s; trying again in %.1f s", what, pause)
         time.sleep(pause)
         pause = min(2 * pause, 8.0)
@@ -265,6 +281,9 @@ def open_run(
     tags: Mapping[str, str],
     documents: Mapping[str, Any],
     run_id: str | None = None,
+    training_id: str | None = None,
+    started_ms: int | None = None,
+    patience_s: float = PATIENCE_S,
 ) -> str:
     """Open the run of a training, a new one or, to resume, the one of `run_id`.
 
@@ -277,29 +296,68 @@ def open_run(
         documents: file name -> plain data, stored as JSON artifacts (recipe.json, ranks.json).
         run_id: of the run to open again. Parameters never change in MLflow: those that differ now become tags
             `resumed.NAME`; documents are replaced.
+        training_id: becomes the tag TRAINING_TAG of a new run. A run that has it already is opened again: it was made
+            by a driver that died before it could store the run's id.
+        started_ms: start of a new run, milliseconds since the epoch; now by default.
+        patience_s: for each call.
 
     Returns:
         The run id.
 
     Raises:
-        TrackingError: an unreachable server, a deleted experiment or run.
+        TrackingAwayError: an unreachable server.
+        TrackingError: a deleted experiment or run.
     """
     client = MlflowClient(uri)
     known: dict[str, str] = {}
     if run_id is None:
-        experiment_id = patiently(f"experiment {experiment!r}", lambda: _experiment_id(client, experiment))
-        opened = patiently(f"the new run {run_name!r}", lambda: client.create_run(experiment_id, run_name=run_name))
-        run_id = str(opened.info.run_id)
+        experiment_id = patiently(f"experiment {experiment!r}", lambda: _experiment_id(client, experiment), patience_s)
+
+        def find_or_create() -> tuple[str, bool]:
+            found = _find_run(client, experiment_id, training_id) if training_id else None
+            return (
+                (found, True) if found else (_create_run(uri, experiment_id, run_name, training_id, started_ms), False)
+            )
+
+        run_id, adopted = patiently(f"the new run {run_name!r}", find_or_create, patience_s)
     else:
+        adopted = True
+    if adopted:
         resumed = run_id
-        known = patiently(f"the resumed run {resumed}", lambda: _reopen(client, resumed))
+        known = patiently(f"the resumed run {resumed}", lambda: _reopen(client, resumed), patience_s)
     params = flatten(settings)
     changed = {f"resumed.{name}": text for name, text in params.items() if known.get(name, text) != text}
     all_tags = {**redact(tags), "run_name": run_name, **changed}
-    log_params(uri, run_id, {name: text for name, text in params.items() if name not in known})
-    set_tags(uri, run_id, all_tags)
-    log_documents(uri, run_id, documents)
+    log_params(uri, run_id, {name: text for name, text in params.items() if name not in known}, patience_s)
+    set_tags(uri, run_id, all_tags, patience_s)
+    log_documents(uri, run_id, documents, patience_s)
     return run_id
+
+
+def _find_run(client: MlflowClient, experiment_id: str, training_id: str) -> str | None:
+    found = client.search_runs([experiment_id], f"tags.{TRAINING_TAG} = '{training_id}'", max_results=2)
+    if len(found) > 1:
+        raise TrackingError(
+            f"MLflow has two runs of training {training_id} in experiment {experiment_id}: delete the one without "
+            "metrics"
+        )
+    return str(found[0].info.run_id) if found else None
+
+
+def _create_run(uri: str, experiment_id: str, run_name: str, training_id: str | None, started_ms: int | None) -> str:
+    """Asks once: MLflow's client repeats a request whose answer was lost, and a second run would come of it."""
+    endpoint = "/api/2.0/mlflow/runs/create"
+    body = {
+        "experiment_id": experiment_id,
+        "run_name": run_name,
+        "start_time": started_ms if started_ms is not None else time.time_ns() // 1_000_000,
+        "tags": [{"key": TRAINING_TAG, "value": training_id}] if training_id else [],
+    }
+    response = http_request(
+        get_default_host_creds(uri), endpoint, "POST", json=body, max_retries=0, raise_on_status=False
+    )
+    created: dict[str, Any] = verify_rest_response(response, endpoint).json()
+    return str(created["run"]["info"]["run_id"])
 
 
 def _experiment_id(client: MlflowClient, name: str) -> str:
@@ -338,18 +396,18 @@ def _reopen(client: MlflowClient, run_id: str) -> dict[str, str]:
     return dict(run.data.params)
 
 
-def log_params(uri: str, run_id: str, params: Mapping[str, str]) -> None:
+def log_params(uri: str, run_id: str, params: Mapping[str, str], patience_s: float = PATIENCE_S) -> None:
     """Parameters that the run does not have yet, in batches that MLflow accepts."""
     client = MlflowClient(uri)
     for batch in _batches([Param(name, text) for name, text in params.items()]):
-        patiently(f"parameters of run {run_id}", lambda batch=batch: client.log_batch(run_id, params=batch))  # type: ignore[misc]
+        patiently(f"parameters of run {run_id}", partial(client.log_batch, run_id, params=batch), patience_s)
 
 
-def set_tags(uri: str, run_id: str, tags: Mapping[str, str]) -> None:
+def set_tags(uri: str, run_id: str, tags: Mapping[str, str], patience_s: float = PATIENCE_S) -> None:
     """Tags of the run; those it has already are replaced."""
     client = MlflowClient(uri)
     for batch in _batches([RunTag(_entry_name(name), str(text)) for name, text in tags.items()]):
-        patiently(f"tags of run {run_id}", lambda batch=batch: client.log_batch(run_id, tags=batch))  # type: ignore[misc]
+        patiently(f"tags of run {run_id}", partial(client.log_batch, run_id, tags=batch), patience_s)
 
 
 def _batches(entries: Sequence[T]) -> Iterator[Sequence[T]]:
@@ -357,32 +415,39 @@ def _batches(entries: Sequence[T]) -> Iterator[Sequence[T]]:
         yield entries[start : start + ENTRIES_PER_BATCH]
 
 
-def log_documents(uri: str, run_id: str, documents: Mapping[str, Any]) -> None:
-    """Plain data as JSON artifacts: file name -> mapping, sequence or dataclass; credentials are redacted."""
+def document(content: Any) -> bytes:
+    """Plain data (mapping, sequence or dataclass) as the bytes of a JSON file; credentials are redacted."""
+    return (json.dumps(redact(content), indent=2, sort_keys=True) + "\n").encode()
+
+
+def log_documents(uri: str, run_id: str, documents: Mapping[str, Any], patience_s: float = PATIENCE_S) -> None:
+    """Plain data as JSON artifacts: file name -> what `document` takes."""
     with tempfile.TemporaryDirectory(prefix="meteor-documents-") as folder:
         for name, content in documents.items():
             path = Path(folder) / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(redact(content), indent=2, sort_keys=True) + "\n")
+            path.write_bytes(document(content))
         if documents:
-            log_files(uri, run_id, Path(folder))
+            log_files(uri, run_id, Path(folder), patience_s=patience_s)
 
 
-def log_files(uri: str, run_id: str, path: Path, artifact_path: str | None = None) -> None:
+def log_files(
+    uri: str, run_id: str, path: Path, artifact_path: str | None = None, patience_s: float = PATIENCE_S
+) -> None:
     """A file, or everything in a folder, as artifacts of the run under `artifact_path`.
 
     Raises:
-        TrackingError: a missing file, or a server that is away for longer than PATIENCE_S.
+        TrackingError: a missing file, or a server that is away for longer than `patience_s`.
     """
     if not path.exists():
         raise TrackingError(f"{path} does not exist and cannot be logged to run {run_id}")
     client = MlflowClient(uri)
     log = client.log_artifacts if path.is_dir() else client.log_artifact
-    patiently(f"{path.name} as an artifact of run {run_id}", lambda: log(run_id, str(path), artifact_path))
+    patiently(f"{path.name} as an artifact of run {run_id}", lambda: log(run_id, str(path), artifact_path), patience_s)
 
 
-def finish_run(uri: str, run_id: str, status: str = "FINISHED") -> None:
+def finish_run(uri: str, run_id: str, status: str = "FINISHED", patience_s: float = PATIENCE_S) -> None:
     """Close the run as FINISHED, FAILED or KILLED."""
     if status not in ("FINISHED", "FAILED", "KILLED"):
         raise ValueError(f"a run ends as FINISHED, FAILED or KILLED, not {status!r}")
-    patiently(f"the end of run {run_id}", lambda: MlflowClient(uri).set_terminated(run_id, status))
+    patiently(f"the end of run {run_id}", lambda: MlflowClient(uri).set_terminated(run_id, status), patience_s)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import subprocess
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import mlflow
@@ -16,6 +14,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from pipelines.tracking import (
+    TrackingAwayError,
     TrackingError,
     finish_run,
     git_commit,
@@ -24,7 +23,7 @@ from pipelines.tracking import (
     patiently,
     require_tracking,
 )
-from tests.registry.conftest import Server, free_port
+from tests.registry.conftest import Server, answering, free_port
 
 pytestmark = pytest.mark.stack
 
@@ -60,20 +59,9 @@ def test_a_silent_server_is_a_quick_clear_error() -> None:
 
 @pytest.mark.parametrize(("status", "message"), [(200, "not MLflow"), (401, "refused our login"), (500, "HTTP 500")])
 def test_other_answers_are_named(status: int, message: str) -> None:
-    class Other(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(b"<html>hello</html>")
-
-        def log_message(self, *arguments: object) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Other) as other:
-        threading.Thread(target=other.serve_forever, daemon=True).start()
-        with pytest.raises(TrackingError, match=message):
-            require_tracking(f"http://127.0.0.1:{other.server_port}", timeout_s=5)
-        other.shutdown()
+    with answering(status, "<html>hello</html>") as uri, pytest.raises(TrackingError, match=message) as caught:
+        require_tracking(uri, timeout_s=5)
+    assert isinstance(caught.value, TrackingAwayError) == (status == 500)
 
 
 @pytest.mark.parametrize(("uri", "message"), [("", "MLFLOW_TRACKING_URI"), ("sqlite:///x.db", "not an http")])
