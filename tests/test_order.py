@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.order import VOID_EPOCH, StreamPlan, WorkItem
+from pipelines.ledger import Ledger
+from pipelines.order import VOID_EPOCH, Locations, StreamPlan, WorkItem
 
 Row = tuple[int, int, int]
 
@@ -38,12 +39,20 @@ def enumerate_rows(plan: StreamPlan) -> list[Row]:
     return rows
 
 
+def rows_of(locations: Locations) -> list[Row]:
+    """(epoch, shard, index) of every row; the dataset is 0 or, of void rows, -1."""
+    dataset, *others = (column.tolist() for column in locations.columns)
+    rows = list(zip(*others, strict=True))
+    assert dataset == [-1 if row == (-1, -1, -1) else 0 for row in rows]
+    return rows
+
+
 def item_rows(item: WorkItem) -> list[Row]:
-    return list(zip(*(column.tolist() for column in item.locations().columns), strict=True))
+    return rows_of(item.locations())
 
 
 def located(plan: StreamPlan, rows: list[int]) -> list[Row]:
-    return list(zip(*(column.tolist() for column in plan.locate(np.array(rows, dtype=np.int64)).columns), strict=True))
+    return rows_of(plan.locate(np.array(rows, dtype=np.int64)))
 
 
 plans = st.builds(
@@ -95,6 +104,20 @@ def test_any_range_of_rows_is_that_slice_of_the_stream(plan: StreamPlan, data: s
         assert len(item.shards) <= plan.window_shards
     windows = [(item.epoch, item.window) for item in items]
     assert len(set(windows)) == len(windows), "a window is read once"
+
+
+@given(plans, st.data())
+def test_the_consumed_samples_are_those_of_the_first_rows(plan: StreamPlan, data: st.DataObject) -> None:
+    rows = data.draw(st.integers(0, plan.total_rows))
+    ledger = Ledger([plan.shard_samples])
+    ledger.add(*(column[: plan.total_samples] for column in plan.locate(np.arange(rows)).columns))
+    planned = plan.consumed(rows)
+    assert planned == ledger
+    assert planned.to_bytes() == ledger.to_bytes()
+    assert planned.trained == min(rows, plan.total_samples)
+    for outside in (-1, plan.total_rows + 1):
+        with pytest.raises(ValueError, match="no part of this stream"):
+            plan.consumed(outside)
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=6).filter(any), st.integers(0, 99), st.integers(1, 3))
