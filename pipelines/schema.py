@@ -27,8 +27,12 @@ Reason = Literal[
     "undecodable_image",
     "image_too_large",
     "too_long",
+    "bad_shard",
 ]
 REASONS: tuple[str, ...] = get_args(Reason)
+
+# A member that no tar can hold (extensions are lower-case, without a slash): the sample's shard could not be used.
+_BAD_SHARD_MEMBER = "BAD/SHARD"
 
 _ROLE_OF_SPEAKER: dict[str, Role] = {"human": "user", "gpt": "assistant", "system": "system"}
 _IMAGE_MEMBER = re.compile(rf"^(?:(\d{{1,6}})\.)?({'|'.join(IMAGE_EXTENSIONS)})$", re.IGNORECASE)
@@ -151,12 +155,19 @@ def check_placeholders(turns: Sequence[Turn], num_images: int) -> None:
         raise SampleError("placeholder_excess", detail)
 
 
+def bad_shard_members(detail: str) -> dict[str, bytes]:
+    """Members that stand for a sample whose shard cannot be used: `parse_sample` raises SampleError("bad_shard")."""
+    return {_BAD_SHARD_MEMBER: detail.encode()}
+
+
 def parse_sample(key: str, members: Mapping[str, bytes]) -> RawSample:
     """The sample of one key from its members by extension; members that are neither record nor image are left out.
 
     Raises SampleError with one of the reasons missing_json, bad_json, bad_conversation, placeholder_missing,
-    placeholder_excess. Images are not decoded here.
+    placeholder_excess, bad_shard. Images are not decoded here.
     """
+    if _BAD_SHARD_MEMBER in members:
+        raise SampleError("bad_shard", members[_BAD_SHARD_MEMBER].decode())
     records = [name for name in members if name.lower() == RECORD_EXTENSION]
     if not records:
         raise SampleError("missing_json", f"no {key}.json; members: {', '.join(sorted(members)) or 'none'}")

@@ -267,6 +267,11 @@ class DataSettings:
     """Held-out samples for the loss at the end of training."""
     window_shards: int = 4
     """Consecutive shards of an epoch whose samples are shuffled together."""
+    read_patience_s: float = 120.0
+    """Seconds for which reading outlasts a storage that fails or restarts, counted from the first fault."""
+    bad_shards: Literal["fail", "drop"] = "fail"
+    """A shard that is missing, damaged, or not the one the manifest describes: stop, or drop all its samples as
+    bad_shard, counted under max_drop_share."""
     max_length: int = 512
     """Longest sample in tokens, visual tokens included; longer samples are dropped as too_long."""
     data_task_cpus: float = 0.5
@@ -277,6 +282,8 @@ class DataSettings:
     def __post_init__(self) -> None:
         for name in ("heldout_samples", "window_shards", "max_length", "data_tasks"):
             _require(self.__dict__[name] >= 1, f"{name} is {self.__dict__[name]}; it must be at least 1")
+        _require(self.read_patience_s >= 0, f"read_patience_s is {self.read_patience_s}; it must not be negative")
+        _require(self.bad_shards in ("fail", "drop"), f"bad_shards is {self.bad_shards!r}; it must be 'fail' or 'drop'")
         _require(self.data_task_cpus > 0, f"data_task_cpus is {self.data_task_cpus}; it must be above 0")
         _require(
             self.train_split != self.heldout_split,

@@ -13,20 +13,23 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines import storage
+from pipelines.patience import FIRST_PAUSE_S, PATIENCE_S
+from pipelines.schema import bad_shard_members
 from pipelines.tars import Members, ShardContents, ShardError, looks_like_tar, pack_shard, parse_shard
 
 MANIFEST_NAME = "manifest.parquet"
 FORMAT_VERSION = 1
 SPEC_KEY = b"meteor.spec"
-READ_ATTEMPTS = 4
-BACKOFF_S = 0.25
+AT_REST_READS = 4
 SAMPLES_PER_SHARD = 256
+BadShards = Literal["fail", "drop"]
+"""What becomes of a shard that is missing or damaged at rest."""
 _SPLIT_NAME = re.compile(r"^[a-z][a-z0-9_]*$")
 
 MANIFEST_SCHEMA = pa.schema(
@@ -120,14 +123,14 @@ def save_manifest(url: str, shards: Iterable[ShardInfo], spec: Mapping[str, Any]
     return manifest
 
 
-def load_manifest(url: str) -> Manifest:
-    """Read the manifest of a dataset prefix (or at the address of the manifest itself).
+def load_manifest(url: str, patience_s: float = PATIENCE_S) -> Manifest:
+    """Read the manifest of a dataset prefix (or at the address of the manifest itself), with `patience_s` for storage.
 
     Raises ShardError when there is none or it is not one of ours, StorageError when storage cannot be used.
     """
     address = manifest_url(url)
     try:
-        data = storage.read_bytes(address)
+        data = storage.read_bytes(address, patience_s)
     except storage.ObjectMissingError as error:
         detail = (
             "there is no manifest here: the prefix is empty or its shards are unfinished; make them with "
@@ -163,29 +166,37 @@ def _body_fault(shard: str, data: bytes, info: ShardInfo) -> ShardError | None:
 
 
 def read_shard(
-    manifest: str, info: ShardInfo, attempts: int = READ_ATTEMPTS, backoff_s: float = BACKOFF_S
+    manifest: str, info: ShardInfo, patience_s: float = PATIENCE_S, pause_s: float = FIRST_PAUSE_S
 ) -> list[tuple[str, dict[str, bytes]]]:
     """The samples of one shard, in order: (key, members by lower-case extension).
 
-    `manifest` is the manifest's URL or its prefix. The object is read whole and compared with the manifest; a transient
-    fault or a wrong body is met by a full re-read, `attempts` times in all, pausing `backoff_s` seconds and doubling.
-    Raises ShardError naming the shard and the fault; StorageError for a missing bucket or refused credentials.
+    `manifest` is the manifest's URL or its prefix. The object is read whole and compared with the manifest. A fault of
+    storage is met by full re-reads until `patience_s` after the first one. A wrong body, and a missing object, may be a
+    fault on the wire or of a server that just starts: they are believed after AT_REST_READS reads, with pauses from
+    `pause_s` on, doubling.
+
+    Raises ShardError naming the shard and the fault (`unreadable` where storage failed for longer than `patience_s`);
+    StorageError for a missing bucket or refused credentials.
     """
     url = shard_url(manifest, info)
     fault: ShardError | None = None
-    for attempt in range(attempts):
-        if attempt:
-            time.sleep(backoff_s * 2 ** (attempt - 1))
+    for read in range(AT_REST_READS):
+        if read:
+            time.sleep(pause_s * 2 ** (read - 1))
         try:
-            data = storage.read_bulk(url)
-        except storage.ObjectMissingError as error:
+            data = storage.read_bulk(url, patience_s)
+        except storage.ObjectMissingError:
             detail = (
                 "missing, but the manifest lists it; restore it, or make the manifest anew with jobs/make_shards.py"
             )
-            raise ShardError(url, "missing", detail) from error
-        except storage.TransientStorageError as error:
-            fault = ShardError(url, "unreadable", f"could not be read in {attempts} attempts: {error}")
+            fault = ShardError(url, "missing", detail)
             continue
+        except storage.TransientStorageError as error:
+            detail = (
+                f"could not be read, though it was tried again for {patience_s:.0f} s (data.read_patience_s); start "
+                f"the same command again when storage answers: {error}"
+            )
+            raise ShardError(url, "unreadable", detail) from error
         fault = _body_fault(url, data, info)
         if fault is None:
             samples = parse_shard(data, url).samples
@@ -193,8 +204,25 @@ def read_shard(
                 detail = f"{len(samples)} samples, but the manifest says {info.samples}; make the manifest anew"
                 raise ShardError(url, "wrong_count", detail)
             return samples
-    assert fault is not None, "attempts must be at least 1"
+    assert fault is not None
     raise fault
+
+
+def fetch_shard(
+    manifest: str, info: ShardInfo, patience_s: float = PATIENCE_S, bad_shards: BadShards = "fail"
+) -> list[tuple[str, dict[str, bytes]]]:
+    """What a stream trains on: `read_shard`, and what becomes of a shard that is wrong at rest.
+
+    "fail" raises its ShardError. "drop" gives `info.samples` samples in its place that `parse_sample` refuses with the
+    reason `bad_shard`: they keep their rows, are counted and listed, and fall under the ceiling of faulty samples. A
+    shard that storage does not deliver (`unreadable`) is never dropped. Raises ShardError, StorageError.
+    """
+    try:
+        return read_shard(manifest, info, patience_s)
+    except ShardError as error:
+        if bad_shards == "fail" or error.fault == "unreadable":
+            raise
+        return [(f"{info.path}[{index}]", bad_shard_members(str(error))) for index in range(info.samples)]
 
 
 # ------------------------------------------------------------------------------------------------------------- writing

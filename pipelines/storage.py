@@ -10,27 +10,42 @@ Two clients, each for what it does well:
 
 A filesystem holds sockets and threads, so it is made on first use inside the process that uses it (never before a
 fork): the caches below are keyed by the process id.
+
+Faults that may pass are met with patience: each call is made again until `patience_s` after its first fault, so that
+the restart of a server costs time and nothing else. What is wrong for good (a missing bucket, refused credentials, a
+refused request) fails at once. No try may stall either: one that makes no progress for STALL_S is given up.
 """
 
+import errno
 import hashlib
 import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 import pyarrow.fs
+
+from pipelines.patience import PATIENCE_S, Progress, patiently, unless_stalled
+
+T = TypeVar("T")
 
 S3_SCHEME = "s3://"
 DEFAULT_REGION = "us-east-1"
 CONNECT_TIMEOUT_S = 5.0
 REQUEST_TIMEOUT_S = 30.0
-ARROW_ATTEMPTS = 4
+BULK_ATTEMPTS = 2  # of pyarrow within one try of a bulk read, which has a patience of its own
+FILESYSTEM_ATTEMPTS = 12  # of pyarrow for Ray, about a minute: with fewer, Ray's controller dies of a server's restart
+STALL_S = 60.0
+"""Seconds in which PIECE_BYTES of a bulk read must arrive."""
+SMALL_READ_S = 300.0
+"""Seconds in which the whole object of `read_bytes` must arrive."""
+PIECE_BYTES = 16 * 2**20
 
 _ADDRESS_VARIABLES = (
     "AWS_ENDPOINT_URL",
@@ -65,6 +80,20 @@ _CREDENTIAL_WORDS = (
     "request_expired",
     "config profile",
 )
+# Requests that no repetition mends. What is not listed here counts as passing: better to wait in vain than to lose.
+_REFUSED_WORDS = (
+    "invalidargument",
+    "invalidrequest",
+    "invalid_request",
+    "invalidbucketname",
+    "invalid bucket name",
+    "methodnotallowed",
+    "entitytoolarge",
+    "keytoolong",
+    "notimplemented",
+    "paramvalidationerror",
+)
+_PASSING_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
 _UNREACHABLE_WORDS = (
     "could not connect",
     "couldn't connect",
@@ -159,8 +188,8 @@ def _s3fs(pid: int, fingerprint: str) -> Any:
     )
 
 
-@lru_cache(maxsize=4)
-def _arrow_s3(pid: int, fingerprint: str) -> pyarrow.fs.FileSystem:
+@lru_cache(maxsize=8)
+def _arrow_s3(pid: int, fingerprint: str, attempts: int) -> pyarrow.fs.FileSystem:
     endpoint = endpoint_url()
     scheme, override = None, None
     if endpoint is not None:
@@ -171,7 +200,7 @@ def _arrow_s3(pid: int, fingerprint: str) -> pyarrow.fs.FileSystem:
         region=region(),
         connect_timeout=CONNECT_TIMEOUT_S,
         request_timeout=REQUEST_TIMEOUT_S,
-        retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=ARROW_ATTEMPTS),
+        retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=attempts),
         force_virtual_addressing=False,
         allow_bucket_creation=False,
     )
@@ -189,15 +218,16 @@ def fsspec_filesystem(url: str) -> tuple[Any, str]:
     return fsspec.filesystem("file"), str(Path(url).expanduser().absolute())
 
 
-def arrow_filesystem(url: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """The pyarrow filesystem for `url` and the path inside it; S3 with the AWS standard retry strategy.
+def arrow_filesystem(url: str, attempts: int = FILESYSTEM_ATTEMPTS) -> tuple[pyarrow.fs.FileSystem, str]:
+    """The pyarrow filesystem for `url` and the path inside it; S3 with the AWS standard retry strategy, which makes
+    each request up to `attempts` times.
 
     Raises StorageError for an unsupported scheme, a URL without a bucket, or an endpoint without a scheme.
     """
     _check_scheme(url)
     if is_s3(url):
         bucket, key = split_s3(url)
-        return _arrow_s3(os.getpid(), _address_fingerprint()), f"{bucket}/{key}".rstrip("/")
+        return _arrow_s3(os.getpid(), _address_fingerprint(), attempts), f"{bucket}/{key}".rstrip("/")
     return pyarrow.fs.LocalFileSystem(), str(Path(url).expanduser().absolute())
 
 
@@ -225,7 +255,8 @@ def translate(url: str, error: BaseException) -> StorageError:
     if not is_s3(url):
         if isinstance(error, FileNotFoundError):
             return ObjectMissingError(f"{url}: no such file or directory")
-        return StorageError(f"{url}: {type(error).__name__}: {error}")
+        passing = isinstance(error, OSError) and error.errno in _PASSING_ERRNOS
+        return (TransientStorageError if passing else StorageError)(f"{url}: {type(error).__name__}: {error}")
     bucket, _ = split_s3(url)
     if any(word in text for word in _BUCKET_WORDS):
         return StorageError(f"{url}: the bucket {bucket!r} does not exist at {_where()}; create it or correct the URL")
@@ -236,17 +267,22 @@ def translate(url: str, error: BaseException) -> StorageError:
         )
     if isinstance(error, FileNotFoundError) or "no_such_key" in text or "path does not exist" in text:
         return ObjectMissingError(f"{url}: no such object in the bucket {bucket!r} at {_where()}")
+    # Ray repeats on its own what speaks of an "AWS Error", up to ten times, patience included.
+    detail = f"{type(error).__name__}: {error}".replace("AWS Error", "S3 error")
+    if any(word in text for word in _REFUSED_WORDS):
+        return StorageError(f"{url}: {_where()} refused the request: {detail}")
     if any(word in text for word in _UNREACHABLE_WORDS):
         return TransientStorageError(
             f"{url}: the endpoint {_where()} cannot be reached; is the object store up? (AWS_ENDPOINT_URL names it)"
         )
-    return TransientStorageError(f"{url}: reading or writing failed at {_where()}: {type(error).__name__}: {error}")
+    return TransientStorageError(f"{url}: reading or writing failed at {_where()}: {detail}")
 
 
 def _storage_faults() -> tuple[type[BaseException], ...]:
+    from aiohttp import ClientError as AioHttpError  # s3fs lets those of a body through
     from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 
-    return (OSError, BotoCoreError, ClientError, HTTPClientError)  # pyarrow's faults are OSErrors
+    return (OSError, BotoCoreError, ClientError, HTTPClientError, AioHttpError)  # pyarrow's faults are OSErrors
 
 
 @contextmanager
@@ -259,7 +295,10 @@ def storage_errors(url: str) -> Iterator[None]:
 
 
 def require_bucket(url: str) -> None:
-    """Raise StorageError unless the bucket of `url` exists and the credentials may use it; nothing for local paths."""
+    """Raise StorageError unless the bucket of `url` exists and the credentials may use it; nothing for local paths.
+
+    It has no patience: jobs ask it first, and who mistypes an address wants to know at once.
+    """
     if not is_s3(url):
         return
     bucket, _ = split_s3(url)
@@ -285,40 +324,58 @@ def _missing(url: str, error: ObjectMissingError) -> StorageError:
     return error
 
 
-def read_bytes(url: str) -> bytes:
-    """The whole object. Raises ObjectMissingError, TransientStorageError or StorageError."""
-    try:
-        with storage_errors(url):
-            fs, path = fsspec_filesystem(url)
-            return bytes(fs.cat_file(path))
-    except ObjectMissingError as error:
-        raise _missing(url, error) from error
+def _patiently(url: str, call: Callable[[], T], patience_s: float) -> T:
+    def attempt() -> T:
+        try:
+            with storage_errors(url):
+                return call()
+        except ObjectMissingError as error:
+            raise _missing(url, error) from error
+
+    return patiently(attempt, TransientStorageError, patience_s, url)
 
 
-def read_bulk(url: str) -> bytes:
-    """The whole object through pyarrow (one ranged GET, the AWS standard retry); for shards. Errors as read_bytes."""
-    try:
-        with storage_errors(url):
-            fs, path = arrow_filesystem(url)
-            with fs.open_input_file(path) as stream:
-                return bytes(stream.read())
-    except ObjectMissingError as error:
-        raise _missing(url, error) from error
+def read_bytes(url: str, patience_s: float = PATIENCE_S) -> bytes:
+    """The whole object. Raises ObjectMissingError, StorageError, or, after `patience_s`, TransientStorageError."""
+
+    def read(_: Progress) -> bytes:
+        fs, path = fsspec_filesystem(url)
+        return bytes(fs.cat_file(path))
+
+    return _patiently(url, lambda: unless_stalled(read, SMALL_READ_S), patience_s)
 
 
-def size_of(url: str) -> int:
+def read_bulk(url: str, patience_s: float = PATIENCE_S) -> bytes:
+    """The whole object through pyarrow (ranged GETs of PIECE_BYTES); for shards. Errors as read_bytes."""
+
+    def read(progress: Progress) -> bytes:
+        fs, path = arrow_filesystem(url, BULK_ATTEMPTS)
+        with fs.open_input_file(path) as stream:
+            pieces = []
+            while piece := stream.read(PIECE_BYTES):
+                progress.note()
+                pieces.append(piece)
+                if len(piece) < PIECE_BYTES:
+                    break
+            return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    return _patiently(url, lambda: unless_stalled(read, STALL_S), patience_s)
+
+
+def size_of(url: str, patience_s: float = PATIENCE_S) -> int:
     """Bytes of the object as storage states it. Errors as read_bytes."""
-    try:
-        with storage_errors(url):
-            fs, path = fsspec_filesystem(url)
-            return int(fs.info(path)["size"])
-    except ObjectMissingError as error:
-        raise _missing(url, error) from error
+
+    def ask() -> int:
+        fs, path = fsspec_filesystem(url)
+        return int(fs.info(path)["size"])
+
+    return _patiently(url, ask, patience_s)
 
 
-def write_bytes(url: str, data: bytes) -> None:
+def write_bytes(url: str, data: bytes, patience_s: float = PATIENCE_S) -> None:
     """Write the whole object at once: a reader sees all of it or nothing. Raises StorageError."""
-    with storage_errors(url):
+
+    def write() -> None:
         fs, path = fsspec_filesystem(url)
         if is_s3(url):
             fs.pipe_file(path, data)
@@ -335,59 +392,68 @@ def write_bytes(url: str, data: bytes) -> None:
             Path(name).unlink(missing_ok=True)
             raise
 
+    _patiently(url, write, patience_s)
 
-def delete(url: str) -> None:
+
+def delete(url: str, patience_s: float = PATIENCE_S) -> None:
     """Remove one object; one that is not there is no error. Raises StorageError."""
-    with storage_errors(url):
+
+    def remove() -> None:
         fs, path = fsspec_filesystem(url)
         try:
             fs.rm_file(path)
         except FileNotFoundError:
             return
 
+    _patiently(url, remove, patience_s)
 
-def exists(url: str) -> bool:
+
+def exists(url: str, patience_s: float = PATIENCE_S) -> bool:
     """Whether an object or a prefix with objects is there. A missing bucket is a StorageError, not False."""
+
+    def ask() -> None:
+        fs, path = fsspec_filesystem(url)
+        fs.info(path)
+
     try:
-        with storage_errors(url):
-            fs, path = fsspec_filesystem(url)
-            fs.info(path)
-            return True
-    except ObjectMissingError as error:
-        fault = _missing(url, error)
-        if isinstance(fault, ObjectMissingError):
-            return False
-        raise fault from error
+        _patiently(url, ask, patience_s)
+    except ObjectMissingError:
+        return False
+    return True
 
 
-def list_sizes(url: str) -> dict[str, int]:
+def list_sizes(url: str, patience_s: float = PATIENCE_S) -> dict[str, int]:
     """Bytes of every file below a prefix by its path relative to it, sorted by path; {} where there are none.
 
     A missing bucket is a StorageError.
     """
-    with storage_errors(url):
+
+    def find() -> dict[str, int]:
         fs, path = fsspec_filesystem(url)
         found = fs.find(path, detail=True)
-    if not found:
-        require_bucket(url)
-    root = path.rstrip("/") + "/"
-    return {name.removeprefix(root): int(found[name]["size"]) for name in sorted(found) if name.startswith(root)}
+        if not found:
+            require_bucket(url)
+        root = path.rstrip("/") + "/"
+        return {name.removeprefix(root): int(found[name]["size"]) for name in sorted(found) if name.startswith(root)}
+
+    return _patiently(url, find, patience_s)
 
 
-def list_files(url: str) -> list[str]:
+def list_files(url: str, patience_s: float = PATIENCE_S) -> list[str]:
     """Paths of all files below a prefix, relative to it, sorted; [] where there are none. Raises StorageError."""
-    return list(list_sizes(url))
+    return list(list_sizes(url, patience_s))
 
 
-def read_json(url: str) -> Any:
+def read_json(url: str, patience_s: float = PATIENCE_S) -> Any:
     """Parse the object as JSON. Raises StorageError naming the URL when it is not JSON; else as read_bytes."""
-    data = read_bytes(url)
+    data = read_bytes(url, patience_s)
     try:
         return json.loads(data)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise StorageError(f"{url}: not JSON: {error}") from error
 
 
-def write_json(url: str, value: Any) -> None:
+def write_json(url: str, value: Any, patience_s: float = PATIENCE_S) -> None:
     """Write `value` as indented JSON with sorted keys. Raises StorageError."""
-    write_bytes(url, (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    write_bytes(url, text.encode(), patience_s)

@@ -1,15 +1,12 @@
 """Shards: exact bytes, a manifest that is believed, and every damage found and named."""
 
-import contextlib
 import dataclasses
 import hashlib
 import io
 import pickle
-import socket
 import tarfile
-import threading
-from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import webdataset
@@ -17,8 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines import shards, storage
-from pipelines.shards import Manifest, ShardError, ShardInfo, load_manifest, read_shard, save_manifest, write_shards
-from pipelines.tars import pack_shard, parse_shard
+from pipelines.schema import SampleError, parse_sample
+from pipelines.shards import (
+    Manifest,
+    ShardError,
+    ShardInfo,
+    fetch_shard,
+    load_manifest,
+    read_shard,
+    save_manifest,
+    write_shards,
+)
+from pipelines.tars import ShardFault, pack_shard, parse_shard
 from tests.data.conftest import BUCKET, S3Server
 
 SAMPLES = [(f"k{number:03d}", {"json": b"{}", "jpg": bytes([number]) * (number * 37)}) for number in range(20)]
@@ -214,7 +221,7 @@ def damaged(tmp_path: Path, change: bytes | None) -> ShardError:
     file = tmp_path / "train-000001.tar"
     file.unlink() if change is None else file.write_bytes(change)
     with pytest.raises(ShardError, match="train-000001") as caught:
-        read_shard(manifest.url, manifest.shards[1], backoff_s=0.0)
+        read_shard(manifest.url, manifest.shards[1], pause_s=0.0)
     assert read_shard(manifest.url, manifest.shards[0]) == SAMPLES[:8]
     return caught.value
 
@@ -253,109 +260,94 @@ def test_wrong_count_in_the_manifest(tmp_path: Path) -> None:
     assert caught.value.fault == "wrong_count"
 
 
-def test_transient_faults_are_retried_by_whole_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_bodies_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = make(str(tmp_path))
     good, calls = storage.read_bulk, []
 
-    def flaky(url: str) -> bytes:
+    def flaky(url: str, patience_s: float) -> bytes:
         calls.append(url)
         if len(calls) == 1:
-            raise storage.TransientStorageError("reset")
+            raise storage.ObjectMissingError("a server that just starts")
         return good(url)[: 2000 if len(calls) == 2 else None]
 
     monkeypatch.setattr(storage, "read_bulk", flaky)
-    assert read_shard(manifest.url, manifest.shards[0], backoff_s=0.0) == SAMPLES[:8]
+    assert read_shard(manifest.url, manifest.shards[0], pause_s=0.0) == SAMPLES[:8]
     assert len(calls) == 3
 
 
-def test_retries_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patience_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = make(str(tmp_path))
-    calls = []
 
-    def down(url: str) -> bytes:
-        calls.append(url)
+    def down(url: str, patience_s: float) -> bytes:
         raise storage.TransientStorageError("connection refused")
 
     monkeypatch.setattr(storage, "read_bulk", down)
-    with pytest.raises(ShardError, match="could not be read in 3 attempts: connection refused") as caught:
-        read_shard(manifest.url, manifest.shards[0], attempts=3, backoff_s=0.0)
+    wanted = r"train-000000\.tar: could not be read, .* for 7 s \(data\.read_patience_s\).*: connection refused"
+    with pytest.raises(ShardError, match=wanted) as caught:
+        read_shard(manifest.url, manifest.shards[0], patience_s=7.0)
     assert caught.value.fault == "unreadable"
-    assert len(calls) == 3
     again = pickle.loads(pickle.dumps(caught.value))
     assert (again.shard, again.fault, str(again)) == (caught.value.shard, "unreadable", str(caught.value))
+    with pytest.raises(ShardError, match="could not be read"):  # storage being down is no bad shard
+        fetch_shard(manifest.url, manifest.shards[0], 7.0, "drop")
+
+
+# ---------------------------------------------------------------------------------------------------------- bad shards
+
+
+def damage(root: Path, manifest: Manifest, fault: ShardFault) -> ShardInfo:
+    """Do to the second shard what ends in that fault; its row of the manifest."""
+    file, info = root / "train-000001.tar", manifest.shards[1]
+    good = file.read_bytes()
+    if fault == "missing":
+        file.unlink()
+    elif fault == "wrong_count":
+        return dataclasses.replace(info, samples=9)
+    elif fault in ("truncated", "not_a_tar", "replaced"):
+        other = {"truncated": good[:3000], "not_a_tar": b"<html>gone</html>", "replaced": pack_shard(SAMPLES[:8])}
+        file.write_bytes(other[fault])
+    else:
+        names = {"duplicate_key": ("a.json", "b.json", "a.jpg"), "refused_member": ("a.json", "a.pkl")}[fault]
+        file.write_bytes(tar_of(*((name, b"x") for name in names)))
+        data = file.read_bytes()
+        return dataclasses.replace(info, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    return info
+
+
+@pytest.mark.parametrize("fault", sorted(set(get_args(ShardFault)) - {"unreadable"}))
+def test_a_bad_shard_fails_or_drops_all_its_samples_with_a_reason(
+    tmp_path: Path, fault: ShardFault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards.time, "sleep", lambda seconds: None)
+    manifest = make(str(tmp_path))
+    info = damage(tmp_path, manifest, fault)
+    with pytest.raises(ShardError, match=r"train-000001\.tar") as caught:
+        fetch_shard(manifest.url, info)
+    assert caught.value.fault == fault
+    samples = fetch_shard(manifest.url, info, bad_shards="drop")
+    assert [key for key, _ in samples] == [f"train-000001.tar[{index}]" for index in range(info.samples)]
+    for key, members in samples:
+        with pytest.raises(SampleError) as refused:
+            parse_sample(key, members)
+        assert (refused.value.reason, refused.value.detail) == ("bad_shard", str(caught.value))
+    assert fetch_shard(manifest.url, manifest.shards[0], bad_shards="drop") == SAMPLES[:8]
+
+
+def test_an_empty_shard_is_a_good_shard(tmp_path: Path) -> None:
+    make(str(tmp_path))
+    manifest = load_manifest(str(tmp_path))
+    (tmp_path / "train-000003.tar").write_bytes(pack_shard([]))
+    info = shards.shard_info("train-000003.tar", "train", pack_shard([]), parse_shard(pack_shard([]), "x"))
+    assert info.samples == 0
+    save_manifest(str(tmp_path), [*manifest.shards, info], manifest.spec)
+    stored = load_manifest(str(tmp_path))
+    assert stored.samples("train") == 20
+    assert fetch_shard(stored.url, stored.shards[3]) == []
+    (tmp_path / "train-000003.tar").unlink()
+    assert fetch_shard(stored.url, stored.shards[3], bad_shards="drop") == []
 
 
 # ----------------------------------------------------------------------------------------------------- over a real S3
-
-
-class CuttingProxy:
-    """A TCP proxy before the store that breaks off the first `cuts` large answers after `after` bytes."""
-
-    def __init__(self, endpoint: str, cuts: int, after: int) -> None:
-        host, port = endpoint.removeprefix("http://").split(":")
-        self.target, self.left, self.after, self.cut = (host, int(port)), cuts, after, 0
-        self.server = socket.create_server(("127.0.0.1", 0))
-        self.endpoint = f"http://127.0.0.1:{self.server.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self.server.accept()
-            except OSError:
-                return
-            upstream = socket.create_connection(self.target)
-            threading.Thread(target=self._pump, args=(client, upstream, False), daemon=True).start()
-            threading.Thread(target=self._pump, args=(upstream, client, True), daemon=True).start()
-
-    def _pump(self, source: socket.socket, sink: socket.socket, answer: bool) -> None:
-        passed = 0
-        try:
-            while data := source.recv(8192):
-                if answer and self.left > 0 and passed + len(data) > self.after:
-                    self.left -= 1
-                    self.cut += 1
-                    sink.sendall(data[: self.after - passed])
-                    break
-                sink.sendall(data)
-                passed += len(data)
-        except OSError:
-            pass
-        finally:
-            if answer:  # the answer is over, whole or cut: end both sides, also for the thread that waits in recv
-                for end in (source, sink):
-                    with contextlib.suppress(OSError):
-                        end.shutdown(socket.SHUT_RDWR)
-                    end.close()
-
-
-@pytest.fixture
-def big_dataset(s3: S3Server) -> tuple[Manifest, list[tuple[str, dict[str, bytes]]]]:
-    samples = [(f"k{n}", {"json": b"{}", "jpg": hashlib.sha256(b"%d" % n).digest() * 300}) for n in range(64)]
-    url = f"s3://{BUCKET}/cut"
-    return save_manifest(url, write_shards(samples, url, "train", 64), {"format": 1}), samples
-
-
-@pytest.fixture
-def proxy(s3: S3Server, request: pytest.FixtureRequest) -> Iterator[CuttingProxy]:
-    cuts, after = request.param
-    running = CuttingProxy(s3.endpoint, cuts, after)
-    yield running
-    running.server.close()
-
-
-@pytest.mark.stack
-@pytest.mark.parametrize("proxy", [(1, 150_000), (3, 300_000), (6, 450_000)], indirect=True)
-def test_connections_cut_inside_the_body_lose_nothing(
-    big_dataset: tuple[Manifest, list[tuple[str, dict[str, bytes]]]],
-    proxy: CuttingProxy,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    manifest, samples = big_dataset
-    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-    cuts = proxy.left
-    assert read_shard(manifest.url, manifest.shards[0], backoff_s=0.01) == samples
-    assert proxy.cut == cuts
 
 
 @pytest.mark.stack
@@ -365,10 +357,10 @@ def test_over_s3(s3: S3Server) -> None:
     assert [read_shard(url, shard) for shard in load_manifest(url).shards] == [SAMPLES[:8], SAMPLES[8:16], SAMPLES[16:]]
     storage.write_bytes(f"{url}/train-000001.tar", pack_shard(SAMPLES[8:16])[:3000])
     with pytest.raises(ShardError, match=r"s3://meteor/set/train-000001\.tar: truncated: 3000 of"):
-        read_shard(url, manifest.shards[1], backoff_s=0.0)
+        read_shard(url, manifest.shards[1], pause_s=0.0)
     storage.delete(f"{url}/train-000001.tar")
     with pytest.raises(ShardError, match="missing, but the manifest lists it"):
-        read_shard(url, manifest.shards[1])
+        read_shard(url, manifest.shards[1], pause_s=0.0)
     with pytest.raises(ShardError, match=r"s3://meteor/empty/manifest\.parquet: there is no manifest here"):
         load_manifest(f"s3://{BUCKET}/empty")
     with pytest.raises(storage.StorageError, match="bucket 'nowhere' does not exist"):

@@ -142,7 +142,17 @@ def test_wrong_credentials_are_named_without_the_secret(
     assert not isinstance(caught.value, storage.TransientStorageError)
 
 
-@pytest.mark.parametrize("use", [storage.read_bytes, storage.read_bulk, storage.list_files, storage.require_bucket])
+def at_once(use: Callable[..., object]) -> Callable[[str], object]:
+    return lambda url: use(url, patience_s=0.0)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        *map(at_once, [storage.read_bytes, storage.read_bulk, storage.list_files, storage.exists, storage.size_of]),
+        storage.require_bucket,
+    ],
+)
 def test_unreachable_endpoint_is_named(monkeypatch: pytest.MonkeyPatch, use: Callable[[str], object]) -> None:
     endpoint = f"http://127.0.0.1:{choose_port(set())}"
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
