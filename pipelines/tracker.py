@@ -30,6 +30,7 @@ from pipelines.tracking import (
     TrackingError,
     document,
     finish_run,
+    limit_http_waits,
     log_files,
     open_run,
     patiently,
@@ -84,6 +85,7 @@ class Tracker:
         self._store_run_id = store_run_id
         self._patience_s = patience_s
         self._opened = False
+        limit_http_waits()
         self._lock = threading.Lock()  # one at a time opens the run and empties the outbox
         self._wake, self._stopped = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None

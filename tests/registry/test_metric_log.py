@@ -48,7 +48,7 @@ def test_values_steps_and_bad_points(server: Server, tmp_path: Path) -> None:
     run_id = new_run(server, "values")
     metrics = pickle.loads(pickle.dumps(MetricLogger(run_id, server.uri, str(tmp_path))))
     metrics.log({"loss": 2.5, "visual_tokens/clip/kept_1": 48, "flag": True}, step=1)
-    metrics.log({"loss": math.nan, "bad name?": 1.0, "text": "no number"}, step=2)  # type: ignore[dict-item]
+    metrics.log({"loss": math.nan, "bad name?": 1.0, "text": "no number"}, step=2)
     metrics.log({"loss": math.inf, "many": 7}, step=3)
     for step in range(2500):
         metrics.log({"long": step / 2}, step)
