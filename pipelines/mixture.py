@@ -50,10 +50,12 @@ _BLOCKS = 2**64 - 1
 
 @dataclass(frozen=True)
 class Merge:
-    """Which dataset each row comes from: steps 2 and 3, for datasets that give `quotas` samples."""
+    """Which dataset each row comes from: steps 2 and 3, for datasets that give `quotas` samples and blocks of
+    `block_rows`."""
 
     seed: int
     quotas: tuple[int, ...]
+    block_rows: int
 
     @property
     def total(self) -> int:
@@ -78,14 +80,14 @@ class Merge:
 
     def block(self, number: int) -> tuple[list[int], Int64s]:
         """Samples of each dataset before a block, and the dataset of each row in it."""
-        first = self.evenly(number * BLOCK)
-        last = self.evenly(min(self.total, (number + 1) * BLOCK))
+        first = self.evenly(number * self.block_rows)
+        last = self.evenly(min(self.total, (number + 1) * self.block_rows))
         datasets = np.repeat(np.arange(len(self.quotas)), np.subtract(last, first))
         return first, datasets[permutation(self.seed, _BLOCKS, number, len(datasets))]
 
     def positions(self, row: int) -> list[int]:
         """How many samples of each dataset are among the first `row` rows."""
-        number, inside = divmod(row, BLOCK)
+        number, inside = divmod(row, self.block_rows)
         if not inside or row == self.total:
             return self.evenly(row)
         first, datasets = self.block(number)
@@ -95,8 +97,8 @@ class Merge:
         """The dataset of each of `rows` consecutive rows, (rows,)."""
         if not rows:
             return np.zeros(0, dtype=np.int64)
-        number, inside = divmod(first_row, BLOCK)
-        blocks = [self.block(n)[1] for n in range(number, (first_row + rows - 1) // BLOCK + 1)]
+        number, inside = divmod(first_row, self.block_rows)
+        blocks = [self.block(n)[1] for n in range(number, (first_row + rows - 1) // self.block_rows + 1)]
         return np.concatenate(blocks)[inside : inside + rows]
 
 
@@ -184,7 +186,7 @@ class MixturePlan:
             epochs,
             global_batch,
             tuple(streams),
-            Merge(seed, tuple(quotas)),
+            Merge(seed, tuple(quotas), BLOCK),
             -(-ITEM_WINDOWS * largest // BLOCK) * BLOCK,
         )
         for name, value in zip(self.__dataclass_fields__, values, strict=True):
@@ -223,7 +225,8 @@ class MixturePlan:
         rows = require_rows(rows, self.total_rows)
         found = Locations.void(len(rows))
         datasets, positions = np.full(len(rows), -1), np.zeros(len(rows), dtype=np.int64)
-        blocks = np.where(rows < self.total_samples, rows // BLOCK, -1)
+        block_rows = self.merge.block_rows
+        blocks = np.where(rows < self.total_samples, rows // block_rows, -1)
         for number in np.unique(blocks[blocks >= 0]).tolist():
             first, of_row = self.merge.block(number)
             order = np.argsort(of_row, kind="stable")
@@ -231,7 +234,7 @@ class MixturePlan:
             position = np.empty(len(of_row), dtype=np.int64)
             position[order] = np.arange(len(of_row)) + (np.asarray(first) - starts)[of_row[order]]
             where = np.flatnonzero(blocks == number)
-            inside = rows[where] - number * BLOCK
+            inside = rows[where] - number * block_rows
             datasets[where], positions[where] = of_row[inside], position[inside]
         for stream in self.streams:
             where = np.flatnonzero(datasets == stream.dataset)

@@ -1,18 +1,20 @@
 """The Ray Data graph: from rows of the plan to micro-batches on a Train worker, in one strict order.
 
-1. read: one task a window fetches its shards (checked against the manifest) and emits raw members in plan order;
+1. read: one task a work item fetches the shards of its windows (checked against the manifest), each window when its
+   first row is due, and emits raw members in plan order;
 2. encode: parse -> tokenise -> decode images to uint8; a faulty sample keeps its row and carries its reason;
 3. strict repartition: every block is one micro-batch, so with W workers micro-batch j of the plan goes to worker j % W;
 
 `pipelines.batches` takes over on the worker, and refuses a micro-batch that is not the one the plan says.
 
-Read tasks reserve half of what encode tasks do (they mostly wait), and their number at a time is bounded: a window's
-raw members are in memory while it is emitted. Unequal reservations also keep Ray from fusing the two, which would
-bundle whole windows into one task.
+Read tasks reserve half of what encode tasks do (they mostly wait), and their number at a time is bounded: the raw
+members of a window are in memory while it is emitted, one window of every dataset of a mixture. Unequal reservations
+also keep Ray from fusing the two, which would bundle whole windows into one task.
 
 Shape legend: n images of one sample, S travelling size; `images` holds uint8 (n, 3, S, S) in C order.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -27,15 +29,17 @@ from ray.data import DataContext, Dataset, Datasource, ExecutionOptions, ReadTas
 from ray.data.block import BlockMetadata
 
 from meteor_model.chat import IGNORE_INDEX
-from pipelines.order import VOID_EPOCH, StreamPlan, WorkItem
+from pipelines.mixture import Item, Plan
+from pipelines.order import VOID_EPOCH, WorkItem, void_item
 from pipelines.schema import VOID, SampleError, parse_sample
 from pipelines.shards import Manifest, ShardInfo, read_shard
 
 RAW_BLOCK_BYTES = 2**20  # raw members in a block: the grain of the encode tasks
-MAX_READ_TASKS = 4096  # a task costs the driver about 2 ms before the first row; beyond this, windows share a task
+MAX_READ_TASKS = 4096  # a task costs the driver about 2 ms before the first row; beyond this, items share a task
 SHARD_FETCHES = 4  # shards of one window that are fetched at a time
 
-_POSITION_FIELDS = [("row", pa.int64()), ("epoch", pa.int32()), ("shard", pa.int32()), ("index", pa.int32())]
+_PLACE_FIELDS = [(name, pa.int32()) for name in ("dataset", "epoch", "shard", "index")]
+_POSITION_FIELDS = [("row", pa.int64()), *_PLACE_FIELDS]
 RAW_SCHEMA = pa.schema(
     [*_POSITION_FIELDS, ("key", pa.string()), ("names", pa.list_(pa.string())), ("data", pa.list_(pa.large_binary()))]
 )
@@ -56,23 +60,62 @@ STREAM_SCHEMA = pa.schema(
 # ---------------------------------------------------------------------------------------------------------------- read
 
 
-def read_item(manifest_url: str, item: WorkItem, infos: Sequence[ShardInfo]) -> Iterator[pa.Table]:
+Samples = list[tuple[str, dict[str, bytes]]]
+"""The samples of a shard in order: (key, members by extension)."""
+Fetch = Callable[[str, ShardInfo], Samples]
+"""Address of the manifest and a row of it -> the samples of that shard, `info.samples` of them; picklable."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadWork:
+    """One work item, and the manifests' rows of the shards of each of its parts."""
+
+    item: Item
+    infos: tuple[tuple[ShardInfo, ...], ...]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the shards that are fetched."""
+        return sum(info.bytes for of_part in self.infos for info in of_part)
+
+
+def fetch_window(manifest_url: str, infos: Sequence[ShardInfo], fetch: Fetch) -> list[Samples]:
+    """The samples of the shards of one window, several shards at a time."""
+    with ThreadPoolExecutor(min(SHARD_FETCHES, len(infos))) as pool:
+        return list(pool.map(partial(fetch, manifest_url), infos))
+
+
+def _samples(
+    manifest_urls: Sequence[str], parts: Sequence[tuple[WorkItem, tuple[ShardInfo, ...]]], fetch: Fetch
+) -> Iterator[tuple[dict[str, int], str, dict[str, bytes]]]:
+    """Position, key and members of the samples of consecutive windows of one dataset.
+
+    A window is fetched when its first sample is due and let go after its last one, so one at a time is in memory.
+    """
+    for part, infos in parts:
+        contents = dict(zip(part.shards, fetch_window(manifest_urls[part.dataset], infos, fetch), strict=True))
+        for dataset, epoch, shard, index in zip(*(c.tolist() for c in part.locations().columns), strict=True):
+            position = {"dataset": dataset, "epoch": epoch, "shard": shard, "index": index}
+            yield (position, *contents[shard][index])
+        del contents
+
+
+def read_item(manifest_urls: Sequence[str], work: ReadWork, fetch: Fetch) -> Iterator[pa.Table]:
     """The rows of one work item in plan order, as tables of RAW_SCHEMA of about RAW_BLOCK_BYTES.
 
-    `infos` are the manifest's rows of `item.shards`. Void rows have no members. Raises ShardError, StorageError.
+    `manifest_urls` are by dataset. Void rows have no members. Raises ShardError, StorageError.
     """
-    samples: dict[int, list[tuple[str, dict[str, bytes]]]] = {}
-    if infos:
-        with ThreadPoolExecutor(min(SHARD_FETCHES, len(infos))) as pool:
-            contents = pool.map(partial(read_shard, manifest_url), infos)
-            samples = dict(zip(item.shards, contents, strict=True))
+    item = work.item
+    parts: dict[int, list[tuple[WorkItem, tuple[ShardInfo, ...]]]] = {}
+    for part, infos in zip(item.parts, work.infos, strict=True):
+        parts.setdefault(part.dataset, []).append((part, infos))
+    samples = {dataset: _samples(manifest_urls, of_dataset, fetch) for dataset, of_dataset in parts.items()}
+    samples[VOID_EPOCH] = itertools.repeat(({name: VOID_EPOCH for name, _ in _PLACE_FIELDS}, "", {}))
     rows: list[dict[str, Any]] = []
     size = 0
-    locations = zip(*(column.tolist() for column in item.locations().columns), strict=True)
-    for row, (epoch, shard, index) in enumerate(locations, start=item.first_row):
-        key, members = samples[shard][index] if epoch != VOID_EPOCH else ("", {})
-        position = {"row": row, "epoch": epoch, "shard": shard, "index": index}
-        rows.append({**position, "key": key, "names": list(members), "data": list(members.values())})
+    for row, dataset in enumerate(item.datasets().tolist(), start=item.first_row):
+        position, key, members = next(samples[dataset])
+        rows.append({"row": row, **position, "key": key, "names": list(members), "data": list(members.values())})
         size += sum(map(len, members.values()))
         if size >= RAW_BLOCK_BYTES:
             yield pa.Table.from_pylist(rows, schema=RAW_SCHEMA)
@@ -81,22 +124,38 @@ def read_item(manifest_url: str, item: WorkItem, infos: Sequence[ShardInfo]) -> 
         yield pa.Table.from_pylist(rows, schema=RAW_SCHEMA)
 
 
-def _read_items(manifest_url: str, work: Sequence[tuple[WorkItem, tuple[ShardInfo, ...]]]) -> Iterator[pa.Table]:
-    for item, infos in work:
-        yield from read_item(manifest_url, item, infos)
+def _read_task(manifest_urls: Sequence[str], works: Sequence[ReadWork], fetch: Fetch) -> Iterator[pa.Table]:
+    for work in works:
+        yield from read_item(manifest_urls, work, fetch)
 
 
 class PlannedShards(Datasource):
-    """Ray's view of the rows [start_row, stop_row) of a plan: one read task a window, each self-contained."""
+    """Ray's view of the rows [start_row, stop_row) of a plan and of `spare_rows` void ones behind them: one read task a
+    work item, each self-contained.
+
+    `sources` are the address of the manifest and its shards, by dataset.
+    """
 
     def __init__(
-        self, manifest_url: str, shards: Sequence[ShardInfo], plan: StreamPlan, start_row: int, stop_row: int
+        self,
+        sources: Sequence[tuple[str, Sequence[ShardInfo]]],
+        plan: Plan,
+        start_row: int,
+        stop_row: int,
+        spare_rows: int = 0,
+        fetch: Fetch = read_shard,
     ) -> None:
         super().__init__()
-        work = [(item, tuple(shards[shard] for shard in item.shards)) for item in plan.work(start_row, stop_row)]
-        per_task = -(-len(work) // MAX_READ_TASKS)
-        self._tasks = [work[first : first + per_task] for first in range(0, len(work), per_task)]
-        self._manifest_url = manifest_url
+        items: list[Item] = list(plan.work(start_row, stop_row))
+        if spare_rows:
+            items.append(void_item(spare_rows, stop_row))
+        works = [
+            ReadWork(item, tuple(tuple(sources[part.dataset][1][s] for s in part.shards) for part in item.parts))
+            for item in items
+        ]
+        per_task = -(-len(works) // MAX_READ_TASKS)
+        self._tasks = [works[first : first + per_task] for first in range(0, len(works), per_task)]
+        self._read = partial(_read_task, tuple(url for url, _ in sources), fetch=fetch)
 
     @property
     def num_tasks(self) -> int:
@@ -104,8 +163,8 @@ class PlannedShards(Datasource):
         return len(self._tasks)
 
     def estimate_inmemory_data_size(self) -> int:
-        """Bytes of all shards that will be read, once per window that needs them."""
-        return sum(info.bytes for work in self._tasks for _, infos in work for info in infos)
+        """Bytes of all shards that will be read, once per item that needs them."""
+        return sum(work.bytes for works in self._tasks for work in works)
 
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
@@ -113,16 +172,16 @@ class PlannedShards(Datasource):
         """The tasks in plan order; their number is the plan's, whatever `parallelism` asks for."""
         return [
             ReadTask(
-                partial(_read_items, self._manifest_url, work),
+                partial(self._read, works=works),
                 BlockMetadata(
-                    num_rows=sum(item.rows for item, _ in work),
-                    size_bytes=sum(info.bytes for _, infos in work for info in infos),
+                    num_rows=sum(work.item.rows for work in works),
+                    size_bytes=sum(work.bytes for work in works),
                     input_files=None,
                     exec_stats=None,
                 ),
                 per_task_row_limit=per_task_row_limit,
             )
-            for work in self._tasks
+            for works in self._tasks
         ]
 
 
@@ -218,12 +277,15 @@ def encode_table(raw: pa.Table, encoder: RowEncoder) -> pa.Table:
 def build_stream(
     manifest: Manifest,
     split: str,
-    plan: StreamPlan,
+    plan: Plan,
     encoder: RowEncoder,
     micro_batch: int,
     *,
+    others: Sequence[Manifest] = (),
     start_row: int = 0,
     stop_row: int | None = None,
+    spare_rows: int = 0,
+    fetch: Fetch = read_shard,
     cpus_per_task: float = 0.5,
     read_concurrency: int = 2,
     encode_concurrency: int | None = None,
@@ -231,27 +293,33 @@ def build_stream(
     """The rows [start_row, stop_row) of the plan as a Ray dataset of STREAM_SCHEMA, one micro-batch a block.
 
     Args:
-        manifest: of the dataset; `split` names the shards that the plan was made from.
+        manifest: of dataset 0; `split` names the shards that the plan was made from.
+        others: of datasets 1, 2, ... of a mixture; the same split of each.
         start_row: first row; a resume after optimizer step g starts at `g * plan.global_batch`.
+        spare_rows: void rows behind the last one, numbered on.
+        fetch: reads one shard.
         cpus_per_task: Ray CPUs that an encode task reserves; may be fractional, so that data tasks still run where the
             workers hold most CPUs.
-        read_concurrency: windows that are read at a time (each is in memory once).
+        read_concurrency: items that are read at a time (one window of every dataset in memory for each).
         encode_concurrency: encode tasks at a time; None: as many as `read_concurrency`. Each is a process that loads
             torch (some 5 s of CPU time), so more than there are cores to spare delay the first batch.
 
-    Raises ValueError when the plan was not made from this split, or when no row is left.
+    Raises ValueError when the plan was not made from these splits, or when no row is left.
     """
-    shards = manifest.split(split)
-    if [info.samples for info in shards] != plan.shard_samples.tolist():
-        raise ValueError(
-            f"the plan holds {len(plan.shard_samples)} shards with {plan.epoch_samples} samples, but the split "
-            f"{split!r} of {manifest.url} has {len(shards)} with {sum(info.samples for info in shards)}: the manifest "
-            "changed since the plan was made"
-        )
+    sources = [(one.url, one.split(split)) for one in (manifest, *others)]
+    if len(sources) != len(plan.sizes):
+        raise ValueError(f"the plan holds {len(plan.sizes)} datasets, but there are {len(sources)} manifests")
+    for (url, shards), sizes in zip(sources, plan.sizes, strict=True):
+        if [info.samples for info in shards] != sizes.tolist():
+            raise ValueError(
+                f"the plan holds {len(sizes)} shards with {sizes.sum()} samples, but the split {split!r} of {url} has "
+                f"{len(shards)} with {sum(info.samples for info in shards)}: the manifest changed since the plan was "
+                "made"
+            )
     stop = plan.total_rows if stop_row is None else stop_row
     if start_row == stop:
         raise ValueError(f"no row is left from row {start_row} to row {stop}; this plan has {plan.steps} steps")
-    source = PlannedShards(manifest.url, shards, plan, start_row, stop)
+    source = PlannedShards(sources, plan, start_row, stop, spare_rows, fetch)
     raw = ray.data.read_datasource(
         source,
         override_num_blocks=source.num_tasks,
@@ -280,13 +348,13 @@ def build_stream(
     return stream
 
 
-def rows_from(build: Callable[..., Dataset], split: str, plan: StreamPlan, start_row: int) -> Dataset:
+def rows_from(build: Callable[..., Dataset], split: str, plan: Plan, start_row: int) -> Dataset:
     """A stream by `build_stream`, its other settings bound, from a row on. Here, so that who builds it later imports no
     more than this module."""
     return build(split=split, plan=plan, start_row=start_row)
 
 
-def rows_to(build: Callable[..., Dataset], split: str, plan: StreamPlan, stop_row: int) -> Dataset:
+def rows_to(build: Callable[..., Dataset], split: str, plan: Plan, stop_row: int) -> Dataset:
     """The same, from the first row to `stop_row`."""
     return build(split=split, plan=plan, stop_row=stop_row)
 

@@ -73,7 +73,7 @@ def mixtures(draw: st.DrawFn) -> MixturePlan:
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=6))
 def test_the_even_merge_is_a_sort_of_fractions(quotas: list[int]) -> None:
-    merge = Merge(0, tuple(quotas))
+    merge = Merge(0, tuple(quotas), block_rows=8)
     even = merged_evenly(merge.quotas)
     for row in range(merge.total + 1):
         counts = Counter(even[:row])
@@ -168,10 +168,10 @@ def test_one_dataset_of_weight_one_is_the_plain_stream(
 def test_the_share_in_every_prefix_is_within_the_stated_bound(
     quotas: list[int], seed: int, data: st.DataObject
 ) -> None:
-    merge = Merge(seed, tuple(quotas))
+    merge = Merge(seed, tuple(quotas), BLOCK)
     for row in data.draw(st.lists(st.integers(0, merge.total), min_size=1, max_size=20)):
         for quota, count in zip(quotas, merge.positions(row), strict=True):
-            assert abs(count - Fraction(row * quota, merge.total)) <= mixture.BLOCK / 4 + len(quotas) / 2 + 1
+            assert abs(count - Fraction(row * quota, merge.total)) <= BLOCK / 4 + len(quotas) / 2 + 1
         for quota, count in zip(quotas, merge.evenly(row), strict=True):
             assert abs(count - Fraction(row * quota, merge.total)) <= len(quotas) / 2 + 1
 

@@ -1,7 +1,7 @@
 """The Ray Data graph on a real in-process Ray: strict order for every world size, resume, faults, errors, starvation.
 
-Reading and encoding are jittered in the Ray workers (`jitter`), shards are uneven, samples are corrupt on purpose. The
-workers import this module, so what is heavy is imported by the tests that need it.
+Reading and encoding are jittered in the Ray workers (`jittered`), shards are uneven, samples are corrupt on purpose.
+The workers import this module, so what is heavy is imported by the tests that need it.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ import random
 import tarfile
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,9 +27,11 @@ import pytest
 import ray
 from PIL import Image
 
-from pipelines import stream
+from pipelines import mixture, stream
+from pipelines.ledger import Ledger
+from pipelines.mixture import MixturePlan, Plan
 from pipelines.order import StreamPlan
-from pipelines.shards import Manifest, ShardError, ShardInfo, load_manifest, save_manifest
+from pipelines.shards import Manifest, ShardError, ShardInfo, load_manifest, read_shard, save_manifest
 from pipelines.stream import PlannedShards, RowEncoder, build_stream, data_config, encode_table
 
 Row = dict[str, Any]
@@ -36,6 +39,7 @@ Row = dict[str, Any]
 ROOT = Path(__file__).parents[1]
 SIZE, MICRO, GLOBAL, MAX_LENGTH = 16, 2, 12, 60
 SHARD_SAMPLES = [23, 40, 0, 17, 31, 8]
+OTHER_SAMPLES, OTHER_FIRST = [12, 9, 15, 0, 20], 1000
 PAD = 7
 
 
@@ -75,10 +79,9 @@ def members_of(number: int) -> tuple[dict[str, bytes], str]:
             return {"json": record(question, answer), "jpg": jpeg(number)}, ""
 
 
-def write_dataset(folder: Path, shard_samples: list[int]) -> Manifest:
-    """A dataset with samples numbered through its shards; keys are s000000, s000001, ..."""
+def write_dataset(folder: Path, shard_samples: list[int], number: int = 0) -> Manifest:
+    """A dataset with samples numbered through its shards from `number` on; keys are s000000, s000001, ..."""
     infos = []
-    number = 0
     for position, samples in enumerate(shard_samples):
         buffer = io.BytesIO()
         counts: Counter[str] = Counter()
@@ -127,15 +130,10 @@ def encoder() -> RowEncoder:
     return RowEncoder(make_processor, PAD, MAX_LENGTH)
 
 
-def jitter() -> None:
-    """Set-up hook of the Ray workers: every shard is read with a random delay, so that tasks overtake each other."""
-    read_shard = stream.read_shard
-
-    def slow(*args: Any, **kwargs: Any) -> Any:
-        time.sleep(random.random() * 0.3)
-        return read_shard(*args, **kwargs)
-
-    stream.read_shard = slow
+def jittered(manifest_url: str, info: ShardInfo) -> stream.Samples:
+    """Every shard is read with a random delay, so that tasks overtake each other."""
+    time.sleep(random.random() * 0.3)
+    return read_shard(manifest_url, info)
 
 
 @pytest.fixture(scope="module")
@@ -147,16 +145,28 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 def cluster() -> Iterator[None]:
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     ray.init(
+        address="local",
         num_cpus=4,
         object_store_memory=150 * 2**20,
         include_dashboard=False,
         log_to_driver=False,
         _node_ip_address="127.0.0.1",
-        runtime_env={"env_vars": {"PYTHONPATH": paths}, "worker_process_setup_hook": "tests.test_stream.jitter"},
+        runtime_env={"env_vars": {"PYTHONPATH": paths}},
     )
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return write_dataset(tmp_path_factory.mktemp("other"), OTHER_SAMPLES, OTHER_FIRST)
+
+
+def mixed_plan() -> MixturePlan:
+    return MixturePlan(
+        [SHARD_SAMPLES, OTHER_SAMPLES], [1.0, 0.5], seed=5, epochs=2, global_batch=GLOBAL, window_shards=2
+    )
 
 
 def make_plan(window_shards: int = 2, epochs: int = 2) -> StreamPlan:
@@ -188,16 +198,18 @@ def consume(dataset: ray.data.Dataset, world: int) -> list[list[list[Row]]]:
     return taken
 
 
-def expected_row(plan: StreamPlan, row: int) -> tuple[str, str]:
+def expected_row(plan: Plan, row: int) -> tuple[str, str]:
     """(key, reason) of a row by the plan and the way the samples were numbered."""
     location = plan.locate(np.array([row]))
     if location.epoch[0] < 0:
         return "", "void"
-    number = sum(SHARD_SAMPLES[: location.shard[0]]) + int(location.index[0])
+    dataset = int(location.dataset[0])
+    before = sum((SHARD_SAMPLES, OTHER_SAMPLES)[dataset][: location.shard[0]])
+    number = dataset * OTHER_FIRST + before + int(location.index[0])
     return f"s{number:06d}", members_of(number)[1]
 
 
-def check_order(taken: list[list[list[Row]]], plan: StreamPlan, start_row: int) -> None:
+def check_order(taken: list[list[list[Row]]], plan: Plan, start_row: int) -> None:
     """Micro-batch j of the plan is on worker j % W, so optimizer step g is exactly rows [g G, (g + 1) G)."""
     world = len(taken)
     for rank, batches in enumerate(taken):
@@ -215,9 +227,13 @@ def check_order(taken: list[list[list[Row]]], plan: StreamPlan, start_row: int) 
 # ------------------------------------------------------------------------------------------------------- without Ray
 
 
+def sources(*manifests: Manifest) -> list[tuple[str, tuple[ShardInfo, ...]]]:
+    return [(manifest.url, manifest.split("train")) for manifest in manifests]
+
+
 def local_tables(manifest: Manifest, plan: StreamPlan, start: int = 0) -> list[pa.Table]:
     """What the graph computes, in this process."""
-    source = PlannedShards(manifest.url, manifest.split("train"), plan, start, plan.total_rows)
+    source = PlannedShards(sources(manifest), plan, start, plan.total_rows)
     raw = [table for task in source.get_read_tasks(1) for table in task()]
     return [encode_table(table, RowEncoder(ByteProcessor, PAD, MAX_LENGTH)) for table in raw]
 
@@ -230,7 +246,7 @@ def test_rows_hold_what_the_sample_holds(manifest: Manifest) -> None:
     assert table.schema.equals(stream.STREAM_SCHEMA)
     assert table["row"].to_pylist() == list(range(plan.total_rows))
     located = plan.locate(np.arange(plan.total_rows))
-    for name, column in zip(("epoch", "shard", "index"), located.columns, strict=True):
+    for name, column in zip(("dataset", "epoch", "shard", "index"), located.columns, strict=True):
         assert table[name].to_pylist() == column.tolist()
     for row in table.to_pylist():
         key, reason = expected_row(plan, row["row"])
@@ -297,10 +313,10 @@ def test_a_processor_that_refuses_a_good_sample_is_an_error_that_names_it() -> N
 
 def test_many_windows_share_read_tasks(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = make_plan(window_shards=1)
-    one_each = PlannedShards(manifest.url, manifest.split("train"), plan, 0, plan.total_rows)
+    one_each = PlannedShards(sources(manifest), plan, 0, plan.total_rows)
     assert one_each.num_tasks == 2 * 5 + 1, "five shards with samples, two epochs, the void tail"
     monkeypatch.setattr(stream, "MAX_READ_TASKS", 3)
-    shared = PlannedShards(manifest.url, manifest.split("train"), plan, 0, plan.total_rows)
+    shared = PlannedShards(sources(manifest), plan, 0, plan.total_rows)
     assert shared.num_tasks == 3
     rows = [row for task in shared.get_read_tasks(1) for table in task() for row in table["row"].to_pylist()]
     assert rows == list(range(plan.total_rows))
@@ -317,6 +333,44 @@ def test_a_plan_of_other_shards_or_without_rows_is_refused(manifest: Manifest) -
         build_stream(manifest, "eval", plan, encoder(), MICRO)
 
 
+def test_a_mixture_needs_the_manifests_of_its_plan(manifest: Manifest, other: Manifest) -> None:
+    plan = mixed_plan()
+    with pytest.raises(ValueError, match="the plan holds 2 datasets, but there are 1 manifests"):
+        build_stream(manifest, "train", plan, encoder(), MICRO, fetch=jittered)
+    with pytest.raises(ValueError, match=r"6 shards with 119 samples, but .* has 5 with 56"):
+        build_stream(other, "train", plan, encoder(), MICRO, others=[manifest])
+
+
+def test_one_window_of_every_dataset_is_in_memory_at_a_time(
+    manifest: Manifest, other: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Contents(list):
+        """A list that can be watched."""
+
+    alive: weakref.WeakSet[Contents] = weakref.WeakSet()
+    Contents.__hash__ = object.__hash__  # type: ignore[method-assign]
+    fetched: list[str] = []
+
+    def watched(url: str, info: ShardInfo) -> stream.Samples:
+        fetched.append(f"{url}/{info.path}")
+        contents = Contents(read_shard(url, info))
+        alive.add(contents)
+        return contents
+
+    monkeypatch.setattr(stream, "RAW_BLOCK_BYTES", 1)  # a table a row
+    monkeypatch.setattr(mixture, "BLOCK", 8)
+    plan = mixed_plan()
+    (task, *rest) = PlannedShards(sources(manifest, other), plan, 0, plan.total_samples, 0, watched).get_read_tasks(1)
+    assert not rest, "so small a mixture is one item"
+    most = 0
+    for number, table in enumerate(task()):
+        assert table["row"].to_pylist() == [number]
+        most = max(most, len(alive))
+    assert number == plan.total_samples - 1
+    assert len(fetched) == 2 * 5 + 4, "two passes of one dataset, one of the other, each window once"
+    assert most == sum(one.window_shards for one in plan.streams) == 3
+
+
 def test_the_split_configuration_is_the_strict_one() -> None:
     config = data_config("train")
     assert config._datasets_to_split == ["train"]
@@ -331,15 +385,38 @@ def test_the_split_configuration_is_the_strict_one() -> None:
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_every_step_is_its_slice_of_the_plan(manifest: Manifest, world: int) -> None:
     plan = make_plan()
-    check_order(consume(build_stream(manifest, "train", plan, encoder(), MICRO), world), plan, 0)
+    check_order(consume(build_stream(manifest, "train", plan, encoder(), MICRO, fetch=jittered), world), plan, 0)
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_two_datasets_mix_as_planned(
+    manifest: Manifest, other: Manifest, world: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mixture, "ITEM_WINDOWS", 1)
+    monkeypatch.setattr(mixture, "BLOCK", 1024 if world == 2 else 64)  # also where items end inside of windows
+    plan = mixed_plan()
+    assert plan.quotas == (238, 56)
+    spare = MICRO * world
+    dataset = build_stream(manifest, "train", plan, encoder(), MICRO, others=[other], spare_rows=spare, fetch=jittered)
+    taken = consume(dataset, world)
+    for rank, batches in enumerate(taken):
+        rows = [(row["row"], row["reason"]) for row in batches.pop()]
+        first = plan.total_rows + rank * MICRO
+        assert rows == [(row, "void") for row in range(first, first + MICRO)], "the spare rows come last"
+    check_order(taken, plan, 0)
+    rows = [row for batches in taken for batch in batches for row in batch if row["reason"] != "void"]
+    ledger = Ledger(plan.sizes)
+    ledger.add(*np.array([[row[name] for name in ("dataset", "epoch", "shard", "index")] for row in rows]).T)
+    assert ledger == plan.consumed(plan.total_rows)
 
 
 @pytest.mark.usefixtures("cluster")
 def test_a_resume_is_the_suffix_with_the_same_content(manifest: Manifest) -> None:
     plan = make_plan(window_shards=6)
     start = 13 * GLOBAL
-    whole = consume(build_stream(manifest, "train", plan, encoder(), MICRO), 2)
-    resumed = consume(build_stream(manifest, "train", plan, encoder(), MICRO, start_row=start), 2)
+    whole = consume(build_stream(manifest, "train", plan, encoder(), MICRO, fetch=jittered), 2)
+    resumed = consume(build_stream(manifest, "train", plan, encoder(), MICRO, start_row=start, fetch=jittered), 2)
     check_order(resumed, plan, start)
     assert [batches[start // (2 * MICRO) :] for batches in whole] == resumed
 
@@ -376,7 +453,7 @@ def test_a_broken_shard_reaches_the_driver_by_name(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:3000])
     plan = StreamPlan(sizes, 0, 1, GLOBAL, 1)
     with pytest.raises(ShardError, match="truncated") as caught:
-        consume(build_stream(manifest, "train", plan, encoder(), MICRO), 1)
+        consume(build_stream(manifest, "train", plan, encoder(), MICRO, fetch=jittered), 1)
     cause = root_cause(ray.train.WorkerGroupError("failed", {0: caught.value}), "run 'a'")
     assert isinstance(cause, ShardError)
     assert (cause.shard, cause.fault) == (str(path), "truncated")
