@@ -4,6 +4,7 @@ The command line is made from these classes, so every field has one line of docu
 contradiction is an error that names the setting and the numbers.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -259,6 +260,12 @@ class DataSettings:
 
     manifest: str = ""
     """Address of the manifest of the shards (manifest.parquet), an s3:// URL or a local path."""
+    weight: float = 1.0
+    """How often the training split of this manifest is passed in an epoch: 2 takes every sample twice, 0.5 half of them
+    (the other half in the next epoch)."""
+    mixture: dict[str, float] = field(default_factory=dict)
+    """Further manifests whose training split is mixed in evenly: ADDRESS WEIGHT ADDRESS WEIGHT ... Held-out data,
+    calibration and the tokenizer's text stay with the one above."""
     train_split: str = "train"
     """Split of the manifest to train on."""
     heldout_split: str = "heldout"
@@ -266,7 +273,8 @@ class DataSettings:
     heldout_samples: int = 64
     """Held-out samples for the loss at the end of training."""
     window_shards: int = 4
-    """Consecutive shards of an epoch whose samples are shuffled together."""
+    """Consecutive shards of an epoch whose samples are shuffled together; of a mixture, those of the dataset whose shards
+    are used up fastest (the others get fewer)."""
     read_patience_s: float = 120.0
     """Seconds for which reading outlasts a storage that fails or restarts, counted from the first fault."""
     bad_shards: Literal["fail", "drop"] = "fail"
@@ -284,6 +292,12 @@ class DataSettings:
             _require(self.__dict__[name] >= 1, f"{name} is {self.__dict__[name]}; it must be at least 1")
         _require(self.read_patience_s >= 0, f"read_patience_s is {self.read_patience_s}; it must not be negative")
         _require(self.bad_shards in ("fail", "drop"), f"bad_shards is {self.bad_shards!r}; it must be 'fail' or 'drop'")
+        for address, weight in {self.manifest or "data.manifest": self.weight, **self.mixture}.items():
+            _require(0 < weight < math.inf, f"the weight of {address} is {weight}; it must be above 0")
+        _require(
+            self.manifest not in self.mixture,
+            f"data.mixture holds {self.manifest!r}, which is data.manifest; raise data.weight instead",
+        )
         _require(self.data_task_cpus > 0, f"data_task_cpus is {self.data_task_cpus}; it must be above 0")
         _require(
             self.train_split != self.heldout_split,

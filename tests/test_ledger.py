@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.ledger import Consumption, Ledger, LedgerError, Sample
@@ -45,6 +45,7 @@ def histories(draw: st.DrawFn) -> list[tuple[list[Place], bool]]:
     return [(order[lo:hi], draw(st.booleans())) for lo, hi in pairwise(edges)]
 
 
+@settings(deadline=None)
 @given(histories())
 def test_counts_and_members_equal_plain_sets(history: list[tuple[list[Place], bool]]) -> None:
     ledger = filled(history)
@@ -63,6 +64,7 @@ def test_counts_and_members_equal_plain_sets(history: list[tuple[list[Place], bo
     assert ledger.difference(Ledger(SIZES), limit=99) == ([Sample(*p) for p in sorted(trained | dropped)], [])
 
 
+@settings(deadline=None)
 @given(histories(), histories())
 def test_equality_and_difference_are_those_of_sets(
     first: list[tuple[list[Place], bool]], second: list[tuple[list[Place], bool]]
@@ -84,6 +86,7 @@ def test_equality_and_difference_are_those_of_sets(
         assert (f"{words}: ({samples[0]})" in str(e.value)) if samples else (words not in str(e.value))
 
 
+@settings(deadline=None)
 @given(histories(), st.data())
 def test_what_is_there_already_is_refused_by_name_and_nothing_is_added(
     history: list[tuple[list[Place], bool]], data: st.DataObject
@@ -107,6 +110,7 @@ def test_what_is_there_already_is_refused_by_name_and_nothing_is_added(
     assert ledger.to_bytes() == before
 
 
+@settings(deadline=None)
 @given(histories())
 def test_bytes_hold_everything_and_are_the_same_for_every_order(history: list[tuple[list[Place], bool]]) -> None:
     ledger = filled(history)
@@ -122,6 +126,7 @@ def test_bytes_hold_everything_and_are_the_same_for_every_order(history: list[tu
     assert again.consumed == len(ALL)
 
 
+@settings(deadline=None)
 @given(histories(), st.integers(0, 3))
 def test_whole_shards_are_their_samples(history: list[tuple[list[Place], bool]], shard: int) -> None:
     by_shard, by_sample = filled(history), filled(history)

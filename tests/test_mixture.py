@@ -71,6 +71,7 @@ def mixtures(draw: st.DrawFn) -> MixturePlan:
     return MixturePlan(sizes, chosen, seed, epochs, draw(st.integers(1, 24)), draw(st.integers(1, 4)))
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=6))
 def test_the_even_merge_is_a_sort_of_fractions(quotas: list[int]) -> None:
     merge = Merge(0, tuple(quotas), block_rows=8)
@@ -81,6 +82,7 @@ def test_the_even_merge_is_a_sort_of_fractions(quotas: list[int]) -> None:
         assert sum(merge.positions(row)) == row
 
 
+@settings(deadline=None)
 @given(mixtures())
 def test_random_access_and_work_items_equal_the_enumeration(plan: MixturePlan) -> None:
     rows = enumerate_rows(plan)
@@ -93,6 +95,7 @@ def test_random_access_and_work_items_equal_the_enumeration(plan: MixturePlan) -
     assert [dataset for item in items for dataset in item.datasets().tolist()] == [row[0] for row in rows]
 
 
+@settings(deadline=None)
 @given(mixtures())
 def test_every_sample_once_per_pass_and_passes_follow_each_other(plan: MixturePlan) -> None:
     rows = [row for row in every(plan) if row != VOID]
@@ -111,6 +114,7 @@ def test_every_sample_once_per_pass_and_passes_follow_each_other(plan: MixturePl
         assert {times[sample] for sample in samples} <= {int(exact), -int(-exact // 1)}
 
 
+@settings(deadline=None)
 @given(mixtures(), st.data())
 def test_any_range_of_rows_is_that_slice_of_the_stream(plan: MixturePlan, data: st.DataObject) -> None:
     start = data.draw(st.integers(0, plan.total_rows))
@@ -125,6 +129,7 @@ def test_any_range_of_rows_is_that_slice_of_the_stream(plan: MixturePlan, data: 
             assert [plan.sizes[part.dataset][shard] for shard in part.shards] == list(part.samples)
 
 
+@settings(deadline=None)
 @given(mixtures(), st.data())
 def test_the_consumed_samples_are_those_of_the_first_rows(plan: MixturePlan, data: st.DataObject) -> None:
     rows = data.draw(st.integers(0, plan.total_rows))
@@ -136,7 +141,7 @@ def test_the_consumed_samples_are_those_of_the_first_rows(plan: MixturePlan, dat
 
 
 @given(mixtures())
-@settings(max_examples=50)
+@settings(deadline=None, max_examples=50)
 def test_a_step_has_the_same_samples_for_every_world_size(drawn: MixturePlan) -> None:
     micro_batch = 2
     plan = MixturePlan(drawn.sizes, drawn.weights, drawn.seed, drawn.epochs, global_batch=24, window_shards=2)
@@ -153,6 +158,7 @@ def test_a_step_has_the_same_samples_for_every_world_size(drawn: MixturePlan) ->
         assert all(one == sets[0] for one in sets)
 
 
+@settings(deadline=None)
 @given(shards, st.integers(0, 2**63 - 1), st.integers(1, 3), st.integers(1, 24), st.integers(1, 4))
 def test_one_dataset_of_weight_one_is_the_plain_stream(
     sizes: list[int], seed: int, epochs: int, global_batch: int, window_shards: int
@@ -164,6 +170,7 @@ def test_one_dataset_of_weight_one_is_the_plain_stream(
     assert isinstance(make_plan([sizes], [1], seed, epochs, global_batch, window_shards), StreamPlan)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 10**6), min_size=1, max_size=6), st.integers(0, 2**63 - 1), st.data())
 def test_the_share_in_every_prefix_is_within_the_stated_bound(
     quotas: list[int], seed: int, data: st.DataObject
@@ -176,6 +183,7 @@ def test_the_share_in_every_prefix_is_within_the_stated_bound(
             assert abs(count - Fraction(row * quota, merge.total)) <= len(quotas) / 2 + 1
 
 
+@settings(deadline=None)
 @given(mixtures())
 def test_no_more_is_read_twice_than_stated(plan: MixturePlan) -> None:
     items = list(plan.work(0))

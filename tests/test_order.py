@@ -65,6 +65,7 @@ plans = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(plans)
 def test_random_access_and_work_items_equal_the_enumeration(plan: StreamPlan) -> None:
     rows = enumerate_rows(plan)
@@ -76,6 +77,7 @@ def test_random_access_and_work_items_equal_the_enumeration(plan: StreamPlan) ->
     assert [row for item in plan.work(0) for row in item_rows(item)] == rows
 
 
+@settings(deadline=None)
 @given(plans)
 def test_every_sample_once_per_epoch(plan: StreamPlan) -> None:
     expected = {(shard, index) for shard, samples in enumerate(plan.shard_samples) for index in range(samples)}
@@ -88,6 +90,7 @@ def test_every_sample_once_per_epoch(plan: StreamPlan) -> None:
     assert rows[plan.total_samples :] == [(VOID_EPOCH,) * 3] * plan.void_rows
 
 
+@settings(deadline=None)
 @given(plans, st.data())
 def test_any_range_of_rows_is_that_slice_of_the_stream(plan: StreamPlan, data: st.DataObject) -> None:
     start = data.draw(st.integers(0, plan.total_rows))
@@ -106,6 +109,7 @@ def test_any_range_of_rows_is_that_slice_of_the_stream(plan: StreamPlan, data: s
     assert len(set(windows)) == len(windows), "a window is read once"
 
 
+@settings(deadline=None)
 @given(plans, st.data())
 def test_the_consumed_samples_are_those_of_the_first_rows(plan: StreamPlan, data: st.DataObject) -> None:
     rows = data.draw(st.integers(0, plan.total_rows))
@@ -121,7 +125,7 @@ def test_the_consumed_samples_are_those_of_the_first_rows(plan: StreamPlan, data
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=6).filter(any), st.integers(0, 99), st.integers(1, 3))
-@settings(max_examples=50)
+@settings(deadline=None, max_examples=50)
 def test_a_step_has_the_same_samples_for_every_world_size(sizes: list[int], seed: int, window_shards: int) -> None:
     micro_batch = 2
     plan = StreamPlan(sizes, seed, epochs=2, global_batch=24, window_shards=window_shards)
