@@ -5,6 +5,8 @@
 writes what `test_universal` compares: FOLDER/{precision}/{training}/{stage}-{rank}.pt.
 """
 
+import gc
+import importlib
 import multiprocessing
 import os
 import sys
@@ -34,29 +36,34 @@ SETTINGS = TrainingSettings(
 class Model(nn.Module):
     """Odd sizes, a parameter of one element, a frozen part, a tied head, a persistent and another buffer."""
 
+    scale: Tensor
+    positions: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.encoders = nn.ModuleDict({"a": nn.Linear(3, WIDTH), "one": nn.Linear(1, 1)})
+        embed = nn.Embedding(VOCABULARY, WIDTH)
         self.projectors = nn.ModuleDict({"a": nn.Linear(WIDTH, WIDTH), "gate": nn.Linear(1, 1)})
         self.language_model = nn.ModuleDict(
             {
-                "embed": nn.Embedding(VOCABULARY, WIDTH),
+                "embed": embed,
                 "layers": nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(3)]),
                 "norm": nn.LayerNorm(WIDTH),
             }
         )
         self.lm_head = nn.Linear(WIDTH, VOCABULARY, bias=False)
-        self.lm_head.weight = self.language_model["embed"].weight
+        self.lm_head.weight = embed.weight
         self.register_buffer("scale", torch.tensor([0.5]))
         self.register_buffer("positions", torch.arange(LENGTH) / LENGTH, persistent=False)
 
     def forward(self, ids_BT: Tensor, pixels_BTC: Tensor) -> Tensor:
-        dtype = self.language_model["norm"].weight.dtype
+        dtype = self.lm_head.weight.dtype
         gate_11 = self.projectors["gate"](self.encoders["one"](torch.ones(1, 1, dtype=dtype)))
         seen_BTC = self.projectors["a"](torch.tanh(self.encoders["a"](pixels_BTC.to(dtype)))) * gate_11
         hidden_BTC = self.language_model["embed"](ids_BT) + self.scale.to(dtype) * seen_BTC
         hidden_BTC = hidden_BTC + self.positions.to(dtype)[:, None]
-        for layer in self.language_model["layers"]:
+        layers: Any = self.language_model["layers"]
+        for layer in layers:
             hidden_BTC = hidden_BTC + torch.tanh(layer(hidden_BTC))
         logits_BTV = self.lm_head(self.language_model["norm"](hidden_BTC)).float()
         loss: Tensor = nn.functional.cross_entropy(
@@ -83,14 +90,19 @@ class Training:
 
 def trainings(precision: str) -> list[Training]:
     """In the order in which they must run."""
-    return [
+    chain = [
         Training("whole", 2, save_at=BORDER),
+        Training("three", 3, "whole", save_at=BORDER + 1),
+        Training("one_after_three", 1, "three"),
+    ]
+    if precision == "bf16":
+        return [*chain, Training("two", 2, "whole")]
+    return [
+        *chain,
         Training("native", 2, "whole", native=True),
         Training("two", 2, "whole"),
         Training("one", 1, "whole"),
-        Training("three", 3, "whole", save_at=BORDER + 1),
-        Training("one_after_three", 1, "three"),
-        *([Training("four", 4, "whole", sub_group_size=None)] if precision == "fp32" else []),
+        Training("four", 4, "whole", sub_group_size=None),
     ]
 
 
@@ -162,7 +174,11 @@ def snapshot(engine: Any) -> dict[str, Any]:
         "adam_steps": [float(state["step"]) for state in states],
         "own_step_counters": len({state["step"].data_ptr() for state in states}) == len(states),
         "sub_groups": len(engine.optimizer.fp16_groups),
-        "counters": [engine.global_steps, engine.skipped_steps, engine.micro_steps % 2],
+        "counters": [
+            engine.global_steps,
+            engine.skipped_steps,
+            engine.micro_steps % engine.gradient_accumulation_steps(),
+        ],
         "tied": engine.module.lm_head.weight is engine.module.language_model["embed"].weight,
     }
 
@@ -213,6 +229,8 @@ def run(training: Training, precision: str, folder: Path) -> None:
 def main(folder: Path) -> None:
     """Every training in every precision."""
     import_deepspeed(uses_gpu=False)
+    importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")  # 2 s that every engine would spend again
+    gc.freeze()
     torch.set_num_threads(1)
     for precision in ("fp32", "bf16"):
         (folder / precision).mkdir()
