@@ -160,7 +160,8 @@ def register(
         version = max(found, key=lambda item: int(item.version))
         patiently(f"alias {alias}", lambda: client.set_registered_model_alias(name, alias, str(version.version)))
         print(f"  registered by an earlier start as version {version.version}", flush=True)
-        return RegisteredVersion(name, int(version.version), alias, run_id, str(version.model_id))
+        model_id = str(version.source).removeprefix("models:/")
+        return RegisteredVersion(name, int(version.version), alias, run_id, model_id)
     return register_model(
         folder,
         uri=recipe.tracking.uri,
