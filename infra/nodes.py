@@ -6,6 +6,7 @@ Each node is a raylet with ports and a process tree of its own, started and stop
 from __future__ import annotations
 
 import http.client
+import subprocess
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,8 @@ NODE_PORTS = ("node_manager", "object_manager", "agent", "agent_grpc", "runtime_
 START_TIMEOUT_S = 60.0
 STOP_GRACE_S = 10.0
 RAYLET = "raylet"
+NODE_ID_FLAG = "--node_id="
+DRAIN_LIMIT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,17 @@ class Node:
     def raylet(self) -> psutil.Process | None:
         """The node's raylet, or None where it is gone."""
         return next((process for process in members(self.record) if _is_raylet(process)), None)
+
+
+    @property
+    def node_id(self) -> str:
+        """Ray's name of the node (hex). Raises StackError where its raylet is gone."""
+        raylet = self.raylet
+        flags = [] if raylet is None else raylet.cmdline()
+        found = [flag.removeprefix(NODE_ID_FLAG) for flag in flags if flag.startswith(NODE_ID_FLAG)]
+        if not found:
+            raise StackError(f"{self.record.service}: no raylet with a node id runs; is the node up?")
+        return found[0]
 
 
 def _is_raylet(process: psutil.Process) -> bool:
@@ -75,6 +89,25 @@ def start_node(
 def stop_node(node: Node) -> None:
     """End every process of the node. Raises StackError when one survives."""
     stop(node.record, STOP_GRACE_S)
+
+
+def drain_node(stack: Stack, node: Node, deadline_s: int) -> None:
+    """Give Ray the notice that the node will be taken away in `deadline_s` seconds, as a cloud's preemption does. Nobody
+    takes it away: that is the caller's part. Raises StackError when Ray refuses."""
+    command = [
+        services.executable("ray"),
+        "drain-node",
+        f"--address={stack.ray_gcs_address}",
+        f"--node-id={node.node_id}",
+        "--reason=DRAIN_NODE_REASON_PREEMPTION",
+        "--reason-message=notice",
+        f"--deadline-remaining-seconds={deadline_s}",
+    ]
+    env = services.full_env(stack)
+    env.pop("RAY_ADDRESS", None)
+    done = subprocess.run(command, env=env, timeout=DRAIN_LIMIT_S, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise StackError(f"{node.record.service}: Ray does not drain it: {done.stdout}{done.stderr}")
 
 
 def _healthy(agent_port: int) -> bool:

@@ -1,0 +1,68 @@
+"""`python -m benchmarks.chaos`: faults of every kind into trainings on the real stack; see benchmarks/README.md.
+
+Writes benchmarks/results/chaos.json and chaos.png; with --only it prints alone, unless --write is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+from benchmarks.chaos.bench import choose, line_of, open_bench, show
+from benchmarks.chaos.report import draw, write
+from benchmarks.chaos.scenarios import SCENARIOS
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 0 when every scenario passes, 1 when one fails, 130 after an interrupt."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.chaos", description=__doc__)
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="play these (and the undisturbed one)")
+    parser.add_argument("--seed", type=int, default=0, help="of every random choice of a fault (%(default)s)")
+    parser.add_argument("--write", action="store_true", help="write the results in spite of --only")
+    parser.add_argument("--list", action="store_true", help="list the scenarios")
+    arguments = parser.parse_args(argv)
+    if arguments.list:
+        for scenario in SCENARIOS:
+            print(f"{scenario.name:<24} {scenario.injects} (workers {scenario.workers})")
+        return 0
+    try:
+        chosen = choose(arguments.only)
+    except ValueError as error:
+        parser.error(str(error))
+    signal.signal(signal.SIGTERM, _interrupt)  # what was started is stopped then, too
+    started = time.monotonic()
+    rows = []
+    try:
+        with open_bench(chosen, arguments.seed) as bench:
+            for scenario in chosen:
+                rows.append(bench.play(scenario))
+                show(rows[-1])
+                if bench.reference is None:
+                    print("the undisturbed training failed: there is nothing to compare with", file=sys.stderr)
+                    return 1
+    except KeyboardInterrupt:
+        print("interrupted: what was started has been stopped", file=sys.stderr)
+        return 130
+    seconds = time.monotonic() - started
+    print(f"\n{len(rows)} scenarios in {seconds / 60:.1f} minutes, seed {arguments.seed}")
+    for row in rows:
+        print(line_of(row))
+    if arguments.write or not arguments.only:
+        write(RESULTS / "chaos.json", rows, arguments.seed, seconds)
+        draw(RESULTS / "chaos.png", rows)
+        print(f"written: {RESULTS / 'chaos.json'}, {RESULTS / 'chaos.png'}")
+    return 0 if all(row["passed"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""Scenarios that damage the data: the training must end in an error that names the shard; then the shard is restored and
+the same command goes on."""
+
+from __future__ import annotations
+
+from benchmarks.chaos.data import TRAIN_SIZES, key_of, keys_in, pack, sample
+from benchmarks.chaos.stage import Stage
+from pipelines import storage
+
+
+def _victim(stage: Stage) -> str:
+    """A train shard that has samples."""
+    filled = [place for place, size in enumerate(TRAIN_SIZES) if size]
+    return f"train-{stage.random.choice(filled):06d}.tar"
+
+
+def _damaged(stage: Stage, name: str, data: bytes | None, fault: str, claims: dict[str, bytes] | None = None) -> None:
+    """Damage one shard (None removes it), see the error, restore it, and go on."""
+    dataset = stage.own_dataset(claims)
+    if data is None:
+        storage.delete(storage.join(dataset.url, name))
+    else:
+        dataset.put(name, data)
+    stage.fails(stage.config(), name, fault)
+    dataset.restore(name)
+    stage.injected()  # from the moment at which it can go on
+    stage.notes.insert(0, f"{name}, {len(stage.lines())} lines before the error")
+    stage.finish(stage.config())
+
+
+def truncated_shard(stage: Stage) -> None:
+    """The object ends before the tar does."""
+    name = _victim(stage)
+    whole = stage.dataset.shards[name]
+    _damaged(stage, name, whole[: len(whole) * 6 // 10], "truncated")
+
+
+def replaced_shard(stage: Stage) -> None:
+    """Another whole tar of as many samples lies in its place; the manifest is from before."""
+    name = _victim(stage)
+    count = len(keys_in(stage.dataset.shards[name]))
+    other = pack((key_of(90000 + number), sample(90000 + number)) for number in range(count))
+    _damaged(stage, name, other, "replaced")
+
+
+def duplicated_key(stage: Stage) -> None:
+    """The last sample of the shard has the key of its first one, and the manifest was made of that."""
+    name = _victim(stage)
+    keys = keys_in(stage.dataset.shards[name])
+    numbers = [int(key.removeprefix("sample")) for key in keys]
+    twice = pack((key_of(number), sample(number)) for number in [*numbers[:-1], numbers[0]])
+    _damaged(stage, name, twice, "is there twice", claims={name: twice})
+
+
+def empty_shard(stage: Stage) -> None:
+    """The object has no bytes. (A shard without samples that the manifest knows of is part of every scenario.)"""
+    _damaged(stage, _victim(stage), b"", "not a tar")
+
+
+def missing_shard(stage: Stage) -> None:
+    """The object is gone."""
+    _damaged(stage, _victim(stage), None, "missing")

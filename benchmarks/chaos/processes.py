@@ -1,0 +1,238 @@
+"""Scenarios that kill, stop, add and remove processes: workers, drivers, raylets, whole clusters, the MLflow server."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+from benchmarks.chaos.cluster import HEAD_CPUS
+from benchmarks.chaos.stage import TOTAL_STEPS, Stage
+from infra.nodes import drain_node
+
+ONE_PER_NODE = {"cpus_per_worker": HEAD_CPUS / 2 + 1}
+"""Room for one worker on the head, for the other one on a node beside it."""
+NODE_CPUS = HEAD_CPUS // 2 + 2
+LASTING_STEP_S = 0.5
+
+
+def undisturbed(stage: Stage) -> None:
+    """The training that nothing happens to. Its faults are the images that cannot be decoded, in every epoch."""
+    stage.finish(stage.config())
+    stage.replayed, stage.worlds = 0, (2,)
+    stage.faults += 4
+
+
+def kill_worker_at_random_step(stage: Stage) -> None:
+    """Within one command: the workers are started again."""
+    step = stage.random.randint(2, TOTAL_STEPS - 2)
+    _kill_worker(stage, step, stage.random.randint(0, 1))
+
+
+def kill_worker_in_first_step(stage: Stage) -> None:
+    """Before there is any checkpoint."""
+    _kill_worker(stage, 1, 1)
+
+
+def kill_worker_in_last_step(stage: Stage) -> None:
+    """After the last optimizer step, before its checkpoint; the command ends, and is given again."""
+    config = stage.config(faults=(stage.step_fault(TOTAL_STEPS, "kill"),))
+    stage.fails(config)
+    stage.injected_by_marker()
+    stage.finish(config)
+
+
+def kill_worker_in_data_start(stage: Stage) -> None:
+    """While it waits for its first batch."""
+    stage.finish(stage.config(data_start_kill=stage.marker(), settings={"max_failures": 1}))
+    stage.injected_by_marker()
+    early = [line for line in stage.lines() if stage.fault_times and line.time < stage.fault_times[0]]
+    if early:
+        stage.wrong.append(f"void: {len(early)} steps were made before the kill")
+
+
+def _kill_worker(stage: Stage, step: int, rank: int) -> None:
+    config = stage.config(faults=(stage.step_fault(step, "kill", rank),), settings={"max_failures": 1})
+    stage.finish(config)
+    stage.injected_by_marker()
+    stage.notes.append(f"worker {rank} killed after step {step}")
+
+
+def kill_driver(stage: Stage) -> None:
+    """SIGKILL to the driver at a random step, then the same command."""
+    step = stage.random.randint(5, TOTAL_STEPS - 1)
+    config = stage.config(faults=(stage.step_fault(step, "hold"),))
+    command = stage.start(config)
+    stage.wait_marker(command)
+    command.kill()
+    stage.injected()
+    stage.notes.append(f"driver killed after step {step}")
+    stage.finish(config)
+
+
+def kill_cluster(stage: Stage) -> None:
+    """SIGKILL to every process of Ray and to the driver; Ray is started again, then the same command."""
+    step = stage.random.randint(5, TOTAL_STEPS - 1)
+    config = stage.config(faults=(stage.step_fault(step, "hold"),))
+    command = stage.start(config)
+    stage.wait_marker(command)
+    killed = stage.cluster.kill_ray()
+    command.kill()
+    stage.injected(killed)
+    stage.cluster.start_ray()
+    stage.notes.append(f"{killed} processes of Ray and the driver killed after step {step}")
+    stage.finish(config)
+
+
+def kill_raylet(stage: Stage) -> None:
+    """SIGKILL to the raylet of the node that one of the two workers runs on; another node takes its place."""
+    node = stage.cluster.add_node(NODE_CPUS)
+    step = stage.random.randint(5, TOTAL_STEPS - 1)
+    settings = {**ONE_PER_NODE, "max_failures": 2}
+    config = stage.config(faults=(stage.step_fault(step, "hold", rank=0),), settings=settings)
+    command = stage.start(config)
+    stage.wait_marker(command)
+    raylet = node.raylet
+    assert raylet is not None, "the node has no raylet"
+    raylet.kill()
+    stage.injected()
+    stage.cluster.add_node(NODE_CPUS)
+    stage.release()
+    if command.wait() != 0:
+        stage.notes.append("the command ended and was given again")
+        stage.finish(config)
+    stage.worlds = (2,)
+    _different_nodes(stage)
+
+
+def _different_nodes(stage: Stage) -> None:
+    """Void unless the raylet's death ended an attempt."""
+    if len({line.attempt for line in stage.lines()}) < 2:
+        stage.wrong.append("void: the workers did not feel the death of the raylet")
+
+
+def worlds_two_one_three(stage: Stage) -> None:
+    """The driver is killed twice, and the same run goes on with another number of workers each time."""
+    first = stage.random.randint(5, 7)
+    second = first + stage.random.randint(4, 6)
+    for workers, step in ((2, first), (1, second)):
+        name = f"workers-{workers}"
+        config = stage.config(workers=workers, faults=(stage.step_fault(step, "hold", rank=0, name=name),))
+        command = stage.start(config)
+        stage.wait_marker(command, name)
+        command.kill()
+        stage.injected()
+        stage.notes.append(f"{workers} workers until step {step}")
+    stage.finish(stage.config(workers=3))
+    stage.worlds = (2, 1, 3)
+
+
+def grow_during_the_run(stage: Stage) -> None:
+    """Elastic: the training begins with one worker, room for a second one appears."""
+    settings = {**ONE_PER_NODE, "min_workers": 1, "resize_interval_s": 1.0, "max_failures": 2}
+    config = stage.config(
+        faults=(stage.step_fault(3, "hold", rank=0),), settings=settings, step_seconds=2 * LASTING_STEP_S
+    )
+    command = stage.start(config)
+    stage.wait_marker(command)
+    stage.cluster.add_node(NODE_CPUS)
+    stage.injected()
+    stage.release()
+    if command.wait() != 0:
+        stage.wrong.append(f"the command ended: {command.tail(500)}")
+    stage.worlds = (1, 2)
+
+
+def lose_a_node(stage: Stage) -> None:
+    """Elastic: the raylet of one worker's node is killed and no other node comes; the training goes on with one."""
+    node = stage.cluster.add_node(NODE_CPUS)
+    step = stage.random.randint(5, TOTAL_STEPS - 3)
+    settings = {**ONE_PER_NODE, "min_workers": 1, "resize_interval_s": 1.0, "max_failures": 2}
+    config = stage.config(faults=(stage.step_fault(step, "hold", rank=0),), settings=settings)
+    command = stage.start(config)
+    stage.wait_marker(command)
+    raylet = node.raylet
+    assert raylet is not None, "the node has no raylet"
+    raylet.kill()
+    stage.injected()
+    stage.cluster.stop_nodes()
+    stage.release()
+    if command.wait() != 0:
+        stage.wrong.append(f"the command ended: {command.tail(500)}")
+    stage.worlds = (2, 1)
+
+
+def preempted_worker(stage: Stage) -> None:
+    """SIGTERM to one worker: a checkpoint at the next step's end, and no step is made twice."""
+    step = stage.random.choice((5, 6, 9, 10))  # no step of a regular checkpoint comes next
+    settings = {"max_failures": 0, "preemption_grace_s": 30.0}
+    config = stage.config(faults=(stage.step_fault(step, "terminate"),), settings=settings, step_seconds=0.2)
+    command = stage.start(config)
+    if command.wait() != 0:
+        stage.notes.append("the command ended and was given again")
+        stage.finish(config)
+    stage.injected_by_marker()
+    stage.notes.append(f"SIGTERM after step {step}")
+    stage.replayed = 0
+    _different_nodes(stage)
+
+
+def drained_node(stage: Stage) -> None:
+    """Ray's notice that a node goes away in 60 s: a checkpoint before it does, and no step is made twice."""
+    node = stage.cluster.add_node(NODE_CPUS)
+    step = stage.random.choice((5, 6, 9, 10))
+    settings = {**ONE_PER_NODE, "max_failures": 1}
+    config = stage.config(
+        faults=(stage.step_fault(step, "hold", rank=0),), settings=settings, step_seconds=LASTING_STEP_S
+    )
+    command = stage.start(config)
+    stage.wait_marker(command)
+    drain_node(stage.cluster.ray, node, deadline_s=60)
+    stage.injected()
+    stage.cluster.add_node(NODE_CPUS)
+    stage.release()
+    if command.wait() != 0:
+        stage.notes.append("the command ended and was given again")
+        stage.finish(config)
+    stage.replayed = 0
+    _different_nodes(stage)
+
+
+def mlflow_restart(stage: Stage) -> None:
+    """The MLflow server is killed during the training and comes back later."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(stage.cluster.stores.mlflow_uri)
+    experiment = client.create_experiment(f"chaos-{time.time_ns():x}")
+    run_id = client.create_run(experiment).info.run_id
+    config = stage.config(
+        faults=(stage.step_fault(4, "hold", rank=0),),
+        step_seconds=LASTING_STEP_S,
+        mlflow_uri=stage.cluster.stores.mlflow_uri,
+        mlflow_run_id=run_id,
+    )
+    command = stage.start(config)
+    stage.wait_marker(command)
+    stage.injected(stage.cluster.kill_service("mlflow"))
+    stage.release()
+    stage.wait_for("step 8", lambda: any(line.step >= 8 for line in stage.lines()), command)
+    stage.cluster.start_service("mlflow")
+    if command.wait() != 0:
+        stage.wrong.append(f"the command ended: {command.tail(500)}")
+    points = [(point.step, point.value) for point in client.get_metric_history(run_id, "loss")]
+    losses = {line.step: line.loss for line in stage.lines()}
+    if sorted(points) != sorted(losses.items()):
+        stage.wrong.append(f"MLflow holds the losses {sorted(points)}, the workers saw {sorted(losses.items())}")
+    stage.notes.append(f"{len(points)} losses in MLflow")
+    stage.replayed = 0
+
+
+def stop_by_signal(stage: Stage) -> None:
+    """SIGTERM to the driver, then the same command."""
+    config = stage.config(faults=(stage.step_fault(6, "hold"),))
+    command = stage.start(config)
+    stage.wait_marker(command)
+    os.kill(command.process.pid, signal.SIGTERM)
+    stage.injected()
+    command.wait()
+    stage.finish(config)

@@ -1,0 +1,84 @@
+"""The table of scenarios: what is injected, into which numbers of workers, and what must hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from benchmarks.chaos import damage, processes
+from benchmarks.chaos.stage import Stage
+
+OTHER_WORLD_TOLERANCE = 1e-5
+"""Largest loss difference where the number of workers differs from the undisturbed training's: sums in another order."""
+UNDISTURBED = "undisturbed"
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One row of the table."""
+
+    name: str
+    injects: str
+    workers: str
+    """Numbers of workers over the training."""
+    play: Callable[[Stage], None]
+    tolerance: float = 0.0
+    """Largest loss difference to the undisturbed training; 0 asks for equal bits."""
+    services: tuple[str, ...] = ()
+    """What the stack must hold beside Ray and the object store."""
+
+    @property
+    def expects(self) -> str:
+        """What must hold, in words."""
+        losses = "losses bit-equal" if self.tolerance == 0 else f"losses within {self.tolerance:g}"
+        return f"lost 0, repeated 0, {losses} to the undisturbed training"
+
+
+SCENARIOS: tuple[Scenario, ...] = (
+    Scenario(UNDISTURBED, "nothing but what all have: 2 of 180 images cannot be decoded", "2", processes.undisturbed),
+    Scenario("corrupt-images", "1% corrupt images, once more (the control)", "2", processes.undisturbed),
+    Scenario("kill-worker", "SIGKILL to a worker at a random step", "2", processes.kill_worker_at_random_step),
+    Scenario("kill-worker-first-step", "the same in the first step", "2", processes.kill_worker_in_first_step),
+    Scenario("kill-worker-last-step", "the same in the last step", "2", processes.kill_worker_in_last_step),
+    Scenario("kill-worker-data-start", "the same before the first batch", "2", processes.kill_worker_in_data_start),
+    Scenario("kill-driver", "SIGKILL to the driver, then the same command", "2", processes.kill_driver),
+    Scenario("kill-cluster", "SIGKILL to all of Ray, restart, then the same command", "2", processes.kill_cluster),
+    Scenario("kill-raylet", "SIGKILL to the raylet of one of two nodes; another comes", "2", processes.kill_raylet),
+    Scenario(
+        "lose-node",
+        "SIGKILL to the raylet of one of two nodes; none comes, elastic",
+        "2, 1",
+        processes.lose_a_node,
+        OTHER_WORLD_TOLERANCE,
+    ),
+    Scenario(
+        "worlds-2-1-3",
+        "two kills of the driver, restarts with other numbers of workers",
+        "2, 1, 3",
+        processes.worlds_two_one_three,
+        OTHER_WORLD_TOLERANCE,
+    ),
+    Scenario(
+        "grow",
+        "a second node appears during the training, elastic",
+        "1, 2",
+        processes.grow_during_the_run,
+        OTHER_WORLD_TOLERANCE,
+    ),
+    Scenario("truncated-shard", "a shard is cut off; restored after the error", "2", damage.truncated_shard),
+    Scenario("replaced-shard", "another shard in its place; restored after the error", "2", damage.replaced_shard),
+    Scenario("duplicated-key", "a key twice in a shard; restored after the error", "2", damage.duplicated_key),
+    Scenario("empty-shard", "a shard of 0 bytes; restored after the error", "2", damage.empty_shard),
+    Scenario("missing-shard", "a shard is deleted; restored after the error", "2", damage.missing_shard),
+    Scenario(
+        "mlflow-restart",
+        "MLflow killed in the training, back 4 steps later",
+        "2",
+        processes.mlflow_restart,
+        services=("mlflow",),
+    ),
+    Scenario("sigterm-worker", "SIGTERM to one worker, 30 s to go", "2", processes.preempted_worker),
+    Scenario("sigterm-driver", "SIGTERM to the driver, then the same command", "2", processes.stop_by_signal),
+    Scenario("drain-node", "Ray's notice that one of two nodes goes in 60 s", "2", processes.drained_node),
+)
+BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
