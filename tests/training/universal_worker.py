@@ -86,13 +86,15 @@ class Training:
     """Step after which it saves."""
     sub_group_size: int | None = 60
     """Elements of a worker's sub-group, so small that other worlds have other sub-groups; None has one per group."""
+    persistent: int = 0
+    """Parameters of at most this many elements stay gathered on every worker."""
 
 
 def trainings(precision: str) -> list[Training]:
     """In the order in which they must run."""
     chain = [
         Training("whole", 2, save_at=BORDER),
-        Training("three", 3, "whole", save_at=BORDER + 1),
+        Training("three", 3, "whole", save_at=BORDER + 1, persistent=WIDTH),
         Training("one_after_three", 1, "three"),
     ]
     if precision == "bf16":
@@ -119,6 +121,7 @@ def make_engine(training: Training, precision: Any) -> Any:
     deepspeed = import_deepspeed(uses_gpu=False)
     settings = TrainingSettings(**{**SETTINGS.__dict__, "precision": precision}).at_world(training.world)
     config = deepspeed_config(settings)
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = training.persistent
     if training.sub_group_size is not None:
         config["zero_optimization"]["sub_group_size"] = training.sub_group_size
     torch.manual_seed(sum(training.name.encode()))
