@@ -18,7 +18,15 @@ from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from meteor_model.visualize import draw_ranks
 from pipelines import shards, storage
-from pipelines.checkpoint import PARITY_FILE, CheckpointRef, TrainState, consolidate, load_processor, local_copy
+from pipelines.checkpoint import (
+    PARITY_FILE,
+    POINTS_FILE,
+    CheckpointRef,
+    TrainState,
+    consolidate,
+    load_processor,
+    local_copy,
+)
 from pipelines.evaluate import (
     Answer,
     answer_samples,
@@ -32,15 +40,13 @@ from pipelines.model_folder import verify_checksums
 from pipelines.pictures import draw_loss
 from pipelines.points import Point, points_from_jsonl
 from pipelines.recipe import Recipe
-from pipelines.start import upload_folder
 from pipelines.tracker import Tracker
 from pipelines.tracking import patiently
+from pipelines.uploads import upload_folder
 
 EXPORT_FOLDER, PICTURES_FOLDER = "export", "pictures"
 EXPORTED_FILE, LOOKED_FILE = "exported.json", "looked.json"
 """In a run's folder: written last, with the checkpoint that `export` and `look` are complete for."""
-POINTS_FILE = "metrics.jsonl"
-"""In a checkpoint: metric points that MLflow had not taken when it was written."""
 
 
 def export(recipe: Recipe, run_url: str, manifest: shards.Manifest, checkpoint: CheckpointRef, folder: Path) -> float:

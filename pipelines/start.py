@@ -15,7 +15,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow.fs
 import torch
 
 from meteor_model.architectures import LLM_PART, build_config
@@ -33,6 +32,7 @@ from pipelines.export import pull_model
 from pipelines.parts import default_parts_dir, resolve_sources
 from pipelines.recipe import Recipe
 from pipelines.schema import SampleError, parse_sample
+from pipelines.uploads import upload_folder
 from pipelines.zero3 import save_for_sharding
 
 READY_FILE = "READY.json"
@@ -162,11 +162,3 @@ def _texts(manifest: shards.Manifest, split: str) -> Iterator[str]:
             except SampleError:
                 continue
             yield from (turn.text for turn in sample.turns)
-
-
-def upload_folder(folder: Path, url: str) -> None:
-    """Every file of a local folder to a URL."""
-    filesystem, path = storage.arrow_filesystem(url)
-    with storage.storage_errors(url):
-        filesystem.create_dir(path, recursive=True)
-        pyarrow.fs.copy_files(str(folder), path, pyarrow.fs.LocalFileSystem(), filesystem)

@@ -20,9 +20,9 @@ from pipelines.metric_log import MetricLogger
 from pipelines.order import StreamPlan
 from pipelines.settings import LearningRates, OptimizerSettings, TrainingSettings
 from pipelines.shards import load_manifest
-from pipelines.start import upload_folder
 from pipelines.stream import RowEncoder, build_stream, data_config, rows_from, rows_to
 from pipelines.training import TrainingJob
+from pipelines.uploads import upload_folder
 from pipelines.zero3 import save_for_sharding
 
 SETTINGS = TrainingSettings(
