@@ -96,7 +96,7 @@ def test_no_fault_on_the_way_loses_a_sample(dataset: tuple[Manifest, Samples], p
 
 def test_seeded_chance_of_all_faults_at_once(dataset: tuple[Manifest, Samples], proxy: FaultProxy) -> None:
     manifest, samples = dataset
-    kinds = [Reset(0.3), Truncate(0.6), Flip(0.5), SLOW_DOWN, INTERNAL_ERROR, Reset(where="answer")]
+    kinds: list[Fault] = [Reset(0.3), Truncate(0.6), Flip(0.5), SLOW_DOWN, INTERNAL_ERROR, Reset(where="answer")]
     proxy.add(*(Rule(kind, times=None, share=0.15, seed=seed) for seed, kind in enumerate(kinds)))
     for _ in range(3):
         assert load_manifest(manifest.url) == manifest
