@@ -4,8 +4,13 @@ A checkpoint is a folder `{storage}/runs/{run}/train/step-...` that Ray Train co
 Ray's snapshot file names it, so a half-uploaded folder is never resumed from. It holds
 
     zero3/                  DeepSpeed's shards of weights and optimizer, the rank in every file's name
-    train_state.json        `TrainState`, written by rank 0
+    train_state.json        `TrainState`
+    ledger.bin              which samples were trained (`pipelines.ledger`)
+    recipe.json             every setting of the run
+    metrics.jsonl           metrics that MLflow had not taken yet
     parity.safetensors      only in the last one: a held-out batch and the training model's logits on it
+
+all but the first written by rank 0. Random numbers need no file: they are a function of (seed, step, rank).
 
 Ray Train's controller imports this module, to start the stream where the checkpoint stands; so that it need not load
 torch and transformers (6 s of CPU), the functions that make a model import them.
@@ -14,16 +19,21 @@ torch and transformers (6 s of CPU), the functions that make a model import them
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from pipelines import storage
+from pipelines.ledger import Int64s, Ledger
 
 if TYPE_CHECKING:
     import torch
@@ -34,11 +44,15 @@ if TYPE_CHECKING:
     from meteor_model.processing_meteor import MeteorProcessor
 
 STATE_FILE = "train_state.json"
+LEDGER_FILE = "ledger.bin"
+RECIPE_FILE = "recipe.json"
+POINTS_FILE = "metrics.jsonl"
 PARITY_FILE = "parity.safetensors"
 ZERO3_TAG = "zero3"
 SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"
 TRAIN_NAME = "train"
-STATE_VERSION = 1
+CHECKPOINT_PREFIX = "step-"
+STATE_VERSION = 2
 PROCESSOR_FOLDER = "processor"  # beside init/, without its weights: data tasks on every node need this alone
 MAX_LISTED_DROPS = 200
 SMOOTHED_STEPS = 10
@@ -54,6 +68,8 @@ class DroppedSample:
 
     row: int
     """Row of the plan."""
+    dataset: int
+    """Dataset of the mixture."""
     epoch: int
     shard: int
     index: int
@@ -80,6 +96,14 @@ class TrainState:
     """Rows of the plan consumed: step * global batch."""
     samples_seen: int = 0
     """Samples trained on."""
+    seed: int = 0
+    """Seed of the order of the data and, with step and rank, of every random number."""
+    tokens: int = 0
+    """Tokens trained on, visual ones included."""
+    cells: int = 0
+    """Places of all batches, padding included."""
+    restarts: int = 0
+    """How often the training went on from a checkpoint that this one descends from."""
     dropped: dict[str, int] = field(default_factory=dict)
     """Faulty samples by reason."""
     dropped_samples: tuple[DroppedSample, ...] = ()
@@ -97,6 +121,11 @@ class TrainState:
     def done(self) -> bool:
         """Whether every step has been made."""
         return self.step == self.total_steps
+
+    @property
+    def padding_share(self) -> float:
+        """Share of the batches' places that was padding."""
+        return 1 - self.tokens / self.cells if self.cells else 0.0
 
     @property
     def loss_first(self) -> float:
@@ -172,6 +201,12 @@ def latest_checkpoint(root: str, run_name: str) -> CheckpointRef | None:
     return CheckpointRef(url, TrainState.from_json(storage.read_bytes(state_url).decode(), state_url))
 
 
+def committed_step(root: str, run_name: str) -> int:
+    """Optimizer steps of the newest committed checkpoint, -1 where there is none. Raises as `latest_checkpoint`."""
+    checkpoint = latest_checkpoint(root, run_name)
+    return checkpoint.state.step if checkpoint else -1
+
+
 def remaining_stream(root: str, run_name: str, stream: Callable[[int], Dataset]) -> Dataset:
     """The part of a stream that run `run_name` has not consumed.
 
@@ -183,6 +218,25 @@ def remaining_stream(root: str, run_name: str, stream: Callable[[int], Dataset])
     """
     checkpoint = latest_checkpoint(root, run_name)
     return stream(checkpoint.state.rows if checkpoint else 0)
+
+
+def sweep_uncommitted(root: str, run_name: str) -> list[str]:
+    """Remove what an interrupted upload left: folders of checkpoints that Ray's snapshot does not name.
+
+    Only while no worker of the run is alive. Returns the names of the folders.
+    """
+    folder = storage.join(run_url(root, run_name), TRAIN_NAME)
+    files = [path for path in storage.list_files(folder) if path.startswith(CHECKPOINT_PREFIX)]
+    names = {path.partition("/")[0] for path in files}
+    snapshot_url = storage.join(folder, SNAPSHOT_FILE)
+    if storage.exists(snapshot_url):
+        snapshot = json.loads(storage.read_bytes(snapshot_url))
+        named = [snapshot["latest_checkpoint_result"], *snapshot["checkpoint_results"]]
+        names -= {result["checkpoint_dir_name"] for result in named if result is not None}
+    for path in files:
+        if path.partition("/")[0] in names:
+            storage.delete(storage.join(folder, path))
+    return sorted(names)
 
 
 @contextmanager
@@ -203,9 +257,20 @@ def load_processor(url: str) -> MeteorProcessor:
         return MeteorProcessor.from_pretrained(folder)
 
 
-def new_folder() -> Path:
-    """A fresh local folder for one worker's files of one checkpoint; Ray deletes it after the upload."""
-    return Path(tempfile.mkdtemp(prefix="meteor-checkpoint-"))
+def new_folder(run: str) -> Path:
+    """A fresh local folder for one worker's files of one checkpoint of the run at `run`; Ray deletes it after the
+    upload. What killed workers of the run left on this machine is removed first."""
+    prefix = f"meteor-checkpoint-{hashlib.sha256(run.encode()).hexdigest()[:12]}-"
+    for folder in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        owner = folder.name.removeprefix(prefix).partition("-")[0]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(folder, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-"))
+
+
+def load_ledger(directory: Path, sizes: Sequence[Sequence[int] | Int64s]) -> Ledger:
+    """The ledger of a local checkpoint; `sizes` are the samples of every shard, by dataset."""
+    return Ledger.from_bytes((directory / LEDGER_FILE).read_bytes(), sizes)
 
 
 def load_state(directory: Path) -> TrainState:

@@ -6,12 +6,29 @@ import ray.exceptions
 import ray.train
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
+from pipelines.preemption import Preempted
+
+SHOWN_LINES = 12
 # Ray Data appends to an error's own message what it thinks of retrying it.
 _RETRY_ADVICE = re.compile(r"\nFailed to [^\n]* after \d+/\d+ attempts \(total backoff .*", re.DOTALL)
 
 
 class TrainingError(RuntimeError):
-    """A training stopped for a reason that is no fault of its settings or data; the message says how to go on."""
+    """A training stopped for a reason that is no fault of its settings or data; the message says how to go on.
+
+    Args:
+        subject: what failed, e.g. the run.
+        summary: who failed with what.
+        preempted: the machine is taken away; no failure of the training.
+    """
+
+    def __init__(self, subject: str, summary: str, preempted: bool = False) -> None:
+        super().__init__(
+            f"{subject}: {summary}\n"
+            "Start the same command again under the same run name to continue from the last checkpoint."
+        )
+        self.summary = summary
+        self.preempted = preempted
 
 
 def root_cause(error: ray.train.TrainingFailedError, subject: str) -> Exception:
@@ -25,11 +42,27 @@ def root_cause(error: ray.train.TrainingFailedError, subject: str) -> Exception:
     for _, failure in failures:
         if isinstance(failure, ValueError):
             return failure
-    who, failure = min(failures, key=lambda item: isinstance(item[1], RuntimeError))
-    return TrainingError(
-        f"{subject}: {who} failed with {type(failure).__name__}: {failure}\n"
-        "Start the same command again under the same run name to continue from the last checkpoint."
-    )
+    for who, failure in failures:
+        if isinstance(failure, Preempted):
+            return TrainingError(subject, f"{who} was {failure}", preempted=True)
+    who, failure = min(failures, key=lambda item: _distance(item[1]))
+    return TrainingError(subject, f"{who} {_what_happened(failure)}")
+
+
+def _distance(failure: BaseException) -> int:
+    """How far from the cause: a process that died, then any other error, then what its absence did to the others."""
+    if isinstance(failure, ray.exceptions.RayActorError):
+        return 0
+    return 2 if isinstance(failure, RuntimeError) else 1
+
+
+def _what_happened(failure: BaseException) -> str:
+    if isinstance(failure, ray.exceptions.RayActorError):
+        found = dict(re.findall(r"^\s*(pid|ip): (\S+)", str(failure), re.MULTILINE))
+        where = f" (pid {found['pid']} on {found['ip']})" if len(found) == 2 else ""
+        return f"died{where}: killed from outside, out of memory, or its node is gone"
+    lines = str(failure).splitlines()
+    return f"failed with {type(failure).__name__}: " + "\n".join(lines[:SHOWN_LINES])
 
 
 def _failures(error: ray.train.TrainingFailedError) -> list[tuple[str, BaseException]]:

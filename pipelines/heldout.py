@@ -6,7 +6,6 @@ Legend: B samples, T tokens, M images of all samples in order, S image size.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ Parity = dict[str, Tensor]
 
 
 @torch.no_grad()
-def evaluate(engine: Any, batches: Iterator[MicroBatch], micro_steps: int) -> tuple[dict[str, float], Parity]:
-    """Run `micro_steps` held-out micro-batches on every worker.
+def evaluate(engine: Any, batches: Iterator[MicroBatch]) -> tuple[dict[str, float], Parity]:
+    """Run the held-out micro-batches, as many on every worker (some may be empty).
 
     `heldout_loss` and `heldout_loss_shuffled_images` are means over the supervised tokens of all workers. For the
     second, within each micro-batch every image is replaced (`shuffle_images`); `heldout_shuffled_share` is the share
@@ -34,10 +33,9 @@ def evaluate(engine: Any, batches: Iterator[MicroBatch], micro_steps: int) -> tu
     engine.eval()
     sums = torch.zeros(5, dtype=torch.float64, device=engine.device)
     parity: Parity = {}
-    ran = 0
-    for batch in islice(batches, micro_steps):
+    for batch in batches:
         inputs = {name: tensor.to(engine.device) for name, tensor in batch.inputs.items()}
-        if ran == 0:
+        if not parity:
             parity = _parity(engine, inputs)
         shuffled, changed = shuffle_images(inputs["pixel_values"], batch.num_images)
         true_loss = engine(**inputs, num_items_in_batch=1.0).loss
@@ -46,9 +44,6 @@ def evaluate(engine: Any, batches: Iterator[MicroBatch], micro_steps: int) -> tu
         sums += torch.tensor(
             [true_loss.item(), other_loss.item(), batch.supervised, with_images, changed], dtype=sums.dtype
         ).to(engine.device)
-        ran += 1
-    if ran != micro_steps:
-        raise ValueError(f"the held-out stream gave this worker {ran} micro-batches instead of {micro_steps}")
     torch.distributed.all_reduce(sums)
     true_sum, other_sum, supervised, with_images, changed = sums.tolist()
     metrics = {

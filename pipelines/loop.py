@@ -12,25 +12,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-import ray.train
 import torch
 from numpy.random import SeedSequence
 
 from pipelines.batches import Counts, MicroBatch, SampleId
-from pipelines.checkpoint import (
-    MAX_LISTED_DROPS,
-    PARITY_FILE,
-    STATE_FILE,
-    ZERO3_TAG,
-    DroppedSample,
-    TrainState,
-    new_folder,
-)
-from pipelines.heldout import Parity, save_parity
+from pipelines.checkpoint import MAX_LISTED_DROPS, DroppedSample, TrainState
+from pipelines.heldout import Parity
+from pipelines.points import Point
+from pipelines.preemption import Preemption, preempted
+from pipelines.saving import Saver
 from pipelines.settings import TrainingSettings
 from pipelines.zero3 import schedule_factor
 
 FEWEST_JUDGED_SAMPLES = 1000
+NAMED_SAMPLES = 16
 
 
 class TooManyDropped(ValueError):
@@ -38,7 +33,7 @@ class TooManyDropped(ValueError):
 
 
 class DivergedError(ValueError):
-    """The loss is no longer a number; the message names the step. No weight was touched in that step."""
+    """The loss or its gradient is no longer a number; the message names the step and, for the loss, the samples."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +61,21 @@ class MetricLogger(Protocol):
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Log `metrics` of optimizer step `step` (from 1)."""
 
+    def pending_points(self) -> list[Point]:
+        """What is not delivered yet; the logger of the next start begins with it."""
+
     def close(self) -> object:
         """Send what is still buffered; what it returns is not used."""
+
+
+class Watch(Protocol):
+    """How the workers agree on a preemption notice (`pipelines.preemption.PreemptionWatch`)."""
+
+    def votes(self) -> tuple[int, int]:
+        """This worker's part; to be summed over all."""
+
+    def agree(self, signalled: int, due: int) -> Preemption | None:
+        """What the sums mean; every worker calls it in every step."""
 
 
 class Loop:
@@ -81,6 +89,8 @@ class Loop:
         state: TrainState,
         rank: int,
         world: int,
+        saver: Saver,
+        watch: Watch,
         logger: MetricLogger | None,
         observe: Observer | None = None,
     ) -> None:
@@ -90,33 +100,40 @@ class Loop:
         self.state = state
         self.rank = rank
         self.world = world
+        self.saver = saver
+        self.watch = watch
         self.logger = logger
         self.observe = observe
         self._new_drops: list[DroppedSample] = []
         self._clock = _Clock()
 
-    def run(self, batches: Iterator[MicroBatch]) -> None:
-        """Make every remaining step, with a progress line and a checkpoint as often as the settings say."""
+    def run(self, steps: Iterator[Sequence[MicroBatch]]) -> None:
+        """Make every remaining step, with a progress line and a checkpoint as often as the settings say.
+
+        Raises:
+            Preempted: after the checkpoint that a notice by SIGTERM asked for.
+        """
         settings = self.settings
         while not self.state.done:
             started = time.perf_counter()
-            members = list(itertools.islice(batches, settings.accumulation))
-            if len(members) < settings.accumulation:
-                raise ValueError(
-                    f"the data stream ended in step {self.state.step + 1} of {self.state.total_steps}: "
-                    "it has fewer rows than the plan"
-                )
-            counts = Counts.of(members).summed_over_workers(self.engine.device)
+            members = next(steps)
+            counts = Counts.of(members, self.watch.votes()).summed_over_workers(self.engine.device)
             self._new_drops += [sample for batch in members for sample in batch.dropped]
             loss = self._optimizer_step(members, counts)
             self._count(loss, counts, time.perf_counter() - started)
+            self.saver.consumed(members)
             step = self.state.step
             if self.observe is not None:
                 trained = tuple(sample for batch in members for sample in batch.samples)
                 self.observe(StepRecord(step, self.state.total_steps, self.rank, self.world, loss, trained))
             if step == 1 or step % settings.log_every_steps == 0 or self.state.done:
                 self._log(loss)
-            if step % settings.checkpoint_every_steps == 0 and not self.state.done:
+            notice = self.watch.agree(*counts.votes)
+            if self.state.done:
+                continue
+            if notice is not None:
+                self._last_checkpoint(notice)
+            elif step % settings.checkpoint_every_steps == 0:
                 self._checkpoint()
 
     def _optimizer_step(self, members: Sequence[MicroBatch], counts: Counts) -> float:
@@ -132,24 +149,39 @@ class Loop:
             group["lr"] = group["peak_lr"] * factor
         tokens = max(1, counts.supervised)
         divisor = tokens / (self.world * len(members))
-        total = torch.zeros((), dtype=torch.float64, device=engine.device)
-        for index, batch in enumerate(members, start=1):
+        losses = torch.zeros(len(members), dtype=torch.float64, device=engine.device)
+        for index, batch in enumerate(members):
             inputs = {name: tensor.to(engine.device) for name, tensor in batch.inputs.items()}
             output = engine(**inputs, num_items_in_batch=divisor)
             engine.backward(output.loss)
-            total += output.loss.detach().double() * divisor
-            if index < len(members):
+            losses[index] = output.loss.detach().double() * divisor
+            if index < len(members) - 1:
                 engine.step()
         self._clock.stats = output.pruning_stats
+        total = losses.sum()
         torch.distributed.all_reduce(total)
         loss = total.item() / tokens
         if not math.isfinite(loss):
-            raise DivergedError(
-                f"the loss of step {step + 1} is {loss}: lower the learning rates or clip_norm; the last checkpoint "
-                "is from before this step"
-            )
+            self._raise_diverged(loss, members, losses.tolist())
         engine.step()
         return loss
+
+    def _raise_diverged(self, loss: float, members: Sequence[MicroBatch], losses: Sequence[float]) -> None:
+        """All workers know that the loss is no number; together they name the samples of the micro-batches it is in."""
+        mine = [batch.samples for batch, own in zip(members, losses, strict=True) if not math.isfinite(own)]
+        everywhere: list[list[tuple[SampleId, ...]]] = [[] for _ in range(self.world)]
+        torch.distributed.all_gather_object(everywhere, mine)
+        samples = [sample for batches in everywhere for batch in batches for sample in batch]
+        named = "; ".join(
+            f"{one.key} (dataset {one.dataset}, shard {one.shard}, sample {one.index}, epoch {one.epoch})"
+            for one in samples[:NAMED_SAMPLES]
+        )
+        more = f" and {len(samples) - NAMED_SAMPLES} more" if len(samples) > NAMED_SAMPLES else ""
+        raise DivergedError(
+            f"the loss of step {self.state.step + 1} is {loss}; no weight was touched in that step, and the last "
+            f"checkpoint is from before it. It comes from the micro-batches with the samples {named}{more}. Look at "
+            "them, or lower the learning rates or optimizer.clip_norm, and start under another run name"
+        )
 
     def _count(self, loss: float, counts: Counts, seconds: float) -> None:
         state = self.state
@@ -159,12 +191,25 @@ class Loop:
             step=state.step + 1,
             rows=state.rows + self.settings.global_batch,
             samples_seen=state.samples_seen + counts.seen,
+            tokens=state.tokens + counts.tokens,
+            cells=state.cells + counts.cells,
             dropped={reason: number for reason, number in dropped.items() if number},
             losses=(*state.losses, loss),
             step_seconds=state.step_seconds + seconds,
         )
         self._clock.add(counts)
+        self._check_norm()
         self._check_drops()
+
+    def _check_norm(self) -> None:
+        """A finite loss may have a gradient that is not; the update with it is made by then, but nothing is saved."""
+        norm = float(self.engine.get_global_grad_norm())
+        if not math.isfinite(norm):
+            raise DivergedError(
+                f"the gradient of step {self.state.step} has the norm {norm}; nothing of that step was saved, and the "
+                "last checkpoint is from before it. Lower the learning rates, or train with precision fp32, and start "
+                "under another run name"
+            )
 
     def _check_drops(self) -> None:
         """All workers know the same counts, so all of them stop, or none."""
@@ -203,6 +248,7 @@ class Loop:
             **self._clock.rates(),
             "samples_seen": float(self.state.samples_seen),
             "samples_dropped": float(sum(self.state.dropped.values())),
+            "workers": float(self.world),
         }
         # Ray Train replaces print by one that shows every line twice.
         sys.stdout.write(progress_line(self.state, metrics) + "\n")
@@ -210,49 +256,53 @@ class Loop:
         if self.logger is not None:
             self.logger.log(metrics, self.state.step)
 
-    def _checkpoint(self, parity: Parity | None = None) -> None:
-        """Write this worker's files and report them; the checkpoint counts once every worker has reported."""
-        self._gather_drops()
-        folder = new_folder()
-        self.engine.save_checkpoint(str(folder), tag=ZERO3_TAG, save_latest=False)
+    def _last_checkpoint(self, notice: Preemption) -> None:
+        """Just in time. After a drain notice the training goes on: its end is up to Ray."""
+        name = self._checkpoint()
+        if notice.kind == "signal":
+            committed = self.saver.wait_committed(name, notice.seconds_left(self.settings.preemption_grace_s))
+            raise preempted(notice, self.state.step, committed)
         if self.rank == 0:
-            (folder / STATE_FILE).write_text(self.state.to_json())
-            if parity is not None:
-                save_parity(parity, folder / PARITY_FILE, self.settings.precision)
-        ray.train.report(
-            {"step": self.state.step, "loss": self.state.losses[-1], **self.state.final},
-            checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
-            # Unique, so that files of an upload that was cut short never mix with those of its repetition.
-            checkpoint_dir_name=f"step-{self.state.step:07d}-{time.time_ns():x}",
-            delete_local_checkpoint_after_upload=True,
-        )
+            sys.stdout.write(f"  {notice.detail}: checkpoint of step {self.state.step}; the training goes on\n")
+
+    def _checkpoint(self, parity: Parity | None = None) -> str:
+        self._gather_drops()
+        pending = self.logger.pending_points() if self.logger is not None else []
+        return self.saver.save(self.state, pending, parity)
 
     def finish(self, final: dict[str, float], parity: Parity) -> None:
         """The last checkpoint, and the held-out metrics to the logger."""
         self.state = dataclasses.replace(self.state, final=final)
-        self._checkpoint(parity)
         if self.logger is not None:
             self.logger.log(final, self.state.step)
+        self._checkpoint(parity)
+        if self.logger is not None:
             self.logger.close()
 
 
 class _Clock:
-    """Speed since the last progress line."""
+    """Speed and padding since the last progress line."""
 
     def __init__(self) -> None:
         self.stats: Any = None
         self._start = time.perf_counter()
         self._samples = 0
         self._tokens = 0
+        self._cells = 0
 
     def add(self, counts: Counts) -> None:
         self._samples += counts.seen
         self._tokens += counts.tokens
+        self._cells += counts.cells
 
     def rates(self) -> dict[str, float]:
         elapsed = time.perf_counter() - self._start
-        speed = {"samples_per_s": self._samples / elapsed, "tokens_per_s": self._tokens / elapsed}
-        self._start, self._samples, self._tokens = time.perf_counter(), 0, 0
+        speed = {
+            "samples_per_s": self._samples / elapsed,
+            "tokens_per_s": self._tokens / elapsed,
+            "padding_share": 1 - self._tokens / max(1, self._cells),
+        }
+        self._start, self._samples, self._tokens, self._cells = time.perf_counter(), 0, 0, 0
         return {**speed, **self.stats.as_metrics()}
 
 
@@ -262,8 +312,9 @@ def progress_line(state: TrainState, metrics: Mapping[str, float]) -> str:
     return (
         f"step {state.step}/{state.total_steps}  loss {metrics['loss']:.4f}  lr {max(rates):.2e}  "
         f"grad {metrics['grad_norm']:.2f}  {metrics['samples_per_s']:.1f} samples/s  "
-        f"{metrics['tokens_per_s']:.0f} tokens/s  visual tokens {metrics['visual_tokens/in']:.0f} in, "
-        f"{metrics['visual_tokens/fuse/kept']:.0f} kept  dropped {metrics['samples_dropped']:.0f}"
+        f"{metrics['tokens_per_s']:.0f} tokens/s  padding {metrics['padding_share']:.0%}  "
+        f"visual tokens {metrics['visual_tokens/in']:.0f} in, {metrics['visual_tokens/fuse/kept']:.0f} kept  "
+        f"dropped {metrics['samples_dropped']:.0f}"
     )
 
 

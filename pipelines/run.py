@@ -19,7 +19,7 @@ import hashlib
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 from meteor_model.configuration_meteor import MeteorConfig
 from pipelines import shards, storage
-from pipelines.assemble import assemble_training
+from pipelines.assemble import assemble_training, manifest_hashes
 from pipelines.checkpoint import run_url
 from pipelines.evaluate import Answer
 from pipelines.finish import EXPORT_FOLDER, export, look, register, undelivered_points
@@ -71,6 +71,8 @@ class RunHandle:
     """Made before the MLflow run, which carries it as a tag: so the run of a start that died in between is found."""
     started_ms: int
     """Milliseconds since the epoch: the first start, and the start of the MLflow run."""
+    manifests: dict[str, str]
+    """SHA-256 of the manifest at each address."""
 
 
 def run_job(recipe: Recipe, job: JobName) -> dict[str, Any]:
@@ -82,19 +84,20 @@ def run_job(recipe: Recipe, job: JobName) -> dict[str, Any]:
     phases = Phases()
     with phases("prepare", "storage, MLflow, shards"):
         check_places(recipe)
-        manifest = ensure_shards(recipe)
+        manifests = ensure_shards(recipe)
         name, finished = choose_run(recipe, job)
+        require_same_data(recipe, name, manifests)
         url = run_url(recipe.run.storage, name)
         if finished:
             print(f"run {name} is finished; choose another --run.name to train again", flush=True)
             return load_summary(recipe, url)
-        run, tracker = _open(recipe, job, name, manifest)
+        run, tracker = _open(recipe, job, name, manifests)
     logger = MetricLogger(tracker.run_id, recipe.tracking.uri, run.url)
     system = SystemMetrics(logger, run.started_ms)
     system.start()
     try:
         try:
-            summary, answers = _phases(recipe, job, run, tracker, manifest, phases)
+            summary, answers = _phases(recipe, job, run, tracker, manifests, phases)
         finally:
             system.stop()
             logger.close()
@@ -118,8 +121,9 @@ def _how_to_go_on(run: RunHandle, phases: Phases) -> str:
 
 
 def _phases(
-    recipe: Recipe, job: JobName, run: RunHandle, tracker: Tracker, manifest: shards.Manifest, phases: Phases
+    recipe: Recipe, job: JobName, run: RunHandle, tracker: Tracker, manifests: Sequence[shards.Manifest], phases: Phases
 ) -> tuple[dict[str, Any], list[Answer]]:
+    manifest = manifests[0]
     with phases("calibrate", "start model, ranks of the feature maps, budgets"):
         ranks = prepare_start(recipe, manifest, run.url)
         if parts := loaded_parts(run.url):
@@ -129,7 +133,7 @@ def _phases(
         for name, budget in ranks["budgets"].items():
             print(f"  {name}: keeps {' -> '.join(map(str, budget))} tokens", flush=True)
     with phases("train", f"{recipe.training.workers} workers, ZeRO-3"):
-        training = assemble_training(recipe, manifest, run.name, run.url, tracker.run_id)  # type: ignore[arg-type]
+        training = assemble_training(recipe, manifests, run.name, run.url, tracker.run_id)
         checkpoint = fit(training).checkpoint
     state = checkpoint.state
     with tempfile.TemporaryDirectory(prefix="meteor-export-") as name:
@@ -145,7 +149,7 @@ def _phases(
         summary = build_summary(
             run_name=run.name,
             mlflow_run_id=mlflow_run_id,
-            expected=training.expected_samples,
+            expected=training.plan.total_samples,
             state=state,
             ranks=ranks,
             config=MeteorConfig.from_pretrained(folder),
@@ -184,12 +188,13 @@ def check_places(recipe: Recipe) -> None:
         print(f"  {error}\n  its records are kept with the run until it answers", flush=True)
 
 
-def ensure_shards(recipe: Recipe) -> shards.Manifest:
-    """The manifest of `data.manifest`; where that is empty, of the drawings, which are made if they are not there.
+def ensure_shards(recipe: Recipe) -> tuple[shards.Manifest, ...]:
+    """The manifest of `data.manifest`, then those of `data.mixture` by address: the datasets in their order. Where the
+    first is empty, that of the drawings, which are made if they are not there.
 
     Raises:
         ShardError: a prefix without a manifest, or a damaged one.
-        ValueError: a split that is missing or empty.
+        ValueError: a split that is missing or empty; a manifest that is given twice.
     """
     url = recipe.data.manifest
     if url:
@@ -203,7 +208,17 @@ def ensure_shards(recipe: Recipe) -> shards.Manifest:
     for split in (recipe.data.train_split, recipe.data.heldout_split):
         if not sum(info.samples for info in manifest.split(split)):
             raise SettingsError(f"{manifest.url} has no sample in the split {split!r}")
-    return manifest
+    manifests = [manifest]
+    for address, _ in recipe.data.others:
+        other = shards.load_manifest(address)
+        if other.url in [known.url for known in manifests]:
+            raise SettingsError(
+                f"data.mixture holds {address}, whose manifest is there already; raise its weight instead"
+            )
+        if not other.samples(recipe.data.train_split):
+            raise SettingsError(f"{other.url} has no sample in the split {recipe.data.train_split!r}")
+        manifests.append(other)
+    return tuple(manifests)
 
 
 def _digest(value: Any) -> str:
@@ -240,6 +255,16 @@ def choose_run(recipe: Recipe, job: JobName) -> tuple[str, bool]:
         number += 1
 
 
+def require_same_data(recipe: Recipe, name: str, manifests: Sequence[shards.Manifest]) -> None:
+    """Raise SettingsError, naming every manifest that differs, where run `name` was begun with other data."""
+    stored = _stored(recipe, name)
+    if stored and (changed := differences(stored.get("manifests", {}), manifest_hashes(manifests))):
+        raise SettingsError(
+            f"run {name!r} was begun with other data (SHA-256 of the manifests below); restore it, or train on this "
+            "data under another --run.name:\n  " + "\n  ".join(changed)
+        )
+
+
 def _stored(recipe: Recipe, name: str) -> dict[str, Any] | None:
     url = storage.join(run_url(recipe.run.storage, name), RUN_FILE)
     if not storage.exists(url):
@@ -252,6 +277,7 @@ def _store_run(recipe: Recipe, job: JobName, run: RunHandle, mlflow_run_id: str 
     record = {
         "job": job,
         "settings": recipe.identity(),
+        "manifests": run.manifests,
         "commit": run.commit,
         "training_id": run.training_id,
         "started_ms": run.started_ms,
@@ -261,7 +287,7 @@ def _store_run(recipe: Recipe, job: JobName, run: RunHandle, mlflow_run_id: str 
     storage.write_json(storage.join(run.url, RUN_FILE), record)
 
 
-def _open(recipe: Recipe, job: JobName, name: str, manifest: shards.Manifest) -> tuple[RunHandle, Tracker]:
+def _open(recipe: Recipe, job: JobName, name: str, manifests: Sequence[shards.Manifest]) -> tuple[RunHandle, Tracker]:
     """The run's file in storage, and its MLflow run, new or opened again, or to be opened when MLflow is there.
 
     The file is written first: what a start that dies here has made, the next one finds.
@@ -269,7 +295,12 @@ def _open(recipe: Recipe, job: JobName, name: str, manifest: shards.Manifest) ->
     stored = _stored(recipe, name)
     known = {"training_id": uuid.uuid4().hex, "started_ms": time.time_ns() // 1_000_000, **(stored or {})}
     run = RunHandle(
-        name, run_url(recipe.run.storage, name), git_commit(Path.cwd()), known["training_id"], known["started_ms"]
+        name,
+        run_url(recipe.run.storage, name),
+        git_commit(Path.cwd()),
+        known["training_id"],
+        known["started_ms"],
+        manifest_hashes(manifests),
     )
     run_id = stored["mlflow_run_id"] if stored else None
     _store_run(recipe, job, run, run_id, finished=False)
@@ -283,10 +314,10 @@ def _open(recipe: Recipe, job: JobName, name: str, manifest: shards.Manifest) ->
             "recipe": recipe.name,
             "git_commit": run.commit,
             "run_url": run.url,
-            "manifest": manifest.url,
-            "manifest_sha256": manifest.sha256,
+            "manifest": manifests[0].url,
+            "manifest_sha256": manifests[0].sha256,
         },
-        documents={"recipe.json": recipe.to_dict()},
+        documents={"recipe.json": recipe.to_dict(), "manifests.json": run.manifests},
         training_id=run.training_id,
         started_ms=run.started_ms,
     )

@@ -151,8 +151,6 @@ class TrainingSettings:
     the last whole one."""
     validate_every_checkpoints: int = 1
     """Checkpoints between two validations on held-out samples, which run beside the training; 0 makes none."""
-    validation_samples: int = 64
-    """Held-out samples of one validation during training."""
     validation_cpus: float = 1.0
     """Ray CPUs that a validation reserves."""
     validation_gpus: float = 0.0
@@ -186,7 +184,6 @@ class TrainingSettings:
             "epochs": self.epochs,
             "checkpoint_every_steps": self.checkpoint_every_steps,
             "keep_checkpoints": self.keep_checkpoints,
-            "validation_samples": self.validation_samples,
             "log_every_steps": self.log_every_steps,
             "timeout_s": self.timeout_s,
             "threads_per_worker": self.threads_per_worker,
@@ -273,8 +270,8 @@ class DataSettings:
     heldout_samples: int = 64
     """Held-out samples for the loss at the end of training."""
     window_shards: int = 4
-    """Consecutive shards of an epoch whose samples are shuffled together; of a mixture, those of the dataset whose shards
-    are used up fastest (the others get fewer)."""
+    """Consecutive shards of an epoch whose samples are shuffled together; in a mixture, of the dataset whose shards are
+    used up fastest (the others get fewer)."""
     read_patience_s: float = 120.0
     """Seconds for which reading outlasts a storage that fails or restarts, counted from the first fault."""
     bad_shards: Literal["fail", "drop"] = "fail"
@@ -298,8 +295,19 @@ class DataSettings:
             self.manifest not in self.mixture,
             f"data.mixture holds {self.manifest!r}, which is data.manifest; raise data.weight instead",
         )
+        _require("" not in self.mixture, "data.mixture holds an empty address; give that of a manifest")
         _require(self.data_task_cpus > 0, f"data_task_cpus is {self.data_task_cpus}; it must be above 0")
         _require(
             self.train_split != self.heldout_split,
             f"train_split and heldout_split are both {self.train_split!r}; held-out samples must not be trained on",
         )
+
+    @property
+    def others(self) -> tuple[tuple[str, float], ...]:
+        """Address and weight of the further manifests in the order in which they are datasets 1, 2, ...: by address."""
+        return tuple(sorted(self.mixture.items()))
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Weight of every dataset."""
+        return (self.weight, *(weight for _, weight in self.others))

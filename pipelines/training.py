@@ -5,50 +5,64 @@
     1. join       threads and DeepSpeed, in the process group that Ray Train made
     2. load       the start model from `init/`, its parameters partitioned over the workers
     3. optimise   AdamW with one group per trained part, inside the ZeRO-3 engine
-    4. resume     weights, optimizer and counts from the checkpoint that the data stream starts at, too
+    4. resume     weights, optimizer and counts from the checkpoint that the data stream starts at, too, whatever the
+                  number of workers that wrote it
     5. step       until the last step: read, count, forward and backward, update, report (`Loop.run`)
     6. hold out   loss with the true and with shuffled images, and the parity batch
     7. finish     the last checkpoint, with everything of 6
 
 The position of a training is its number of optimizer steps: step g consumes rows [g * G, (g + 1) * G) of the plan, G
-being the global batch. Re-using the name of a run continues it from its newest checkpoint.
+being the global batch. Re-using the name of a run continues it from its newest checkpoint, on as many workers as
+there are then. Workers that fail are started again by `fit` itself (`pipelines.recovery`).
 """
 
+import dataclasses
 import itertools
 import logging
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ray.cloudpickle
 import ray.data
 import ray.train
 import torch
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution import context as ray_train_context
 from transformers import PreTrainedModel
 
 from pipelines import storage
-from pipelines.batches import BatchReader, Collate, Row
+from pipelines.batches import BatchReader, Collate, Row, Share
 from pipelines.checkpoint import (
+    POINTS_FILE,
     TRAIN_NAME,
-    ZERO3_TAG,
     CheckpointError,
     CheckpointRef,
     TrainState,
     latest_checkpoint,
+    load_ledger,
     load_state,
     local_copy,
     remaining_stream,
     run_url,
+    sweep_uncommitted,
 )
 from pipelines.failures import root_cause
 from pipelines.heldout import evaluate
+from pipelines.ledger import Int64s, Ledger
 from pipelines.loop import Loop, MetricLogger, Observer
+from pipelines.points import Point, points_from_jsonl
+from pipelines.preemption import ListeningTorchConfig, PreemptionWatch
+from pipelines.recovery import RestartPolicy
+from pipelines.saving import Saver
 from pipelines.settings import SettingsError, TrainingSettings
+from pipelines.universal import load_universal
+from pipelines.uploads import CheckpointUpload
+from pipelines.validation import Log, Validation, validation_config
 from pipelines.zero3 import (
     checkpoint_activations,
     deepspeed_config,
@@ -57,6 +71,25 @@ from pipelines.zero3 import (
     parameter_groups,
     weight_dtype,
 )
+
+
+class Plan(Protocol):
+    """The order of a training's data (`pipelines.order`, `pipelines.mixture`)."""
+
+    @property
+    def total_rows(self) -> int:
+        """Rows of the stream, void ones included; a multiple of the global batch."""
+
+    @property
+    def total_samples(self) -> int:
+        """Samples of all epochs."""
+
+    @property
+    def sizes(self) -> Sequence[Sequence[int] | Int64s]:
+        """Samples of every shard, by dataset."""
+
+    def consumed(self, rows: int) -> Ledger:
+        """The samples of the first `rows` rows."""
 
 
 @dataclass(frozen=True)
@@ -75,43 +108,42 @@ class TrainingJob:
     """Examples to the arguments of the model's forward."""
     pad_token_id: int
     """Token of a batch without any sample."""
-    total_rows: int
-    """Rows of the plan: steps * global batch."""
-    expected_samples: int
-    """Samples of the plan, over all epochs: `total_rows` without the void rows."""
+    plan: Plan
+    """The order of the training data."""
     train_data: Callable[[int], ray.data.Dataset]
     """The stream from a given row of the plan on."""
     heldout_rows: int
-    """Rows of the held-out stream, void ones included; a multiple of workers * micro_batch."""
+    """Rows of the held-out stream, void ones included; a multiple of micro_batch."""
     heldout_data: Callable[[], ray.data.Dataset]
     """The held-out stream."""
     iterate: Callable[[ray.data.DataIterator, int], Iterator[Sequence[Row]]]
     """Rows of one worker's share of a stream, in groups of the given size."""
     data_config: ray.train.DataConfig
     """How the dataset "train" is split between the workers, in order; "heldout" must not be split."""
+    recipe: Mapping[str, Any]
+    """Every setting of the run, kept in every checkpoint."""
     recipe_hash: str
     """Hash of the settings that decide the result."""
     mlflow_run_id: str | None = None
     """The MLflow run that the metrics go to; kept in every checkpoint."""
-    make_logger: Callable[[TrainState], MetricLogger] | None = None
-    """Makes rank 0's logger, at every start of the workers, from the state it starts at."""
+    make_logger: Callable[[Sequence[Point]], MetricLogger] | None = None
+    """Makes rank 0's logger, at every start of the workers, from the metrics that the checkpoint still held."""
+    log_validation: Log | None = None
+    """Gets the metrics of every validation during training (picklable)."""
     observe: Observer | None = None
     """Told of every step on every worker (picklable); for audits."""
 
     def __post_init__(self) -> None:
         settings = self.settings
-        if self.total_rows < 1 or self.total_rows % settings.global_batch:
-            raise SettingsError(f"total_rows {self.total_rows} is no multiple of global_batch {settings.global_batch}")
-        if self.heldout_rows < 1 or self.heldout_rows % (settings.workers * settings.micro_batch):
+        if self.heldout_rows < 1 or self.heldout_rows % settings.micro_batch:
             raise SettingsError(
-                f"heldout_rows {self.heldout_rows} is no multiple of workers * micro_batch = "
-                f"{settings.workers} * {settings.micro_batch}"
+                f"heldout_rows {self.heldout_rows} is no multiple of micro_batch {settings.micro_batch}"
             )
 
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole training."""
-        return self.total_rows // self.settings.global_batch
+        return self.plan.total_rows // self.settings.global_batch
 
     @property
     def url(self) -> str:
@@ -120,7 +152,13 @@ class TrainingJob:
 
     def start_state(self) -> TrainState:
         """The state before the first step."""
-        return TrainState(self.recipe_hash, self.settings.workers, self.total_steps, self.mlflow_run_id)
+        return TrainState(
+            self.recipe_hash,
+            self.settings.workers,
+            self.total_steps,
+            self.mlflow_run_id,
+            seed=self.settings.seed,
+        )
 
 
 @dataclass(frozen=True)
@@ -140,19 +178,27 @@ def fit(job: TrainingJob) -> TrainingResult:
     """Train, or continue, run `job.run_name`; returns at once if it has ended already. Ray must be initialised.
 
     Raises:
-        CheckpointError: if the run was started with other settings, or on another number of workers.
+        CheckpointError: if the run was started with other settings.
         ValueError: what a worker or a data task raised, as it raised it (TooManyDropped, StreamOrderError, ...).
-        TrainingError: any other failure, with the worker and the reason, and what to do.
+        TrainingError: any other failure, `max_failures` times in a row, with the worker and the reason.
     """
     before = latest_checkpoint(job.storage, job.run_name)
     if before is not None:
         check_resumable(job, before)
         if before.state.done:
             return TrainingResult(before, 0)
-    try:
-        _trainer(job).fit()
-    except ray.train.TrainingFailedError as error:
-        raise root_cause(error, f"run {job.run_name!r}") from error
+    policy = RestartPolicy(job.settings.max_failures)
+    while True:
+        sweep_uncommitted(job.storage, job.run_name)
+        try:
+            _trainer(job).fit()
+            break
+        except ray.train.TrainingFailedError as error:
+            cause = root_cause(error, f"run {job.run_name!r}")
+            reached = latest_checkpoint(job.storage, job.run_name)
+            restart = policy.after(cause, reached.state.step if reached else -1)
+            print(f"  {restart.reason}", flush=True)
+            time.sleep(restart.pause_s)
     after = latest_checkpoint(job.storage, job.run_name)
     if after is None or not after.state.done:
         raise CheckpointError(f"run {job.run_name!r} ended without its last checkpoint in {job.url}")
@@ -176,23 +222,22 @@ def check_resumable(job: TrainingJob, checkpoint: CheckpointRef) -> None:
             f"run {job.run_name!r} was started for {state.total_steps} steps, now the plan has {job.total_steps}: use "
             "the data and settings it was started with, or another run name"
         )
-    if state.world_size != job.settings.workers and not state.done:
-        raise CheckpointError(
-            f"run {job.run_name!r} has a checkpoint of {state.world_size} workers at step {state.step}, and workers is "
-            f"{job.settings.workers}: set workers to {state.world_size}, or use another run name"
-        )
 
 
 def _trainer(job: TrainingJob) -> TorchTrainer:
     settings = job.settings
     filesystem, path = storage.arrow_filesystem(job.url)
     resources = {"CPU": settings.cpus_per_worker, "GPU": settings.gpus_per_worker}
+    elastic = settings.min_workers is not None
     return TorchTrainer(
         train_worker,
         train_loop_config={"job": ray.cloudpickle.dumps(job)},  # bytes: the controller need not import what is in it
-        torch_config=TorchConfig(backend="nccl" if settings.uses_gpu else "gloo", timeout_s=settings.timeout_s),
+        torch_config=ListeningTorchConfig(
+            backend="nccl" if settings.uses_gpu else "gloo", timeout_s=settings.timeout_s
+        ),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=settings.workers,
+            num_workers=(settings.min_workers, settings.workers) if elastic else settings.workers,
+            elastic_resize_monitor_interval_s=settings.resize_interval_s,
             use_gpu=settings.uses_gpu,
             resources_per_worker={name: amount for name, amount in resources.items() if amount},
         ),
@@ -202,14 +247,38 @@ def _trainer(job: TrainingJob) -> TorchTrainer:
             "heldout": job.heldout_data,
         },
         dataset_config=job.data_config,
+        validation_config=_validation(job) if settings.validate_every_checkpoints else None,
         run_config=ray.train.RunConfig(
             name=TRAIN_NAME,
             storage_path=path,
             storage_filesystem=filesystem,
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=settings.keep_checkpoints),
-            failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
+            # Failures are judged by `fit`, which knows those that would only happen again.
+            failure_config=ray.train.FailureConfig(max_failures=0),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
+    )
+
+
+def _validation(job: TrainingJob) -> ray.train.ValidationConfig:
+    settings = job.settings
+    validation = Validation(
+        run=job.url,
+        model_class=job.model_class,
+        dtype=weight_dtype(settings),
+        collate=job.collate,
+        pad_token_id=job.pad_token_id,
+        micro_batch=settings.micro_batch,
+        rows=job.heldout_rows,
+        data=job.heldout_data,
+        iterate=job.iterate,
+    )
+    return validation_config(
+        validation,
+        cpus=settings.validation_cpus,
+        gpus=settings.validation_gpus,
+        timeout_s=settings.validation_timeout_s,
+        log=job.log_validation,
     )
 
 
@@ -227,8 +296,9 @@ def train_worker(config: Mapping[str, Any]) -> None:
     deepspeed = import_deepspeed(settings.uses_gpu)
     deepspeed.init_distributed(dist_backend="nccl" if settings.uses_gpu else "gloo", verbose=False)
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    share = Share(rank, world, settings.micro_batches_per_step)
     # 2. load
-    zero3 = deepspeed_config(settings)
+    zero3 = deepspeed_config(settings.at_world(world))
     with local_copy(storage.join(job.url, "init")) as directory:
         model = load_sharded(job.model_class, directory, zero3, weight_dtype(settings), settings.uses_gpu)
     if settings.gradient_checkpointing:
@@ -243,31 +313,78 @@ def train_worker(config: Mapping[str, Any]) -> None:
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=zero3, dist_init_required=False)
     # 4. resume
-    state = _resume(engine, job)
-    logger = job.make_logger(state) if job.make_logger and rank == 0 else None
-    reader = BatchReader(job.collate, job.pad_token_id, settings.micro_batch, rank, world)
-    loop = Loop(settings, job.expected_samples, engine, state, rank, world, logger, job.observe)
+    start = _resume(engine, job, rank, world)
+    logger = job.make_logger(start.points) if job.make_logger and rank == 0 else None
+    loop = Loop(
+        settings,
+        job.plan.total_samples,
+        engine,
+        start.state,
+        rank,
+        world,
+        _saver(job, engine, start.ledger, rank, world),
+        PreemptionWatch(rank, settings.preemption_grace_s),
+        logger,
+        job.observe,
+    )
     # 5. step
+    reader = BatchReader(job.collate, job.pad_token_id, settings.micro_batch, share, settings.batching == "length")
     rows = job.iterate(ray.train.get_dataset_shard("train"), settings.micro_batch)
-    loop.run(reader.read(rows, state.rows))
+    loop.run(reader.read(rows, start.state.rows, job.plan.total_rows))
     # 6. hold out
     # Not split: each worker streams all held-out rows and takes its own, so no worker can make the others wait.
     rows = itertools.islice(
         job.iterate(ray.train.get_dataset_shard("heldout"), settings.micro_batch), rank, None, world
     )
-    micro_steps = job.heldout_rows // (world * settings.micro_batch)
-    final, parity = evaluate(engine, reader.read(rows, 0), micro_steps)
+    heldout = BatchReader(job.collate, job.pad_token_id, settings.micro_batch, Share(rank, world, world))
+    final, parity = evaluate(engine, itertools.chain.from_iterable(heldout.read(rows, 0, job.heldout_rows)))
     # 7. finish
     loop.finish(final, parity)
 
 
-def _resume(engine: Any, job: TrainingJob) -> TrainState:
+@dataclass(frozen=True)
+class Start:
+    """Where a worker begins: the counts, the samples that are consumed, and metrics that were not delivered."""
+
+    state: TrainState
+    ledger: Ledger
+    points: list[Point]
+
+
+def _resume(engine: Any, job: TrainingJob, rank: int, world: int) -> Start:
+    """Load the newest checkpoint into the engine.
+
+    Raises:
+        CheckpointError: if the samples that were trained are not those that the plan puts before it.
+    """
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
-        return job.start_state()
-    with checkpoint.as_directory() as directory:
-        engine.load_checkpoint(directory, tag=ZERO3_TAG, load_lr_scheduler_states=False)
-        return load_state(Path(directory))
+        return Start(job.start_state(), Ledger(job.plan.sizes), [])
+    with checkpoint.as_directory() as name:
+        directory = Path(name)
+        state = load_state(directory)
+        ledger = load_ledger(directory, job.plan.sizes)
+        if rank == 0:
+            ledger.require_equal(job.plan.consumed(state.rows), f"the checkpoint of step {state.step}")
+        load_universal(engine, directory)
+        points = points_from_jsonl((directory / POINTS_FILE).read_text(), POINTS_FILE)
+    state = dataclasses.replace(state, world_size=world, restarts=state.restarts + 1)
+    return Start(state, ledger, points)
+
+
+def _saver(job: TrainingJob, engine: Any, ledger: Ledger, rank: int, world: int) -> Saver:
+    settings = job.settings
+    return Saver(
+        engine=engine,
+        rank=rank,
+        world=world,
+        run_url=job.url,
+        precision=settings.precision,
+        recipe=job.recipe,
+        ledger=ledger,
+        upload=CheckpointUpload(storage.join(job.url, TRAIN_NAME), settings.upload_patience_s),
+        validate_every=settings.validate_every_checkpoints,
+    )
 
 
 def _quieten() -> None:

@@ -2,10 +2,13 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import ray.data
+
+from pipelines.ledger import Ledger
 
 IMAGE_SIZE = 4
 VOCABULARY = 32
@@ -29,10 +32,10 @@ def make_row(
     if row == fails_at:
         raise ValueError(f"row {row} cannot be read: shard-000003.tar is truncated")
     random = np.random.default_rng(row)
-    place = {"row": row, "epoch": 0, "shard": row // 10, "index": row % 10, "key": f"key{row}"}
+    place = {"row": row, "dataset": 0, "epoch": 0, "shard": row // 10, "index": row % 10, "key": f"key{row}"}
     nothing = {"input_ids": [PAD], "labels": [-100], "images": b"", "num_images": 0}
     if row >= samples:
-        return {**place, "epoch": -1, "reason": "void", "detail": "", **nothing}
+        return {**place, "dataset": -1, "epoch": -1, "reason": "void", "detail": "", **nothing}
     if row in faulty:
         return {**place, "reason": "undecodable_image", "detail": "not an image", **nothing}
     count = 0 if row in TEXT_ONLY_ROWS else int(random.integers(0, 3))
@@ -49,12 +52,32 @@ def make_row(
     }
 
 
-def make_stream(total: int, samples: int, faulty: Sequence[int], micro: int, start: int, **faults: Any) -> Any:
+@dataclass(frozen=True)
+class Plan:
+    """The synthetic order: row r is sample r % 10 of shard r // 10, and void from `total_samples` on."""
+
+    total_rows: int
+    total_samples: int
+
+    @property
+    def sizes(self) -> list[list[int]]:
+        return [[10] * -(-self.total_rows // 10)]
+
+    def consumed(self, rows: int) -> Ledger:
+        ledger = Ledger(self.sizes)
+        row = np.arange(min(rows, self.total_samples))
+        ledger.add(np.zeros_like(row), np.zeros_like(row), row // 10, row % 10)
+        return ledger
+
+
+def make_stream(
+    total: int, samples: int, faulty: Sequence[int], micro: int, start: int, *, spare: int = 0, **faults: Any
+) -> Any:
     def read(item: dict[str, Any]) -> dict[str, Any]:
         return make_row(item["item"], total, samples, faulty, **faults)
 
     ray.data.DataContext.get_current().enable_progress_bars = False
-    rows = ray.data.from_items(list(range(start, total)), override_num_blocks=3)
+    rows = ray.data.from_items(list(range(start, total + spare)), override_num_blocks=3)
     rows.context.execution_options.preserve_order = True
     rows.context.raise_original_map_exception = True
     return rows.map(read, num_cpus=0.5, concurrency=2).repartition(target_num_rows_per_block=micro, strict=True)

@@ -17,7 +17,7 @@ from pipelines.batches import iterate_rows
 from pipelines.settings import LearningRates, OptimizerSettings, TrainingSettings
 from pipelines.stream import data_config
 from pipelines.training import TrainingJob
-from tests.training.rows import FAULTY_ROW, IMAGE, IMAGE_SIZE, PAD, VOCABULARY, make_stream
+from tests.training.rows import FAULTY_ROW, IMAGE, IMAGE_SIZE, PAD, VOCABULARY, Plan, make_stream
 
 
 class StandInConfig(PretrainedConfig):
@@ -124,6 +124,8 @@ SETTINGS = TrainingSettings(
     log_every_steps=1,
     max_drop_share=0.05,
     timeout_s=60,
+    max_failures=0,
+    validate_every_checkpoints=0,
     cpus_per_worker=1.0,
 )
 TOTAL, SAMPLES, HELDOUT = 96, 93, 16
@@ -148,12 +150,12 @@ def make_job(
         model_class=StandInModel,
         collate=partial(collate, pad_token_id=PAD, image_size=IMAGE_SIZE),
         pad_token_id=PAD,
-        total_rows=TOTAL,
-        expected_samples=SAMPLES,
-        train_data=partial(make_stream, TOTAL, SAMPLES, faulty, micro, **kw),
+        plan=Plan(TOTAL, SAMPLES),
+        train_data=partial(make_stream, TOTAL, SAMPLES, faulty, micro, spare=settings.spare_rows, **kw),
         heldout_rows=HELDOUT,
         heldout_data=partial(make_stream, HELDOUT, HELDOUT, (), micro, 0),
         iterate=iterate_rows,
         data_config=data_config(),
+        recipe={"name": "stand-in"},
         recipe_hash="abc",
     )

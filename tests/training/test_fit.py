@@ -18,11 +18,13 @@ from torch import Tensor
 
 from meteor_model.processing_meteor import collate
 from pipelines.batches import make_micro_batch
-from pipelines.checkpoint import PARITY_FILE, consolidate, latest_checkpoint
+from pipelines.checkpoint import PARITY_FILE, committed_step, consolidate, latest_checkpoint, load_ledger
+from pipelines.failures import TrainingError
 from pipelines.heldout import shuffle_images
+from pipelines.loop import StepRecord
 from pipelines.training import TrainingResult, fit
 from pipelines.zero3 import parameter_groups, schedule_factor
-from tests.training.rows import FAULTY_ROW, IMAGE_SIZE, PAD, make_row
+from tests.training.rows import FAULTY_ROW, IMAGE_SIZE, PAD, Plan, make_row
 from tests.training.stand_in import HELDOUT, SAMPLES, SETTINGS, TOTAL, StandInModel, make_job, write_init
 
 pytestmark = [pytest.mark.stack, pytest.mark.usefixtures("cluster")]
@@ -178,11 +180,51 @@ def test_killed_driver_and_killed_worker_resume_bit_for_bit(
     result = fit(dataclasses.replace(job, collate=_KillsItsWorkerOnce(flag, batches=5)))
     assert flag.exists()
     assert result.steps_trained == 4
-    states = [dataclasses.replace(run.checkpoint.state, step_seconds=0.0) for run in (result, whole)]
+    states = [dataclasses.replace(run.checkpoint.state, step_seconds=0.0, restarts=0) for run in (result, whole)]
     assert states[0] == states[1]  # every loss, to the last bit
+    assert 1 <= result.checkpoint.state.restarts <= 2  # the second may go on from step 2 again
     weights = consolidated(root, result).state_dict()
     for name, tensor in consolidated(root, whole).state_dict().items():
         assert torch.equal(weights[name], tensor), name
+
+
+@dataclasses.dataclass(frozen=True)
+class _StopsAfter:
+    """An observer that ends the training once the checkpoint of step `step` is committed."""
+
+    root: str
+    run_name: str
+    step: int
+
+    def __call__(self, record: StepRecord) -> None:
+        if record.step == self.step + 1:
+            while committed_step(self.root, self.run_name) < self.step:
+                time.sleep(0.1)
+            raise RuntimeError("stopped by the test")
+
+
+def test_another_number_of_workers_trains_the_same(trained: tuple[Path, TrainingResult]) -> None:
+    """Two workers, then one, then three, which share the four micro-batches of a step unevenly."""
+    root, whole = trained
+    write_init(root, "moved")
+    for workers, stop in ((2, 2), (1, 4)):
+        job = make_job(root, "moved", dataclasses.replace(SETTINGS, workers=workers))
+        with pytest.raises(TrainingError, match="stopped by the test"):
+            fit(dataclasses.replace(job, observe=_StopsAfter(str(root), "moved", stop)))
+        assert committed_step(str(root), "moved") == stop
+    result = fit(make_job(root, "moved", dataclasses.replace(SETTINGS, workers=3)))
+    state, undisturbed = result.checkpoint.state, whole.checkpoint.state
+    assert (state.world_size, state.restarts, result.steps_trained) == (3, 2, 2)
+    assert state.losses == pytest.approx(undisturbed.losses, rel=1e-6)
+    assert (state.samples_seen, state.dropped) == (undisturbed.samples_seen, undisturbed.dropped)
+    assert state.final == pytest.approx(undisturbed.final, rel=1e-5)
+    plan = Plan(TOTAL, SAMPLES)
+    ledger = load_ledger(Path(result.checkpoint.url), plan.sizes)
+    assert (ledger.trained, ledger.dropped) == (SAMPLES - 1, 1)
+    ledger.require_equal(plan.consumed(TOTAL), "the last checkpoint")
+    weights = consolidated(root, result).state_dict()
+    for name, tensor in consolidated(root, whole).state_dict().items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_a_fault_in_a_data_task_reaches_the_driver(tmp_path: Path, cluster: None) -> None:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import os
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -15,10 +17,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from meteor_model.processing_meteor import collate
-from pipelines.batches import BatchReader, Counts, StreamOrderError, make_micro_batch
-from pipelines.checkpoint import CheckpointError, CheckpointRef, DroppedSample, TrainState, latest_checkpoint
+from pipelines.batches import BatchReader, Counts, Share, StreamOrderError, make_micro_batch
+from pipelines.checkpoint import (
+    CheckpointError,
+    CheckpointRef,
+    DroppedSample,
+    TrainState,
+    latest_checkpoint,
+    new_folder,
+)
 from pipelines.failures import TrainingError, root_cause
 from pipelines.heldout import shuffle_images
+from pipelines.preemption import Preempted
+from pipelines.recovery import RestartPolicy
+from pipelines.settings import SettingsError
 from pipelines.training import check_resumable
 from tests.training.rows import FAULTY_ROW, IMAGE_SIZE, PAD, make_row
 from tests.training.stand_in import SAMPLES, SETTINGS, TOTAL, make_job
@@ -51,16 +63,68 @@ def test_micro_batch_without_samples_is_one_token_that_no_loss_counts() -> None:
     assert len(batch.inputs["pixel_values"]) == 0
 
 
-def test_reader_takes_every_worldth_micro_batch_and_refuses_others() -> None:
-    reader = BatchReader(COLLATE, PAD, micro_batch=4, rank=1, world=2)
-    batches = list(reader.read(iter([rows(20, 4), rows(28, 4)]), first_row=16))
-    assert [batch.seen for batch in batches] == [3, 4]
-    with pytest.raises(StreamOrderError, match="expected rows 20 to 23 and got"):
-        list(reader.read(iter([rows(24, 4)]), first_row=16))
+@given(st.integers(1, 24), st.data())
+def test_the_workers_share_every_micro_batch_of_a_step(per_step: int, data: st.DataObject) -> None:
+    world = data.draw(st.integers(1, per_step))
+    shares = [Share(rank, world, per_step) for rank in range(world)]
+    for step in range(4):
+        numbers = [list(share.of_step(step)) for share in shares]
+        everyone = sorted(number for mine in numbers for number in mine)
+        assert everyone == list(range(step * per_step, (step + 1) * per_step))
+        assert all(1 <= len(mine) <= shares[0].forwards for mine in numbers)
+    for rank, share in enumerate(shares):  # the order in which Ray's split hands them out
+        assert [number for step in range(4) for number in share.of_step(step)] == list(range(rank, 4 * per_step, world))
+
+
+def test_more_workers_than_micro_batches_are_refused() -> None:
+    with pytest.raises(SettingsError, match="5 workers share 4 micro-batches"):
+        Share(0, 5, 4)
+
+
+def micro_rows(world: int, rank: int, first_row: int, stop_row: int) -> Iterator[list[dict[str, object]]]:
+    return iter([rows(first, 4) for first in range(first_row, stop_row, 4)][rank::world])
+
+
+@pytest.mark.parametrize("by_length", [False, True])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_every_world_reads_the_same_samples_in_a_step(world: int, by_length: bool) -> None:
+    found: list[set[str]] = [set() for _ in range(5)]
+    for rank in range(world):
+        reader = BatchReader(COLLATE, PAD, 4, Share(rank, world, 4), by_length)
+        steps = list(reader.read(micro_rows(world, rank, 16, TOTAL), 16, TOTAL))
+        assert [len(batches) for batches in steps] == [-(-4 // world)] * 5
+        for keys, batches in zip(found, steps, strict=True):
+            keys |= {sample.key for batch in batches for sample in batch.samples}
+            keys |= {sample.key for batch in batches for sample in batch.dropped}
+    assert found == [{f"key{row}" for row in range(first, min(first + 16, SAMPLES))} for first in range(16, TOTAL, 16)]
+
+
+def test_reader_refuses_other_rows_and_a_stream_that_ends() -> None:
+    reader = BatchReader(COLLATE, PAD, 4, Share(1, 2, 4))
+    with pytest.raises(StreamOrderError, match="worker 1 of 2 expected rows 20 to 23 and got"):
+        list(reader.read(iter([rows(24, 4)]), 16, TOTAL))
+    with pytest.raises(StreamOrderError, match="expected rows 28 to 31, and the data stream ended"):
+        list(reader.read(iter([rows(20, 4)]), 16, TOTAL))
+
+
+@given(st.integers(1, 4).flatmap(lambda count: st.lists(st.integers(1, 60), min_size=4 * count, max_size=4 * count)))
+def test_batches_by_length_never_pad_more(lengths: list[int]) -> None:
+    members = [
+        {**make_row(0, 1, 1, ()), "row": row, "input_ids": [2] * length, "labels": [2] * length, "num_images": 0}
+        for row, length in enumerate(lengths)
+    ]
+    plain = BatchReader(COLLATE, PAD, 4, Share(0, 1, 4)).batches(members)
+    sorted_ = BatchReader(COLLATE, PAD, 4, Share(0, 1, 4), by_length=True).batches(members)
+    assert sum(batch.cells for batch in sorted_) <= sum(batch.cells for batch in plain)
+    assert sum(batch.tokens for batch in sorted_) == sum(lengths)
+    longest = [batch.inputs["input_ids"].shape[1] for batch in sorted_]
+    assert longest == sorted(longest, reverse=True)
+    assert Counts.of(sorted_).supervised == Counts.of(plain).supervised
 
 
 def test_counts_add_up() -> None:
     batches = [make_micro_batch(rows(first, 4), COLLATE, PAD) for first in (16, 20)]
+    assert Counts.of(batches).cells == sum(batch.inputs["input_ids"].numel() for batch in batches)
     counts = Counts.of(batches)
     assert (counts.seen, counts.dropped["undecodable_image"]) == (7, 1)
     assert counts.supervised == batches[0].supervised + batches[1].supervised
@@ -95,7 +159,7 @@ def state(**changes: object) -> TrainState:
 
 @given(st.lists(st.floats(allow_nan=False), max_size=30))
 def test_state_keeps_every_bit(losses: list[float]) -> None:
-    drop = DroppedSample(21, 0, 2, 1, "key21", "too_long", "600 tokens")
+    drop = DroppedSample(21, 0, 0, 2, 1, "key21", "too_long", "600 tokens")
     before = state(step=len(losses), losses=tuple(losses), dropped={"too_long": 1}, dropped_samples=(drop,))
     assert TrainState.from_json(before.to_json(), "here") == before
     expected = math.nan if not losses else sum(losses[:10]) / len(losses[:10])
@@ -125,7 +189,6 @@ def test_damaged_snapshot_names_its_place(tmp_path: Path) -> None:
     [
         ({"recipe_hash": "xyz"}, "recipe xyz, now it is abc"),
         ({"total_steps": 9}, "started for 9 steps, now the plan has 6"),
-        ({"world_size": 4}, "checkpoint of 4 workers at step 0, and workers is 2"),
     ],
 )
 def test_resuming_differently_is_refused(tmp_path: Path, changes: dict[str, object], named: str) -> None:
@@ -145,6 +208,50 @@ def test_root_cause_is_the_project_s_own_error() -> None:
     assert isinstance(failed, TrainingError)
     assert "worker 1 failed with KeyError" in str(failed)
     assert root_cause(ray.train.ControllerError(own), "run 'a'") is own
+
+
+def test_another_number_of_workers_is_no_reason_to_refuse(tmp_path: Path) -> None:
+    check_resumable(make_job(tmp_path, "a", SETTINGS), CheckpointRef("here", state(world_size=4)))
+
+
+def test_a_dead_worker_is_the_cause_of_what_its_absence_does_to_others() -> None:
+    died = ray.exceptions.RayActorError(error_msg="The actor died.\n\tpid: 71\n\tip: 10.0.0.2\nIts worker died.")
+    failures = {0: KeyError("collateral"), 1: died, 2: RuntimeError()}
+    failed = root_cause(ray.train.WorkerGroupError("...", failures), "run 'a'")
+    assert isinstance(failed, TrainingError)
+    assert failed.summary.startswith("worker 1 died (pid 71 on 10.0.0.2): killed from outside")
+    assert not failed.preempted
+
+
+def test_a_preempted_worker_is_no_failure() -> None:
+    failures = {0: RuntimeError("Connection closed"), 1: Preempted("ended by SIGTERM; saved")}
+    failed = root_cause(ray.train.WorkerGroupError("...", failures), "run 'a'")
+    assert isinstance(failed, TrainingError)
+    assert failed.preempted
+
+
+def test_faults_of_data_stop_at_once_and_others_after_too_many_in_a_row() -> None:
+    policy = RestartPolicy(max_failures=2)
+    killed = TrainingError("run 'a'", "worker 1 failed with RayActorError: killed")
+    with pytest.raises(StreamOrderError):
+        policy.after(StreamOrderError("row 7"), 4)
+    assert policy.after(killed, -1).reason.endswith("restart 1 of at most 2 in a row, from the start")
+    assert policy.after(killed, -1).pause_s == 2.0
+    assert "restart 1 of" in policy.after(killed, 4).reason  # a checkpoint came in between
+    for _ in range(5):
+        assert policy.after(TrainingError("run 'a'", "gone", preempted=True), 4).pause_s == 0
+    assert "restart 2 of" in policy.after(killed, 4).reason
+    with pytest.raises(TrainingError, match="Start the same command again"):
+        policy.after(killed, 4)
+
+
+def test_local_folders_of_dead_workers_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    mine, other = new_folder("s3://b/runs/a"), new_folder("s3://b/runs/b")
+    dead = mine.with_name(mine.name.replace(f"-{os.getpid()}-", f"-{2**22 + 1}-"))
+    dead.mkdir()
+    again = new_folder("s3://b/runs/a")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in (mine, other, again))
 
 
 def test_root_cause_has_its_own_message_only() -> None:
