@@ -1,7 +1,9 @@
 """The guarded decoder: every format and colour mode against a plain reference, every refusal with its reason."""
 
+import contextlib
 import io
 import struct
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -147,12 +149,12 @@ def test_a_picture_of_the_travelling_size_is_untouched() -> None:
     )
 
 
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
 def png_header(width: int, height: int) -> bytes:
     """A PNG that claims a size and holds no pixels: decoding it would fail, refusing it by its header must not."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
 
@@ -168,6 +170,53 @@ def test_absurd_sizes_are_refused_from_the_header(
         decode_image(png_header(width, height), SIZE)
     assert caught.value.reason == "image_too_large"
     assert not recwarn.list
+
+
+def huge_claims() -> dict[str, bytes]:
+    """Small files of each other format whose header claims a huge picture."""
+    jpeg, gif = bytearray(saved(halves(), "JPEG")), bytearray(saved(halves(), "GIF"))
+    webp = bytearray(saved(halves(), "WEBP", exif=b"Exif\0\0" + b"\0" * 10))
+    frame, canvas = jpeg.index(b"\xff\xc0"), webp.index(b"VP8X") + 12
+    jpeg[frame + 5 : frame + 9] = struct.pack(">HH", 65000, 65000)
+    gif[6:10] = struct.pack("<HH", 65535, 65535)
+    webp[canvas : canvas + 6] = b"\xff\xff\x3f" * 2
+    return {"jpeg": bytes(jpeg), "gif": bytes(gif), "webp": bytes(webp)}
+
+
+@pytest.mark.parametrize("name", ["jpeg", "gif", "webp"])
+def test_absurd_sizes_are_refused_in_every_format(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for function in ("pillow_to_rgb", "_decode_jpeg"):
+        monkeypatch.setattr(images, function, lambda image: pytest.fail("the pixels were decoded"))
+    with pytest.raises(ImageError) as caught:
+        decode_image(huge_claims()[name], SIZE)
+    assert caught.value.reason == "image_too_large"
+
+
+@pytest.mark.parametrize(
+    ("kind", "head"),
+    [(b"zTXt", b"k\0\0"), (b"iTXt", b"k\0\1\0\0\0"), (b"iCCP", b"k\0\0")],
+    ids=["zTXt", "iTXt", "iCCP"],
+)
+@pytest.mark.parametrize("behind_the_pixels", [False, True])
+def test_a_text_that_unpacks_to_200_mb_is_never_held(kind: bytes, head: bytes, behind_the_pixels: bool) -> None:
+    packer = zlib.compressobj(9)
+    bomb = b"".join([*(packer.compress(bytes(2**20)) for _ in range(200)), packer.flush()])
+    png = saved(halves(), "PNG")
+    place = len(png) - 12 if behind_the_pixels else png.index(b"IDAT") - 4
+    data = png[:place] + chunk(kind, head + bomb) + png[place:]
+    tracemalloc.start()
+    with contextlib.suppress(ImageError):
+        decode_image(data, SIZE)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 20 * 2**20
+
+
+def test_pixel_data_beyond_the_claimed_size_are_not_unpacked() -> None:
+    header = png_header(100, 100)
+    pixels = chunk(b"IDAT", zlib.compress(bytes(50 * 2**20), 9))
+    tensor = decode_image(header[:33] + pixels + chunk(b"IEND", b""), SIZE)
+    assert set(tensor.unique().tolist()) == {0}
 
 
 def test_limits_can_be_set() -> None:
@@ -207,6 +256,40 @@ def test_what_is_no_image_has_a_reason(data: bytes) -> None:
         decode_image(data, SIZE)
     assert caught.value.reason == "undecodable_image"
     assert len(caught.value.detail) > 10
+
+
+@pytest.mark.parametrize("kept", [0.02, 0.2, 0.5, 0.8, 0.95])
+@pytest.mark.parametrize("kind", ["JPEG", "progressive", "CMYK", "PNG", "WEBP", "lossless", "GIF"])
+def test_a_file_that_breaks_off_is_no_picture(kind: str, kept: float) -> None:
+    image = Image.fromarray(np.random.default_rng(4).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    makers: dict[str, Callable[[], bytes]] = {
+        "progressive": lambda: saved(image, "JPEG", progressive=True),
+        "CMYK": lambda: saved(image.convert("CMYK"), "JPEG"),
+        "lossless": lambda: saved(image, "WEBP", lossless=True),
+    }
+    data = makers.get(kind, lambda: saved(image, kind))()
+    with pytest.raises(ImageError) as caught:
+        decode_image(data[: int(len(data) * kept)], SIZE)
+    assert caught.value.reason == "undecodable_image"
+
+
+def test_an_animation_is_its_first_frame_also_where_a_later_one_is_broken() -> None:
+    frames = [halves(left=BLUE, right=RED), *(halves(left=WHITE) for _ in range(20))]
+    data = saved(halves(), "GIF", save_all=True, append_images=frames, duration=100)
+    assert close(colours(decode_image(data[: int(len(data) * 0.8)], SIZE)), [RED, BLUE], 6)
+    webp = saved(halves(), "WEBP", save_all=True, append_images=frames, lossless=True)
+    assert close(colours(decode_image(webp, SIZE)), [RED, BLUE], 0)
+
+
+def test_cmyk_is_read_as_adobe_stores_it_with_its_marker_or_without() -> None:
+    """Adobe stores the four inks inverted, and files without its marker follow it too often to be told apart."""
+    data = saved(halves().convert("CMYK"), "JPEG", quality=95)
+    marker = data.index(b"\xff\xee")
+    length = struct.unpack(">H", data[marker + 2 : marker + 4])[0]
+    assert data[marker + 4 : marker + 9] == b"Adobe"
+    plain = data[:marker] + data[marker + 2 + length :]
+    assert close(colours(decode_image(data, SIZE)), [RED, BLUE], 6)
+    assert close(colours(decode_image(plain, SIZE)), [RED, BLUE], 6)
 
 
 def test_random_damage_never_escapes_as_another_error() -> None:
