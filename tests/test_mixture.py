@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from fractions import Fraction
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from pipelines import mixture
 from pipelines.ledger import Ledger
 from pipelines.mixture import BLOCK, ITEM_WINDOWS, Item, Merge, MixturePlan, make_plan, read_amplification
 from pipelines.order import StreamPlan
+from pipelines.settings import DataSettings, SettingsError
+from pipelines.shards import ShardInfo, save_manifest
 
 Row = tuple[int, int, int, int]
 VOID: Row = (-1, -1, -1, -1)
@@ -326,6 +329,85 @@ def test_rows_outside_the_stream_are_named() -> None:
     for start, stop in [(13, None), (-1, None), (5, 4), (0, 13)]:
         with pytest.raises(ValueError, match="no part of this stream of 12 rows"):
             plan.work(start, stop)
+
+
+def write_manifest(folder: Path, samples: int) -> None:
+    infos = [ShardInfo(f"{split}-0.tar", split, samples, 1, "0" * 64, {"json": 1}) for split in ("train", "heldout")]
+    save_manifest(str(folder), infos, {"source": "test"})
+
+
+def test_a_run_is_refused_on_other_data_or_weights(tmp_path: Path) -> None:
+    from pipelines import storage
+    from pipelines.assemble import manifest_hashes, training_hash
+    from pipelines.recipe import Recipe, RunSettings
+    from pipelines.run import choose_run, ensure_shards, require_same_data
+
+    folders = [tmp_path / name for name in ("first", "b", "a")]
+    for folder in folders:
+        write_manifest(folder, 7)
+    first, b, a = map(str, folders)
+
+    def recipe(mixture: dict[str, float]) -> Recipe:
+        return Recipe(data=DataSettings(manifest=first, mixture=mixture), run=RunSettings(str(tmp_path), "r"))
+
+    begun = recipe({b: 0.5, a: 2.0})
+    manifests = ensure_shards(begun)
+    assert [manifest.url for manifest in manifests] == [f"{one}/manifest.parquet" for one in (first, a, b)]
+    assert begun.data.weights == (1.0, 2.0, 0.5)
+    record = {
+        "job": "pretrain",
+        "settings": begun.identity(),
+        "manifests": manifest_hashes(manifests),
+        "finished": False,
+    }
+    storage.write_json(f"{tmp_path}/runs/r/run.json", record)
+
+    again = recipe({a: 2.0, b: 0.5})
+    assert choose_run(again, "pretrain") == ("r", False)
+    require_same_data(again, "r", ensure_shards(again))
+    assert training_hash(again, manifests) == training_hash(begun, manifests)
+    with pytest.raises(SettingsError, match=f"data.mixture.{b}: 0.5 -> 0.75"):
+        choose_run(recipe({b: 0.75, a: 2.0}), "pretrain")
+    write_manifest(folders[1], 8)
+    changed = ensure_shards(again)
+    old, new = manifests[2].sha256, changed[2].sha256
+    with pytest.raises(SettingsError, match=f"(?s)other data.*{b}/manifest.parquet: '{old}' -> '{new}'") as caught:
+        require_same_data(again, "r", changed)
+    assert f"{a}/" not in str(caught.value), "only what differs is named"
+    assert training_hash(again, changed) != training_hash(begun, manifests)
+    with pytest.raises(SettingsError, match="whose manifest is there already"):
+        ensure_shards(recipe({f"{first}/manifest.parquet": 1.0}))
+
+
+def test_settings_of_a_mixture_are_checked() -> None:
+    for values, message in [
+        ({"manifest": "a", "weight": 0.0}, "the weight of a is 0.0; it must be above 0"),
+        ({"manifest": "a", "mixture": {"b": -1.0}}, "the weight of b is -1.0"),
+        ({"manifest": "a", "mixture": {"b": float("nan")}}, "the weight of b is nan"),
+        ({"manifest": "a", "mixture": {"a": 1.0}}, "holds 'a', which is data.manifest; raise data.weight"),
+        ({"manifest": "a", "mixture": {"": 1.0}}, "holds"),
+    ]:
+        with pytest.raises(SettingsError, match=message):
+            DataSettings(**values)
+
+
+def test_the_command_line_takes_a_mixture() -> None:
+    from jobs.recipes import parse_recipe
+
+    arguments = [
+        "--data.manifest",
+        "s3://x/a",
+        "--data.weight",
+        "2",
+        "--data.mixture",
+        "s3://x/c",
+        "0.5",
+        "s3://x/b",
+        "1",
+    ]
+    data = parse_recipe("pretrain", "", arguments).data
+    assert data.others == (("s3://x/b", 1.0), ("s3://x/c", 0.5))
+    assert data.weights == (2.0, 1.0, 0.5)
 
 
 def test_item_borders_do_not_depend_on_the_start() -> None:
