@@ -15,6 +15,15 @@ from pipelines.settings import DataSettings, SettingsError, TrainingSettings
 from pipelines.sources.openmoji import OpenMojiSettings
 
 
+OPERATION = (
+    *("workers", "min_workers", "resize_interval_s", "micro_batch", "timeout_s", "cpus_per_worker", "gpus_per_worker"),
+    *("threads_per_worker", "max_failures", "preemption_grace_s", "log_every_steps", "checkpoint_every_steps"),
+    *("keep_checkpoints", "upload_patience_s", "validate_every_checkpoints", "validation_cpus", "validation_gpus"),
+    *("validation_timeout_s", "max_drop_share"),
+)
+"""Training settings that may change when a run goes on: what is trained stays the same up to rounding."""
+
+
 @dataclass(frozen=True)
 class ModelSettings:
     """What the model is made of and where its weights start."""
@@ -144,14 +153,15 @@ class Recipe:
         return plain
 
     def identity(self) -> dict[str, Any]:
-        """The settings that decide what is trained: all but names, places and addresses. Two runs of one name must
-        agree in it."""
+        """The settings that decide what is trained: all but names, places, and how the cluster is used. Two runs of one
+        name must agree in it."""
         plain = self.to_dict()
         for where, keys in {
             "model": ("parts_dir",),
             "run": ("name", "output", "storage", "pictures"),
             "tracking": tuple(plain["tracking"]),
-            "training": ("workers", "micro_batch", "max_failures", "timeout_s", "cpus_per_worker", "gpus_per_worker"),
+            "training": OPERATION,
+            "data": ("data_task_cpus", "data_tasks", "read_patience_s", "bad_shards"),
         }.items():
             for key in keys:
                 plain[where].pop(key)

@@ -74,7 +74,9 @@ def test_identity_ignores_places_and_resources_only() -> None:
     base = recipe("pretrain", "tiny")
     moved = replace(base, run=replace(base.run, storage="s3://elsewhere", name="x", output="/tmp/y"))
     assert moved.digest() == base.digest()
-    assert replace(base, training=replace(base.training, timeout_s=5)).digest() == base.digest()
+    elsewhere = replace(base.training, timeout_s=5, workers=4, min_workers=1, checkpoint_every_steps=7, max_failures=9)
+    assert replace(base, training=elsewhere).digest() == base.digest()
+    assert replace(base, data=replace(base.data, bad_shards="drop", data_tasks=9)).digest() == base.digest()
     other = replace(base, training=replace(base.training, seed=7))
     assert other.digest() != base.digest()
     assert differences(base.identity(), other.identity()) == ["training.seed: 0 -> 7"]
@@ -93,4 +95,4 @@ def test_help_shows_every_setting_with_doc_and_default(job: str) -> None:
         "--tracking.uri",
     ):
         assert flag in text
-    assert "Samples of one optimizer step over all workers; a multiple of workers * micro_batch. (default: 32)" in text
+    assert "Samples of one optimizer step over all workers; a multiple of micro_batch. (default: 32)" in text
