@@ -14,7 +14,6 @@ from meteor_model.configuration_meteor import DecodePruning, EncodePruning, Fuse
 from pipelines.settings import DataSettings, SettingsError, TrainingSettings
 from pipelines.sources.openmoji import OpenMojiSettings
 
-
 OPERATION = (
     *("workers", "min_workers", "resize_interval_s", "micro_batch", "timeout_s", "cpus_per_worker", "gpus_per_worker"),
     *("threads_per_worker", "max_failures", "preemption_grace_s", "log_every_steps", "checkpoint_every_steps"),

@@ -36,9 +36,9 @@ def test_an_unknown_setting_names_the_nearest(capsys: pytest.CaptureFixture[str]
     assert "--training.global-batch" in message.split("Perhaps you meant")[1]
 
 
-def test_a_world_size_that_does_not_divide_names_the_numbers(capsys: pytest.CaptureFixture[str]) -> None:
-    message = refused(capsys, "--training.workers", "3")
-    assert "workers is 3, which does not divide global_batch 32" in message
+def test_a_world_size_that_leaves_workers_idle_names_the_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, "--training.workers", "5")
+    assert "workers is 5, but global_batch 32 has only 2 micro-batches of 16" in message
 
 
 def test_a_budget_above_the_tokens_names_both(capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,7 +74,7 @@ def test_identity_ignores_places_and_resources_only() -> None:
     base = recipe("pretrain", "tiny")
     moved = replace(base, run=replace(base.run, storage="s3://elsewhere", name="x", output="/tmp/y"))
     assert moved.digest() == base.digest()
-    elsewhere = replace(base.training, timeout_s=5, workers=4, min_workers=1, checkpoint_every_steps=7, max_failures=9)
+    elsewhere = replace(base.training, timeout_s=5, workers=1, min_workers=1, checkpoint_every_steps=7, max_failures=9)
     assert replace(base, training=elsewhere).digest() == base.digest()
     assert replace(base, data=replace(base.data, bad_shards="drop", data_tasks=9)).digest() == base.digest()
     other = replace(base, training=replace(base.training, seed=7))
