@@ -37,7 +37,6 @@ class Node:
         """The node's raylet, or None where it is gone."""
         return next((process for process in members(self.record) if _is_raylet(process)), None)
 
-
     @property
     def node_id(self) -> str:
         """Ray's name of the node (hex). Raises StackError where its raylet is gone."""
@@ -92,8 +91,10 @@ def stop_node(node: Node) -> None:
 
 
 def drain_node(stack: Stack, node: Node, deadline_s: int) -> None:
-    """Give Ray the notice that the node will be taken away in `deadline_s` seconds, as a cloud's preemption does. Nobody
-    takes it away: that is the caller's part. Raises StackError when Ray refuses."""
+    """Give Ray the notice that the node will be taken away in `deadline_s` seconds, as a cloud's preemption does.
+
+    Nobody takes it away: that is the caller's part. Raises StackError when Ray refuses.
+    """
     command = [
         services.executable("ray"),
         "drain-node",

@@ -150,7 +150,7 @@ def audit(
 
 def loss_difference(found: Audit, reference: Audit) -> float:
     """Largest difference between the losses of two trainings, step by step; infinite where steps are missing."""
-    if found.losses.keys() != reference.losses.keys():
+    if found.losses.keys() != reference.losses.keys() or not reference.losses:
         return float("inf")
     return max(abs(found.losses[step] - reference.losses[step]) for step in reference.losses)
 

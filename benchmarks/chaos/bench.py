@@ -96,6 +96,8 @@ def show(row: Row) -> None:
     sys.stdout.write(line_of(row) + "\n")
     for text in row["wrong"]:
         sys.stdout.write(f"    {text}\n")
+    if not row["passed"]:
+        sys.stdout.write(f"    {row['note']}\n")
     sys.stdout.flush()
 
 

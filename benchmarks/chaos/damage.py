@@ -1,5 +1,5 @@
-"""Scenarios that damage the data: the training must end in an error that names the shard; then the shard is restored and
-the same command goes on."""
+"""Scenarios that damage the data: the training must end in an error that names the shard; then the shard is restored
+and the same command goes on."""
 
 from __future__ import annotations
 

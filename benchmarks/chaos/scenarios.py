@@ -9,7 +9,7 @@ from benchmarks.chaos import damage, processes, store
 from benchmarks.chaos.stage import Stage
 
 OTHER_WORLD_TOLERANCE = 1e-5
-"""Largest loss difference where the number of workers differs from the undisturbed training's: sums in another order."""
+"""Largest loss difference where the number of workers is not the undisturbed training's: sums in another order."""
 UNDISTURBED = "undisturbed"
 
 

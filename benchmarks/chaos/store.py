@@ -72,7 +72,7 @@ def _through(stage: Stage, *rules: Rule) -> None:
 
 
 def restart(stage: Stage) -> None:
-    """SIGKILL to the real server in the training, and its restart some seconds later; checkpoints fall due meanwhile."""
+    """SIGKILL to the real server in the training, and its restart some seconds later; checkpoints fall due then."""
     step = stage.random.randint(2, 6)
     config = stage.config(faults=(stage.step_fault(step, "hold"),), step_seconds=0.5)
     command = stage.start(config)
