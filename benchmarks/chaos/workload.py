@@ -7,7 +7,7 @@ import tempfile
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.chaos.data import IMAGE_SIZE, PAD, ByteProcessor
 from benchmarks.chaos.model import ChaosConfig, ChaosModel
@@ -15,11 +15,11 @@ from benchmarks.chaos.recorder import KilledInDataStart, Recorder, StepFault
 from meteor_model.processing_meteor import collate
 from pipelines import storage
 from pipelines.batches import iterate_rows
-from pipelines.checkpoint import TrainState, run_url
+from pipelines.checkpoint import run_url
 from pipelines.metric_log import MetricLogger
 from pipelines.order import StreamPlan
 from pipelines.settings import LearningRates, OptimizerSettings, TrainingSettings
-from pipelines.shards import load_manifest
+from pipelines.shards import fetch_shard, load_manifest
 from pipelines.stream import RowEncoder, build_stream, data_config, rows_from, rows_to
 from pipelines.training import TrainingJob
 from pipelines.uploads import upload_folder
@@ -35,6 +35,7 @@ SETTINGS = TrainingSettings(
     optimizer=OptimizerSettings(learning_rates=LearningRates(1e-2, 1e-2, 1e-2), epsilon=1e-3),
     checkpoint_every_steps=4,
     log_every_steps=1,
+    validate_every_checkpoints=0,
     max_drop_share=0.05,
     timeout_s=60,
     cpus_per_worker=1.0,
@@ -61,6 +62,7 @@ class Config:
     data_start_kill: str | None = None
     """Marker of a kill of worker 1 while it waits for its first batch."""
     step_seconds: float = 0.0
+    bad_shards: Literal["fail", "drop"] = "fail"
     mlflow_uri: str | None = None
     mlflow_run_id: str | None = None
 
@@ -94,7 +96,14 @@ def make_job(config: Config) -> TrainingJob:
         global_batch=HELDOUT_ROWS,
         window_shards=WINDOW_SHARDS,
     )
-    stream = partial(build_stream, manifest, encoder=encoder, micro_batch=settings.micro_batch)
+    stream = partial(
+        build_stream,
+        manifest,
+        encoder=encoder,
+        micro_batch=settings.micro_batch,
+        fetch=partial(fetch_shard, bad_shards=config.bad_shards),
+    )
+    url = run_url(config.storage, config.run_name)
     return TrainingJob(
         storage=config.storage,
         run_name=config.run_name,
@@ -102,22 +111,18 @@ def make_job(config: Config) -> TrainingJob:
         model_class=ChaosModel,
         collate=partial(collate, pad_token_id=PAD, image_size=IMAGE_SIZE),
         pad_token_id=PAD,
-        total_rows=plan.total_rows,
-        expected_samples=plan.total_samples,
-        train_data=partial(rows_from, stream, "train", plan),
+        plan=plan,
+        train_data=partial(rows_from, partial(stream, spare_rows=settings.spare_rows), "train", plan),
         heldout_rows=HELDOUT_ROWS,
         heldout_data=partial(rows_to, stream, "heldout", heldout, HELDOUT_ROWS),
         iterate=KilledInDataStart(1, config.data_start_kill) if config.data_start_kill else iterate_rows,
         data_config=data_config(),
+        recipe={"name": "chaos"},
         recipe_hash="chaos",
         mlflow_run_id=config.mlflow_run_id,
-        make_logger=partial(_logger, config.mlflow_run_id, config.mlflow_uri) if config.mlflow_run_id else None,
+        make_logger=partial(MetricLogger, config.mlflow_run_id, config.mlflow_uri, url) if config.mlflow_uri else None,
         observe=Recorder(config.log, config.faults, config.step_seconds),
     )
-
-
-def _logger(run_id: str, uri: str, state: TrainState) -> MetricLogger:
-    return MetricLogger(run_id, uri)
 
 
 def prepare_init(root: str, run_name: str) -> None:
