@@ -2,8 +2,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup lock up status down pretrain finetune predict shards parts visualize flops bench-prune bench-gpu \
-  check format test test-slow clean
+.PHONY: help setup lock up status down pretrain finetune predict shards parts visualize flops bench-prune bench-gpu bench-order \
+  chaos check format test test-slow clean
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -80,6 +80,12 @@ bench-prune: setup  ## Measure what pruning costs and saves on this CPU (about 1
 
 bench-gpu:  ## The same on a GPU, in a Python that has torch, transformers and timm: make bench-gpu GPU_PYTHON=python3
 	@$(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
+
+bench-order: setup  ## Measure what plan and ledger cost at a billion samples (a few minutes); writes benchmarks/results/order.json
+	@$(PY) -m benchmarks.order $(ARGS)
+
+chaos: setup  ## Kill, cut and spoil everything on real servers and count the samples (at most 40 minutes): make chaos ARGS="--only NAME"
+	@$(PY) -m benchmarks.chaos $(ARGS)
 
 check: setup  ## Lint, format, types, import direction
 	@$(BIN)/ruff check .
