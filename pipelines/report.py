@@ -57,6 +57,8 @@ def build_summary(
         "samples_expected": expected,
         "samples_seen": state.samples_seen,
         "dropped": dict(state.dropped),
+        "padding_share": state.padding_share,
+        "restarts": state.restarts,
         "loss_first": state.loss_first,
         "loss_last": state.loss_last,
         **state.final,
@@ -104,7 +106,8 @@ def readable(summary: Mapping[str, Any], answers: Sequence[Answer] = ()) -> str:
         ("samples", f"{summary['samples_seen']} of {summary['samples_expected']} trained, dropped: {dropped}"),
         (
             "training",
-            f"{summary['steps']} steps, {summary['world_size']} workers, {summary['samples_per_s']:.1f} samples/s",
+            f"{summary['steps']} steps, {summary['world_size']} workers, {summary['samples_per_s']:.1f} samples/s, "
+            f"{summary['padding_share']:.0%} padding, {summary['restarts']} restarts",
         ),
         ("loss", f"{summary['loss_first']:.3f} -> {summary['loss_last']:.3f}"),
         (
