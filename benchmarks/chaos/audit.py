@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipelines.checkpoint import TrainState
+from pipelines.ledger import Ledger
 
 Sample = tuple[int, str]
 """Epoch and key."""
@@ -93,17 +94,18 @@ def attempts_of(lines: Sequence[Line]) -> list[list[Line]]:
 
 
 def audit(
-    lines: Sequence[Line], stored: Mapping[str, int], faulty: Collection[str], epochs: int, total_steps: int
+    lines: Sequence[Line], shards: Sequence[Sequence[str]], faulty: Collection[str], epochs: int, total_steps: int
 ) -> Audit:
     """Count the last execution of every step.
 
     Args:
         lines: of all attempts.
-        stored: how often each key occurs in the shards.
+        shards: the keys that lie in each shard.
         faulty: keys of the samples that cannot be trained.
         epochs: passes over the data.
         total_steps: steps of the whole training.
     """
+    stored = Counter(key for keys in shards for key in keys)
     attempts = attempts_of(lines)
     last: dict[int, list[Line]] = {}
     executions = 0
@@ -181,8 +183,8 @@ class Expectation:
     """Exact number of replayed steps, where it is known."""
     worlds: tuple[int, ...] | None = None
     """The numbers of workers, in the order in which the steps had them."""
-    missing: Collection[str] = field(default_factory=frozenset)
-    """Keys that this scenario gives up with a notice, in every epoch; they count as dropped."""
+    given_up: Mapping[str, str] = field(default_factory=dict)
+    """Keys that this scenario gives up with a notice, in every epoch, and the name each is listed under as dropped."""
 
 
 def violations(found: Audit, reference: Audit, state: TrainState, expected: Expectation) -> list[str]:
@@ -191,7 +193,7 @@ def violations(found: Audit, reference: Audit, state: TrainState, expected: Expe
     The committed state of the training (what it says of itself) is held against the audit, too.
     """
     wrong = list(found.faults)
-    given_up = set(expected.missing)
+    given_up = expected.given_up
     lost = {epoch: [key for key in keys if key not in given_up] for epoch, keys in found.lost.items()}
     for what, by_epoch in (("lost", lost), ("repeated", found.repeated)):
         wrong += [f"epoch {epoch}: {len(keys)} samples {what}: {keys[:5]}" for epoch, keys in by_epoch.items() if keys]
@@ -220,9 +222,30 @@ def state_violations(found: Audit, state: TrainState, expected: Expectation) -> 
     if state.samples_seen != trained:
         wrong.append(f"the checkpoint counts {state.samples_seen} samples, the workers trained {trained}")
     dropped = Counter(sample.key for sample in state.dropped_samples)
-    awaited = Counter(dict.fromkeys([*expected.faulty, *expected.missing], expected.epochs))
+    awaited = Counter(dict.fromkeys([*expected.faulty, *expected.given_up.values()], expected.epochs))
     if dropped != awaited:
         wrong.append(f"the checkpoint lists the dropped samples {dict(dropped)}, they are {dict(awaited)}")
     if sum(state.dropped.values()) != sum(awaited.values()):
         wrong.append(f"the checkpoint counts {state.dropped} as dropped, they are {sum(awaited.values())}")
+    return wrong
+
+
+def ledger_violations(found: Audit, data: bytes, shards: Sequence[Sequence[str]], expected: Expectation) -> list[str]:
+    """Where the committed ledger of a finished training (its bytes) disagrees with the audit."""
+    sizes = [[len(keys) for keys in shards]]
+    place = {key: (shard, index) for shard, keys in enumerate(shards) for index, key in enumerate(keys)}
+    ledger, counted = Ledger.from_bytes(data, sizes), Ledger(sizes)
+    passed_over = sorted(
+        (epoch, key) for key in [*expected.faulty, *expected.given_up] for epoch in range(expected.epochs)
+    )
+    trained = sorted({sample for samples in found.samples.values() for sample in samples if sample[1] in place})
+    for dropped, samples in ((False, trained), (True, passed_over)):
+        epochs, keys = [epoch for epoch, _ in samples], [key for _, key in samples]
+        where = [place[key] for key in keys]
+        counted.add([0] * len(keys), epochs, [at[0] for at in where], [at[1] for at in where], dropped=dropped)
+    more, fewer = ledger.difference(counted)
+    wrong = [f"the ledger holds {sample}, which was not consumed" for sample in more]
+    wrong += [f"the ledger lacks {sample}, which was consumed" for sample in fewer]
+    if list(ledger.dropped_samples()) != list(counted.dropped_samples()):
+        wrong.append(f"the ledger has {ledger.dropped} samples as dropped, they are {counted.dropped}")
     return wrong

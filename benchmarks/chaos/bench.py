@@ -106,10 +106,10 @@ def line_of(row: Row) -> str:
     verdict = "passed" if row["passed"] else "FAILED"
     if "faults_injected" not in row:
         return f"{row['name']:<24} {verdict}  {row['seconds']:6.1f} s"
-    resume = row["seconds_to_resume"]
+    resume, difference = row["seconds_to_resume"], row["max_loss_difference"]
     return (
         f"{row['name']:<24} {verdict}  {row['seconds']:6.1f} s  faults {row['faults_injected']:>3}  "
         f"lost {row['samples_lost']}  repeated {sum(row['samples_repeated'].values())}  "
-        f"loss difference {row['max_loss_difference']:.2g} (<= {row['tolerance']:g})  "
+        f"loss difference {'-' if difference is None else f'{difference:.2g}'} (<= {row['tolerance']:g})  "
         f"resumed in {'-' if resume is None else f'{resume:.1f} s'}  replayed {row['replayed_steps']}"
     )

@@ -3,7 +3,7 @@ and the same command goes on."""
 
 from __future__ import annotations
 
-from benchmarks.chaos.data import TRAIN_SIZES, key_of, keys_in, pack, sample
+from benchmarks.chaos.data import FAULTY, TRAIN_SIZES, key_of, keys_in, pack, sample
 from benchmarks.chaos.stage import Stage
 from pipelines import storage
 
@@ -60,3 +60,19 @@ def empty_shard(stage: Stage) -> None:
 def missing_shard(stage: Stage) -> None:
     """The object is gone."""
     _damaged(stage, _victim(stage), None, "missing")
+
+
+def dropped_shard(stage: Stage) -> None:
+    """The same as a replaced shard under the policy "drop": the training ends well and names every sample given up."""
+    faulty = {key_of(number) for number in FAULTY}
+    name = _victim(stage)
+    while faulty & set(keys_in(stage.dataset.shards[name])):  # a sample is dropped for one reason
+        name = _victim(stage)
+    keys = keys_in(stage.dataset.shards[name])
+    dataset = stage.own_dataset()
+    dataset.put(name, pack((key_of(90000 + number), sample(90000 + number)) for number in range(len(keys))))
+    stage.injected()
+    stage.given_up = {key: f"{name}[{index}]" for index, key in enumerate(keys)}
+    stage.finish(stage.config(bad_shards="drop", settings={"max_drop_share": 0.2}))
+    dataset.restore(name)  # what the audit reads are the shards as they are to be
+    stage.notes.append(f"{name}: {len(keys)} samples given up in each of the epochs, counted and listed")

@@ -127,10 +127,11 @@ def make_dataset(url: str) -> Dataset:
     return Dataset(url, shards, {})
 
 
-def stored_keys(url: str, split: str = "train") -> Counter[str]:
-    """How often each key occurs in the shards that lie in storage now; read with tarfile alone."""
+def stored_shards(url: str, split: str = "train") -> list[list[str]]:
+    """The keys of every shard of a split that lies in storage now, in the order of their names; read with tarfile
+    alone."""
     names = [name for name in storage.list_files(url) if name.startswith(f"{split}-") and name.endswith(".tar")]
-    return Counter(key for name in names for key in keys_in(storage.read_bytes(storage.join(url, name))))
+    return [keys_in(storage.read_bytes(storage.join(url, name))) for name in names]
 
 
 def _info(name: str, data: bytes) -> ShardInfo:
@@ -149,7 +150,6 @@ class Encoded:
     labels: list[int]
 
 
-@dataclass(frozen=True)
 class ByteProcessor:
     """The bytes of a conversation as its tokens, one token an image; the replies are learnt."""
 

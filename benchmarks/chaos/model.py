@@ -45,6 +45,19 @@ class ChaosOutput(ModelOutput):
     pruning_stats: Any = None
 
 
+class ChaosLayer(nn.Module):
+    """One residual layer."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, hidden_BTC: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        residual: Tensor = torch.tanh(self.linear(hidden_BTC))
+        return hidden_BTC + residual
+
+
 class ChaosModel(PreTrainedModel):
     """Each image's projected features take the place of its token; every token sees the mean of those before it."""
 
@@ -59,7 +72,7 @@ class ChaosModel(PreTrainedModel):
         self.language_model = nn.ModuleDict(
             {
                 "embed": nn.Embedding(VOCABULARY, width),
-                "layers": nn.ModuleList([nn.Linear(width, width) for _ in range(config.layers)]),
+                "layers": nn.Sequential(*(ChaosLayer(width) for _ in range(config.layers))),
                 "norm": nn.LayerNorm(width),
             }
         )
@@ -86,8 +99,7 @@ class ChaosModel(PreTrainedModel):
             hidden_BTC = hidden_BTC + 0.0 * features_MC.sum()
         counts_T = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device).unsqueeze(-1)
         hidden_BTC = hidden_BTC + hidden_BTC.cumsum(1) / counts_T
-        for layer in self.language_model["layers"]:
-            hidden_BTC = hidden_BTC + torch.tanh(layer(hidden_BTC))
+        hidden_BTC = self.language_model["layers"](hidden_BTC)
         logits = self.lm_head(self.language_model["norm"](hidden_BTC))
         loss = None
         if labels is not None:

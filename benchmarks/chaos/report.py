@@ -54,8 +54,8 @@ def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    played = [row for row in rows if row.get("losses")]
-    resumed = [row for row in played if row["seconds_to_resume"] is not None]
+    played = [row for row in rows if row.get("losses") and row["max_loss_difference"] is not None]
+    resumed = [row for row in rows if row.get("seconds_to_resume") is not None]
     figure, (curves, bars) = pyplot.subplots(
         1, 2, figsize=(WIDTH_IN, 1.5 + ROW_IN * max(12, len(resumed))), gridspec_kw={"width_ratios": (3, 2)}
     )

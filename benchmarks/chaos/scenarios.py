@@ -79,6 +79,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario("duplicated-key", "a key twice in a shard; restored after the error", "2", damage.duplicated_key),
     Scenario("empty-shard", "a shard of 0 bytes; restored after the error", "2", damage.empty_shard),
     Scenario("missing-shard", "a shard is deleted; restored after the error", "2", damage.missing_shard),
+    Scenario("dropped-shard", "another shard in its place, data.bad_shards=drop", "2", damage.dropped_shard),
     Scenario(
         "mlflow-restart",
         "MLflow killed in the training, back 4 steps later",

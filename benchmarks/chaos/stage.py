@@ -15,16 +15,18 @@ from benchmarks.chaos.audit import (
     Expectation,
     Line,
     audit,
+    ledger_violations,
     loss_difference,
     read_lines,
     seconds_to_resume,
     violations,
 )
 from benchmarks.chaos.cluster import POLL_S, Cluster, Command
-from benchmarks.chaos.data import FAULTY, Dataset, key_of, make_dataset, stored_keys
+from benchmarks.chaos.data import FAULTY, Dataset, key_of, make_dataset, stored_shards
 from benchmarks.chaos.recorder import Action, StepFault
 from benchmarks.chaos.workload import SETTINGS, Config
-from pipelines.checkpoint import latest_checkpoint
+from pipelines import storage
+from pipelines.checkpoint import LEDGER_FILE, latest_checkpoint
 
 STORAGE = "s3://meteor/chaos"
 TOTAL_STEPS = 15
@@ -50,7 +52,7 @@ class Stage:
     notes: list[str] = field(default_factory=list)
     replayed: int | None = None
     worlds: tuple[int, ...] | None = None
-    missing: frozenset[str] = frozenset()
+    given_up: dict[str, str] = field(default_factory=dict)
 
     # ---------------------------------------------------------------------------------------------------- the run
 
@@ -158,11 +160,10 @@ class Stage:
 
     def verdict(self, reference: Audit | None) -> tuple[Audit, dict[str, Any]]:
         """The audit of the finished run, and its numbers as plain values. Without a `reference` it is its own."""
-        found = audit(self.lines(), stored_keys(self.dataset.url), FAULTY_KEYS, SETTINGS.epochs, TOTAL_STEPS)
+        shards = stored_shards(self.dataset.url)
+        found = audit(self.lines(), shards, FAULTY_KEYS, SETTINGS.epochs, TOTAL_STEPS)
         reference = found if reference is None else reference
-        expected = Expectation(
-            FAULTY_KEYS, SETTINGS.epochs, self.tolerance, self.replayed, self.worlds, missing=self.missing
-        )
+        expected = Expectation(FAULTY_KEYS, SETTINGS.epochs, self.tolerance, self.replayed, self.worlds, self.given_up)
         checkpoint = latest_checkpoint(STORAGE, self.name)
         wrong = list(self.wrong)
         if not self.faults:
@@ -172,13 +173,16 @@ class Stage:
             wrong += found.faults
         else:
             wrong += violations(found, reference, checkpoint.state, expected)
+            ledger = storage.read_bytes(storage.join(checkpoint.url, LEDGER_FILE))
+            wrong += ledger_violations(found, ledger, shards, expected)
         resumed = [seconds_to_resume(self.lines(), moment) for moment in self.fault_times]
         return found, {
             "faults_injected": self.faults,
-            "samples_lost": found.lost_samples - len(self.missing) * SETTINGS.epochs,
+            "samples_lost": found.lost_samples - len(self.given_up) * SETTINGS.epochs,
             "samples_repeated": {str(epoch): len(keys) for epoch, keys in found.repeated.items()},
             "samples_dropped": 0 if checkpoint is None else sum(checkpoint.state.dropped.values()),
-            "max_loss_difference": loss_difference(found, reference),
+            # What trains on fewer samples has no undisturbed training to be compared with.
+            "max_loss_difference": None if self.given_up else loss_difference(found, reference),
             "tolerance": self.tolerance,
             "seconds_to_resume": max((seconds for seconds in resumed if seconds is not None), default=None),
             "replayed_steps": found.replayed,
