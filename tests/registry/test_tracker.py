@@ -175,7 +175,7 @@ def no_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = Manifest.__new__(Manifest)
     object.__setattr__(manifest, "url", "somewhere")
     object.__setattr__(manifest, "sha256", "0")
-    monkeypatch.setattr(run, "ensure_shards", lambda recipe: manifest)
+    monkeypatch.setattr(run, "ensure_shards", lambda recipe: (manifest,))
 
 
 @pytest.mark.usefixtures("no_shards")
