@@ -72,11 +72,11 @@ class MetricLogger:
     Args:
         run_id: of the MLflow run; None asks `run.json` for it until the driver has opened the run.
         uri: of the tracking server.
-        run_url: folder of the run in storage; without one, what is undelivered at `close` is lost.
+        run_url: folder of the run in storage.
         initial: points to deliver first, in their order: the `pending_points` of the checkpoint that is resumed from.
     """
 
-    def __init__(self, run_id: str | None, uri: str, run_url: str | None = None, initial: Sequence[Point] = ()) -> None:
+    def __init__(self, run_id: str | None, uri: str, run_url: str, initial: Sequence[Point] = ()) -> None:
         self.run_id = run_id
         self.uri = uri
         self.run_url = run_url
@@ -186,7 +186,7 @@ class MetricLogger:
 
     def _find_run(self) -> str:
         """The run's id, from `run.json` where the driver had not opened the run when this logger was made."""
-        if self.run_id is None and self.run_url is not None:
+        if self.run_id is None:
             self.run_id = storage.read_json(storage.join(self.run_url, RUN_FILE))["mlflow_run_id"]
         if self.run_id is None:
             raise NoRunYetError("the run is not open yet")
@@ -232,9 +232,7 @@ class MetricLogger:
                 self._kept_files.append(url)
 
 
-def _try_to_keep(run_url: str | None, points: Sequence[Point], *folder: str) -> str | None:
-    if run_url is None:
-        return None
+def _try_to_keep(run_url: str, points: Sequence[Point], *folder: str) -> str | None:
     try:
         return keep_points(run_url, points, *folder)
     except storage.StorageError as error:
