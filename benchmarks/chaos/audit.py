@@ -5,6 +5,7 @@ again by a later attempt; only its last execution is in the final weights, and o
 """
 
 import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -151,10 +152,12 @@ def audit(
 
 
 def loss_difference(found: Audit, reference: Audit) -> float:
-    """Largest difference between the losses of two trainings, step by step; infinite where steps are missing."""
+    """Largest difference between the losses of two trainings, step by step; infinite where steps are missing or
+    a loss is no number."""
     if found.losses.keys() != reference.losses.keys() or not reference.losses:
         return float("inf")
-    return max(abs(found.losses[step] - reference.losses[step]) for step in reference.losses)
+    differences = [abs(found.losses[step] - reference.losses[step]) for step in reference.losses]
+    return max(differences) if all(map(math.isfinite, differences)) else float("inf")
 
 
 def moved_steps(found: Audit, reference: Audit) -> list[int]:

@@ -49,6 +49,13 @@ def resetting_uploads(stage: Stage) -> None:
     )
 
 
+def mixed(stage: Stage) -> None:
+    """Cut, wrong, reset and refused reads, and refused uploads, in one training."""
+    faults: tuple[Fault, ...] = (Truncate(0.5), Flip(0.5, 4), Reset(0.5), SLOW_DOWN)
+    reads = [Rule(fault, method="GET", path=SHARD, skip=2 * place, times=2) for place, fault in enumerate(faults)]
+    _through(stage, *reads, Rule(SLOW_DOWN, method=UPLOADS, path=CHECKPOINT, skip=1, times=3))
+
+
 def disk_full(stage: Stage) -> None:
     """The store has no space left when a checkpoint comes, and has it again later."""
     _through(stage, Rule(DISK_FULL, method=UPLOADS, path=CHECKPOINT, skip=2, times=DISK_FULL_ANSWERS))
