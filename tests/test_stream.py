@@ -280,13 +280,14 @@ def test_every_row_is_seen_dropped_or_void(manifest: Manifest) -> None:
 
 def test_the_worker_side_takes_these_rows(manifest: Manifest) -> None:
     from meteor_model.processing_meteor import collate
-    from pipelines.batches import BatchReader
+    from pipelines.batches import BatchReader, Share
 
     plan = make_plan()
     rows = pa.concat_tables(local_tables(manifest, plan)).to_pylist()
     mine = [rows[first : first + MICRO] for first in range(MICRO, len(rows), 2 * MICRO)]
-    reader = BatchReader(partial(collate, pad_token_id=PAD, image_size=SIZE), PAD, MICRO, rank=1, world=2)
-    batches = list(reader.read(iter(mine), 0))
+    share = Share(rank=1, world=2, per_step=GLOBAL // MICRO)
+    reader = BatchReader(partial(collate, pad_token_id=PAD, image_size=SIZE), PAD, MICRO, share)
+    batches = [batch for step in reader.read(iter(mine), 0, plan.total_rows) for batch in step]
     assert sum(batch.seen for batch in batches) == sum(not row["reason"] for batch in mine for row in batch)
     assert sum(len(batch.dropped) for batch in batches) == sum(
         row["reason"] not in ("", "void") for batch in mine for row in batch
