@@ -6,9 +6,11 @@ import os
 import signal
 import time
 
+from benchmarks.chaos.audit import attempts_of
 from benchmarks.chaos.cluster import HEAD_CPUS
-from benchmarks.chaos.stage import TOTAL_STEPS, Stage
+from benchmarks.chaos.stage import STORAGE, TOTAL_STEPS, Stage
 from infra.nodes import drain_node
+from pipelines.checkpoint import latest_checkpoint
 
 ONE_PER_NODE = {"cpus_per_worker": HEAD_CPUS / 2 + 1}
 """Room for one worker on the head, for the other one on a node beside it."""
@@ -102,13 +104,13 @@ def kill_raylet(stage: Stage) -> None:
         stage.notes.append("the command ended and was given again")
         stage.finish(config)
     stage.worlds = (2,)
-    _different_nodes(stage)
+    _several_starts(stage)
 
 
-def _different_nodes(stage: Stage) -> None:
-    """Void unless the raylet's death ended an attempt."""
+def _several_starts(stage: Stage) -> None:
+    """Void unless the fault ended a start of the workers."""
     if len({line.attempt for line in stage.lines()}) < 2:
-        stage.wrong.append("void: the workers did not feel the death of the raylet")
+        stage.wrong.append("void: the workers did not feel it")
 
 
 def worlds_two_one_three(stage: Stage) -> None:
@@ -174,28 +176,42 @@ def preempted_worker(stage: Stage) -> None:
     stage.injected_by_marker()
     stage.notes.append(f"SIGTERM after step {step}")
     stage.replayed = 0
-    _different_nodes(stage)
+    _several_starts(stage)
 
 
 def drained_node(stage: Stage) -> None:
-    """Ray's notice that a node goes away in 60 s: a checkpoint before it does, and no step is made twice."""
+    """Ray's notice that a node goes away: a checkpoint at once, of a step that has none otherwise; then the node goes,
+    and the training goes on from there."""
     node = stage.cluster.add_node(NODE_CPUS)
-    step = stage.random.choice((5, 6, 9, 10))
-    settings = {**ONE_PER_NODE, "max_failures": 1}
+    settings = {**ONE_PER_NODE, "max_failures": 1, "checkpoint_every_steps": TOTAL_STEPS}
     config = stage.config(
-        faults=(stage.step_fault(step, "hold", rank=0),), settings=settings, step_seconds=LASTING_STEP_S
+        faults=(stage.step_fault(3, "hold", rank=0),), settings=settings, step_seconds=2 * LASTING_STEP_S
     )
     command = stage.start(config)
     stage.wait_marker(command)
     drain_node(stage.cluster.ray, node, deadline_s=60)
+    stage.release()
+    saved: list[int] = []
+
+    def committed() -> bool:
+        checkpoint = latest_checkpoint(STORAGE, stage.name)
+        saved[:] = [] if checkpoint is None else [checkpoint.state.step]
+        return bool(saved)
+
+    stage.wait_for("a checkpoint", committed, command)
+    raylet = node.raylet
+    assert raylet is not None, "the node has no raylet"
+    raylet.kill()
     stage.injected()
     stage.cluster.add_node(NODE_CPUS)
-    stage.release()
     if command.wait() != 0:
         stage.notes.append("the command ended and was given again")
         stage.finish(config)
-    stage.replayed = 0
-    _different_nodes(stage)
+    _several_starts(stage)
+    again = min(line.step for line in attempts_of(stage.lines())[-1])
+    stage.notes.append(f"checkpoint of step {saved[0]} on notice; went on with step {again}")
+    if again != saved[0] + 1 or saved[0] >= TOTAL_STEPS:
+        stage.wrong.append(f"went on with step {again}, though step {saved[0]} was saved on notice")
 
 
 def mlflow_restart(stage: Stage) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from benchmarks.chaos.stage import TOTAL_STEPS, Stage
 from infra.faults import DISK_FULL, SLOW_DOWN, Delay, Drip, Fault, Flip, Reset, Rule, Truncate
 
-SHARD = r"/data/train-\d+\.tar$"
+SHARD = r"/data/train-\d+\.tar(\?|$)"
 CHECKPOINT = r"/train/step-"
 UPLOADS = "PUT|POST"
 OUTAGE_S = 4.0
