@@ -151,7 +151,7 @@ class TrainingJob:
         return run_url(self.storage, self.run_name)
 
     def start_state(self) -> TrainState:
-        """The state before the first step."""
+        """The state before the first step; an elastic training may begin on fewer workers."""
         return TrainState(
             self.recipe_hash,
             self.settings.workers,
@@ -359,7 +359,7 @@ def _resume(engine: Any, job: TrainingJob, rank: int, world: int) -> Start:
     """
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
-        return Start(job.start_state(), Ledger(job.plan.sizes), [])
+        return Start(dataclasses.replace(job.start_state(), world_size=world), Ledger(job.plan.sizes), [])
     with checkpoint.as_directory() as name:
         directory = Path(name)
         state = load_state(directory)
