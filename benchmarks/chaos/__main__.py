@@ -1,6 +1,6 @@
 """`python -m benchmarks.chaos`: faults of every kind into trainings on the real stack; see benchmarks/README.md.
 
-Writes benchmarks/results/chaos.json and chaos.png; with --only it prints alone, unless --write is given.
+Writes benchmarks/results/chaos.json and chaos.png; with --only it prints alone, unless --out is given.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.chaos", description=__doc__)
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="play these (and the undisturbed one)")
     parser.add_argument("--seed", type=int, default=0, help="of every random choice of a fault (%(default)s)")
-    parser.add_argument("--write", action="store_true", help="write the results in spite of --only")
+    parser.add_argument("--out", type=Path, help=f"folder of the results ({RESULTS}; with --only: none)")
     parser.add_argument("--list", action="store_true", help="list the scenarios")
     arguments = parser.parse_args(argv)
     if arguments.list:
@@ -57,10 +57,11 @@ def main(argv: list[str] | None = None) -> int:
     print(f"\n{len(rows)} scenarios in {seconds / 60:.1f} minutes, seed {arguments.seed}")
     for row in rows:
         print(line_of(row))
-    if arguments.write or not arguments.only:
-        write(RESULTS / "chaos.json", rows, arguments.seed, seconds)
-        draw(RESULTS / "chaos.png", rows)
-        print(f"written: {RESULTS / 'chaos.json'}, {RESULTS / 'chaos.png'}")
+    folder = arguments.out or (None if arguments.only else RESULTS)
+    if folder is not None:
+        write(folder / "chaos.json", rows, arguments.seed, seconds)
+        draw(folder / "chaos.png", rows)
+        print(f"written: {folder / 'chaos.json'}, {folder / 'chaos.png'}")
     return 0 if all(row["passed"] for row in rows) else 1
 
 
