@@ -26,14 +26,24 @@ def undisturbed(stage: Stage) -> None:
 
 
 def kill_worker_at_random_step(stage: Stage) -> None:
-    """Within one command: the workers are started again."""
-    step = stage.random.randint(2, TOTAL_STEPS - 2)
-    _kill_worker(stage, step, stage.random.randint(0, 1))
+    """Within one command: the workers are started again from the newest checkpoint."""
+    step, rank = stage.random.randint(5, TOTAL_STEPS - 2), stage.random.randint(0, 1)
+    config = stage.config(faults=(stage.step_fault(step, "hold", rank),), settings={"max_failures": 1})
+    command = stage.start(config)
+    stage.wait_marker(command)
+    stage.replayed = step - stage.wait_checkpoint(command, before=step)
+    os.kill(stage.pid_of(rank), signal.SIGKILL)
+    stage.injected()
+    stage.notes.append(f"worker {rank} killed after step {step}")
+    if command.wait() != 0:
+        stage.wrong.append(f"the command ended: {command.tail(500)}")
 
 
 def kill_worker_in_first_step(stage: Stage) -> None:
     """Before there is any checkpoint."""
-    _kill_worker(stage, 1, 1)
+    stage.finish(stage.config(faults=(stage.step_fault(1, "kill"),), settings={"max_failures": 1}))
+    stage.injected_by_marker()
+    stage.replayed = 1
 
 
 def kill_worker_in_last_step(stage: Stage) -> None:
@@ -53,19 +63,13 @@ def kill_worker_in_data_start(stage: Stage) -> None:
         stage.wrong.append(f"void: {len(early)} steps were made before the kill")
 
 
-def _kill_worker(stage: Stage, step: int, rank: int) -> None:
-    config = stage.config(faults=(stage.step_fault(step, "kill", rank),), settings={"max_failures": 1})
-    stage.finish(config)
-    stage.injected_by_marker()
-    stage.notes.append(f"worker {rank} killed after step {step}")
-
-
 def kill_driver(stage: Stage) -> None:
     """SIGKILL to the driver at a random step, then the same command."""
     step = stage.random.randint(5, TOTAL_STEPS - 1)
     config = stage.config(faults=(stage.step_fault(step, "hold"),))
     command = stage.start(config)
     stage.wait_marker(command)
+    stage.replayed = step - stage.wait_checkpoint(command, before=step)
     command.kill()
     stage.injected()
     stage.notes.append(f"driver killed after step {step}")
@@ -78,6 +82,7 @@ def kill_cluster(stage: Stage) -> None:
     config = stage.config(faults=(stage.step_fault(step, "hold"),))
     command = stage.start(config)
     stage.wait_marker(command)
+    stage.replayed = step - stage.wait_checkpoint(command, before=step)
     killed = stage.cluster.kill_ray()
     command.kill()
     stage.injected(killed)
@@ -94,6 +99,7 @@ def kill_raylet(stage: Stage) -> None:
     config = stage.config(faults=(stage.step_fault(step, "hold", rank=0),), settings=settings)
     command = stage.start(config)
     stage.wait_marker(command)
+    stage.wait_checkpoint(command, before=step)
     raylet = node.raylet
     assert raylet is not None, "the node has no raylet"
     raylet.kill()
@@ -116,12 +122,13 @@ def _several_starts(stage: Stage) -> None:
 def worlds_two_one_three(stage: Stage) -> None:
     """The driver is killed twice, and the same run goes on with another number of workers each time."""
     first = stage.random.randint(5, 7)
-    second = first + stage.random.randint(4, 6)
+    second = stage.random.randint(9, 11)
     for workers, step in ((2, first), (1, second)):
         name = f"workers-{workers}"
         config = stage.config(workers=workers, faults=(stage.step_fault(step, "hold", rank=0, name=name),))
         command = stage.start(config)
         stage.wait_marker(command, name)
+        stage.wait_checkpoint(command, before=step)
         command.kill()
         stage.injected()
         stage.notes.append(f"{workers} workers until step {step}")
@@ -133,10 +140,11 @@ def grow_during_the_run(stage: Stage) -> None:
     """Elastic: the training begins with one worker, room for a second one appears."""
     settings = {**ONE_PER_NODE, "min_workers": 1, "resize_interval_s": 1.0, "max_failures": 2}
     config = stage.config(
-        faults=(stage.step_fault(3, "hold", rank=0),), settings=settings, step_seconds=2 * LASTING_STEP_S
+        faults=(stage.step_fault(5, "hold", rank=0),), settings=settings, step_seconds=2 * LASTING_STEP_S
     )
     command = stage.start(config)
     stage.wait_marker(command)
+    stage.wait_checkpoint(command, before=5)
     stage.cluster.add_node(NODE_CPUS)
     stage.injected()
     stage.release()
@@ -153,6 +161,7 @@ def lose_a_node(stage: Stage) -> None:
     config = stage.config(faults=(stage.step_fault(step, "hold", rank=0),), settings=settings)
     command = stage.start(config)
     stage.wait_marker(command)
+    stage.wait_checkpoint(command, before=step)
     raylet = node.raylet
     assert raylet is not None, "the node has no raylet"
     raylet.kill()
@@ -248,6 +257,7 @@ def stop_by_signal(stage: Stage) -> None:
     config = stage.config(faults=(stage.step_fault(6, "hold"),))
     command = stage.start(config)
     stage.wait_marker(command)
+    stage.wait_checkpoint(command, before=6)
     os.kill(command.process.pid, signal.SIGTERM)
     stage.injected()
     command.wait()

@@ -131,6 +131,21 @@ class Stage:
         """Wait until a worker has come to its fault."""
         self.wait_for(f"marker {name}", lambda: Path(self.marker(name)).exists(), command)
 
+    def wait_checkpoint(self, command: Command, before: int) -> int:
+        """Wait until the newest checkpoint of a step below `before` is committed; its step.
+
+        Commits lag behind quick steps by seconds, and a fault right after a save falls back to the one before.
+        """
+        every = SETTINGS.checkpoint_every_steps
+        step = (before - 1) // every * every
+
+        def committed() -> bool:
+            checkpoint = latest_checkpoint(STORAGE, self.name)
+            return checkpoint is not None and checkpoint.state.step >= step
+
+        self.wait_for(f"the checkpoint of step {step}", committed, command)
+        return step
+
     def release(self, name: str = "fault") -> None:
         """Let the worker go on that holds at a marker."""
         Path(self.marker(name) + ".go").touch()
