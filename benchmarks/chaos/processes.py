@@ -8,7 +8,7 @@ import time
 
 from benchmarks.chaos.audit import attempts_of
 from benchmarks.chaos.cluster import HEAD_CPUS
-from benchmarks.chaos.stage import STORAGE, TOTAL_STEPS, Stage
+from benchmarks.chaos.stage import COMMIT_POLL_S, STORAGE, TOTAL_STEPS, Stage
 from infra.nodes import drain_node
 from pipelines.checkpoint import latest_checkpoint
 
@@ -207,7 +207,7 @@ def drained_node(stage: Stage) -> None:
         saved[:] = [] if checkpoint is None else [checkpoint.state.step]
         return bool(saved)
 
-    stage.wait_for("a checkpoint", committed, command)
+    stage.wait_for("a checkpoint", committed, command, COMMIT_POLL_S)
     raylet = node.raylet
     assert raylet is not None, "the node has no raylet"
     raylet.kill()

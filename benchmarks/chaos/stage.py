@@ -32,6 +32,7 @@ STORAGE = "s3://meteor/chaos"
 TOTAL_STEPS = 15
 FAULTY_KEYS = frozenset(map(key_of, FAULTY))
 WAIT_S = 180.0
+COMMIT_POLL_S = 0.25
 
 
 @dataclass
@@ -117,7 +118,7 @@ class Stage:
         self.wrong += [f"the error does not name {part!r}: {error[:500]}" for part in parts if part not in error]
         self.notes.append(f"error: {error[:300]}")
 
-    def wait_for(self, what: str, ready: Callable[[], bool], command: Command) -> None:
+    def wait_for(self, what: str, ready: Callable[[], bool], command: Command, poll_s: float = POLL_S) -> None:
         """Wait until `ready`, while the command runs. Raises TimeoutError, also when it ends before."""
         deadline = time.monotonic() + WAIT_S
         while not ready():
@@ -125,7 +126,7 @@ class Stage:
                 raise TimeoutError(f"the command ended before {what}: {_error_of(command)[:1000]}")
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{what} did not happen within {WAIT_S:.0f} s; {command.tail(500)}")
-            time.sleep(POLL_S)
+            time.sleep(poll_s)
 
     def wait_marker(self, command: Command, name: str = "fault") -> None:
         """Wait until a worker has come to its fault."""
@@ -143,7 +144,7 @@ class Stage:
             checkpoint = latest_checkpoint(STORAGE, self.name)
             return checkpoint is not None and checkpoint.state.step >= step
 
-        self.wait_for(f"the checkpoint of step {step}", committed, command)
+        self.wait_for(f"the checkpoint of step {step}", committed, command, COMMIT_POLL_S)
         return step
 
     def release(self, name: str = "fault") -> None:
