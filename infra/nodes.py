@@ -6,7 +6,10 @@ Each node is a raylet with ports and a process tree of its own, started and stop
 from __future__ import annotations
 
 import http.client
+import json
+import os
 import subprocess
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +20,7 @@ from infra import services
 from infra.processes import POLL_S, Record, StackError, choose_port, leader, members, reap, spawn, stop, tail
 from infra.services import HOST, Stack
 
+ROOT = Path(__file__).resolve().parents[1]
 NODE_PORTS = ("node_manager", "object_manager", "agent", "agent_grpc", "runtime_env_agent", "metrics")
 START_TIMEOUT_S = 60.0
 STOP_GRACE_S = 10.0
@@ -68,9 +72,11 @@ def start_node(
         ports[role] = choose_port(taken)
         taken.add(ports[role])
     log = stack.state_dir / "logs" / f"{name}.log"
-    command, env = _command_and_env(stack, ports, num_cpus, object_store_bytes)
+    settings = stack.state_dir / f"{name}.json"
+    settings.write_text(json.dumps(_settings(stack, ports, num_cpus, object_store_bytes)))
+    command = [sys.executable, "-m", "infra.ray_node", str(settings)]
     tag = f"{name}@{stack.state_dir}"
-    pid, record = spawn(name, command, env, log, stack.state_dir, tag)
+    pid, record = spawn(name, command, _environment(stack), log, stack.state_dir, tag)
     node = Node(replace(record, ports=ports), log)
     deadline = time.monotonic() + timeout_s
     try:
@@ -118,28 +124,32 @@ def _healthy(agent_port: int) -> bool:
         return False
 
 
-def _command_and_env(
-    stack: Stack, ports: dict[str, int], num_cpus: int, object_store_bytes: int
-) -> tuple[list[str], dict[str, str]]:
-    flags = {
-        "address": stack.ray_gcs_address,
-        "node-ip-address": HOST,
-        "node-manager-port": ports["node_manager"],
-        "object-manager-port": ports["object_manager"],
-        "dashboard-agent-listen-port": ports["agent"],
-        "dashboard-agent-grpc-port": ports["agent_grpc"],
-        "runtime-env-agent-port": ports["runtime_env_agent"],
-        "metrics-export-port": ports["metrics"],
-        "min-worker-port": 0,
-        "max-worker-port": 0,
-        "num-cpus": num_cpus,
-        "object-store-memory": object_store_bytes,
+def _settings(stack: Stack, ports: dict[str, int], num_cpus: int, object_store_bytes: int) -> dict[str, object]:
+    """The fields of Ray's RayParams that `infra.ray_node` takes."""
+    return {
+        "gcs_address": stack.ray_gcs_address,
+        "node_ip_address": HOST,
+        "node_manager_port": ports["node_manager"],
+        "object_manager_port": ports["object_manager"],
+        "dashboard_agent_listen_port": ports["agent"],
+        "metrics_agent_port": ports["agent_grpc"],
+        "runtime_env_agent_port": ports["runtime_env_agent"],
+        "metrics_export_port": ports["metrics"],
+        "min_worker_port": 0,  # workers: any free port, chosen by the kernel
+        "max_worker_port": 0,
+        "num_cpus": num_cpus,
+        "num_gpus": 0,
+        "object_store_memory": object_store_bytes,
+        "include_log_monitor": False,
     }
-    command = [services.executable("ray"), "start", "--block", "--disable-usage-stats", "--log-color=false"]
-    command += [f"--{name}={value}" for name, value in flags.items()]
+
+
+def _environment(stack: Stack) -> dict[str, str]:
     env = services.full_env(stack)
-    env.pop("RAY_ADDRESS", None)
-    return command, env | {
+    env.pop("RAY_ADDRESS", None)  # a node is no client of another cluster
+    paths = [str(ROOT), *filter(None, [env.get("PYTHONPATH")])]
+    return env | {
+        "PYTHONPATH": os.pathsep.join(paths),
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         "RAY_API_SERVER_ADDRESS": stack.ray_dashboard,
     }

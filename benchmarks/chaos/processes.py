@@ -209,8 +209,8 @@ def drained_node(stage: Stage) -> None:
 
     stage.wait_for("a checkpoint", committed, command, COMMIT_POLL_S)
     raylet = node.raylet
-    assert raylet is not None, "the node has no raylet"
-    raylet.kill()
+    if raylet is not None:  # Ray itself ends a drained node once it is idle
+        raylet.kill()
     stage.injected()
     stage.cluster.add_node(NODE_CPUS)
     if command.wait() != 0:
