@@ -226,11 +226,11 @@ def sweep_uncommitted(root: str, run_name: str) -> list[str]:
     Only while no worker of the run is alive. Returns the names of the folders.
     """
     folder = storage.join(run_url(root, run_name), TRAIN_NAME)
-    files = [path for path in storage.list_files(folder) if path.startswith(CHECKPOINT_PREFIX)]
+    listed = storage.list_files(folder)
+    files = [path for path in listed if path.startswith(CHECKPOINT_PREFIX)]
     names = {path.partition("/")[0] for path in files}
-    snapshot_url = storage.join(folder, SNAPSHOT_FILE)
-    if storage.exists(snapshot_url):
-        snapshot = json.loads(storage.read_bytes(snapshot_url))
+    if SNAPSHOT_FILE in listed:  # asked of the same listing, so that a false "not found" cannot cost a checkpoint
+        snapshot = json.loads(storage.read_bytes(storage.join(folder, SNAPSHOT_FILE)))
         named = [snapshot["latest_checkpoint_result"], *snapshot["checkpoint_results"]]
         names -= {result["checkpoint_dir_name"] for result in named if result is not None}
     for path in files:
@@ -241,7 +241,7 @@ def sweep_uncommitted(root: str, run_name: str) -> list[str]:
 
 @contextmanager
 def local_copy(url: str) -> Iterator[Path]:
-    """The files of the folder `url` on this machine, downloaded once for all processes that ask at a time."""
+    """The files of the folder `url` on this machine; a local folder is given as it is."""
     import ray.train
 
     filesystem, path = storage.arrow_filesystem(url)

@@ -7,6 +7,8 @@ import ray.train
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from pipelines.preemption import Preempted
+from pipelines.storage import TransientStorageError
+from pipelines.tars import ShardError
 
 SHOWN_LINES = 12
 # Ray Data appends to an error's own message what it thinks of retrying it.
@@ -36,17 +38,22 @@ def root_cause(error: ray.train.TrainingFailedError, subject: str) -> Exception:
 
     When one worker fails, the others fail with it, in their collective operations. The project's own errors are
     ValueErrors, so the first of those is the cause, and it is returned as it was raised. Anything else becomes a
-    TrainingError.
+    TrainingError, a storage that was away for too long as well.
     """
     failures = _failures(error)
     for _, failure in failures:
-        if isinstance(failure, ValueError):
+        if isinstance(failure, ValueError) and not _may_pass(failure):
             return failure
     for who, failure in failures:
         if isinstance(failure, Preempted):
             return TrainingError(subject, f"{who} was {failure}", preempted=True)
     who, failure = min(failures, key=lambda item: _distance(item[1]))
     return TrainingError(subject, f"{who} {_what_happened(failure)}")
+
+
+def _may_pass(failure: ValueError) -> bool:
+    unreadable = isinstance(failure, ShardError) and failure.fault == "unreadable"
+    return unreadable or isinstance(failure, TransientStorageError)
 
 
 def _distance(failure: BaseException) -> int:

@@ -331,7 +331,7 @@ class Ledger:
 
         Raises LedgerError if it is damaged, of another version, or about other data.
         """
-        damaged = "; go on from an older checkpoint: move the folder of this one away and start the same command again"
+        damaged = "; start again under another --run.name"
         if len(data) < _HEADER.size or not data.startswith(MAGIC):
             raise LedgerError(f"{len(data)} bytes that are no ledger, or not all of it{damaged}")
         _, version, data_digest, digest = _HEADER.unpack_from(data)

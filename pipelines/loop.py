@@ -64,8 +64,8 @@ class MetricLogger(Protocol):
     def pending_points(self) -> list[Point]:
         """What is not delivered yet; the logger of the next start begins with it."""
 
-    def close(self) -> object:
-        """Send what is still buffered; what it returns is not used."""
+    def close(self, deadline_s: float = ...) -> object:
+        """Send what is still buffered, within `deadline_s` seconds; what it returns is not used."""
 
 
 class Watch(Protocol):
@@ -167,11 +167,14 @@ class Loop:
         return loss
 
     def _raise_diverged(self, loss: float, members: Sequence[MicroBatch], losses: Sequence[float]) -> None:
-        """All workers know that the loss is no number; together they name the samples of the micro-batches it is in."""
-        mine = [batch.samples for batch, own in zip(members, losses, strict=True) if not math.isfinite(own)]
-        everywhere: list[list[tuple[SampleId, ...]]] = [[] for _ in range(self.world)]
+        """All workers know that the loss is no number; together they name the samples of the micro-batches it is in
+        (all of the step, where only the sum is too large)."""
+        mine = [(batch.samples, math.isfinite(own)) for batch, own in zip(members, losses, strict=True)]
+        everywhere: list[list[tuple[tuple[SampleId, ...], bool]]] = [[] for _ in range(self.world)]
         torch.distributed.all_gather_object(everywhere, mine)
-        samples = [sample for batches in everywhere for batch in batches for sample in batch]
+        batches = list(itertools.chain.from_iterable(everywhere))
+        guilty = [samples for samples, finite in batches if not finite] or [samples for samples, _ in batches]
+        samples = list(itertools.chain.from_iterable(guilty))
         named = "; ".join(
             f"{one.key} (dataset {one.dataset}, shard {one.shard}, sample {one.index}, epoch {one.epoch})"
             for one in samples[:NAMED_SAMPLES]
@@ -202,7 +205,7 @@ class Loop:
         self._check_drops()
 
     def _check_norm(self) -> None:
-        """A finite loss may have a gradient that is not; the update with it is made by then, but nothing is saved."""
+        """A finite loss may have a gradient that is not: nothing of such a step is saved."""
         norm = float(self.engine.get_global_grad_norm())
         if not math.isfinite(norm):
             raise DivergedError(

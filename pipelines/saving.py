@@ -37,6 +37,7 @@ from pipelines.ledger import Ledger
 from pipelines.points import Point, points_to_jsonl
 from pipelines.preemption import wait_committed
 
+TOGETHER_S = 10.0
 Upload = Callable[[Checkpoint, str], Checkpoint]
 """A local checkpoint and the name of its folder -> the uploaded one."""
 
@@ -49,6 +50,7 @@ class Saver:
         ledger: samples of the checkpoint that the training started at; only rank 0's is kept up to date.
         upload: moves a folder to storage.
         validate_every: checkpoints between two validations; 0 for none.
+        saved: checkpoints made so far.
     """
 
     engine: Any
@@ -60,9 +62,9 @@ class Saver:
     ledger: Ledger
     upload: Upload
     validate_every: int
+    saved: int
     _uploaded: threading.Event = field(default_factory=threading.Event)
     _consumed: list[tuple[int, int, int, int, int]] = field(default_factory=list)
-    _saved: int = 0
 
     def __post_init__(self) -> None:
         self._uploaded.set()
@@ -79,8 +81,7 @@ class Saver:
         The last checkpoint of a training is uploaded before it returns.
         """
         self._gather()
-        self._uploaded.wait()  # a failed upload ends this worker, so this cannot wait forever
-        self._uploaded.clear()
+        self._await_upload()
         folder = new_folder(self.run_url)
         self.engine.save_checkpoint(str(folder), tag=ZERO3_TAG, save_latest=False)
         if self.rank == 0:
@@ -90,8 +91,8 @@ class Saver:
             (folder / POINTS_FILE).write_text(points_to_jsonl(pending))
             if parity is not None:
                 save_parity(parity, folder / PARITY_FILE, self.precision)
-        self._saved += 1
-        validate = self.validate_every > 0 and self._saved % self.validate_every == 0 and not state.done
+        self.saved += 1
+        validate = self.validate_every > 0 and self.saved % self.validate_every == 0 and not state.done
         # Unique, so that files of an upload that was cut short never mix with those of its repetition; the clock of
         # rank 0 counts.
         names = [f"{CHECKPOINT_PREFIX}{state.step:07d}-{time.time_ns():x}"]
@@ -111,6 +112,16 @@ class Saver:
         """Whether the checkpoint that was saved last, in folder `name`, is committed within `timeout_s` seconds; every
         worker asks for itself."""
         return wait_committed(name, timeout_s)
+
+    def _await_upload(self) -> None:
+        """Until the upload of the checkpoint before is through on all workers. They wait together: one that waited
+        alone would let the collective operations of the others time out. A failed upload ends its worker."""
+        while True:
+            waiting = torch.tensor(int(not self._uploaded.wait(TOGETHER_S)), device=self.engine.device)
+            torch.distributed.all_reduce(waiting)
+            if not waiting.item():
+                break
+        self._uploaded.clear()
 
     def _gather(self) -> None:
         """What all workers consumed since the last checkpoint goes into rank 0's ledger."""

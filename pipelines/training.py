@@ -29,6 +29,7 @@ from typing import Any, Protocol
 
 import ray.cloudpickle
 import ray.data
+import ray.exceptions
 import ray.train
 import torch
 from ray.train.torch import TorchTrainer
@@ -51,7 +52,8 @@ from pipelines.checkpoint import (
     run_url,
     sweep_uncommitted,
 )
-from pipelines.failures import root_cause
+from pipelines.exclusive import exclusive
+from pipelines.failures import TrainingError, root_cause
 from pipelines.heldout import evaluate
 from pipelines.ledger import Int64s, Ledger
 from pipelines.loop import Loop, MetricLogger, Observer
@@ -71,6 +73,9 @@ from pipelines.zero3 import (
     parameter_groups,
     weight_dtype,
 )
+
+ABANDONED_S = 2.0
+"""Seconds that a worker which failed gives its metrics."""
 
 
 class Plan(Protocol):
@@ -179,6 +184,7 @@ def fit(job: TrainingJob) -> TrainingResult:
 
     Raises:
         CheckpointError: if the run was started with other settings.
+        RunInUseError: if another job trains the run.
         ValueError: what a worker or a data task raised, as it raised it (TooManyDropped, StreamOrderError, ...).
         TrainingError: any other failure, `max_failures` times in a row, with the worker and the reason.
     """
@@ -187,22 +193,33 @@ def fit(job: TrainingJob) -> TrainingResult:
         check_resumable(job, before)
         if before.state.done:
             return TrainingResult(before, 0)
+    with exclusive(job.url, f"run {job.run_name!r}"):
+        after = _train(job)
+    return TrainingResult(after, after.state.step - (before.state.step if before else 0))
+
+
+def _train(job: TrainingJob) -> CheckpointRef:
+    """Start the workers until the last checkpoint is committed."""
+    subject = f"run {job.run_name!r}"
     policy = RestartPolicy(job.settings.max_failures)
     while True:
         sweep_uncommitted(job.storage, job.run_name)
+        cause: Exception | None = None
         try:
             _trainer(job).fit()
-            break
         except ray.train.TrainingFailedError as error:
-            cause = root_cause(error, f"run {job.run_name!r}")
-            reached = latest_checkpoint(job.storage, job.run_name)
-            restart = policy.after(cause, reached.state.step if reached else -1)
-            print(f"  {restart.reason}", flush=True)
-            time.sleep(restart.pause_s)
-    after = latest_checkpoint(job.storage, job.run_name)
-    if after is None or not after.state.done:
-        raise CheckpointError(f"run {job.run_name!r} ended without its last checkpoint in {job.url}")
-    return TrainingResult(after, after.state.step - (before.state.step if before else 0))
+            cause = root_cause(error, subject)
+        except ray.exceptions.RayActorError as error:
+            # No restart: an interrupt of the driver may look the same.
+            raise TrainingError(subject, f"Ray's controller of the training ended: {error}") from error
+        reached = latest_checkpoint(job.storage, job.run_name)
+        if reached is not None and reached.state.done:
+            return reached  # what failed then, failed after the last step
+        if cause is None:
+            raise CheckpointError(f"{subject} ended without its last checkpoint in {job.url}")
+        restart = policy.after(cause, reached.state.step if reached else -1)
+        print(f"  {restart.reason}", flush=True)
+        time.sleep(restart.pause_s)
 
 
 def check_resumable(job: TrainingJob, checkpoint: CheckpointRef) -> None:
@@ -315,6 +332,7 @@ def train_worker(config: Mapping[str, Any]) -> None:
     # 4. resume
     start = _resume(engine, job, rank, world)
     logger = job.make_logger(start.points) if job.make_logger and rank == 0 else None
+    saver = _saver(job, engine, start, rank, world)
     loop = Loop(
         settings,
         job.plan.total_samples,
@@ -322,22 +340,32 @@ def train_worker(config: Mapping[str, Any]) -> None:
         start.state,
         rank,
         world,
-        _saver(job, engine, start.ledger, rank, world),
+        saver,
         PreemptionWatch(rank, settings.preemption_grace_s),
         logger,
         job.observe,
     )
+    try:
+        _steps(job, loop, share, start.state)
+    except BaseException:
+        if logger is not None:
+            logger.close(ABANDONED_S)
+        raise
+
+
+def _steps(job: TrainingJob, loop: Loop, share: Share, state: TrainState) -> None:
+    settings, rank, world = job.settings, share.rank, share.world
     # 5. step
     reader = BatchReader(job.collate, job.pad_token_id, settings.micro_batch, share, settings.batching == "length")
     rows = job.iterate(ray.train.get_dataset_shard("train"), settings.micro_batch)
-    loop.run(reader.read(rows, start.state.rows, job.plan.total_rows))
+    loop.run(reader.read(rows, state.rows, job.plan.total_rows))
     # 6. hold out
     # Not split: each worker streams all held-out rows and takes its own, so no worker can make the others wait.
     rows = itertools.islice(
         job.iterate(ray.train.get_dataset_shard("heldout"), settings.micro_batch), rank, None, world
     )
     heldout = BatchReader(job.collate, job.pad_token_id, settings.micro_batch, Share(rank, world, world))
-    final, parity = evaluate(engine, itertools.chain.from_iterable(heldout.read(rows, 0, job.heldout_rows)))
+    final, parity = evaluate(loop.engine, itertools.chain.from_iterable(heldout.read(rows, 0, job.heldout_rows)))
     # 7. finish
     loop.finish(final, parity)
 
@@ -361,6 +389,8 @@ def _resume(engine: Any, job: TrainingJob, rank: int, world: int) -> Start:
     if checkpoint is None:
         return Start(dataclasses.replace(job.start_state(), world_size=world), Ledger(job.plan.sizes), [])
     with checkpoint.as_directory() as name:
+        # Ray downloads it once for all workers of a node, and again over the same files for one that comes late.
+        torch.distributed.barrier()
         directory = Path(name)
         state = load_state(directory)
         ledger = load_ledger(directory, job.plan.sizes)
@@ -372,7 +402,7 @@ def _resume(engine: Any, job: TrainingJob, rank: int, world: int) -> Start:
     return Start(state, ledger, points)
 
 
-def _saver(job: TrainingJob, engine: Any, ledger: Ledger, rank: int, world: int) -> Saver:
+def _saver(job: TrainingJob, engine: Any, start: Start, rank: int, world: int) -> Saver:
     settings = job.settings
     return Saver(
         engine=engine,
@@ -381,9 +411,10 @@ def _saver(job: TrainingJob, engine: Any, ledger: Ledger, rank: int, world: int)
         run_url=job.url,
         precision=settings.precision,
         recipe=job.recipe,
-        ledger=ledger,
+        ledger=start.ledger,
         upload=CheckpointUpload(storage.join(job.url, TRAIN_NAME), settings.upload_patience_s),
         validate_every=settings.validate_every_checkpoints,
+        saved=start.state.step // settings.checkpoint_every_steps,
     )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from meteor_model.processing_meteor import collate
 from pipelines.batches import make_micro_batch
 from pipelines.checkpoint import PARITY_FILE, committed_step, consolidate, latest_checkpoint, load_ledger
+from pipelines.exclusive import RunInUseError, exclusive
 from pipelines.failures import TrainingError
 from pipelines.heldout import shuffle_images
 from pipelines.loop import StepRecord
@@ -159,10 +160,39 @@ class _KillsItsWorkerOnce:
         return COLLATE(examples)
 
 
+class _FailsAtTheEnd:
+    """A logger that fails its worker after the last checkpoint is committed."""
+
+    def __init__(self, points: object) -> None:
+        del points
+
+    def log(self, metrics: object, step: int) -> None:
+        del metrics, step
+
+    def pending_points(self) -> list[Any]:
+        return []
+
+    def close(self, deadline_s: float = 0) -> None:
+        raise RuntimeError("the worker fails after its last checkpoint")
+
+
+def test_a_run_is_for_one_job_at_a_time(cluster: None) -> None:
+    with (
+        exclusive("s3://b/runs/a", "run 'a'"),
+        exclusive("s3://b/runs/b", "run 'b'"),
+        pytest.raises(RunInUseError, match="run 'a' is being trained by another job"),
+        exclusive("s3://b/runs/a", "run 'a'", patience_s=0.0),
+    ):
+        pass
+    with exclusive("s3://b/runs/a", "run 'a'"):
+        pass
+
+
 def test_killed_driver_and_killed_worker_resume_bit_for_bit(
     trained: tuple[Path, TrainingResult], tmp_path: Path
 ) -> None:
-    """Driver, workers and Ray die after step 2; then the same run again, in which a worker dies after step 4."""
+    """Driver, workers and Ray die after step 2; then the same run again, in which a worker dies after step 4, and one
+    fails after the last checkpoint."""
     root, whole = trained
     write_init(root, "killed")
     driver = subprocess.Popen([sys.executable, "-m", "tests.training.driver", str(root), "killed"])
@@ -177,7 +207,8 @@ def test_killed_driver_and_killed_worker_resume_bit_for_bit(
     assert step == 2
     job = make_job(root, "killed", dataclasses.replace(SETTINGS, max_failures=1))
     flag = tmp_path / "worker-killed"
-    result = fit(dataclasses.replace(job, collate=_KillsItsWorkerOnce(flag, batches=5)))
+    collate = _KillsItsWorkerOnce(flag, batches=5)
+    result = fit(dataclasses.replace(job, collate=collate, make_logger=_FailsAtTheEnd))
     assert flag.exists()
     assert result.steps_trained == 4
     states = [dataclasses.replace(run.checkpoint.state, step_seconds=0.0, restarts=0) for run in (result, whole)]

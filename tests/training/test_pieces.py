@@ -1,6 +1,7 @@
 """Batches, image shuffling, states and root causes, each without a cluster."""
 
 import dataclasses
+import json
 import math
 import os
 from collections.abc import Iterator
@@ -25,12 +26,15 @@ from pipelines.checkpoint import (
     TrainState,
     latest_checkpoint,
     new_folder,
+    sweep_uncommitted,
 )
 from pipelines.failures import TrainingError, root_cause
 from pipelines.heldout import shuffle_images
 from pipelines.preemption import Preempted
 from pipelines.recovery import RestartPolicy
 from pipelines.settings import SettingsError
+from pipelines.storage import TransientStorageError
+from pipelines.tars import ShardError
 from pipelines.training import check_resumable
 from tests.training.rows import FAULTY_ROW, IMAGE_SIZE, PAD, make_row
 from tests.training.stand_in import SAMPLES, SETTINGS, TOTAL, make_job
@@ -243,6 +247,29 @@ def test_faults_of_data_stop_at_once_and_others_after_too_many_in_a_row() -> Non
     assert "restart 2 of" in policy.after(killed, 4).reason
     with pytest.raises(TrainingError, match="Start the same command again"):
         policy.after(killed, 4)
+
+
+def test_only_what_no_snapshot_names_is_swept(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "a" / "train"
+    for name in ("step-0000002-a", "step-0000004-b", "step-0000006-c"):
+        (folder / name / "zero3").mkdir(parents=True)
+        (folder / name / "zero3" / "file").write_text("x")
+    latest, older = {"checkpoint_dir_name": "step-0000004-b"}, {"checkpoint_dir_name": "step-0000002-a"}
+    snapshot = {"latest_checkpoint_result": latest, "checkpoint_results": [older, latest]}
+    (folder / "checkpoint_manager_snapshot.json").write_text(json.dumps(snapshot))
+    assert sweep_uncommitted(str(tmp_path), "a") == ["step-0000006-c"]
+    assert sorted(path.parent.parent.name for path in folder.rglob("file")) == ["step-0000002-a", "step-0000004-b"]
+    assert sweep_uncommitted(str(tmp_path), "a") == []
+    assert sweep_uncommitted(str(tmp_path), "never started") == []
+
+
+@pytest.mark.parametrize(
+    "fault", [TransientStorageError("no answer for 120 s"), ShardError("s3://b/x.tar", "unreadable", "no answer")]
+)
+def test_a_storage_that_was_away_is_no_fault_of_the_data(fault: ValueError) -> None:
+    assert isinstance(root_cause(ray.train.WorkerGroupError("...", {0: fault}), "run 'a'"), TrainingError)
+    damaged = ShardError("s3://b/x.tar", "replaced", "other checksum")
+    assert root_cause(ray.train.WorkerGroupError("...", {0: damaged}), "run 'a'") is damaged
 
 
 def test_local_folders_of_dead_workers_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
