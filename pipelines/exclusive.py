@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
+import ray.exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 NAMESPACE = "meteor"
 PATIENCE_S = 60.0  # the claim of a driver that was killed lives on for some seconds
@@ -34,20 +36,22 @@ def exclusive(run_url: str, subject: str, patience_s: float = PATIENCE_S) -> Ite
         RunInUseError: if another driver still holds it after `patience_s` seconds.
     """
     name = f"run-{hashlib.sha256(run_url.encode()).hexdigest()[:16]}"
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)  # ends with the driver
     deadline = time.monotonic() + patience_s
     while True:
         try:
-            claim = ray.remote(num_cpus=0)(_Claim).options(name=name, namespace=NAMESPACE).remote()
+            actor = ray.remote(num_cpus=0)(_Claim)
+            claim = actor.options(name=name, namespace=NAMESPACE, scheduling_strategy=here).remote()
+            ray.get(claim.ready.remote())
             break
-        except ValueError as error:  # the name is taken
+        except (ValueError, ray.exceptions.RayActorError) as error:  # the name is taken, or its node went just now
             if time.monotonic() > deadline:
                 raise RunInUseError(
                     f"{subject} is being trained by another job: wait for it, stop it (`ray job list`, "
-                    "`ray job stop`), or use another --run.name"
+                    f"`ray job stop`), or use another --run.name ({error})"
                 ) from error
             time.sleep(PAUSE_S)
     try:
-        ray.get(claim.ready.remote())
         yield
     finally:
         ray.kill(claim)
