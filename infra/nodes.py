@@ -96,6 +96,16 @@ def stop_node(node: Node) -> None:
     stop(node.record, STOP_GRACE_S)
 
 
+def alive_nodes(stack: Stack) -> int:
+    """Nodes of the cluster that Ray holds for alive, the head included; a killed one counts until Ray has noticed.
+
+    Raises OSError when the dashboard does not answer.
+    """
+    _, body = services.get(stack.ports["ray"]["dashboard"], "/nodes?view=summary")
+    summary = json.loads(body)["data"]["summary"]
+    return sum(one["raylet"]["state"] == "ALIVE" for one in summary)
+
+
 def drain_node(stack: Stack, node: Node, deadline_s: int) -> None:
     """Give Ray the notice that the node will be taken away in `deadline_s` seconds, as a cloud's preemption does.
 

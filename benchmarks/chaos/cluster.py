@@ -19,7 +19,7 @@ from types import TracebackType
 from benchmarks.chaos.workload import Config
 from infra import services
 from infra.fault_proxy import FaultProxy
-from infra.nodes import Node, start_node, stop_node
+from infra.nodes import Node, alive_nodes, start_node, stop_node
 from infra.services import Stack
 from infra.stack import crash, down, up
 
@@ -28,6 +28,8 @@ HEAD_CPUS = 8
 OBJECT_STORE_BYTES = 300_000_000
 COMMAND_LIMIT_S = 240.0
 POLL_S = 0.02
+NOTICE_LIMIT_S = 90.0
+NOTICE_POLL_S = 0.5
 
 
 class Command:
@@ -132,7 +134,13 @@ class Cluster:
         """Back to the state before a scenario: no driver, no rule, no node beside the head."""
         self.stop_commands()
         self.proxy.clear()
-        self.stop_nodes()
+        if self.nodes:
+            self.stop_nodes()
+            deadline = time.monotonic() + NOTICE_LIMIT_S
+            while alive_nodes(self.ray) > 1:  # Ray would still place actors there
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"Ray has not noticed within {NOTICE_LIMIT_S:.0f} s that a node has ended")
+                time.sleep(NOTICE_POLL_S)
 
     # ------------------------------------------------------------------------------------------------ the services
 
