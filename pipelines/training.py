@@ -52,7 +52,7 @@ from pipelines.checkpoint import (
     run_url,
     sweep_uncommitted,
 )
-from pipelines.exclusive import exclusive
+from pipelines.exclusive import Claim, TellsOfFailure, exclusive
 from pipelines.failures import TrainingError, root_cause
 from pipelines.heldout import evaluate
 from pipelines.ledger import Int64s, Ledger
@@ -193,20 +193,20 @@ def fit(job: TrainingJob) -> TrainingResult:
         check_resumable(job, before)
         if before.state.done:
             return TrainingResult(before, 0)
-    with exclusive(job.url, f"run {job.run_name!r}"):
-        after = _train(job)
+    with exclusive(job.url, f"run {job.run_name!r}") as claim:
+        after = _train(job, claim)
     return TrainingResult(after, after.state.step - (before.state.step if before else 0))
 
 
-def _train(job: TrainingJob) -> CheckpointRef:
+def _train(job: TrainingJob, claim: Claim) -> CheckpointRef:
     """Start the workers until the last checkpoint is committed."""
     subject = f"run {job.run_name!r}"
     policy = RestartPolicy(job.settings.max_failures)
-    while True:
+    for attempt in itertools.count():
         sweep_uncommitted(job.storage, job.run_name)
         cause: Exception | None = None
         try:
-            _trainer(job).fit()
+            _trainer(job, dataclasses.replace(claim, attempt=attempt)).fit()
         except ray.train.TrainingFailedError as error:
             cause = root_cause(error, subject)
         except ray.exceptions.RayActorError as error:
@@ -220,6 +220,7 @@ def _train(job: TrainingJob) -> CheckpointRef:
         restart = policy.after(cause, reached.state.step if reached else -1)
         print(f"  {restart.reason}", flush=True)
         time.sleep(restart.pause_s)
+    raise AssertionError("attempts have no end")
 
 
 def check_resumable(job: TrainingJob, checkpoint: CheckpointRef) -> None:
@@ -241,7 +242,7 @@ def check_resumable(job: TrainingJob, checkpoint: CheckpointRef) -> None:
         )
 
 
-def _trainer(job: TrainingJob) -> TorchTrainer:
+def _trainer(job: TrainingJob, claim: Claim) -> TorchTrainer:
     settings = job.settings
     filesystem, path = storage.arrow_filesystem(job.url)
     resources = {"CPU": settings.cpus_per_worker, "GPU": settings.gpus_per_worker}
@@ -264,7 +265,7 @@ def _trainer(job: TrainingJob) -> TorchTrainer:
             "heldout": job.heldout_data,
         },
         dataset_config=job.data_config,
-        validation_config=_validation(job) if settings.validate_every_checkpoints else None,
+        validation_config=_validation(job, claim) if settings.validate_every_checkpoints else None,
         run_config=ray.train.RunConfig(
             name=TRAIN_NAME,
             storage_path=path,
@@ -272,12 +273,13 @@ def _trainer(job: TrainingJob) -> TorchTrainer:
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=settings.keep_checkpoints),
             # Failures are judged by `fit`, which knows those that would only happen again.
             failure_config=ray.train.FailureConfig(max_failures=0),
+            callbacks=[TellsOfFailure(claim)],
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )
 
 
-def _validation(job: TrainingJob) -> ray.train.ValidationConfig:
+def _validation(job: TrainingJob, claim: Claim) -> ray.train.ValidationConfig:
     settings = job.settings
     validation = Validation(
         run=job.url,
@@ -296,6 +298,7 @@ def _validation(job: TrainingJob) -> ray.train.ValidationConfig:
         gpus=settings.validation_gpus,
         timeout_s=settings.validation_timeout_s,
         log=job.log_validation,
+        abandoned=claim.failed,
     )
 
 

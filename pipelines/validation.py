@@ -57,6 +57,7 @@ BEST_FILE = "best.json"
 BEST_VERSION = 1
 PREFIX = "validation/"
 FAILED = PREFIX + "failed"
+POLL_S = 1.0
 BACKSTOP_S = 120.0  # beyond its own limit, for a watching task that hangs
 
 Log = Callable[[Mapping[str, float], int], None]
@@ -96,7 +97,13 @@ class Validation:
 
 
 def validation_config(
-    validation: Validation, *, cpus: float, gpus: float, timeout_s: float, log: Log | None
+    validation: Validation,
+    *,
+    cpus: float,
+    gpus: float,
+    timeout_s: float,
+    log: Log | None,
+    abandoned: Callable[[], bool] = bool,
 ) -> ValidationConfig:
     """The argument `validation_config` of `TorchTrainer`.
 
@@ -105,10 +112,13 @@ def validation_config(
         gpus: that it reserves; above 0 the model runs on a GPU.
         timeout_s: seconds after which a validation is given up, those it waits for resources included.
         log: gets the metrics of every validation (`validation/failed` is 0 or 1), in a task's process.
+        abandoned: whether the training has failed. Ray's controller ends only after its validations: a restart would
+            wait for them. They stop instead, and Ray makes them when the training goes on.
     """
     payload, log_bytes = ray.cloudpickle.dumps(validation), ray.cloudpickle.dumps(log)
+    watch = partial(_watch, payload=payload, log_bytes=log_bytes, cpus=cpus, gpus=gpus, timeout_s=timeout_s)
     return ValidationConfig(
-        fn=partial(_watch, payload=payload, log_bytes=log_bytes, cpus=cpus, gpus=gpus, timeout_s=timeout_s),
+        fn=partial(watch, abandoned=abandoned),
         task_config=ValidationTaskConfig(timeout_s=timeout_s + BACKSTOP_S),
         ray_remote_kwargs={"num_cpus": 0},  # it waits only; Ray repeats it if its process or its node dies
     )
@@ -118,14 +128,21 @@ def validation_config(
 
 
 def _watch(
-    checkpoint: ray.train.Checkpoint, *, payload: bytes, log_bytes: bytes, cpus: float, gpus: float, timeout_s: float
+    checkpoint: ray.train.Checkpoint,
+    *,
+    payload: bytes,
+    log_bytes: bytes,
+    cpus: float,
+    gpus: float,
+    timeout_s: float,
+    abandoned: Callable[[], bool],
 ) -> dict[str, float]:
     log: Log | None = ray.cloudpickle.loads(log_bytes)
     name = PurePosixPath(checkpoint.path).name
     # No retry: a validation that ran out of memory once would do so again.
     task = _validate_task.options(num_cpus=cpus, num_gpus=gpus, max_retries=0).remote(checkpoint, payload, gpus > 0)
     try:
-        metrics, step = ray.get(task, timeout=timeout_s)
+        metrics, step = _result(task, timeout_s, abandoned)
     except ray.exceptions.TaskCancelledError:
         raise  # the training is aborted: Ray validates this checkpoint when the run goes on
     except ray.exceptions.RayError as error:
@@ -136,6 +153,18 @@ def _watch(
     if log is not None:
         log(metrics, step)
     return dict(metrics)
+
+
+def _result(task: ray.ObjectRef, timeout_s: float, abandoned: Callable[[], bool]) -> tuple[dict[str, float], int]:
+    deadline = time.monotonic() + timeout_s
+    while not ray.wait([task], timeout=min(POLL_S, timeout_s))[0]:
+        if abandoned():
+            ray.cancel(task, force=True)
+            raise ray.exceptions.TaskCancelledError
+        if time.monotonic() > deadline:
+            raise ray.exceptions.GetTimeoutError
+    result: tuple[dict[str, float], int] = ray.get(task)
+    return result
 
 
 def _reason(error: ray.exceptions.RayError, cpus: float, gpus: float, timeout_s: float) -> str:

@@ -20,6 +20,7 @@ from meteor_model.processing_meteor import collate
 from pipelines import storage
 from pipelines.batches import MicroBatch, iterate_rows, make_micro_batch
 from pipelines.checkpoint import STATE_FILE, TrainState
+from pipelines.exclusive import Claim, TellsOfFailure, exclusive
 from pipelines.training import TrainingResult, fit
 from pipelines.validation import (
     Validation,
@@ -158,6 +159,62 @@ def test_training_goes_on_beside_a_validation_that_is_killed_and_one_that_succee
     assert best is not None
     assert Path(best.url).name == "step-2"
     assert best.state == result.checkpoint.state
+
+
+def never(data: Callable[[], Any]) -> Any:
+    time.sleep(600)
+    return data()
+
+
+def fail_beside(config: dict[str, str]) -> None:
+    """Reports one checkpoint, and fails while it is validated; the next time there is nothing to do."""
+    if ray.train.get_checkpoint() is not None:
+        return
+    folder = tempfile.mkdtemp()
+    shutil.copytree(config["source"], folder, dirs_exist_ok=True)
+    ray.train.report({}, ray.train.Checkpoint.from_directory(folder), "step-1", validation=True)
+    time.sleep(3)
+    raise RuntimeError("a worker fails")
+
+
+@pytest.mark.stack
+def test_a_failed_training_waits_for_no_validation_and_the_next_start_makes_it(
+    trained: tuple[Path, TrainingResult], tmp_path: Path
+) -> None:
+    root, result = trained
+    run = root / "runs" / "failed"
+    write_init(root, "failed")
+    whole = make_validation(run)
+
+    def train(claim: Claim, validation: Validation) -> None:
+        TorchTrainer(
+            fail_beside,
+            train_loop_config={"source": result.checkpoint.url},
+            scaling_config=ray.train.ScalingConfig(num_workers=1, resources_per_worker={"CPU": 1}),
+            validation_config=validation_config(
+                validation,
+                cpus=1.0,
+                gpus=0.0,
+                timeout_s=300.0,
+                log=partial(log_to, tmp_path / "log"),
+                abandoned=claim.failed,
+            ),
+            run_config=ray.train.RunConfig(
+                name="train",
+                storage_path=str(run),
+                callbacks=[TellsOfFailure(claim)],
+                logging_config=ray.train.LoggingConfig(log_level="CRITICAL"),
+            ),
+        ).fit()
+
+    with exclusive(str(run), "run 'failed'") as claim:
+        started = time.monotonic()
+        with pytest.raises(ray.train.TrainingFailedError, match="a worker fails"):
+            train(claim, replace(whole, data=partial(never, whole.data)))
+        assert time.monotonic() - started < 200, "the validation would have taken 300 s"
+        assert logged(tmp_path / "log") == []
+        train(replace(claim, attempt=1), whole)
+    assert [entry["validation/failed"] for entry in logged(tmp_path / "log")] == [0.0]
 
 
 @pytest.mark.stack
