@@ -28,7 +28,7 @@ from typing import Any, Literal
 from meteor_model.configuration_meteor import MeteorConfig
 from pipelines import shards, storage
 from pipelines.assemble import assemble_training, manifest_hashes
-from pipelines.checkpoint import run_url
+from pipelines.checkpoint import latest_checkpoint, run_url
 from pipelines.evaluate import Answer
 from pipelines.finish import EXPORT_FOLDER, export, look, register, undelivered_points
 from pipelines.making import differences, make_shards
@@ -104,12 +104,25 @@ def run_job(recipe: Recipe, job: JobName) -> dict[str, Any]:
         tracker.finish()
     except BaseException as error:
         tracker.fail()
+        print(f"\n  {what_is_kept(recipe.run.storage, run.name)}", flush=True)
         if isinstance(error, TrackingAwayError):
             raise TrackingAwayError(f"{error}. {_how_to_go_on(run, phases)}") from error
         raise
     _store_run(recipe, job, run, tracker.run_id, finished=True)
     print("\n" + readable(summary, answers), flush=True)
     return summary
+
+
+def what_is_kept(root: str, name: str) -> str:
+    """For the log of a job that failed: what is there, and the command that goes on."""
+    try:
+        checkpoint = latest_checkpoint(root, name)
+    except ValueError as error:
+        return f"kept: what run {name} has committed; it cannot be read just now ({error})"
+    place = (
+        f"the checkpoint of step {checkpoint.state.step} of {checkpoint.state.total_steps}" if checkpoint else "no step"
+    )
+    return f"kept: run {name} with {place}, in {run_url(root, name)}; the same command goes on (--run.name {name})"
 
 
 def _how_to_go_on(run: RunHandle, phases: Phases) -> str:

@@ -249,6 +249,22 @@ def test_faults_of_data_stop_at_once_and_others_after_too_many_in_a_row() -> Non
         policy.after(killed, 4)
 
 
+def test_a_failed_job_says_what_is_kept(tmp_path: Path) -> None:
+    from pipelines.run import what_is_kept
+
+    assert what_is_kept(str(tmp_path), "a").startswith(
+        f"kept: run a with no step, in {tmp_path}/runs/a; the same command"
+    )
+    folder = tmp_path / "runs" / "a" / "train"
+    (folder / "step-4").mkdir(parents=True)
+    (folder / "step-4" / "train_state.json").write_text(state(step=4).to_json())
+    snapshot = folder / "checkpoint_manager_snapshot.json"
+    snapshot.write_text('{"latest_checkpoint_result": {"checkpoint_dir_name": "step-4"}}')
+    assert "the checkpoint of step 4 of 6" in what_is_kept(str(tmp_path), "a")
+    snapshot.write_text("{")
+    assert "cannot be read just now" in what_is_kept(str(tmp_path), "a")
+
+
 def test_only_what_no_snapshot_names_is_swept(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "a" / "train"
     for name in ("step-0000002-a", "step-0000004-b", "step-0000006-c"):
