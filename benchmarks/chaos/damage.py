@@ -3,7 +3,10 @@ and the same command goes on."""
 
 from __future__ import annotations
 
-from benchmarks.chaos.data import FAULTY, TRAIN_SIZES, key_of, keys_in, pack, sample
+import os
+import signal
+
+from benchmarks.chaos.data import FAULTY, TRAIN_SIZES, Dataset, key_of, keys_in, pack, sample
 from benchmarks.chaos.stage import Stage
 from pipelines import storage
 
@@ -14,25 +17,47 @@ def _victim(stage: Stage) -> str:
     return f"train-{stage.random.choice(filled):06d}.tar"
 
 
-def _damaged(stage: Stage, name: str, data: bytes | None, fault: str, claims: dict[str, bytes] | None = None) -> None:
-    """Damage one shard (None removes it), see the error, restore it, and go on."""
+def _damaged(stage: Stage, name: str, data: bytes, fault: str, claims: dict[str, bytes] | None = None) -> None:
+    """Damage one shard, see the error, restore it, and go on."""
     dataset = stage.own_dataset(claims)
+    _put(dataset, name, data)
+    stage.fails(stage.config(), name, fault)
+    dataset.restore(name)
+    stage.injected()  # from the moment at which it can go on
+    stage.notes.insert(0, f"{name}, before the first step")
+    stage.finish(stage.config())
+
+
+def _damaged_midway(stage: Stage, name: str, data: bytes | None, fault: str) -> None:
+    """The same, but the shard is damaged (None: removed) after some steps; it is met when a worker is killed and all
+    read on."""
+    dataset = stage.own_dataset()
+    step = stage.random.randint(5, 7)
+    config = stage.config(faults=(stage.step_fault(step, "hold"),), settings={"max_failures": 1})
+    command = stage.start(config)
+    stage.wait_marker(command)
+    stage.wait_checkpoint(command, before=step)
+    _put(dataset, name, data)
+    os.kill(stage.pid_of(rank=1), signal.SIGKILL)
+    stage.ends_in_error(command, name, fault)
+    dataset.restore(name)
+    stage.injected(2)
+    stage.notes.insert(0, f"{name}, after step {step}")
+    stage.finish(config)
+
+
+def _put(dataset: Dataset, name: str, data: bytes | None) -> None:
     if data is None:
         storage.delete(storage.join(dataset.url, name))
     else:
         dataset.put(name, data)
-    stage.fails(stage.config(), name, fault)
-    dataset.restore(name)
-    stage.injected()  # from the moment at which it can go on
-    stage.notes.insert(0, f"{name}, {len(stage.lines())} lines before the error")
-    stage.finish(stage.config())
 
 
 def truncated_shard(stage: Stage) -> None:
     """The object ends before the tar does."""
     name = _victim(stage)
     whole = stage.dataset.shards[name]
-    _damaged(stage, name, whole[: len(whole) * 6 // 10], "truncated")
+    _damaged_midway(stage, name, whole[: len(whole) * 6 // 10], "truncated")
 
 
 def replaced_shard(stage: Stage) -> None:
@@ -40,7 +65,7 @@ def replaced_shard(stage: Stage) -> None:
     name = _victim(stage)
     count = len(keys_in(stage.dataset.shards[name]))
     other = pack((key_of(90000 + number), sample(90000 + number)) for number in range(count))
-    _damaged(stage, name, other, "replaced")
+    _damaged_midway(stage, name, other, "replaced")
 
 
 def duplicated_key(stage: Stage) -> None:
@@ -59,7 +84,7 @@ def empty_shard(stage: Stage) -> None:
 
 def missing_shard(stage: Stage) -> None:
     """The object is gone."""
-    _damaged(stage, _victim(stage), None, "missing")
+    _damaged_midway(stage, _victim(stage), None, "missing")
 
 
 def dropped_shard(stage: Stage) -> None:

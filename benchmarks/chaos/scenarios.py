@@ -76,7 +76,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario("store-truncated", "reads of shards: the body ends at half of its length", "2", store.TRUNCATED),
     Scenario("store-wrong-body", "reads of shards: four bytes inverted", "2", store.WRONG),
     Scenario("store-reset-uploads", "uploads: reset in the body, and before the answer", "2", store.resetting_uploads),
-    Scenario("store-mixed", "reads cut, wrong, reset and refused, uploads refused", "2", store.mixed),
+    Scenario("store-mixed", "faulty reads and uploads of every kind, and a killed worker", "2", store.mixed),
     Scenario("store-restart", "SIGKILL to the object store, back 4 s later", "2", store.restart),
     Scenario("store-disk-full", "uploads of checkpoints: no space left, for a while", "2", store.disk_full),
     Scenario("truncated-shard", "a shard is cut off; restored after the error", "2", damage.truncated_shard),

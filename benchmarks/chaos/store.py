@@ -50,10 +50,23 @@ def resetting_uploads(stage: Stage) -> None:
 
 
 def mixed(stage: Stage) -> None:
-    """Cut, wrong, reset and refused reads, and refused uploads, in one training."""
+    """Cut, wrong, reset and refused reads, refused uploads, and a worker killed at a random step: in one command."""
     faults: tuple[Fault, ...] = (Truncate(0.5), Flip(0.5, 4), Reset(0.5), SLOW_DOWN)
     reads = [Rule(fault, method="GET", path=SHARD, skip=2 * place, times=2) for place, fault in enumerate(faults)]
-    _through(stage, *reads, Rule(SLOW_DOWN, method=UPLOADS, path=CHECKPOINT, skip=1, times=3))
+    step, rank = stage.random.randint(5, TOTAL_STEPS - 2), stage.random.randint(0, 1)
+    config = stage.config(faults=(stage.step_fault(step, "hold", rank),), settings={"max_failures": 1})
+
+    def train() -> None:
+        command = stage.start(config)
+        stage.wait_marker(command)
+        stage.replayed = step - stage.wait_checkpoint(command, before=step)
+        os.kill(stage.pid_of(rank), signal.SIGKILL)
+        stage.injected()
+        if command.wait() != 0:
+            stage.wrong.append(f"the command ended: {command.tail(500)}")
+
+    _through(stage, *reads, Rule(SLOW_DOWN, method=UPLOADS, path=CHECKPOINT, skip=1, times=3), train=train)
+    stage.notes.append(f"worker {rank} killed after step {step}")
 
 
 def disk_full(stage: Stage) -> None:
@@ -61,13 +74,16 @@ def disk_full(stage: Stage) -> None:
     _through(stage, Rule(DISK_FULL, method=UPLOADS, path=CHECKPOINT, skip=2, times=DISK_FULL_ANSWERS))
 
 
-def _through(stage: Stage, *rules: Rule) -> None:
+def _through(stage: Stage, *rules: Rule, train: Callable[[], None] | None = None) -> None:
     """The whole training through the proxy with these rules, in one command."""
     proxy = stage.cluster.proxy
     before = len(proxy.injected)
     proxy.add(*rules)
     try:
-        stage.finish(stage.config())
+        if train is None:
+            stage.finish(stage.config())
+        else:
+            train()
     finally:
         proxy.clear()
     met = proxy.injected[before:]

@@ -8,8 +8,8 @@ from benchmarks.chaos.bench import Bench, choose, open_bench
 from benchmarks.chaos.scenarios import BY_NAME, UNDISTURBED
 
 pytestmark = pytest.mark.stack
-QUICK = ("kill-worker", "store-mixed")
-SLOW = ("kill-driver", "replaced-shard")
+QUICK = ("store-mixed",)
+SLOW = ("kill-worker", "kill-driver", "replaced-shard")
 
 
 @pytest.fixture(scope="module")
