@@ -80,7 +80,7 @@ def open_bench(scenarios: Sequence[Scenario], seed: int) -> Iterator[Bench]:
 
 
 def choose(names: Sequence[str]) -> list[Scenario]:
-    """The scenarios of these names (all, if none), the undisturbed one first.
+    """The scenarios of these names (if none, all but those that want to be named), the undisturbed one first.
 
     Raises:
         ValueError: for an unknown name; it lists the known ones.
@@ -88,7 +88,8 @@ def choose(names: Sequence[str]) -> list[Scenario]:
     unknown = [name for name in names if name not in BY_NAME]
     if unknown:
         raise ValueError(f"unknown scenario {unknown[0]!r}; there are: {', '.join(BY_NAME)}")
-    return [BY_NAME[name] for name in BY_NAME if not names or name in names or name == UNDISTURBED]
+    wanted = set(names) or {scenario.name for scenario in BY_NAME.values() if not scenario.by_name_only}
+    return [scenario for name, scenario in BY_NAME.items() if name in wanted or name == UNDISTURBED]
 
 
 def show(row: Row) -> None:

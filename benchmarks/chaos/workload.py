@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,6 @@ from meteor_model.processing_meteor import collate
 from pipelines import storage
 from pipelines.batches import iterate_rows
 from pipelines.checkpoint import run_url
-from pipelines.metric_log import MetricLogger
 from pipelines.order import StreamPlan
 from pipelines.settings import LearningRates, OptimizerSettings, TrainingSettings
 from pipelines.shards import fetch_shard, load_manifest
@@ -103,7 +103,6 @@ def make_job(config: Config) -> TrainingJob:
         micro_batch=settings.micro_batch,
         fetch=partial(fetch_shard, bad_shards=config.bad_shards),
     )
-    url = run_url(config.storage, config.run_name)
     return TrainingJob(
         storage=config.storage,
         run_name=config.run_name,
@@ -120,9 +119,17 @@ def make_job(config: Config) -> TrainingJob:
         recipe={"name": "chaos"},
         recipe_hash="chaos",
         mlflow_run_id=config.mlflow_run_id,
-        make_logger=partial(MetricLogger, config.mlflow_run_id, config.mlflow_uri, url) if config.mlflow_uri else None,
+        make_logger=_logger_maker(config),
         observe=Recorder(config.log, config.faults, config.step_seconds),
     )
+
+
+def _logger_maker(config: Config) -> Callable[..., Any] | None:
+    if config.mlflow_uri is None:
+        return None
+    from pipelines.metric_log import MetricLogger  # it loads MLflow, which most of the commands need not wait for
+
+    return partial(MetricLogger, config.mlflow_run_id, config.mlflow_uri, run_url(config.storage, config.run_name))
 
 
 def prepare_init(root: str, run_name: str) -> None:
