@@ -201,7 +201,7 @@ def test_damaged_bytes_are_refused() -> None:
         with pytest.raises(LedgerError):
             Ledger.from_bytes(bytes(broken), SIZES)
     for length in range(len(data)):
-        with pytest.raises(LedgerError, match="start again under another --run.name"):
+        with pytest.raises(LedgerError, match=r"start again under another --run\.name"):
             Ledger.from_bytes(data[:length], SIZES)
     with pytest.raises(LedgerError, match="version 2, this code reads 1"):
         Ledger.from_bytes(data[:8] + b"\2" + data[9:], SIZES)
