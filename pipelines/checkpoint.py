@@ -201,12 +201,6 @@ def latest_checkpoint(root: str, run_name: str) -> CheckpointRef | None:
     return CheckpointRef(url, TrainState.from_json(storage.read_bytes(state_url).decode(), state_url))
 
 
-def committed_step(root: str, run_name: str) -> int:
-    """Optimizer steps of the newest committed checkpoint, -1 where there is none. Raises as `latest_checkpoint`."""
-    checkpoint = latest_checkpoint(root, run_name)
-    return checkpoint.state.step if checkpoint else -1
-
-
 def remaining_stream(root: str, run_name: str, stream: Callable[[int], Dataset]) -> Dataset:
     """The part of a stream that run `run_name` has not consumed.
 

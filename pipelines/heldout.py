@@ -5,13 +5,14 @@ Every worker runs the same number of micro-batches, since under ZeRO-3 every for
 Legend: B samples, T tokens, M images of all samples in order, S image size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipelines.batches import MicroBatch
 
@@ -21,38 +22,56 @@ Parity = dict[str, Tensor]
 
 @torch.no_grad()
 def evaluate(engine: Any, batches: Iterator[MicroBatch]) -> tuple[dict[str, float], Parity]:
-    """Run the held-out micro-batches, as many on every worker (some may be empty).
-
-    `heldout_loss` and `heldout_loss_shuffled_images` are means over the supervised tokens of all workers. For the
-    second, within each micro-batch every image is replaced (`shuffle_images`); `heldout_shuffled_share` is the share
-    of the samples with images that got other ones: the rest has its true images in both losses.
+    """Run the held-out micro-batches, at least one and as many on every worker (some may be empty).
 
     Returns:
-        the metrics, the same on every worker, and the parity batch: worker 0's first micro-batch.
+        the metrics (`_metrics`) over all workers, the same on every one, and the parity batch: worker 0's first
+        micro-batch.
     """
     engine.eval()
-    sums = torch.zeros(5, dtype=torch.float64, device=engine.device)
-    parity: Parity = {}
-    for batch in batches:
-        inputs = {name: tensor.to(engine.device) for name, tensor in batch.inputs.items()}
-        if not parity:
-            parity = _parity(engine, inputs)
-        shuffled, changed = shuffle_images(inputs["pixel_values"], batch.num_images)
-        true_loss = engine(**inputs, num_items_in_batch=1.0).loss
-        other_loss = engine(**{**inputs, "pixel_values": shuffled}, num_items_in_batch=1.0).loss
-        with_images = sum(count > 0 for count in batch.num_images)
-        sums += torch.tensor(
-            [true_loss.item(), other_loss.item(), batch.supervised, with_images, changed], dtype=sums.dtype
-        ).to(engine.device)
+    first = next(batches)
+    parity = _parity(engine, _inputs(first, engine.device))
+    sums = _sums(engine, chain([first], batches), engine.device)
     torch.distributed.all_reduce(sums)
+    engine.train()
+    return _metrics(sums), parity
+
+
+@torch.no_grad()
+def heldout_loss(model: nn.Module, batches: Iterable[MicroBatch], device: torch.device) -> dict[str, float]:
+    """The metrics of `evaluate`, in one process on a whole model."""
+    return _metrics(_sums(model, batches, device))
+
+
+def _inputs(batch: MicroBatch, device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in batch.inputs.items()}
+
+
+def _sums(model: Any, batches: Iterable[MicroBatch], device: torch.device) -> Tensor:
+    """What `_metrics` is made of, (5,) float64: loss, loss with shuffled images, supervised tokens, samples with
+    images, and those of them that got other ones."""
+    sums = torch.zeros(5, dtype=torch.float64, device=device)
+    for batch in batches:
+        inputs = _inputs(batch, device)
+        shuffled, changed = shuffle_images(inputs["pixel_values"], batch.num_images)
+        true_loss = model(**inputs, num_items_in_batch=1.0).loss
+        other_loss = model(**{**inputs, "pixel_values": shuffled}, num_items_in_batch=1.0).loss
+        with_images = sum(count > 0 for count in batch.num_images)
+        counts = [true_loss.item(), other_loss.item(), batch.supervised, with_images, changed]
+        sums += torch.tensor(counts, dtype=sums.dtype).to(device)
+    return sums
+
+
+def _metrics(sums: Tensor) -> dict[str, float]:
+    """`heldout_loss` and `heldout_loss_shuffled_images` are means over the supervised tokens. For the second, within
+    each micro-batch every image is replaced (`shuffle_images`); `heldout_shuffled_share` is the share of the samples
+    with images that got other ones: the rest has its true images in both losses."""
     true_sum, other_sum, supervised, with_images, changed = sums.tolist()
-    metrics = {
+    return {
         "heldout_loss": true_sum / max(1.0, supervised),
         "heldout_loss_shuffled_images": other_sum / max(1.0, supervised),
         "heldout_shuffled_share": changed / max(1.0, with_images),
     }
-    engine.train()
-    return metrics, parity
 
 
 def shuffle_images(pixel_values: Tensor, num_images: Sequence[int]) -> tuple[Tensor, int]:

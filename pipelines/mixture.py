@@ -35,6 +35,7 @@ from pipelines.order import (
     Int64s,
     Locations,
     StreamPlan,
+    WholeSteps,
     WorkItem,
     permutation,
     require_range,
@@ -135,7 +136,7 @@ class MixedItem:
 
 
 @dataclass(frozen=True, init=False, eq=False)
-class MixturePlan:
+class MixturePlan(WholeSteps):
     """The order over the splits of several datasets, from the samples of their shards, in manifest order.
 
     `weights` are passes of each dataset in one of the `epochs`: 2 takes every sample twice, 0.5 half of them, the other
@@ -201,21 +202,6 @@ class MixturePlan:
     def total_samples(self) -> int:
         """Samples of all epochs together; also the first void row."""
         return self.merge.total
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps; the last one may hold void rows."""
-        return -(-self.total_samples // self.global_batch)
-
-    @property
-    def total_rows(self) -> int:
-        """Rows of the stream, void ones included: steps * global_batch."""
-        return self.steps * self.global_batch
-
-    @property
-    def void_rows(self) -> int:
-        """Rows at the end that fill up the last step; fewer than `global_batch`."""
-        return self.total_rows - self.total_samples
 
     def locate(self, rows: NDArray[np.integer]) -> Locations:
         """Where any rows (R,) come from, in any order. Cost: one permutation per block and window touched.

@@ -17,6 +17,7 @@ not), on every platform. 64-bit keys collide once in 2**64 / n**2; a collision i
 Length legend: S shards, W windows of an epoch, R rows asked for.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,11 +26,9 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.ledger import Ledger
+from pipelines.ledger import Int64s, Ledger
 
 VOID_EPOCH = -1
-
-Int64s = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,8 +112,34 @@ class _Epoch:
     starts: Int64s
 
 
+class WholeSteps(ABC):
+    """Samples of a stream, filled up with void rows to whole optimizer steps."""
+
+    global_batch: int
+
+    @property
+    @abstractmethod
+    def total_samples(self) -> int:
+        """Samples of all epochs together; also the first void row."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps; the last one may hold void rows."""
+        return -(-self.total_samples // self.global_batch)
+
+    @property
+    def total_rows(self) -> int:
+        """Rows of the stream, void ones included: steps * global_batch."""
+        return self.steps * self.global_batch
+
+    @property
+    def void_rows(self) -> int:
+        """Rows at the end that fill up the last step; fewer than `global_batch`."""
+        return self.total_rows - self.total_samples
+
+
 @dataclass(frozen=True, init=False, eq=False)
-class StreamPlan:
+class StreamPlan(WholeSteps):
     """The order of all epochs over one split, from the samples of its shards, in manifest order.
 
     `dataset` is the number that its rows carry.
@@ -167,21 +192,6 @@ class StreamPlan:
     def total_samples(self) -> int:
         """Samples of all epochs together; also the first void row."""
         return self.epoch_samples * self.epochs
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps; the last one may hold void rows."""
-        return -(-self.total_samples // self.global_batch)
-
-    @property
-    def total_rows(self) -> int:
-        """Rows of the stream, void ones included: steps * global_batch."""
-        return self.steps * self.global_batch
-
-    @property
-    def void_rows(self) -> int:
-        """Rows at the end that fill up the last step; fewer than `global_batch`."""
-        return self.total_rows - self.total_samples
 
     def locate(self, rows: NDArray[np.integer]) -> Locations:
         """Where any rows (R,) come from, in any order. Cost: one permutation per window touched.

@@ -47,7 +47,7 @@ class Saver:
     """Writes and uploads the checkpoints of one worker, and keeps the ledger of what they contain.
 
     Args:
-        ledger: samples of the checkpoint that the training started at; only rank 0's is kept up to date.
+        ledger: samples of the checkpoint that the training started at; used on rank 0 alone.
         upload: moves a folder to storage.
         validate_every: checkpoints between two validations; 0 for none.
         saved: checkpoints made so far.

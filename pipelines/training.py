@@ -375,7 +375,8 @@ def _steps(job: TrainingJob, loop: Loop, share: Share, state: TrainState) -> Non
 
 @dataclass(frozen=True)
 class Start:
-    """Where a worker begins: the counts, the samples that are consumed, and metrics that were not delivered."""
+    """Where a worker begins: the counts, the samples that are consumed (worker 0 alone knows), and metrics that were
+    not delivered."""
 
     state: TrainState
     ledger: Ledger
@@ -396,8 +397,9 @@ def _resume(engine: Any, job: TrainingJob, rank: int, world: int) -> Start:
         torch.distributed.barrier()
         directory = Path(name)
         state = load_state(directory)
-        ledger = load_ledger(directory, job.plan.sizes)
+        ledger = Ledger(job.plan.sizes)
         if rank == 0:
+            ledger = load_ledger(directory, job.plan.sizes)
             ledger.require_equal(job.plan.consumed(state.rows), f"the checkpoint of step {state.step}")
         load_universal(engine, directory)
         points = points_from_jsonl((directory / POINTS_FILE).read_text(), POINTS_FILE)

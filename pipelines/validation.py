@@ -19,7 +19,7 @@ import itertools
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -47,10 +47,9 @@ from pipelines.checkpoint import (
 if TYPE_CHECKING:
     import torch
     from ray.data import DataIterator, Dataset
-    from torch import nn
     from transformers import PreTrainedModel
 
-    from pipelines.batches import Collate, MicroBatch, Row
+    from pipelines.batches import Collate, Row
 
 BEST_NAME = "best"
 BEST_FILE = "best.json"
@@ -205,6 +204,7 @@ def validate(checkpoint: ray.train.Checkpoint, validation: Validation, use_gpu: 
     import torch
 
     from pipelines.batches import BatchReader, Share
+    from pipelines.heldout import heldout_loss
 
     started = time.monotonic()
     device = torch.device("cuda" if use_gpu else "cpu")
@@ -219,30 +219,6 @@ def validate(checkpoint: ray.train.Checkpoint, validation: Validation, use_gpu: 
     metrics = heldout_loss(model, batches, device)
     named = {PREFIX + name: value for name, value in metrics.items()}
     return {**named, PREFIX + "seconds": time.monotonic() - started, FAILED: 0.0}, step
-
-
-def heldout_loss(model: nn.Module, batches: Iterable[MicroBatch], device: torch.device) -> dict[str, float]:
-    """What `pipelines.heldout.evaluate` computes on all workers, in one process on a whole model."""
-    import torch
-
-    from pipelines.heldout import shuffle_images
-
-    true_sum = other_sum = 0.0
-    supervised = with_images = changed = 0
-    with torch.inference_mode():
-        for batch in batches:
-            inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
-            shuffled, moved = shuffle_images(inputs["pixel_values"], batch.num_images)
-            true_sum += model(**inputs, num_items_in_batch=1.0).loss.item()
-            other_sum += model(**{**inputs, "pixel_values": shuffled}, num_items_in_batch=1.0).loss.item()
-            supervised += batch.supervised
-            with_images += sum(count > 0 for count in batch.num_images)
-            changed += moved
-    return {
-        "heldout_loss": true_sum / max(1, supervised),
-        "heldout_loss_shuffled_images": other_sum / max(1, supervised),
-        "heldout_shuffled_share": changed / max(1, with_images),
-    }
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import time
 from benchmarks.chaos.audit import attempts_of
 from benchmarks.chaos.cluster import HEAD_CPUS
 from benchmarks.chaos.stage import COMMIT_POLL_S, STORAGE, TOTAL_STEPS, Stage
-from infra.nodes import drain_node
+from infra.nodes import Node, drain_node
 from pipelines.checkpoint import latest_checkpoint
 
 ONE_PER_NODE = {"cpus_per_worker": HEAD_CPUS / 2 + 1}
@@ -29,14 +29,11 @@ def kill_worker_at_random_step(stage: Stage) -> None:
     """Within one command: the workers are started again from the newest checkpoint."""
     step, rank = stage.random.randint(5, TOTAL_STEPS - 2), stage.random.randint(0, 1)
     config = stage.config(faults=(stage.step_fault(step, "hold", rank),), settings={"max_failures": 1})
-    command = stage.start(config)
-    stage.wait_marker(command)
-    stage.replayed = step - stage.wait_checkpoint(command, before=step)
+    command, stage.replayed = stage.hold(config, step)
     os.kill(stage.pid_of(rank), signal.SIGKILL)
     stage.injected()
     stage.notes.append(f"worker {rank} killed after step {step}")
-    if command.wait() != 0:
-        stage.wrong.append(f"the command ended: {command.tail(500)}")
+    stage.ends_well(command)
 
 
 def kill_worker_in_first_step(stage: Stage) -> None:
@@ -67,9 +64,7 @@ def kill_driver(stage: Stage) -> None:
     """SIGKILL to the driver at a random step, then the same command."""
     step = stage.random.randint(5, TOTAL_STEPS - 1)
     config = stage.config(faults=(stage.step_fault(step, "hold"),))
-    command = stage.start(config)
-    stage.wait_marker(command)
-    stage.replayed = step - stage.wait_checkpoint(command, before=step)
+    command, stage.replayed = stage.hold(config, step)
     command.kill()
     stage.injected()
     stage.notes.append(f"driver killed after step {step}")
@@ -80,9 +75,7 @@ def kill_cluster(stage: Stage) -> None:
     """SIGKILL to every process of Ray and to the driver; Ray is started again, then the same command."""
     step = stage.random.randint(5, TOTAL_STEPS - 1)
     config = stage.config(faults=(stage.step_fault(step, "hold"),))
-    command = stage.start(config)
-    stage.wait_marker(command)
-    stage.replayed = step - stage.wait_checkpoint(command, before=step)
+    command, stage.replayed = stage.hold(config, step)
     killed = stage.cluster.kill_ray()
     command.kill()
     stage.injected(killed)
@@ -97,13 +90,8 @@ def kill_raylet(stage: Stage) -> None:
     step = stage.random.randint(5, TOTAL_STEPS - 1)
     settings = {**ONE_PER_NODE, "max_failures": 2}
     config = stage.config(faults=(stage.step_fault(step, "hold", rank=0),), settings=settings)
-    command = stage.start(config)
-    stage.wait_marker(command)
-    stage.wait_checkpoint(command, before=step)
-    raylet = node.raylet
-    assert raylet is not None, "the node has no raylet"
-    raylet.kill()
-    stage.injected()
+    command, _ = stage.hold(config, step)
+    _kill_raylet(stage, node)
     stage.cluster.add_node(NODE_CPUS)
     stage.release()
     if command.wait() != 0:
@@ -111,6 +99,13 @@ def kill_raylet(stage: Stage) -> None:
         stage.finish(config)
     stage.worlds = (2,)
     _several_starts(stage)
+
+
+def _kill_raylet(stage: Stage, node: Node) -> None:
+    raylet = node.raylet
+    assert raylet is not None, "the node has no raylet"
+    raylet.kill()
+    stage.injected()
 
 
 def _several_starts(stage: Stage) -> None:
@@ -126,9 +121,7 @@ def worlds_two_one_three(stage: Stage) -> None:
     for workers, step in ((2, first), (1, second)):
         name = f"workers-{workers}"
         config = stage.config(workers=workers, faults=(stage.step_fault(step, "hold", rank=0, name=name),))
-        command = stage.start(config)
-        stage.wait_marker(command, name)
-        stage.wait_checkpoint(command, before=step)
+        command, _ = stage.hold(config, step, name)
         command.kill()
         stage.injected()
         stage.notes.append(f"{workers} workers until step {step}")
@@ -142,14 +135,11 @@ def grow_during_the_run(stage: Stage) -> None:
     config = stage.config(
         faults=(stage.step_fault(5, "hold", rank=0),), settings=settings, step_seconds=2 * LASTING_STEP_S
     )
-    command = stage.start(config)
-    stage.wait_marker(command)
-    stage.wait_checkpoint(command, before=5)
+    command, _ = stage.hold(config, step=5)
     stage.cluster.add_node(NODE_CPUS)
     stage.injected()
     stage.release()
-    if command.wait() != 0:
-        stage.wrong.append(f"the command ended: {command.tail(500)}")
+    stage.ends_well(command)
     stage.worlds = (1, 2)
 
 
@@ -159,17 +149,11 @@ def lose_a_node(stage: Stage) -> None:
     step = stage.random.randint(5, TOTAL_STEPS - 3)
     settings = {**ONE_PER_NODE, "min_workers": 1, "resize_interval_s": 1.0, "max_failures": 2}
     config = stage.config(faults=(stage.step_fault(step, "hold", rank=0),), settings=settings)
-    command = stage.start(config)
-    stage.wait_marker(command)
-    stage.wait_checkpoint(command, before=step)
-    raylet = node.raylet
-    assert raylet is not None, "the node has no raylet"
-    raylet.kill()
-    stage.injected()
+    command, _ = stage.hold(config, step)
+    _kill_raylet(stage, node)
     stage.cluster.stop_nodes()
     stage.release()
-    if command.wait() != 0:
-        stage.wrong.append(f"the command ended: {command.tail(500)}")
+    stage.ends_well(command)
     stage.worlds = (2, 1)
 
 
@@ -242,8 +226,7 @@ def mlflow_restart(stage: Stage) -> None:
     stage.release()
     stage.wait_for("step 8", lambda: any(line.step >= 8 for line in stage.lines()), command)
     stage.cluster.start_service("mlflow")
-    if command.wait() != 0:
-        stage.wrong.append(f"the command ended: {command.tail(500)}")
+    stage.ends_well(command)
     points = [(point.step, point.value) for point in client.get_metric_history(run_id, "loss")]
     losses = {line.step: line.loss for line in stage.lines()}
     if sorted(points) != sorted(losses.items()):
@@ -255,9 +238,7 @@ def mlflow_restart(stage: Stage) -> None:
 def stop_by_signal(stage: Stage) -> None:
     """SIGTERM to the driver, then the same command."""
     config = stage.config(faults=(stage.step_fault(6, "hold"),))
-    command = stage.start(config)
-    stage.wait_marker(command)
-    stage.wait_checkpoint(command, before=6)
+    command, _ = stage.hold(config, step=6)
     os.kill(command.process.pid, signal.SIGTERM)
     stage.injected()
     command.wait()

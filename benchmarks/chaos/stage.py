@@ -98,13 +98,17 @@ class Stage:
 
     def finish(self, config: Config, commands: int = 1) -> None:
         """Run the command until it succeeds, at most `commands` times; wrong where it does not."""
-        for attempt in range(commands):
+        for _ in range(commands):
             command = self.start(config)
             if command.wait() == 0:
                 return
             self.notes.append(f"command {self.commands} ended: {_error_of(command)[:300]}")
-            del attempt
         self.wrong.append(f"the training did not finish in {commands} more commands: {_error_of(command)[-1000:]}")
+
+    def ends_well(self, command: Command) -> None:
+        """The command, which runs, must succeed."""
+        if command.wait() != 0:
+            self.wrong.append(f"the command ended: {command.tail(500)}")
 
     def fails(self, config: Config, *parts: str) -> None:
         """Run the command, which must end in an error that names all `parts`."""
@@ -146,6 +150,13 @@ class Stage:
 
         self.wait_for(f"the checkpoint of step {step}", committed, command, COMMIT_POLL_S)
         return step
+
+    def hold(self, config: Config, step: int, name: str = "fault") -> tuple[Command, int]:
+        """Start the command and wait until a worker holds after `step`, with the checkpoint before it committed; the
+        command, and the steps that a fault now rolls back."""
+        command = self.start(config)
+        self.wait_marker(command, name)
+        return command, step - self.wait_checkpoint(command, before=step)
 
     def release(self, name: str = "fault") -> None:
         """Let the worker go on that holds at a marker."""

@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable
 
+from benchmarks.chaos.processes import kill_worker_at_random_step
 from benchmarks.chaos.stage import TOTAL_STEPS, Stage
 from infra.faults import DISK_FULL, SLOW_DOWN, Delay, Drip, Fault, Flip, Reset, Rule, Truncate
 
@@ -53,20 +54,12 @@ def mixed(stage: Stage) -> None:
     """Cut, wrong, reset and refused reads, refused uploads, and a worker killed at a random step: in one command."""
     faults: tuple[Fault, ...] = (Truncate(0.5), Flip(0.5, 4), Reset(0.5), SLOW_DOWN)
     reads = [Rule(fault, method="GET", path=SHARD, skip=2 * place, times=2) for place, fault in enumerate(faults)]
-    step, rank = stage.random.randint(5, TOTAL_STEPS - 2), stage.random.randint(0, 1)
-    config = stage.config(faults=(stage.step_fault(step, "hold", rank),), settings={"max_failures": 1})
-
-    def train() -> None:
-        command = stage.start(config)
-        stage.wait_marker(command)
-        stage.replayed = step - stage.wait_checkpoint(command, before=step)
-        os.kill(stage.pid_of(rank), signal.SIGKILL)
-        stage.injected()
-        if command.wait() != 0:
-            stage.wrong.append(f"the command ended: {command.tail(500)}")
-
-    _through(stage, *reads, Rule(SLOW_DOWN, method=UPLOADS, path=CHECKPOINT, skip=1, times=3), train=train)
-    stage.notes.append(f"worker {rank} killed after step {step}")
+    _through(
+        stage,
+        *reads,
+        Rule(SLOW_DOWN, method=UPLOADS, path=CHECKPOINT, skip=1, times=3),
+        train=kill_worker_at_random_step,
+    )
 
 
 def disk_full(stage: Stage) -> None:
@@ -74,16 +67,17 @@ def disk_full(stage: Stage) -> None:
     _through(stage, Rule(DISK_FULL, method=UPLOADS, path=CHECKPOINT, skip=2, times=DISK_FULL_ANSWERS))
 
 
-def _through(stage: Stage, *rules: Rule, train: Callable[[], None] | None = None) -> None:
+def _finish(stage: Stage) -> None:
+    stage.finish(stage.config())
+
+
+def _through(stage: Stage, *rules: Rule, train: Callable[[Stage], None] = _finish) -> None:
     """The whole training through the proxy with these rules, in one command."""
     proxy = stage.cluster.proxy
     before = len(proxy.injected)
     proxy.add(*rules)
     try:
-        if train is None:
-            stage.finish(stage.config())
-        else:
-            train()
+        train(stage)
     finally:
         proxy.clear()
     met = proxy.injected[before:]
@@ -106,8 +100,7 @@ def restart(stage: Stage) -> None:
     time.sleep(OUTAGE_S)
     stage.cluster.start_service("s3")
     stage.notes.append(f"killed after step {step}, {OUTAGE_S:.0f} s away")
-    if command.wait() != 0:
-        stage.wrong.append(f"the command ended: {command.tail(500)}")
+    stage.ends_well(command)
 
 
 def kill_during_upload(stage: Stage) -> None:
@@ -125,8 +118,7 @@ def kill_during_upload(stage: Stage) -> None:
     finally:
         proxy.clear()
     stage.notes.append(f"killed {time.time() - held.time:.2f} s into {held.path.rpartition('/train/')[2][:60]}")
-    if command.wait() != 0:
-        stage.wrong.append(f"the command ended: {command.tail(500)}")
+    stage.ends_well(command)
     made = max(line.step for line in stage.lines() if line.time < stage.fault_times[0])
     if made >= TOTAL_STEPS:
         stage.wrong.append("void: the training was over before the kill")

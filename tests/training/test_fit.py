@@ -18,7 +18,7 @@ from torch import Tensor
 
 from meteor_model.processing_meteor import collate
 from pipelines.batches import make_micro_batch
-from pipelines.checkpoint import PARITY_FILE, committed_step, consolidate, latest_checkpoint, load_ledger
+from pipelines.checkpoint import PARITY_FILE, consolidate, latest_checkpoint, load_ledger
 from pipelines.exclusive import RunInUseError, exclusive
 from pipelines.failures import TrainingError
 from pipelines.heldout import shuffle_images
@@ -217,6 +217,11 @@ def test_killed_driver_and_killed_worker_resume_bit_for_bit(
     weights = consolidated(root, result).state_dict()
     for name, tensor in consolidated(root, whole).state_dict().items():
         assert torch.equal(weights[name], tensor), name
+
+
+def committed_step(root: str, run_name: str) -> int:
+    checkpoint = latest_checkpoint(root, run_name)
+    return checkpoint.state.step if checkpoint else -1
 
 
 @dataclasses.dataclass(frozen=True)

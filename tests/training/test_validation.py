@@ -21,13 +21,13 @@ from pipelines import storage
 from pipelines.batches import MicroBatch, iterate_rows, make_micro_batch
 from pipelines.checkpoint import STATE_FILE, TrainState
 from pipelines.exclusive import Claim, TellsOfFailure, exclusive
+from pipelines.heldout import heldout_loss
 from pipelines.training import TrainingResult, fit
 from pipelines.validation import (
     Validation,
     ValidationError,
     _watch,
     best_checkpoint,
-    heldout_loss,
     keep_best,
     validate,
     validation_config,
