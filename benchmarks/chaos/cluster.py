@@ -33,12 +33,29 @@ NOTICE_POLL_S = 0.5
 
 
 class Command:
-    """One run of the driver. `result_file` appears when it ends by itself."""
+    """A driver: a process that has its imports behind it and waits to be told what to run."""
 
-    def __init__(self, process: subprocess.Popen[bytes], result_file: Path, log: Path) -> None:
-        self.process = process
-        self.result_file = result_file
+    def __init__(self, environment: dict[str, str], log: Path) -> None:
         self.log = log
+        self.result_file: Path | None = None
+        with log.open("wb") as stream:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.chaos.driver"],
+                env=environment,
+                cwd=ROOT,
+                stdin=subprocess.PIPE,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def run(self, config: Config, config_file: Path, result_file: Path) -> None:
+        """Tell it what to run; `result_file` appears when it ends by itself."""
+        config_file.write_text(config.to_json())
+        self.result_file = result_file
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{config_file}\n{result_file}\n".encode())
+        self.process.stdin.close()
 
     def kill(self) -> None:
         """SIGKILL, and wait for the end."""
@@ -72,6 +89,8 @@ class Cluster:
         self.proxy: FaultProxy
         self.nodes: list[Node] = []
         self._commands: list[Command] = []
+        self._spare: Command | None = None
+        self._started = 0
         self._exit = ExitStack()
 
     def __enter__(self) -> Cluster:
@@ -83,6 +102,7 @@ class Cluster:
             self._exit.callback(down, self.folder / "ray", purge=True)
             self._exit.callback(self.stop_nodes)
             self._exit.callback(self.stop_commands)
+            self._exit.callback(self.stop_spare)
             self.start_ray()
         except BaseException:  # an interrupt too: nothing half-started stays behind
             self._exit.close()
@@ -105,30 +125,29 @@ class Cluster:
         return {**os.environ, **services.stack_env(self.ray), "AWS_ENDPOINT_URL": self.proxy.endpoint}
 
     def command(self, config: Config, folder: Path) -> Command:
-        """Start the driver of `config`; its files lie in `folder`."""
+        """Run `config` in a driver; its files lie in `folder`."""
+        command = self._spare or self._driver()
         number = len(list(folder.glob("command-*.json"))) + 1
-        config_file, result = folder / f"command-{number}.json", folder / f"result-{number}.json"
-        config_file.write_text(config.to_json())
-        log = folder / f"command-{number}.log"
-        with log.open("wb") as stream:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.chaos.driver", str(config_file), str(result)],
-                env=self.environment(),
-                cwd=ROOT,
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        command = Command(process, result, log)
+        command.run(config, folder / f"command-{number}.json", folder / f"result-{number}.json")
         self._commands.append(command)
+        self._spare = self._driver()  # the imports of the next one fill the gaps of this one's start
         return command
+
+    def _driver(self) -> Command:
+        self._started += 1
+        return Command(self.environment(), self.folder / f"driver-{self._started}.log")
 
     def stop_commands(self) -> None:
         """End every driver that still runs."""
         for command in self._commands:
             command.kill()
         self._commands.clear()
+
+    def stop_spare(self) -> None:
+        """End the driver that waits."""
+        if self._spare is not None:
+            self._spare.kill()
+        self._spare = None
 
     def settle(self) -> None:
         """Back to the state before a scenario: no driver, no rule, no node beside the head."""

@@ -1,4 +1,5 @@
-"""The command under test: `python -m benchmarks.chaos.driver CONFIG.json RESULT.json`.
+"""The command under test: `python -m benchmarks.chaos.driver`, told on its standard input what to run: a line
+CONFIG.json and a line RESULT.json. It has imported everything by then; no fault is aimed at the imports.
 
 It trains, or continues, the run of the configuration, and writes what came of it. A killed one writes nothing.
 """
@@ -33,4 +34,5 @@ def main(config_file: str, result_file: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    paths = sys.stdin.read().split("\n")
+    sys.exit(main(paths[0], paths[1]))

@@ -224,7 +224,7 @@ class Stage:
 
 
 def _error_of(command: Command) -> str:
-    if command.result_file.exists():
+    if command.result_file is not None and command.result_file.exists():
         result = json.loads(command.result_file.read_text())
         if result.get("ok") is False:
             return f"{result['error_type']}: {result['error']}"

@@ -113,7 +113,7 @@ def make_job(config: Config) -> TrainingJob:
         plan=plan,
         train_data=partial(rows_from, partial(stream, spare_rows=settings.spare_rows), "train", plan),
         heldout_rows=HELDOUT_ROWS,
-        heldout_data=partial(rows_to, stream, "heldout", heldout, HELDOUT_ROWS),
+        heldout_data=partial(rows_to, partial(stream, encode_concurrency=1), "heldout", heldout, HELDOUT_ROWS),
         iterate=KilledInDataStart(1, config.data_start_kill) if config.data_start_kill else iterate_rows,
         data_config=data_config(),
         recipe={"name": "chaos"},
