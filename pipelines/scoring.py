@@ -203,7 +203,7 @@ def score_model(
     samples: Sequence[RawSample],
     suite_digest: str,
     batch: int = BATCH,
-    report: Callable[[Score], None] | None = None,
+    report: Callable[[Sequence[Record]], None] | None = None,
 ) -> Score:
     """Ask a model the first question of each sample; the answers that count are the first ones.
 
@@ -213,7 +213,8 @@ def score_model(
         samples: `Suite.load`.
         suite_digest: `Suite.digest`, which the score carries.
         batch: questions at a time. The batches change no result beyond rounding.
-        report: hears the score of all questions so far after every batch; what it raises ends the scoring.
+        report: hears the records of all questions so far after every batch (`summarise` makes a score of them); what it
+            raises ends the scoring.
 
     Raises:
         ScoringError: for no sample, a sample without a reply, a processor of another pruning, a training model, or
@@ -225,7 +226,7 @@ def score_model(
     for start in range(0, len(samples), batch):
         records += _ask(model, processor, samples[start : start + batch], min(longest, LONGEST_ANSWER))
         if report is not None:
-            report(summarise(model.config, records, suite_digest))
+            report(tuple(records))
     return summarise(model.config, records, suite_digest)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from pipelines.evaluate import question_of
 from pipelines.schema import RawSample, Turn
 from pipelines.scoring import (
     Interval,
+    Record,
     Score,
     ScoringError,
     Suite,
@@ -28,6 +30,7 @@ from pipelines.scoring import (
     compare_scores,
     normalise,
     score_model,
+    summarise,
     wilson,
 )
 from tests.model.builders import DENSE, PRUNED, model, processor
@@ -139,14 +142,14 @@ def test_batches_change_no_result(batch: int) -> None:
 
 def test_report_hears_growing_scores_and_can_stop() -> None:
     built, made, heard = model(), processor(), []
-    final = score_model(built, made, _samples(), "suite", batch=2, report=lambda score: heard.append(score))
-    assert [score.questions for score in heard] == [2, 4, 5]
-    assert heard[-1] == final
+    final = score_model(built, made, _samples(), "suite", batch=2, report=lambda records: heard.append(records))
+    assert [len(records) for records in heard] == [2, 4, 5]
+    assert summarise(built.config, heard[-1], "suite") == final
 
     class Stopped(Exception):
         pass
 
-    def stop(score: Score) -> None:
+    def stop(records: Sequence[Record]) -> None:
         raise Stopped
 
     with pytest.raises(Stopped):

@@ -1,0 +1,157 @@
+"""The space: whatever is chosen, on whatever model, the configuration is valid and within its cap."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import optuna
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from meteor_model.architectures import build_config
+from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, MeteorConfig, PruningConfig
+from meteor_model.pruning import RANK_ESTIMATORS
+from tune.space import Ranks, Space, SpaceError, ranks_of_config, ranks_of_report
+
+IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+DENSE = PruningConfig(EncodePruning(enabled=False), FusePruning(enabled=False), DecodePruning(enabled=False))
+PRUNINGS = {
+    "tiny": PruningConfig(EncodePruning(totals=(96, 64, 64)), FusePruning(keep=32), DecodePruning(target_mean=16.0)),
+    "small": PruningConfig(
+        EncodePruning(totals=(400, 280, 192)), FusePruning(keep=96), DecodePruning(target_mean=48.0)
+    ),
+    "meteor_x4_7b": PruningConfig(
+        EncodePruning(totals=(2600, 1300, 1193)), FusePruning(keep=576), DecodePruning(target_mean=242.0)
+    ),
+    "eagle_x5_7b": DENSE,
+}
+
+
+@cache
+def model_config(name: str, dense: bool = False) -> MeteorConfig:
+    return build_config(name, DENSE if dense else PRUNINGS[name], 512, IDS, 3)
+
+
+class Drawn:
+    """Choices that hypothesis makes, with the ends of every range among them."""
+
+    def __init__(self, data: st.DataObject) -> None:
+        self.data = data
+        self.names: list[str] = []
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        self.names.append(name)
+        return self.data.draw(st.floats(low, high), label=name)
+
+    def suggest_int(self, name: str, low: int, high: int) -> int:
+        self.names.append(name)
+        return self.data.draw(st.integers(low, high), label=name)
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        self.names.append(name)
+        return self.data.draw(st.sampled_from(list(choices)), label=name)
+
+
+@st.composite
+def ranks_for(draw: st.DrawFn, config: MeteorConfig, segments: int) -> Ranks:
+    estimators = draw(st.lists(st.sampled_from(sorted(RANK_ESTIMATORS)), unique=True))
+    rank = st.floats(1e-3, 4096.0)
+    boundaries = draw(st.sampled_from([1, segments]))
+    return {
+        estimator: {e.name: draw(st.lists(rank, min_size=boundaries, max_size=boundaries)) for e in config.encoders}
+        for estimator in estimators
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "dense"),
+    [("tiny", False), ("tiny", True), ("small", False), ("meteor_x4_7b", False), ("eagle_x5_7b", True)],
+)
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_every_choice_is_a_valid_configuration(name: str, dense: bool, data: st.DataObject) -> None:
+    """MeteorConfig itself raises where anything contradicts; what it does not know of is looked at here."""
+    base = model_config(name, dense)
+    decode_by = data.draw(st.sampled_from(["target", "lambda"]))
+    most = sum(base.encoder_tokens.values())
+    cap = None if decode_by == "lambda" else data.draw(st.one_of(st.none(), st.floats(1.0, 2.0 * most)))
+    ranks = data.draw(ranks_for(base, len(base.pruning.encode.totals) or 3))
+    space = Space(base, ranks, cap, decode_by)
+    chooser = Drawn(data)
+    config = space.sample(chooser)
+    pruning = config.pruning
+    assert len(set(chooser.names)) == len(chooser.names), "a choice is made once"
+    after = float(config.tokens_per_image)
+    if pruning.decode.enabled and decode_by == "target":
+        assert pruning.decode.target_mean is not None
+        assert pruning.decode.lam is None, "a lambda of another configuration would be wrong"
+        after = min(after, pruning.decode.target_mean)
+    if cap is not None:
+        assert after <= cap
+    if pruning.encode.enabled and ranks:
+        assert config.ranks == {k: list(v) for k, v in ranks[pruning.encode.rank_estimator].items()}
+    if not pruning.decode.enabled:
+        assert not any(n.startswith("decode.") and n != "decode.enabled" for n in chooser.names), "conditional"
+    assert MeteorConfig(**config.to_dict()).pruning == pruning, "it survives being stored"
+
+
+def test_choices_cover_what_the_paper_sets_by_hand() -> None:
+    base = model_config("tiny")
+    ranks = {estimator: {e.name: [3.0, 2.0, 1.0] for e in base.encoders} for estimator in RANK_ESTIMATORS}
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    space = Space(base, ranks)
+    seen = [space.sample(study.ask()).pruning for _ in range(60)]
+    assert {p.encode.rank_estimator for p in seen} == set(RANK_ESTIMATORS)
+    assert {p.decode.enabled for p in seen} == {True, False}
+    assert {p.decode.query for p in seen if p.decode.enabled} == {"last", "all_text"}
+    assert {p.decode.layer for p in seen if p.decode.enabled} == {1, 2}
+    assert {p.decode.num_heads for p in seen if p.decode.enabled} == {1, 2, 3, 4}
+    assert len({p.encode.totals for p in seen}) > 50
+    assert len({p.fuse.keep for p in seen}) > 10
+    assert min(p.encode.rank_exponent for p in seen) < 0 < 1 < max(p.encode.rank_exponent for p in seen)
+
+
+def test_without_ranks_estimators_and_exponents_are_not_searched() -> None:
+    study = optuna.create_study()
+    trial = study.ask()
+    Space(model_config("tiny"), {}).sample(trial)
+    assert not [name for name in trial.params if "rank" in name]
+
+
+def test_ranks_come_from_a_report_or_from_the_model() -> None:
+    report = {"ranks": {"energy": {"clip": [{"mean": 3.0, "std": 1.0}, {"mean": 2.0, "std": 0.1}]}}}
+    assert ranks_of_report(report) == {"energy": {"clip": [3.0, 2.0]}}
+    with pytest.raises(SpaceError, match="calibrate the model anew"):
+        ranks_of_report({"images": 3})
+    base = model_config("tiny")
+    assert ranks_of_config(base) == {}
+    ranked = MeteorConfig(**{**base.to_dict(), "ranks": {e.name: [1.0, 2.0, 3.0] for e in base.encoders}})
+    assert ranks_of_config(ranked) == {"effective": {e.name: [1.0, 2.0, 3.0] for e in base.encoders}}
+
+
+def test_what_leaves_nothing_to_choose_is_refused() -> None:
+    base = model_config("tiny")
+    names = [e.name for e in base.encoders]
+    with pytest.raises(SpaceError, match="below one token"):
+        Space(base, {}, cap=0.5)
+    with pytest.raises(SpaceError, match="does not bound the mean"):
+        Space(base, {}, cap=8, decode_by="lambda")
+    with pytest.raises(SpaceError, match="ranks are of encoders"):
+        Space(base, {"energy": {"clip": [1.0]}})
+    with pytest.raises(SpaceError, match="a map of rank 0"):
+        Space(base, {"energy": {name: [0.0] for name in names}})
+    with pytest.raises(SpaceError, match="for 2 boundaries, the model's stage 1 has 3"):
+        Space(base, {"energy": {name: [1.0, 2.0] for name in names}})
+    one_layer = MeteorConfig(
+        **{
+            **model_config("eagle_x5_7b").to_dict(),
+            "text_config": {**model_config("eagle_x5_7b").text_config.to_dict(), "num_hidden_layers": 1},
+        }
+    )
+    with pytest.raises(SpaceError, match="1024 visual tokens enter the LLM whatever is chosen"):
+        Space(one_layer, {}, cap=64)
+    assert replace(Space(one_layer, {}), cap=2000).sample(optuna.create_study().ask()).tokens_per_image == 1024

@@ -1,0 +1,243 @@
+"""What a sweep chooses from: a map from free choices to valid configurations of one model.
+
+A choice is a share of what is there, not a number of tokens, so that every choice gives a configuration that
+`MeteorConfig` accepts, whatever the towers:
+
+1. encode  each boundary keeps a share of what the boundary before it kept; ranks by one of the measured estimators, to
+           some power
+2. fuse    a share of the tokens that leave the encoders
+3. decode  on or off; where on, its layer, heads and query, and a share of what enters the LLM as target mean (or a
+           lambda)
+
+A cap on the visual tokens after stage 3 bounds the target, or, with stage 3 off, the tokens that fusion keeps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, TypeVar
+
+from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, MeteorConfig, PruningConfig
+from meteor_model.decoder.families import plan_decoder
+from meteor_model.encoders import encoder_class
+
+T = TypeVar("T")
+#: estimator -> encoder -> expected rank at each boundary.
+Ranks = Mapping[str, Mapping[str, Sequence[float]]]
+DecodeBy = Literal["target", "lambda"]
+
+LEAST_SHARE = 0.25
+"""Of the tokens at a boundary, or of the pool that fusion sees, at least this share stays."""
+LEAST_TARGET = 1 / 16
+"""Least target mean of stage 3, as a share of the tokens that enter the LLM; with a cap, half the cap."""
+EXPONENTS = (-1.0, 2.0)
+SEGMENTS = 3
+"""Boundaries of a model that has neither totals nor ranks."""
+
+
+class SpaceError(ValueError):
+    """A model, its ranks and a cap leave nothing to choose; the message says why."""
+
+
+class Chooser(Protocol):
+    """Where choices come from: an Optuna trial, or a test."""
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...
+
+    def suggest_int(self, name: str, low: int, high: int) -> int: ...
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any: ...
+
+
+def ranks_of_report(report: Mapping[str, Any]) -> dict[str, dict[str, list[float]]]:
+    """The expected ranks in a run's `ranks.json`. Raises SpaceError where it is something else."""
+    try:
+        return {
+            estimator: {name: [float(item["mean"]) for item in items] for name, items in encoders.items()}
+            for estimator, encoders in report["ranks"].items()
+        }
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise SpaceError(
+            "ranks.json holds no ranks -> estimator -> encoder -> means: calibrate the model anew"
+        ) from None
+
+
+def ranks_of_config(config: MeteorConfig) -> dict[str, dict[str, list[float]]]:
+    """The ranks that a model itself holds: those of the one estimator that its budgets were made with, or none."""
+    if config.ranks is None:
+        return {}
+    return {config.pruning.encode.rank_estimator: {name: list(values) for name, values in config.ranks.items()}}
+
+
+@dataclass(frozen=True)
+class Space:
+    """The configurations that a sweep may try.
+
+    Attributes:
+        config: of the model; what the choices do not name stays as it is there.
+        ranks: by estimator; with none, encoders share by token count and exponents are not searched.
+        cap: visual tokens after stage 3 that the calibrated mean must not exceed, per image; None for no bound.
+        decode_by: whether stage 3 is chosen by a target mean, for which lambda is solved later, or by lambda itself. A
+            lambda says nothing of the mean, so it goes with no cap.
+
+    Raises:
+        SpaceError: naming what does not fit.
+    """
+
+    config: MeteorConfig
+    ranks: Ranks
+    cap: float | None = None
+    decode_by: DecodeBy = "target"
+
+    def __post_init__(self) -> None:
+        if self.cap is not None and self.cap < 1:
+            raise SpaceError(f"a budget of {self.cap:g} visual tokens is below one token an image")
+        if self.cap is not None and self.decode_by == "lambda":
+            raise SpaceError("a budget in visual tokens needs decode_by 'target': a lambda does not bound the mean")
+        names = sorted(item.name for item in self.config.encoders)
+        for estimator, by_encoder in self.ranks.items():
+            if sorted(by_encoder) != names:
+                raise SpaceError(f"{estimator} ranks are of encoders {sorted(by_encoder)}, the model has {names}")
+            for name, values in by_encoder.items():
+                if min(values) <= 0:
+                    raise SpaceError(
+                        f"{estimator} ranks of {name!r} are {list(values)}: a map of rank 0 earns no token; calibrate "
+                        "on images that are not blank"
+                    )
+                if len(values) not in (1, self.segments):
+                    raise SpaceError(
+                        f"{estimator} ranks of {name!r} are for {len(values)} boundaries, the model's stage 1 has "
+                        f"{self.segments}: calibrate it with as many segments"
+                    )
+        if self._always_enter is not None and not self.can_decode and self._always_enter > self._bound:
+            raise SpaceError(
+                f"{self._always_enter} visual tokens enter the LLM whatever is chosen and stage 3 cannot run it: the "
+                f"budget of {self.cap:g} cannot be met"
+            )
+
+    # ------------------------------------------------------------------------------------------------ the model's facts
+
+    @property
+    def prunes_encoders(self) -> bool:
+        """Stages 1 and 2 need one projector an encoder."""
+        return self.config.fusion == "post_projection"
+
+    @property
+    def segments(self) -> int:
+        """Boundaries of stage 1: as many as the model's totals, or its ranks, have."""
+        totals = self.config.pruning.encode.totals
+        if totals:
+            return len(totals)
+        measured = [len(values) for by_encoder in self.ranks.values() for values in by_encoder.values()]
+        if measured:
+            return max(measured)
+        blocks = [encoder_class(e.family).num_blocks(e) for e in self.config.encoders if _between(e.family)]
+        return min(SEGMENTS, *blocks) if blocks else 1
+
+    @property
+    def can_decode(self) -> bool:
+        """Whether stage 3 can run this LLM."""
+        text = self.config.text_config
+        try:
+            plan_decoder(text)
+        except ValueError:
+            return False
+        return bool(text.num_hidden_layers > 1)
+
+    @property
+    def _always_enter(self) -> int | None:
+        """Tokens that enter the LLM whatever is chosen; None where fusion decides."""
+        return None if self.prunes_encoders else self.config.concat_grid**2
+
+    @property
+    def _bound(self) -> float:
+        return math.inf if self.cap is None else self.cap
+
+    # -------------------------------------------------------------------------------------------------------- choosing
+
+    def sample(self, chooser: Chooser) -> MeteorConfig:
+        """One configuration; every choice is asked for by the name of its setting."""
+        ranks = None
+        if self.prunes_encoders:
+            encode, ranks = self._encode(chooser)
+        else:
+            encode = EncodePruning(enabled=False)
+        stage3 = self._choose_stage3(chooser)
+        fuse, entering = self._fuse(chooser, encode, stage3)
+        decode = self._decode(chooser, entering) if stage3 else DecodePruning(enabled=False)
+        return with_pruning(self.config, PruningConfig(encode, fuse, decode), ranks)
+
+    def _encode(self, chooser: Chooser) -> tuple[EncodePruning, dict[str, list[float]] | None]:
+        config, base = self.config, self.config.pruning.encode
+        tokens, last = config.encoder_tokens, self.segments - 1
+        present = sum(tokens[e.name] for e in config.encoders if last == 0 or _between(e.family))
+        totals: list[int] = []
+        for boundary in range(self.segments):
+            share = chooser.suggest_float(f"encode.share.{boundary}", LEAST_SHARE, 1.0)
+            present = max(len(config.encoders), round(share * present))  # one token for each encoder
+            totals.append(present)
+        estimator, exponent, ranks = base.rank_estimator, base.rank_exponent, None
+        if self.ranks:
+            known = sorted(self.ranks)
+            estimator = known[0] if len(known) == 1 else chooser.suggest_categorical("encode.rank_estimator", known)
+            ranks = {name: list(values) for name, values in self.ranks[estimator].items()}
+            exponent = chooser.suggest_float("encode.rank_exponent", *EXPONENTS)
+        settings = replace(
+            base,
+            enabled=True,
+            totals=tuple(totals),
+            first_deep_segment=min(base.first_deep_segment, self.segments + 1),
+            rank_estimator=estimator,
+            rank_exponent=exponent,
+        )
+        return settings, ranks
+
+    def _choose_stage3(self, chooser: Chooser) -> bool:
+        if not self.can_decode:
+            return False
+        if self._always_enter is not None and self._always_enter > self._bound:
+            return True
+        return bool(chooser.suggest_categorical("decode.enabled", (True, False)))
+
+    def _fuse(self, chooser: Chooser, encode: EncodePruning, stage3: bool) -> tuple[FusePruning, int]:
+        """Stage 2, and the visual tokens of an image that enter the LLM."""
+        if self._always_enter is not None:
+            return FusePruning(enabled=False), self._always_enter
+        pool = encode.totals[-1]
+        if not stage3:
+            pool = math.floor(min(pool, self._bound))
+        keep = max(1, round(chooser.suggest_float("fuse.share", LEAST_SHARE, 1.0) * pool))
+        return FusePruning(enabled=True, keep=keep), keep
+
+    def _decode(self, chooser: Chooser, entering: int) -> DecodePruning:
+        text, base = self.config.text_config, self.config.pruning.decode
+        most = min(float(entering), self._bound)
+        settings = replace(
+            base,
+            enabled=True,
+            layer=chooser.suggest_int("decode.layer", 1, max(1, text.num_hidden_layers // 2)),
+            num_heads=chooser.suggest_int("decode.num_heads", 1, text.num_attention_heads),
+            query=chooser.suggest_categorical("decode.query", ("last", "all_text")),
+            k_min=min(base.k_min, math.floor(most)),
+            target_mean=None,
+            lam=None,
+        )
+        if self.decode_by == "lambda":
+            tokens = float(sum(self.config.encoder_tokens.values()))
+            return replace(settings, lam=chooser.suggest_float("decode.lam", tokens / 100, tokens * 10, log=True))
+        least = LEAST_TARGET if self.cap is None else 0.5
+        share = chooser.suggest_float("decode.target_share", least, 1.0, log=True)
+        return replace(settings, target_mean=max(share * most, float(settings.k_min)))
+
+
+def with_pruning(
+    config: MeteorConfig, pruning: PruningConfig, ranks: Mapping[str, Sequence[float]] | None
+) -> MeteorConfig:
+    """The configuration with another pruning, and other ranks. Raises ValueError where they contradict it."""
+    return MeteorConfig(**{**config.to_dict(), "pruning": pruning, "ranks": ranks})
+
+
+def _between(family: str) -> bool:
+    return bool(encoder_class(family).prunes_between_blocks)
