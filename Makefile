@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup lock up status down pretrain finetune predict shards parts visualize flops bench-prune bench-gpu bench-order \
+.PHONY: help setup lock up status down pretrain finetune predict evaluate register shards parts visualize flops bench-prune bench-gpu bench-order \
   chaos check format test test-slow clean
 
 PYTHON ?= python3.11
@@ -62,6 +62,12 @@ finetune: up  ## Fine-tune what pretrain registered
 
 predict: up  ## Ask the registered model: make predict ARGS="--image FILE --prompt TEXT"
 	@$(STACK) run -- $(PY) jobs/predict.py --model models:/meteor@latest-pretrain $(ARGS)
+
+evaluate: up  ## Score a model on held-out questions: make evaluate ARGS="--model models:/meteor@champion"
+	@$(STACK) run -- $(PY) jobs/evaluate.py --model models:/meteor@latest-pretrain $(ARGS)
+
+register: up  ## List versions; or compare, promote, rollback: make register ARGS="compare champion budget-64"
+	@$(STACK) run -- $(PY) jobs/register.py $(or $(ARGS),list)
 
 shards: up  ## Make the drawings' shards: make shards ARGS="openmoji --out s3://meteor/data/mine"
 	@$(STACK) run -- $(PY) jobs/make_shards.py $(ARGS)

@@ -1,4 +1,4 @@
-"""What a trained model answers on held-out samples, how many visual tokens stage 3 kept, and pictures of all stages."""
+"""Held-out samples and their questions, lambda solved on such questions, and pictures of what all stages keep."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from meteor_model.configuration_meteor import MeteorConfig
-from meteor_model.decoder.cache import MeteorCache
 from meteor_model.images import ImageError
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
@@ -20,7 +19,6 @@ from pipelines import shards
 from pipelines.schema import RawSample, SampleError, parse_sample
 
 BATCH = 16
-MAX_NEW_TOKENS = 12
 
 
 @dataclass(frozen=True)
@@ -78,28 +76,6 @@ def with_lambda(config: MeteorConfig, lam: float) -> MeteorConfig:
     """The configuration with stage 3's lambda."""
     pruning = replace(config.pruning, decode=replace(config.pruning.decode, lam=lam))
     return MeteorConfig(**{**config.to_dict(), "pruning": pruning})
-
-
-def answer_samples(
-    model: MeteorForConditionalGeneration, processor: MeteorProcessor, samples: Sequence[RawSample]
-) -> list[Answer]:
-    """Greedy answers to the first question of each sample, all three stages active."""
-    answers = []
-    for start in range(0, len(samples), BATCH):
-        part = samples[start : start + BATCH]
-        inputs = processor([question_of(s) for s in part], [list(s.images) for s in part]).to(model.device)
-        cache = model.new_cache()
-        ids = model.generate(**inputs, past_key_values=cache, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
-        visual = (inputs["input_ids"] == processor.image_token_id).sum(1).tolist()
-        kept = visual
-        if isinstance(cache, MeteorCache):
-            assert cache.decision is not None, "prefill decides"
-            kept = cache.decision.kept_counts_B.tolist()
-        for sample, row, count in zip(part, ids[:, inputs["input_ids"].shape[1] :], kept, strict=True):
-            expected = next(t.text for t in sample.turns if t.role == "assistant")
-            question = question_of(sample).replace("<image>", "").strip()
-            answers.append(Answer(sample.key, question, expected, processor.decode(row), count))
-    return answers
 
 
 def draw_samples(

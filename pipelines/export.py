@@ -2,29 +2,27 @@
 
 1. `export_model`    config, processor, safetensors and a README in one folder, sealed by `checksums.json`
 2. `check_parity`    the folder alone, loaded again, gives the logits that the training model gave
-3. `register_model`  the folder, with the code that answers, becomes a version of a registered model, under an alias
-4. `pull_model`      `models:/NAME@ALIAS` -> the same folder, every byte checked, through MLflow alone
+3. `register_model`  the folder, with the code that answers, becomes a version of a registered model, under aliases
+4. `pull_model`      `models:/NAME@ALIAS` -> the same folder, every byte checked, through MLflow alone;
+                     `load_registered` loads it
 
-1 and 2 are in `pipelines/model_folder.py`, which knows nothing of MLflow.
+1 and 2 are in `pipelines/model_folder.py`, which knows nothing of MLflow; versions and aliases in
+`pipelines/registry.py`.
 """
 
 import base64
 import importlib.metadata
 import io
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlflow
 import pandas as pd
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput
-from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.pyfunc import PythonModelContext
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
@@ -32,8 +30,11 @@ from PIL import Image
 
 import meteor_model
 from meteor_model.configuration_meteor import MeteorConfig
+from meteor_model.modeling_meteor import MeteorForConditionalGeneration
+from meteor_model.processing_meteor import MeteorProcessor
 from pipelines import pyfunc_model
 from pipelines.model_folder import (
+    CARD_FILE,
     CHECKSUMS_FILE,
     ExportError,
     ParityError,
@@ -42,6 +43,7 @@ from pipelines.model_folder import (
     tokens_by_stage,
     verify_checksums,
 )
+from pipelines.registry import RegisteredVersion, create_version, move_alias, resolve_model
 from pipelines.tracking import TrackingError, patiently, redact, require_tracking, use_tracking
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "RegisteredVersion",
     "check_parity",
     "export_model",
+    "load_registered",
     "pull_model",
     "register_model",
     "resolve_model",
@@ -76,22 +79,6 @@ SIGNATURE = ModelSignature(
 )
 
 
-@dataclass(frozen=True)
-class RegisteredVersion:
-    """A version of a registered model."""
-
-    name: str
-    version: int
-    alias: str
-    run_id: str
-    model_id: str
-
-    @property
-    def uri(self) -> str:
-        """`models:/NAME/VERSION`: this version for good; the alias may move on."""
-        return f"models:/{self.name}/{self.version}"
-
-
 def example_input(image_size: int) -> pd.DataFrame:
     """One small real row of the signature: a picture of `image_size` pixels in base64, and a question."""
     picture = Image.new("RGB", (image_size, image_size), (200, 30, 30))
@@ -102,9 +89,11 @@ def example_input(image_size: int) -> pd.DataFrame:
 
 
 def register_model(
-    folder: Path, *, uri: str, name: str, alias: str, run_id: str, tags: Mapping[str, str]
+    folder: Path, *, uri: str, name: str, aliases: Sequence[str], run_id: str, tags: Mapping[str, str]
 ) -> RegisteredVersion:
-    """Log the exported folder as a model of the run and register it as a new version, to which the alias moves.
+    """Log the exported folder as a model of the run and register it as a new version, to which the aliases move.
+
+    Its README.md, the model card, becomes the version's description.
 
     The model answers its own input example first, so that none is registered that cannot. Nothing is pickled: MLflow
     gets the folder, the source of `pipelines/pyfunc_model.py` and of meteor_model, and pinned requirements.
@@ -113,7 +102,7 @@ def register_model(
         folder: written by `export_model`.
         uri: of the tracking server, which is the registry too.
         name: of the registered model; made if there is none.
-        alias: e.g. latest-pretrain.
+        aliases: e.g. latest-pretrain; at least one.
         run_id: the run that trained it.
         tags: of the version, beside those of `tokens_by_stage`.
 
@@ -137,8 +126,11 @@ def register_model(
         patiently(f"the files of model {name}", lambda: client.log_model_artifacts(logged.model_id, str(packed)))
     patiently(f"model {name}", lambda: client.finalize_logged_model(logged.model_id, "READY"))
     patiently(f"run {run_id}", lambda: client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)]))
-    version = _create_version(client, name, alias, run_id, logged.model_id, all_tags)
-    return RegisteredVersion(name, version, alias, run_id, logged.model_id)
+    card = (folder / CARD_FILE).read_text()
+    version = create_version(uri, name, run_id=run_id, model_id=logged.model_id, tags=all_tags, description=card)
+    for alias in aliases:
+        move_alias(name, alias, version, uri)
+    return RegisteredVersion(name, version, tuple(aliases), run_id, logged.model_id)
 
 
 def _answer_example(folder: Path, example: pd.DataFrame) -> None:
@@ -167,31 +159,6 @@ def _pack(folder: Path, target: Path, example: pd.DataFrame, metadata: Model) ->
 def requirements() -> list[str]:
     """The packages that the registered model needs, pinned to what is installed here."""
     return [f"{package}=={importlib.metadata.version(package).split('+')[0]}" for package in REQUIREMENTS]
-
-
-def _create_version(
-    client: MlflowClient, name: str, alias: str, run_id: str, model_id: str, tags: Mapping[str, str]
-) -> int:
-    def create_name() -> None:
-        try:
-            client.create_registered_model(name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-
-    patiently(f"registered model {name}", create_name)
-    created = patiently(
-        f"a version of {name}",
-        lambda: client.create_model_version(
-            name, f"models:/{model_id}", run_id=run_id, tags=dict(tags), model_id=model_id
-        ),
-    )
-    version = int(created.version)
-    patiently(f"alias {alias}", lambda: client.set_registered_model_alias(name, alias, str(version)))
-    return version
-
-
-_MODEL_URI = re.compile(r"models:/(?P<name>[^/@:]+)(?:@(?P<alias>[^/@:]+)|/(?P<version>\d+))")
 
 
 def pull_model(model: str, destination: Path, uri: str | None = None) -> Path:
@@ -236,45 +203,21 @@ def _existing_folder(model: str) -> Path:
     return Path(model)
 
 
-def resolve_model(model: str, uri: str) -> tuple[str, int]:
-    """Name and version number behind `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
+def load_registered(
+    model: str, uri: str | None = None, device: str = "cpu"
+) -> tuple[MeteorForConditionalGeneration, MeteorProcessor]:
+    """Model (fp32 as it was exported, eval mode) and processor of a registered model.
+
+    Args:
+        model: as for `pull_model`.
+        uri: of the tracking server; None takes MLFLOW_TRACKING_URI.
+        device: where the model goes.
 
     Raises:
-        TrackingError: another form, or an unknown name, alias or version, listing those there are.
+        TrackingError, ExportError: as `pull_model`.
     """
-    parts = _MODEL_URI.fullmatch(model)
-    if parts is None:
-        raise TrackingError(
-            f"{model!r} does not name a registered model: write models:/NAME@ALIAS or models:/NAME/VERSION"
-        )
-    client, name = MlflowClient(uri), parts["name"]
-    registered = patiently(f"the question for {name}", lambda: _get_or_none(client.get_registered_model, name))
-    if registered is None:
-        known = patiently("the list of models", lambda: [item.name for item in client.search_registered_models()])
-        raise TrackingError(f"there is no registered model {name!r}; there are: {_listing(known)}")
-    versions = patiently(
-        f"the versions of {name}",
-        lambda: sorted(int(item.version) for item in client.search_model_versions(f"name = '{name}'")),
-    )
-    if parts["alias"] is not None:
-        if parts["alias"] not in registered.aliases:
-            pairs = [f"{alias} (version {version})" for alias, version in sorted(registered.aliases.items())]
-            raise TrackingError(f"model {name!r} has no alias {parts['alias']!r}; it has: {_listing(pairs)}")
-        return name, int(registered.aliases[parts["alias"]])
-    version = int(parts["version"])
-    if version not in versions:
-        raise TrackingError(f"model {name!r} has no version {version}; it has: {_listing(versions)}")
-    return name, version
-
-
-def _get_or_none(get: Any, name: str) -> Any:
-    try:
-        return get(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        return None
-
-
-def _listing(items: Sequence[Any]) -> str:
-    return ", ".join(str(item) for item in items[-20:]) or "none"
+    with tempfile.TemporaryDirectory(prefix="meteor-pull-") as scratch:
+        folder = pull_model(model, Path(scratch) / "model", uri)
+        processor = MeteorProcessor.from_pretrained(folder)
+        loaded = MeteorForConditionalGeneration.from_pretrained(folder, use_safetensors=True)
+    return loaded.to(device).eval(), processor

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mlflow import MlflowClient
-
+from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from meteor_model.visualize import draw_ranks
@@ -27,26 +27,49 @@ from pipelines.checkpoint import (
     load_processor,
     local_copy,
 )
-from pipelines.evaluate import (
-    Answer,
-    answer_samples,
-    draw_samples,
-    readable_samples,
-    solve_lambda_on,
-    with_lambda,
-)
+from pipelines.evaluate import Answer, draw_samples, question_of, readable_samples, solve_lambda_on, with_lambda
 from pipelines.export import RegisteredVersion, check_parity, export_model, register_model
-from pipelines.model_folder import verify_checksums
+from pipelines.model_card import BASE_TAG, LICENCE_TAG, PARITY_TAG, card, licence_tags
+from pipelines.model_folder import verify_checksums, write_card
 from pipelines.pictures import draw_loss
 from pipelines.points import Point, points_from_jsonl
 from pipelines.recipe import Recipe
+from pipelines.registry import get_version, list_versions, move_alias, resolve_model
+from pipelines.schema import RawSample
+from pipelines.scoring import Score, Suite, score_model
 from pipelines.tracker import Tracker
-from pipelines.tracking import patiently
+from pipelines.tracking import TrackingAwayError, TrackingError
 from pipelines.uploads import upload_folder
+from pipelines.version_scores import file_score, stored_scores, suite_name
 
 EXPORT_FOLDER, PICTURES_FOLDER = "export", "pictures"
 EXPORTED_FILE, LOOKED_FILE = "exported.json", "looked.json"
 """In a run's folder: written last, with the checkpoint that `export` and `look` are complete for."""
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What a trained model says on held-out questions; no score where there was no question."""
+
+    answers: tuple[Answer, ...] = ()
+    suite: Suite | None = None
+    score: Score | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionary."""
+        return {
+            "answers": [asdict(answer) for answer in self.answers],
+            "suite": None if self.suite is None else asdict(self.suite),
+            "score": None if self.score is None else self.score.to_dict(records=True),
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Looked:
+        """What `to_dict` gave."""
+        answers = tuple(Answer(**answer) for answer in data["answers"])
+        if data["score"] is None:
+            return cls(answers)
+        return cls(answers, Suite(**data["suite"]), Score.from_dict(data["score"]))
 
 
 def export(recipe: Recipe, run_url: str, manifest: shards.Manifest, checkpoint: CheckpointRef, folder: Path) -> float:
@@ -103,21 +126,21 @@ def look(
     ranks: dict[str, Any],
     folder: Path,
     pictures: Path,
-) -> list[Answer]:
-    """Answers to held-out questions and pictures of the kept tokens, stored with the run and logged to MLflow; the
-    folder `pictures` is filled. What an earlier start has done is brought from storage."""
+) -> Looked:
+    """Answers to held-out questions with their score, and pictures of the kept tokens, stored with the run and logged
+    to MLflow; the folder `pictures` is filled. What an earlier start has done is brought from storage."""
     stored = storage.join(run_url, PICTURES_FOLDER)
-    if done := _completed(run_url, LOOKED_FILE, checkpoint):
+    if (done := _completed(run_url, LOOKED_FILE, checkpoint)) and "score" in done:
         with local_copy(stored) as earlier:
             shutil.copytree(earlier, pictures)
         print("  looked at by an earlier start", flush=True)
-        return [Answer(**answer) for answer in done["answers"]]
+        return Looked.from_dict(done)
     state = checkpoint.state
     model = MeteorForConditionalGeneration.from_pretrained(folder).eval()
     processor = MeteorProcessor.from_pretrained(folder)
     available = readable_samples(manifest, recipe.data.heldout_split, processor)
     samples = list(islice(available, recipe.data.heldout_samples))
-    answers = answer_samples(model, processor, samples)
+    looked = _ask(model, processor, manifest, recipe.data.heldout_split, samples)
     pictures.mkdir(parents=True)
     for name, picture in draw_samples(model, processor, samples, recipe.run.pictures):
         picture.save(pictures / name)
@@ -132,12 +155,37 @@ def look(
     tracker.log_documents(
         {
             "ranks.json": ranks,
-            "heldout_answers.json": [asdict(answer) for answer in answers],
+            "heldout_answers.json": [asdict(answer) for answer in looked.answers],
             "dropped_samples.json": [asdict(sample) for sample in state.dropped_samples],
         }
     )
-    _complete(run_url, LOOKED_FILE, checkpoint, {"answers": [asdict(answer) for answer in answers]})
-    return answers
+    _complete(run_url, LOOKED_FILE, checkpoint, looked.to_dict())
+    return looked
+
+
+def _ask(
+    model: MeteorForConditionalGeneration,
+    processor: MeteorProcessor,
+    manifest: shards.Manifest,
+    split: str,
+    samples: Sequence[RawSample],
+) -> Looked:
+    if not samples:
+        return Looked()
+    config, decode = model.config, model.config.pruning.decode
+    if decode.enabled and decode.lam is None:  # without a target there is no lambda: the model answers unpruned
+        pruning = replace(config.pruning, decode=replace(decode, enabled=False))
+        model.config = MeteorConfig(**{**config.to_dict(), "pruning": pruning})
+    suite = Suite.of(manifest, split, len(samples))
+    score = score_model(model, processor, samples, suite.digest)
+    model.config = config
+    answers = [
+        Answer(
+            record.key, question_of(sample).replace("<image>", "").strip(), record.expected, record.answer, record.kept
+        )
+        for sample, record in zip(samples, score.records, strict=True)
+    ]
+    return Looked(tuple(answers), suite, score)
 
 
 def undelivered_points(checkpoint: CheckpointRef) -> list[Point]:
@@ -152,34 +200,80 @@ def undelivered_points(checkpoint: CheckpointRef) -> list[Point]:
 
 
 def register(
-    recipe: Recipe, job: str, run_id: str, state: TrainState, parity: float, commit: str, run_name: str, folder: Path
+    recipe: Recipe,
+    job: str,
+    run_id: str,
+    state: TrainState,
+    parity: float,
+    commit: str,
+    run_name: str,
+    folder: Path,
+    manifests: Sequence[shards.Manifest],
+    looked: Looked,
 ) -> RegisteredVersion:
-    """A version in the registry, under the alias `latest-JOB`: a new one, or the one that an earlier start made of this
-    run."""
-    name, alias, client = recipe.tracking.registered_model, f"latest-{job}", MlflowClient(recipe.tracking.uri)
-    found = patiently(
-        f"the question for versions of {name}",
-        lambda: client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"),
-        recipe.tracking.patience_s,
-    )
+    """A version in the registry with its card and its score, under the alias `latest-JOB`: a new one, or the one that
+    an earlier start made of this run. The alias moves last."""
+    name, uri, alias = recipe.tracking.registered_model, recipe.tracking.uri, f"latest-{job}"
+    # Variants may be filed under the training's run, too.
+    found = [item for item in list_versions(name, uri, run_id=run_id) if BASE_TAG not in item.tags]
+    scores = stored_scores(found[-1]) if found else {}
     if found:
-        version = max(found, key=lambda item: int(item.version))
-        patiently(f"alias {alias}", lambda: client.set_registered_model_alias(name, alias, str(version.version)))
+        model_id = str(found[-1].source).removeprefix("models:/")
+        version = RegisteredVersion(name, int(found[-1].version), (), run_id, model_id)
         print(f"  registered by an earlier start as version {version.version}", flush=True)
-        model_id = str(version.source).removeprefix("models:/")
-        return RegisteredVersion(name, int(version.version), alias, run_id, model_id)
-    return register_model(
-        folder,
-        uri=recipe.tracking.uri,
-        name=name,
-        alias=alias,
-        run_id=run_id,
-        tags={
-            "job": job,
-            "recipe": recipe.name,
-            "run_name": run_name,
-            "git_commit": commit,
-            "parity_max_abs_diff": f"{parity:.3g}",
-            "heldout_loss": f"{state.final['heldout_loss']:.4f}",
-        },
-    )
+    else:
+        tags = _version_tags(recipe, job, run_id, state, parity, commit, run_name, manifests)
+        whole = {} if looked.score is None else {suite_name(looked.suite): looked.score}
+        write_card(folder, card(MeteorConfig.from_pretrained(folder), tags, whole))
+        version = register_model(folder, uri=uri, name=name, aliases=(), run_id=run_id, tags=tags)
+    if looked.score is not None and looked.score.suite not in scores:
+        file_score(uri, name, version.version, looked.score, looked.suite, {"git_commit": commit})
+    move_alias(name, alias, version.version, uri)
+    return replace(version, aliases=(alias,))
+
+
+def _version_tags(
+    recipe: Recipe,
+    job: str,
+    run_id: str,
+    state: TrainState,
+    parity: float,
+    commit: str,
+    run_name: str,
+    manifests: Sequence[shards.Manifest],
+) -> dict[str, str]:
+    tags = {
+        "job": job,
+        "recipe": recipe.name,
+        "run_name": run_name,
+        "run_id": run_id,
+        "git_commit": commit,
+        "manifest": manifests[0].url,
+        "manifest_sha256": manifests[0].sha256,
+        PARITY_TAG: f"{parity:.3g}",
+        "parity_tolerance": f"{recipe.tracking.parity_tolerance:g}",
+        "heldout_loss": f"{state.final['heldout_loss']:.4f}",
+        **licence_tags(recipe, manifests, _inherited_licences(recipe)),
+    }
+    if len(manifests) > 1:
+        tags["mixture"] = "; ".join(f"{manifest.url} ({manifest.sha256[:12]})" for manifest in manifests[1:])
+    if recipe.model.start is not None:
+        tags["start"] = recipe.model.start
+    return tags
+
+
+def _inherited_licences(recipe: Recipe) -> dict[str, str]:
+    """Licence tags of the version that a training started from, or one that says that they are not known."""
+    start, key = recipe.model.start, f"{LICENCE_TAG}weights"
+    if start is None:
+        return {}
+    unknown = {key: f"not recorded: those of {start}"}
+    if not start.startswith("models:"):
+        return unknown
+    try:
+        tags = get_version(*resolve_model(start, recipe.tracking.uri), recipe.tracking.uri).tags
+    except TrackingAwayError:
+        raise
+    except TrackingError:  # deleted since
+        return unknown
+    return {name: text for name, text in tags.items() if name.startswith(LICENCE_TAG)} or unknown

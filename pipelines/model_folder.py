@@ -7,13 +7,14 @@ import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 
 CHECKSUMS_FILE = "checksums.json"
+CARD_FILE = "README.md"
 PARITY_TOLERANCE = 1e-3
 """Largest difference of a logit that other kernels and another order of summation may cause in fp32."""
 
@@ -42,7 +43,7 @@ def export_model(model: MeteorForConditionalGeneration, processor: MeteorProcess
     try:
         model.save_pretrained(scratch, safe_serialization=True)
         processor.save_pretrained(scratch)
-        (scratch / "README.md").write_text(_readme(model.config))
+        (scratch / CARD_FILE).write_text(f"{introduction(model.config)}\n{USE}")
         write_checksums(scratch)
         scratch.chmod(0o755)
         scratch.replace(folder)
@@ -66,23 +67,37 @@ def tokens_by_stage(config: MeteorConfig) -> dict[str, str]:
     return tags
 
 
-def _readme(config: MeteorConfig) -> str:
+def introduction(config: MeteorConfig) -> str:
+    """How a README.md begins: what the model is made of and how many visual tokens each stage keeps."""
     rows = "\n".join(f"| {name} | {kept} |" for name, kept in tokens_by_stage(config).items())
     return (
         "# A METEOR vision-language model\n\n"
         f"{len(config.encoders)} vision encoders ({', '.join(item.name for item in config.encoders)}), one "
         f"{config.text_config.model_type} language model, visual tokens pruned in three stages.\n\n"
-        f"| stage | visual tokens of an image |\n|---|---|\n{rows}\n\n"
-        "```python\n"
-        "from meteor_model.modeling_meteor import MeteorForConditionalGeneration\n"
-        "from meteor_model.processing_meteor import MeteorProcessor\n\n"
-        'processor = MeteorProcessor.from_pretrained("FOLDER")\n'
-        'model = MeteorForConditionalGeneration.from_pretrained("FOLDER").eval()\n'
-        'batch = processor("What is this?", "picture.png")\n'
-        "ids = model.generate(**batch, max_new_tokens=32, do_sample=False)\n"
-        'print(processor.decode(ids[0, batch["input_ids"].shape[1] :]))\n'
-        "```\n"
+        f"| stage | visual tokens of an image |\n|---|---|\n{rows}\n"
     )
+
+
+USE = """## Use
+
+```python
+from meteor_model.modeling_meteor import MeteorForConditionalGeneration
+from meteor_model.processing_meteor import MeteorProcessor
+
+processor = MeteorProcessor.from_pretrained("FOLDER")
+model = MeteorForConditionalGeneration.from_pretrained("FOLDER").eval()
+batch = processor("What is this?", "picture.png")
+ids = model.generate(**batch, max_new_tokens=32, do_sample=False)
+print(processor.decode(ids[0, batch["input_ids"].shape[1] :]))
+```
+"""
+
+
+def write_card(folder: Path, card: str) -> None:
+    """Give a sealed folder another README.md and seal it again. Raises ExportError where it is not whole before."""
+    verify_checksums(folder)
+    (folder / CARD_FILE).write_text(card)
+    write_checksums(folder)
 
 
 def write_checksums(folder: Path) -> None:
@@ -127,6 +142,24 @@ def _sha256(path: Path) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------- parity
+
+
+@torch.inference_mode()
+def write_parity_batch(model: MeteorForConditionalGeneration, processor: MeteorProcessor, path: Path) -> None:
+    """The file for `check_parity` of a model in memory: four pictures of noise under questions of growing length, and
+    the model's logits on them.
+
+    Args:
+        model: fp32, in eval mode.
+        processor: the model's.
+        path: of the file.
+    """
+    size, generator = processor.image_size, torch.Generator().manual_seed(0)
+    pictures = torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8, generator=generator)
+    questions = ["what is this?" + " and what is that?" * extra for extra in range(len(pictures))]
+    batch = processor(questions, list(pictures), padding_side="right").to(model.device)
+    logits_BTV = model(**batch, use_cache=False).logits
+    save_file({name: tensor.cpu().contiguous() for name, tensor in {**batch, "logits": logits_BTV}.items()}, path)
 
 
 def check_parity(folder: Path, parity_file: Path, tolerance: float = PARITY_TOLERANCE) -> float:

@@ -13,6 +13,7 @@ from pipelines.checkpoint import TrainState
 from pipelines.evaluate import Answer
 from pipelines.export import RegisteredVersion
 from pipelines.recipe import Recipe
+from pipelines.scoring import normalise
 
 SUMMARY_FILE = "summary.json"
 
@@ -46,7 +47,7 @@ def build_summary(
     wall_s: Mapping[str, float],
 ) -> dict[str, Any]:
     """The content of summary.json; numbers as they were measured."""
-    right = sum(answer.answer == answer.expected for answer in answers)
+    right = sum(normalise(answer.answer) == normalise(answer.expected) for answer in answers)
     return {
         "run_name": run_name,
         "run_id": mlflow_run_id,

@@ -154,11 +154,13 @@ def _phases(
         with phases("export", "consolidate, solve lambda, reload, compare logits"):
             parity = export(recipe, run.url, manifest, checkpoint, folder)
         with phases("look", "held-out answers and pictures of the kept tokens"):
-            answers = look(recipe, run.url, tracker, manifest, checkpoint, ranks, folder, pictures)
+            looked = look(recipe, run.url, tracker, manifest, checkpoint, ranks, folder, pictures)
         with phases("register", f"{recipe.tracking.registered_model} in MLflow"):
             tracker.log_points(undelivered_points(checkpoint))
             mlflow_run_id = tracker.settle()
-            version = register(recipe, job, mlflow_run_id, state, parity, run.commit, run.name, folder)
+            version = register(
+                recipe, job, mlflow_run_id, state, parity, run.commit, run.name, folder, manifests, looked
+            )
         summary = build_summary(
             run_name=run.name,
             mlflow_run_id=mlflow_run_id,
@@ -167,13 +169,13 @@ def _phases(
             ranks=ranks,
             config=MeteorConfig.from_pretrained(folder),
             parity=parity,
-            answers=answers,
+            answers=looked.answers,
             version=version,
             samples_per_s=state.samples_seen / state.step_seconds,
             wall_s=phases.seconds,
         )
         store_summary(recipe, run.url, summary, pictures)
-    return summary, answers
+    return summary, list(looked.answers)
 
 
 # ------------------------------------------------------------------------------------------------------------- prepare

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,15 +21,39 @@ import torch
 from safetensors.torch import save_file
 
 from meteor_model.architectures import build_config
-from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, PruningConfig
+from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, MeteorConfig, PruningConfig
 from meteor_model.image_processing_meteor import MeteorImageProcessor
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from meteor_model.tokenizer import train_tokenizer
 from pipelines.export import RegisteredVersion, export_model, register_model
+from pipelines.scoring import Record, Score, Suite, summarise
 from pipelines.tracking import open_run
 
 MODEL_NAME = "meteor-test"
+SUITE = Suite("s3://bucket/data/manifest.parquet", "ab" * 32, "heldout", 4)
+
+
+def tiny_pruning(fuse: int = 32, lam: float = 20.0) -> PruningConfig:
+    """All three stages; `fuse` tokens enter the LLM."""
+    return PruningConfig(
+        EncodePruning(totals=(96, 64, 64)), FusePruning(keep=fuse), DecodePruning(layer=2, target_mean=16, lam=lam)
+    )
+
+
+def tiny_config(pruning: PruningConfig | None = None) -> MeteorConfig:
+    """A small model for the tokenizer of `tiny`."""
+    return build_config("tiny", pruning or tiny_pruning(), 280, {}, 0)
+
+
+def record(number: int, *, right: bool = True, nll: float = 0.5, kept: int = 12) -> Record:
+    """One question."""
+    return Record(f"sample-{number}", "red", "red" if right else "blue", right, nll, kept, 1)
+
+
+def score_of(records: Sequence[Record], pruning: PruningConfig | None = None, suite: Suite = SUITE) -> Score:
+    """The score of the tiny model under a pruning that gave these answers."""
+    return summarise(tiny_config(pruning), records, suite.digest)
 
 
 @dataclass
@@ -119,12 +143,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def tiny() -> tuple[MeteorForConditionalGeneration, MeteorProcessor]:
     """A model with random weights, all three prunings on, and its processor."""
     tokenizer = train_tokenizer(["what is this? a red square"] * 3, 280)
-    pruning = PruningConfig(
-        EncodePruning(totals=(96, 64, 64)), FusePruning(keep=32), DecodePruning(layer=2, target_mean=16, lam=20.0)
-    )
     special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     image_token_id = tokenizer.convert_tokens_to_ids("<image>")
-    config = build_config("tiny", pruning, len(tokenizer), special, image_token_id)
+    config = build_config("tiny", tiny_pruning(), len(tokenizer), special, image_token_id)
     torch.manual_seed(0)
     model = MeteorForConditionalGeneration(config).eval()
     images = MeteorImageProcessor(config.image_size)
@@ -162,6 +183,6 @@ def run_id(server: Server) -> str:
 @pytest.fixture(scope="session")
 def registered(server: Server, exported: Path, run_id: str) -> RegisteredVersion:
     return register_model(
-        exported, uri=server.uri, name=MODEL_NAME, alias="latest-pretrain", run_id=run_id,
+        exported, uri=server.uri, name=MODEL_NAME, aliases=("latest-pretrain",), run_id=run_id,
         tags={"git_commit": "abc", "hub_token": "hidden-value"},
     )  # fmt: skip

@@ -17,7 +17,7 @@ from pipelines.export import RegisteredVersion
 from pipelines.model_folder import ExportError
 from pipelines.points import Point, points_to_jsonl
 from pipelines.recipe import Recipe, TrackingSettings
-from tests.registry.conftest import MODEL_NAME, Server
+from tests.registry.conftest import MODEL_NAME, SUITE, Server, record, score_of
 
 pytestmark = pytest.mark.stack
 
@@ -47,12 +47,13 @@ def test_an_earlier_export_is_brought_whole_or_refused(
 
 
 def test_earlier_answers_and_pictures_are_brought(tmp_path: Path, checkpoint: CheckpointRef) -> None:
-    answer = {"key": "a", "question": "q", "expected": "e", "answer": "e", "visual_tokens_kept": 3}
+    answer = Answer("a", "q", "e", "e", 3)
     run_url, pictures = tmp_path / "run", tmp_path / "pictures"
     storage.write_bytes(str(run_url / "pictures" / "loss.png"), b"png")
-    storage.write_json(str(run_url / "looked.json"), {"checkpoint": checkpoint.url, "answers": [answer]})
+    looked = finish.Looked((answer,), SUITE, score_of([record(0), record(1, right=False, nll=1 / 3)]))
+    storage.write_json(str(run_url / "looked.json"), {"checkpoint": checkpoint.url, **looked.to_dict()})
     found = finish.look(Recipe(), str(run_url), UNUSED, UNUSED, checkpoint, {}, UNUSED, pictures)
-    assert found == [Answer("a", "q", "e", "e", 3)]
+    assert found == looked
     assert (pictures / "loss.png").read_bytes() == b"png"
 
 
@@ -62,7 +63,9 @@ def test_the_version_of_an_earlier_start_is_taken(
     recipe = Recipe(tracking=TrackingSettings(uri=server.uri, registered_model=MODEL_NAME))
     client = MlflowClient(server.uri)
     before = client.search_model_versions(f"name = '{MODEL_NAME}'")
-    again = finish.register(recipe, "adopt", registered.run_id, checkpoint.state, 0.0, "abc", "r", UNUSED)
+    again = finish.register(
+        recipe, "adopt", registered.run_id, checkpoint.state, 0.0, "abc", "r", UNUSED, UNUSED, finish.Looked()
+    )
     newest = max(before, key=lambda item: int(item.version))
     assert again.version == int(newest.version)
     assert again.model_id == registered.model_id or again.version != registered.version

@@ -253,7 +253,7 @@ def test_the_alias_moves_and_old_versions_stay(
     server: Server, registered: RegisteredVersion, exported: Path, run_id: str, tmp_path: Path
 ) -> None:
     second = register_model(
-        exported, uri=server.uri, name=MODEL_NAME, alias="latest-pretrain", run_id=run_id, tags={"parity": "0"}
+        exported, uri=server.uri, name=MODEL_NAME, aliases=("latest-pretrain",), run_id=run_id, tags={"parity": "0"}
     )
     assert second.version == registered.version + 1
     client = MlflowClient(server.uri)
@@ -264,7 +264,7 @@ def test_the_alias_moves_and_old_versions_stay(
 def test_an_incomplete_folder_is_not_registered(server: Server, exported: Path, run_id: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ExportError, match="no METEOR model folder"):
-        register_model(tmp_path, uri=server.uri, name="half", alias="a", run_id=run_id, tags={})
+        register_model(tmp_path, uri=server.uri, name="half", aliases=("a",), run_id=run_id, tags={})
     with pytest.raises(TrackingError, match="refused run"):
-        register_model(exported, uri=server.uri, name="half", alias="a", run_id="f" * 32, tags={})
+        register_model(exported, uri=server.uri, name="half", aliases=("a",), run_id="f" * 32, tags={})
     assert "half" not in [model.name for model in MlflowClient(server.uri).search_registered_models()]

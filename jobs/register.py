@@ -1,0 +1,236 @@
+"""The registry of models: `python jobs/register.py {list,compare,promote,rollback,parity} ...`.
+
+Versions are made by training and by the search; here they are compared, promoted to an alias under evidence, and rolled
+back. `--help` after a command shows its settings. Needs MLFLOW_TRACKING_URI.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import tyro
+
+from pipelines.model_card import PARITY_TAG
+from pipelines.model_folder import PARITY_TOLERANCE
+from pipelines.promotion import promote, what_is_lacking
+from pipelines.registry import (
+    HISTORY_TAG,
+    alias_history,
+    get_version,
+    list_versions,
+    registered_model,
+    resolve_model,
+    roll_back,
+)
+from pipelines.scoring import Interval, Score
+from pipelines.tracking import require_tracking, use_tracking
+from pipelines.version_scores import VersionComparison, compare_versions
+
+
+@dataclass(frozen=True)
+class ListCommand:
+    """Show versions, aliases, proofs and scores."""
+
+    model: str = "meteor"
+    """Registered model."""
+
+
+@dataclass(frozen=True)
+class CompareCommand:
+    """Show two versions on one suite, and the paired difference with its 95 % interval."""
+
+    versions: tyro.conf.Positional[tuple[str, str]]
+    """Two aliases or version numbers; the difference is the second minus the first."""
+    model: str = "meteor"
+    """Registered model."""
+    suite: str | None = None
+    """Digest of the suite where both have several scores in common."""
+    output: Path | None = None
+    """JSON file for the result."""
+
+
+@dataclass(frozen=True)
+class PromoteCommand:
+    """Let an alias point to a version that has its parity and a score on a suite."""
+
+    model: str = "meteor"
+    """Registered model."""
+    version: int | None = None
+    """Number of the version."""
+    alias: str | None = None
+    """Instead of a number: the version that this alias points to, e.g. budget-128."""
+    to: str = "champion"
+    """The alias that moves."""
+    parity_tolerance: float = PARITY_TOLERANCE
+    """Largest difference of a logit between the registered files and the model that they were made of."""
+
+
+@dataclass(frozen=True)
+class RollbackCommand:
+    """Let an alias point to the version before; twice is two moves back."""
+
+    model: str = "meteor"
+    """Registered model."""
+    alias: str = "champion"
+    """The alias."""
+
+
+@dataclass(frozen=True)
+class ParityCommand:
+    """Measure the parity of a registered version anew, and file it."""
+
+    version: int
+    """Number of the version."""
+    model: str = "meteor"
+    """Registered model."""
+    parity_tolerance: float = PARITY_TOLERANCE
+    """Largest difference of a logit that is allowed."""
+
+
+Command = (
+    Annotated[ListCommand, tyro.conf.subcommand("list")]
+    | Annotated[CompareCommand, tyro.conf.subcommand("compare")]
+    | Annotated[PromoteCommand, tyro.conf.subcommand("promote")]
+    | Annotated[RollbackCommand, tyro.conf.subcommand("rollback")]
+    | Annotated[ParityCommand, tyro.conf.subcommand("parity")]
+)
+
+
+def execute(command: Command, uri: str) -> str:
+    """Do what the command says; the text to print. Raises ValueError (of several kinds) with a message for the user."""
+    match command:
+        case ListCommand():
+            return show_versions(command.model, uri)
+        case CompareCommand():
+            return compare(command, uri)
+        case PromoteCommand():
+            if (command.version is None) == (command.alias is None):
+                raise ValueError("give either --version NUMBER or --alias ALIAS: the version to promote")
+            which = str(command.version) if command.alias is None else command.alias
+            _, version = resolve_model(address(command.model, which), uri)
+            move = promote(command.model, version, command.to, uri, command.parity_tolerance)
+            return _moved(command.model, move.alias, move.before, move.after)
+        case RollbackCommand():
+            move = roll_back(command.model, command.alias, uri)
+            return _moved(command.model, move.alias, move.before, move.after)
+        case ParityCommand():
+            # Here: reading checkpoints loads Ray, which the other commands do not need.
+            from pipelines.variants import measure_parity
+
+            resolve_model(address(command.model, str(command.version)), uri)
+            parity = measure_parity(command.model, command.version, uri, command.parity_tolerance)
+            return f"version {command.version} of {command.model}: largest difference of a logit {parity:.3g}"
+
+
+def address(model: str, which: str) -> str:
+    """The URI of an alias or a version number."""
+    return f"models:/{model}/{which}" if which.isdigit() else f"models:/{model}@{which}"
+
+
+def _moved(model: str, alias: str, before: int | None, after: int) -> str:
+    if before == after:
+        return f"{alias} of {model} points to version {after} already"
+    return f"{alias} of {model}: version {'none' if before is None else before} -> {after}"
+
+
+def show_versions(model: str, uri: str) -> str:
+    """All versions, newest first, and the history of each alias that moved."""
+    registered = registered_model(model, uri)
+    rows: list[tuple[str, ...]] = []
+    rows += [("version", "aliases", "made by", "parity", "accuracy", "answer NLL", "tokens", "TFLOPs", "promotable")]
+    for version in reversed(list_versions(model, uri)):
+        tags = version.tags
+        aliases = sorted(name for name, number in registered.aliases.items() if int(number) == int(version.version))
+        made_by = tags.get("base") or tags.get("run_name") or tags.get("job") or "-"
+        numbers = [tags.get(key, "-") for key in (PARITY_TAG, "accuracy", "answer_nll", "visual_tokens_mean", "tflops")]
+        ready = "no" if what_is_lacking(version) else "yes"
+        rows.append((str(version.version), ", ".join(aliases) or "-", made_by, *numbers, ready))
+    lines = [_table(rows)]
+    for tag in sorted(registered.tags):
+        if tag.startswith(HISTORY_TAG):
+            alias = tag.removeprefix(HISTORY_TAG)
+            lines.append(f"{alias}: {' -> '.join(map(str, alias_history(registered, alias)))}")
+    return "\n".join(lines)
+
+
+def compare(command: CompareCommand, uri: str) -> str:
+    """The table of two versions on one suite; written to `output` as well."""
+    numbers = [resolve_model(address(command.model, which), uri)[1] for which in command.versions]
+    first, second = (get_version(command.model, number, uri) for number in numbers)
+    compared = compare_versions(uri, first, second, command.suite)
+    if command.output is not None:
+        document = {
+            "model": command.model,
+            "suite": compared.suite,
+            "first": {"asked": command.versions[0], "version": numbers[0], **compared.first.to_dict()},
+            "second": {"asked": command.versions[1], "version": numbers[1], **compared.second.to_dict()},
+            "second_minus_first": asdict(compared.difference),
+        }
+        command.output.parent.mkdir(parents=True, exist_ok=True)
+        command.output.write_text(json.dumps(document, indent=2) + "\n")
+    titles = [f"{which} (version {number})" for which, number in zip(command.versions, numbers, strict=True)]
+    return comparison_table(titles, compared)
+
+
+def comparison_table(titles: list[str], compared: VersionComparison) -> str:
+    """Scores side by side with 95 % intervals, and the paired difference."""
+    first, second, difference = compared.first, compared.second, compared.difference
+
+    def row(name: str, measure: Callable[[Score], str], change: str) -> tuple[str, str, str, str]:
+        return name, measure(first), measure(second), change
+
+    rows = [
+        ("", *titles, "difference, paired"),
+        row(
+            "accuracy",
+            lambda score: _measured(score.accuracy, score.accuracy_interval),
+            _measured(difference.accuracy, difference.accuracy_interval, "+"),
+        ),
+        row(
+            "answer NLL",
+            lambda score: _measured(score.answer_nll, score.answer_nll_interval),
+            _measured(difference.answer_nll, difference.answer_nll_interval, "+"),
+        ),
+        row(
+            "visual tokens",
+            lambda score: f"{score.visual_tokens} > {score.visual_tokens_mean:.1f}",
+            f"{difference.visual_tokens_mean:+.1f} after stage 3",
+        ),
+        row("TFLOPs", lambda score: f"{score.tflops:.4g}", f"{difference.tflops:+.4g}"),
+    ]
+    return f"suite {difference.suite}: {compared.suite}\n" + _table(rows)
+
+
+def _measured(value: float, interval: Interval, sign: str = "") -> str:
+    return f"{value:{sign}.4f} [{interval.low:{sign}.4f}, {interval.high:{sign}.4f}]"
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def main() -> int:
+    """Command line; a fault of the input is said on stderr, with exit code 2."""
+    command = tyro.cli(Command, description=__doc__)
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    try:
+        require_tracking(uri)
+        use_tracking(uri)
+        print(execute(command, uri))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
