@@ -1,0 +1,141 @@
+"""The parts of a sweep that need no cluster: settings, resources, records, fronts."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipelines.settings import SettingsError, TrainingSettings
+from tune.pareto import Point, front, hypervolume, reference
+from tune.records import Records, TrialRecord
+from tune.resources import bundles_of_trial, concurrent_trials
+from tune.settings import SweepSettings
+
+BASE = SweepSettings(budgets=(8.0, 16.0), storage="unused")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budgets": ()}, "nothing to search"),
+        ({"budgets": (0.0,)}, "above 0 and differ"),
+        ({"budgets": (8.0, 8.0)}, "above 0 and differ"),
+        ({"trials": 0}, "trials is 0"),
+        ({"portions": 300}, "only 256 questions"),
+        ({"max_concurrent": 0}, "max_concurrent is 0"),
+        ({"cpus_per_trial": 0.0}, "without bound"),
+        ({"budget_unit": "tflops", "decode_by": "lambda"}, "does not tell the cost"),
+        ({"compare_random": True}, "needs --pareto"),
+        ({"heldout_split": "train"}, "solved on the questions"),
+    ],
+)
+def test_contradictions_are_named(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        replace(BASE, **changes)  # type: ignore[arg-type]
+
+
+def test_studies() -> None:
+    both = replace(BASE, pareto=True, compare_random=True, trials=5)
+    assert [(s.name, s.trials, s.sampler, s.budget, s.early_stopping) for s in both.studies()] == [
+        ("budget-8", 5, "tpe", 8.0, True),
+        ("budget-16", 5, "tpe", 16.0, True),
+        ("front", 5, "tpe", None, False),
+        ("random", 5, "random", None, False),
+        ("defaults", 0, "given", None, False),
+    ]
+
+
+def test_places_and_room_are_no_part_of_the_identity() -> None:
+    other = replace(BASE, storage="elsewhere", max_concurrent=1, output="x.json", register=True, name="n")
+    assert other.digest() == BASE.digest()
+    assert replace(BASE, trials=3).digest() != BASE.digest()
+    trained = replace(BASE.train, training=TrainingSettings(epochs=3))
+    assert replace(BASE, train=trained).digest() == BASE.digest(), "evaluate trains nothing"
+    assert replace(BASE, kind="finetune", train=trained).digest() != replace(BASE, kind="finetune").digest()
+
+
+# ----------------------------------------------------------------------------------------------------------- resources
+
+
+def test_trials_share_a_gpu() -> None:
+    quarter = bundles_of_trial(replace(BASE, gpus_per_trial=0.25))
+    assert concurrent_trials(quarter, [{"CPU": 16, "GPU": 1}]) == 4
+    assert concurrent_trials(quarter, [{"CPU": 3, "GPU": 1}]) == 3
+    assert concurrent_trials(quarter, [{"CPU": 16, "GPU": 1}] * 2, at_most=3) == 3
+
+
+def test_a_bundle_does_not_span_nodes() -> None:
+    pair = bundles_of_trial(replace(BASE, cpus_per_trial=2.0))
+    assert concurrent_trials(pair, [{"CPU": 3}, {"CPU": 3}]) == 2
+    with pytest.raises(SettingsError, match=r"cannot hold one trial: it needs 2 CPUs .* 1 CPUs, 1 CPUs"):
+        concurrent_trials(pair, [{"CPU": 1}, {"CPU": 1}])
+
+
+def test_what_a_training_trial_starts_in_turn_is_counted() -> None:
+    """Its own bundle alone would let four start, whose workers would then wait for each other for ever."""
+    settings = replace(BASE, kind="finetune", cpus_per_trial=1.0)
+    needs = bundles_of_trial(settings)
+    assert sum(bundle["CPU"] for bundle in needs) == 1 + 2 + 1 + 1, "itself, two workers, validation, two data tasks"
+    assert concurrent_trials(needs, [{"CPU": 4}, {"CPU": 4}]) == 1
+    assert concurrent_trials(needs, [{"CPU": 10}]) == 2
+    with pytest.raises(SettingsError, match="needs 5 CPUs"):
+        concurrent_trials(needs, [{"CPU": 4.5}])
+
+
+# ------------------------------------------------------------------------------------------------------------- records
+
+
+def test_records_come_back_from_storage(tmp_path: Path) -> None:
+    records = Records(str(tmp_path))
+    assert records.all() == []
+    for number in (1, 0):
+        records.save(TrialRecord(f"front-{number:03d}", "front", {"a": 1}, {}, None))
+    records.update("front-000", status="failed", error="no")
+    (tmp_path / "trials" / "front-001").mkdir()
+    (tmp_path / "trials" / "front-001" / "score.json").write_text("{}")
+    again = Records(str(tmp_path))
+    assert [(r.id, r.status) for r in again.of("front")] == [("front-000", "failed"), ("front-001", "started")]
+    assert again.get("front-000").error == "no"
+    assert again.of("other") == []
+
+
+# -------------------------------------------------------------------------------------------------------------- fronts
+
+numbers = st.integers(0, 12).map(float)
+points = st.lists(st.tuples(numbers, numbers), min_size=1, max_size=12).map(
+    lambda pairs: [Point(str(i), cost, score) for i, (cost, score) in enumerate(pairs)]
+)
+
+
+@given(points)
+def test_the_front_is_what_nothing_dominates(given_points: list[Point]) -> None:
+    kept = front(given_points)
+    undominated = {(p.cost, p.score) for p in given_points if not any(o.dominates(p) for o in given_points)}
+    assert {(p.cost, p.score) for p in kept} == undominated
+    assert all(a.cost < b.cost and a.score < b.score for a, b in itertools.pairwise(kept))
+
+
+@given(points)
+def test_hypervolume_is_the_area_counted_cell_by_cell(given_points: list[Point]) -> None:
+    """All coordinates are whole, so the unit cells below every point make the same area."""
+    corner = (14.0, -1.0)
+    cells = itertools.product(range(14), range(-1, 13))
+    covered = sum(any(p.cost <= x and p.score >= y + 1 for p in given_points) for x, y in cells)
+    assert hypervolume(given_points, corner) == pytest.approx(covered)
+
+
+def test_a_reference_is_worse_than_everything() -> None:
+    rng = np.random.default_rng(0)
+    drawn = [Point(str(i), *rng.normal(size=2)) for i in range(20)]
+    cost, score = reference(drawn)
+    assert all(p.cost < cost and p.score > score for p in drawn)
+    assert hypervolume(drawn, (cost, score)) > 0
+    assert hypervolume(drawn, (min(p.cost for p in drawn), score)) == 0
+    with pytest.raises(ValueError, match="no point"):
+        reference([])

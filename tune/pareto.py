@@ -1,0 +1,54 @@
+"""Pareto fronts and their hypervolume, in two dimensions: a score that shall be high at a cost that shall be low."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Point:
+    """One trial: what it costs and how well it answers (higher is better)."""
+
+    id: str
+    cost: float
+    score: float
+
+    def dominates(self, other: Point) -> bool:
+        """No worse in both, better in one."""
+        no_worse = self.cost <= other.cost and self.score >= other.score
+        return no_worse and (self.cost < other.cost or self.score > other.score)
+
+
+def front(points: Iterable[Point]) -> list[Point]:
+    """The points that no other one dominates, by rising cost (of equal ones the first)."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda item: (item.cost, -item.score)):
+        if not best or point.score > best[-1].score:
+            best.append(point)
+    return best
+
+
+def reference(points: Sequence[Point]) -> tuple[float, float]:
+    """A corner (cost, score) that is worse than all points in both, by a tenth of their range: one corner for all sets
+    whose hypervolumes are compared, over all of their points. Raises ValueError for no point."""
+    if not points:
+        raise ValueError("there is no point to take a reference of")
+    costs, scores = [p.cost for p in points], [p.score for p in points]
+    return (
+        max(costs) + 0.1 * (max(costs) - min(costs)),
+        min(scores) - 0.1 * (max(scores) - min(scores)),
+    )
+
+
+def hypervolume(points: Iterable[Point], corner: tuple[float, float]) -> float:
+    """Area that the points dominate inside the corner (cost, score); points beyond it count nothing.
+
+    Zitzler and Thiele, "Multiobjective optimization using evolutionary algorithms" (PPSN 1998).
+    """
+    area, reached = 0.0, corner[1]
+    inside = [p for p in points if p.cost < corner[0] and p.score > corner[1]]
+    for point in front(inside):
+        area += (corner[0] - point.cost) * (point.score - reached)
+        reached = point.score
+    return area

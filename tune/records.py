@@ -1,0 +1,98 @@
+"""What is known of each trial: one small JSON in storage, written when it starts and when it ends.
+
+A sweep that was killed is put together from them: ended trials teach the study anew, started ones run again under the
+same name with the same choices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from meteor_model.configuration_meteor import PruningConfig
+from pipelines import storage
+from pipelines.scoring import Score
+
+FOLDER = "trials"
+Status = Literal["started", "completed", "stopped", "failed"]
+"""completed: scored on the whole suite. stopped: ended early by the scheduler. failed: with an error."""
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One trial.
+
+    Attributes:
+        id: STUDY-NUMBER.
+        study: it belongs to.
+        choices: by name, as the sampler made them.
+        pruning: what they come to (`PruningConfig` as a dictionary); after the trial with the lambda that was solved.
+        ranks: of the estimator that was chosen, or None.
+        status: see `Status`.
+        objective: higher is better; of a stopped trial the last one that it reported.
+        score: `Score.to_dict`, of a completed trial.
+        error: of a failed one.
+        seconds: that it took.
+        run_id: of its MLflow run, once it is logged there.
+    """
+
+    id: str
+    study: str
+    choices: dict[str, Any]
+    pruning: dict[str, Any]
+    ranks: dict[str, list[float]] | None
+    status: Status = "started"
+    objective: float | None = None
+    score: dict[str, Any] | None = None
+    error: str | None = None
+    seconds: float | None = None
+    run_id: str | None = None
+
+    @property
+    def scored(self) -> Score:
+        """The score of a completed trial."""
+        assert self.score is not None, f"trial {self.id} is {self.status}"
+        return Score.from_dict(self.score)
+
+    @property
+    def pruning_config(self) -> PruningConfig:
+        """The pruning as settings."""
+        return PruningConfig.from_dict(self.pruning)
+
+
+class Records:
+    """The trials of one sweep, in storage and here."""
+
+    def __init__(self, sweep_url: str) -> None:
+        self._url = storage.join(sweep_url, FOLDER)
+        names = [name for name in storage.list_files(self._url) if name.endswith(".json") and "/" not in name]
+        loaded = [TrialRecord(**storage.read_json(storage.join(self._url, name))) for name in names]
+        self._by_id = {record.id: record for record in loaded}
+
+    def save(self, record: TrialRecord) -> None:
+        """Keep a record, in place of what was known of its trial. Raises StorageError."""
+        storage.write_json(storage.join(self._url, f"{record.id}.json"), asdict(record))
+        self._by_id[record.id] = record
+
+    def update(self, trial_id: str, **changes: Any) -> TrialRecord:
+        """Change and keep the record of a trial."""
+        changed = replace(self._by_id[trial_id], **changes)
+        self.save(changed)
+        return changed
+
+    def get(self, trial_id: str) -> TrialRecord:
+        """The record of a trial that was started."""
+        return self._by_id[trial_id]
+
+    def of(self, study: str) -> list[TrialRecord]:
+        """The trials of one study, by number."""
+        return [record for record in self.all() if record.study == study]
+
+    def all(self) -> list[TrialRecord]:
+        """Every trial, by name."""
+        return sorted(self._by_id.values(), key=lambda record: record.id)
+
+
+def folder_of(sweep_url: str, trial_id: str) -> str:
+    """Where a trial keeps its score with all questions, and its pictures."""
+    return storage.join(sweep_url, FOLDER, trial_id)

@@ -1,0 +1,149 @@
+"""Settings of one sweep, and the studies that they ask for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from pipelines.recipe import Recipe, TrackingSettings
+from pipelines.settings import SettingsError
+from tune.space import DecodeBy
+
+Kind = Literal["evaluate", "finetune"]
+Sampler = Literal["tpe", "nsga2", "random", "given"]
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """What is searched, on what, and with what."""
+
+    model: str = "models:/meteor@latest-pretrain"
+    """Registered model whose pruning is searched: models:/NAME@ALIAS or models:/NAME/VERSION."""
+    kind: Kind = "evaluate"
+    """evaluate: score the model as it is under another pruning. finetune: first train it under that pruning, a short
+    run through Ray Train (settings under --train)."""
+    budgets: tuple[float, ...] = ()
+    """Find the best pruning within each of these budgets per image (one study each)."""
+    budget_unit: Literal["tokens", "tflops"] = "tokens"
+    """What budgets count: visual tokens after stage 3 (mean), or TFLOPs of one image and a short prompt."""
+    pareto: bool = False
+    """Also search the front of score against TFLOPs and visual tokens at once."""
+    trials: int = 16
+    """Trials of each study."""
+    pareto_sampler: Literal["tpe", "nsga2"] = "tpe"
+    """Optuna's sampler of the front. NSGA-II needs a few generations of trials before it is more than random."""
+    compare_random: bool = False
+    """Beside the front, as many trials of random search, for the comparison of hypervolumes."""
+    objective: Literal["answer_nll", "accuracy"] = "answer_nll"
+    """The score: likelihood of the expected answers (lower is better), or the share of right answers."""
+    decode_by: DecodeBy = "target"
+    """Choose stage 3 by a target mean, for which lambda is solved, or by lambda itself (not with token budgets)."""
+    questions: int = 256
+    """Questions of the suite, from the held-out split."""
+    portions: int = 4
+    """Portions in which a trial of `evaluate` is scored; after each, ASHA may stop it."""
+    early_stopping: bool = True
+    """Stop the weaker half of a budget's trials early (ASHA). Studies of the front always run to the end."""
+    batch: int = 16
+    """Questions at a time."""
+    calibration_samples: int = 64
+    """Prompts of the training split on which lambda is solved."""
+    manifest: str = ""
+    """Address of the shards; by default those that the model was trained on."""
+    train_split: str = "train"
+    """Split of the prompts on which lambda is solved."""
+    heldout_split: str = "heldout"
+    """Split of the questions."""
+    max_concurrent: int | None = None
+    """Trials at a time at most; by default as many as the cluster holds."""
+    cpus_per_trial: float = 1.0
+    """Ray CPUs that a trial reserves for itself (a finetune trial's workers come on top)."""
+    gpus_per_trial: float = 0.0
+    """Ray GPUs that a trial reserves for itself, fractions of one too."""
+    pictures: int = 1
+    """Questions of each finished trial for which the kept tokens are drawn."""
+    seed: int = 0
+    """Seed of the samplers."""
+    name: str | None = None
+    """Name of the sweep. A name that exists goes on where it stopped; None continues the last unfinished sweep of these
+    settings, or begins a new one."""
+    storage: str = field(default_factory=lambda: Recipe().run.storage)
+    """Root of all data, runs and sweeps; by default METEOR_STORAGE."""
+    output: str | None = None
+    """JSON file on the machine that runs the job where the results are written as well; pictures beside it."""
+    register: bool = False
+    """Register the best of each budget as a version of the model, under the alias budget-NUMBER."""
+    tracking: TrackingSettings = field(default_factory=TrackingSettings)
+    """MLflow."""
+    train: Recipe = field(default_factory=Recipe)
+    """Training of a finetune trial; its model, pruning, name and places are the sweep's."""
+
+    def __post_init__(self) -> None:
+        if not self.budgets and not self.pareto:
+            raise SettingsError("there is nothing to search: give --budgets NUMBER ... or --pareto")
+        if any(budget <= 0 for budget in self.budgets) or len(set(self.budgets)) < len(self.budgets):
+            raise SettingsError(f"budgets are {self.budgets}; they must be above 0 and differ")
+        for name in ("trials", "questions", "portions", "batch", "calibration_samples"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.portions > self.questions:
+            raise SettingsError(f"portions is {self.portions}, but there are only {self.questions} questions")
+        if self.max_concurrent is not None and self.max_concurrent < 1:
+            raise SettingsError(f"max_concurrent is {self.max_concurrent}; it must be at least 1")
+        if self.cpus_per_trial < 0 or self.gpus_per_trial < 0 or self.cpus_per_trial + self.gpus_per_trial == 0:
+            raise SettingsError(
+                f"a trial reserves {self.cpus_per_trial:g} CPUs and {self.gpus_per_trial:g} GPUs: reserve some of one, "
+                "or trials would run without bound"
+            )
+        if self.budgets and self.budget_unit == "tflops" and self.decode_by == "lambda":
+            raise SettingsError("a budget in TFLOPs needs decode_by 'target': a lambda does not tell the cost")
+        if self.compare_random and not self.pareto:
+            raise SettingsError("compare_random compares fronts: it needs --pareto")
+        if self.train_split == self.heldout_split:
+            raise SettingsError(f"lambda would be solved on the questions: both splits are {self.train_split!r}")
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the results: two starts of one sweep must agree in it."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        for key in ("name", "storage", "output", "register", "tracking", "max_concurrent", "pictures"):
+            plain.pop(key)
+        plain["train"] = self.train.identity() if self.kind == "finetune" else None
+        return plain
+
+    def digest(self) -> str:
+        """Short hash of `identity()`."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:6]
+
+    def studies(self) -> tuple[StudyPlan, ...]:
+        """One for each budget; for the front one that searches, one that draws at random, and the paper's defaults."""
+        plans = [
+            StudyPlan(f"budget-{budget:g}", self.trials, "tpe", budget, early_stopping=self.early_stopping)
+            for budget in self.budgets
+        ]
+        if self.pareto:
+            plans.append(StudyPlan("front", self.trials, self.pareto_sampler))
+            if self.compare_random:
+                plans.append(StudyPlan("random", self.trials, "random"))
+            plans.append(StudyPlan("defaults", 0, "given"))
+        return tuple(plans)
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """One study.
+
+    Attributes:
+        name: the first part of its trials' names.
+        trials: how many; of "given" configurations, as many as there are.
+        sampler: what chooses.
+        budget: the bound of its trials, or None where score and costs are searched together.
+        early_stopping: whether ASHA stops trials.
+    """
+
+    name: str
+    trials: int
+    sampler: Sampler
+    budget: float | None = None
+    early_stopping: bool = False
