@@ -22,7 +22,7 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
-from pipelines.tracking import TrackingError, patiently, use_tracking
+from pipelines.tracking import TrackingError, patiently, redact, use_tracking
 
 HISTORY_TAG = "alias_history."
 ROLLED_BACK_TAG = "rolled_back."
@@ -190,7 +190,7 @@ def describe_version(uri: str, name: str, version: int, *, tags: Mapping[str, st
     """Set tags of a version, and its description unless that is None."""
     use_tracking(uri)
     client = MlflowClient(uri)
-    for key, value in tags.items():
+    for key, value in redact(tags).items():
         patiently(
             f"tag {key} of {name}/{version}", partial(client.set_model_version_tag, name, str(version), key, value)
         )

@@ -21,7 +21,7 @@ from mlflow.entities.model_registry import ModelVersion
 from pipelines.model_card import with_scores
 from pipelines.registry import describe_version, get_version
 from pipelines.scoring import Comparison, Score, ScoringError, Suite, compare_scores
-from pipelines.tracking import TrackingError, log_documents, patiently, use_tracking
+from pipelines.tracking import TrackingError, hide_passwords, log_documents, patiently, use_tracking
 
 SCORE_TAG = "score."
 SUITE_TAG = "suite"
@@ -57,7 +57,7 @@ class StoredScore:
 
 def suite_name(suite: Suite | None) -> str:
     """A suite for people; None is one of which only the digest is known."""
-    return "suite" if suite is None else f"{suite.questions} x {suite.split} of {suite.manifest}"
+    return "suite" if suite is None else f"{suite.questions} x {suite.split} of {hide_passwords(suite.manifest)}"
 
 
 def score_tags(stored: StoredScore) -> dict[str, str]:
