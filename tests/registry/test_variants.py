@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from pipelines.export import RegisteredVersion, load_registered, pull_model, reg
 from pipelines.model_folder import ExportError, ParityError
 from pipelines.promotion import promote
 from pipelines.registry import alias_history, get_version, move_alias, registered_model, roll_back
-from pipelines.schema import RawSample, Turn
+from pipelines.schema import build_members
 from pipelines.scoring import ScoringError, Suite
 from pipelines.tracking import TrackingError, set_tags
 from pipelines.variants import measure_parity, register_variant
@@ -236,12 +235,12 @@ def test_parity_of_a_registered_version_is_measured_again(
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> shards.Manifest:
     """Six samples with pictures, in one held-out shard."""
     root = str(tmp_path_factory.mktemp("data"))
-
-    def samples() -> Sequence[RawSample]:
-        turns = (Turn("user", "<image>\nwhat is this?"), Turn("assistant", "a red square"))
-        return [RawSample(f"s{number}", (png((40 * number, 10, 10)),), turns) for number in range(6)]
-
-    infos = list(shards.write_shards(samples(), root, "heldout", 8))
+    turns = [{"from": "human", "value": "<image>\nwhat is this?"}, {"from": "gpt", "value": "a red square"}]
+    rows = [
+        (f"s{number}", build_members({"id": "s", "conversations": turns}, [("png", png((40 * number, 10, 10)))]))
+        for number in range(6)
+    ]
+    infos = shards.write_shards(rows, root, "heldout", 8)
     return shards.save_manifest(root, infos, {"source": {"name": "squares"}})
 
 
