@@ -36,7 +36,7 @@ from meteor_model.generation_meteor import MeteorGenerationMixin, position_ids_o
 from meteor_model.inputs import check_no_images, check_pixels, check_placeholders, check_tokens
 from meteor_model.outputs import MeteorImageFeatures, MeteorOutput, PruningStats
 from meteor_model.pretrained import MeteorPreTrainedModel
-from meteor_model.pruning import feature_rank
+from meteor_model.pruning import singular_values, spectrum_rank
 
 JOINT = "joint"  # the one projector of channel_concat
 
@@ -156,8 +156,9 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
         ranks: dict[str, dict[str, Any]] = {estimator: {} for estimator in estimators}
         for name, encoder in self._towers():
             maps = dense_maps(encoder, self._pixels_of(name, pixel_values), segments)
+            spectra = [singular_values(hidden_MND) for hidden_MND in maps]
             for estimator in estimators:
-                values = [feature_rank(hidden_MND, estimator) for hidden_MND in maps]
+                values = [spectrum_rank(spectrum_MR, estimator) for spectrum_MR in spectra]
                 ranks[estimator][name] = torch.stack(values, dim=1).float().cpu().numpy()
         return ranks
 
