@@ -1,0 +1,165 @@
+"""Before a sweep's first trial: the model and its ranks, the data and the suite, the name, MLflow."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from meteor_model.configuration_meteor import MeteorConfig
+from pipelines import shards, storage
+from pipelines.checkpoint import local_copy
+from pipelines.export import pull_model, resolve_model
+from pipelines.making import differences
+from pipelines.scoring import Suite
+from pipelines.settings import SettingsError
+from pipelines.tracking import git_commit, patiently, require_tracking
+from pipelines.uploads import upload_folder
+from tune.logbook import Logbook
+from tune.records import Records
+from tune.resources import bundles_of_trial, concurrent_trials
+from tune.settings import SweepSettings
+from tune.space import Ranks, ranks_of_config, ranks_of_report
+from tune.trial import TrialContext
+
+SWEEP_FILE = "sweep.json"
+"""In a sweep's folder: its settings, the data, and whether it is finished."""
+BASE_FOLDER = "base"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What all studies of a sweep share."""
+
+    name: str
+    url: str
+    model: str
+    """models:/NAME/VERSION: an alias may move while the sweep runs."""
+    config: MeteorConfig
+    ranks: Ranks
+    context: TrialContext
+    records: Records
+    logbook: Logbook
+    concurrent: int
+
+
+def prepare(settings: SweepSettings) -> Prepared:
+    """A new sweep, or the one of these settings that was not finished.
+
+    Raises:
+        ValueError: naming the setting, model or address that is wrong, and what to do.
+    """
+    if not settings.storage:
+        raise SettingsError("storage is not set: give --storage s3://BUCKET/PREFIX or set METEOR_STORAGE")
+    storage.require_bucket(settings.storage)
+    require_tracking(settings.tracking.uri)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    concurrent = concurrent_trials(bundles_of_trial(settings), nodes, settings.max_concurrent)
+    name, version = resolve_model(settings.model, settings.tracking.uri)
+    model = f"models:/{name}/{version}"
+    tags, report = _run_of(name, version, settings)
+    address = settings.manifest or tags.get("manifest", "")
+    if not address:
+        raise SettingsError(f"the run of {model} does not say which data it was trained on: give --manifest ADDRESS")
+    manifest = shards.load_manifest(address)
+    suite = Suite.of(manifest, settings.heldout_split, settings.questions)
+    facts = {
+        "settings": settings.identity(),
+        "model": model,
+        "suite": asdict(suite),
+        "mlflow_run_id": None,
+        "finished": False,
+    }
+    sweep, stored = _choose_name(settings, facts)
+    url = storage.join(settings.storage, "sweeps", sweep)
+    base = storage.join(url, BASE_FOLDER)
+    if stored is None:
+        with tempfile.TemporaryDirectory(prefix="meteor-sweep-") as scratch:
+            upload_folder(pull_model(model, Path(scratch) / "model", settings.tracking.uri), base)
+        storage.write_json(storage.join(url, SWEEP_FILE), facts)
+    with local_copy(base) as folder:
+        config = MeteorConfig.from_pretrained(folder)
+    ranks = ranks_of_report(report) if report is not None else ranks_of_config(config)
+    records = Records(url)
+    commit = git_commit(Path.cwd())
+    logbook = Logbook(
+        settings,
+        sweep,
+        url,
+        records,
+        run_id=stored["mlflow_run_id"] if stored else None,
+        tags={"base": model, "suite": suite.digest, "manifest_sha256": suite.sha256, "git_commit": commit},
+    )
+    context = TrialContext(sweep, url, base, suite, manifest.url, settings)
+    prepared = Prepared(sweep, url, model, config, ranks, context, records, logbook, concurrent)
+    mark(settings, prepared, finished=False)
+    print(
+        f"sweep {sweep} ({'continued' if stored else 'new'}) on {model}, suite {suite.digest} of {suite.questions} "
+        f"questions, ranks by {', '.join(sorted(ranks)) or 'none'}, {concurrent} trials at a time, MLflow run "
+        f"{logbook.run_id}",
+        flush=True,
+    )
+    return prepared
+
+
+def _run_of(name: str, version: int, settings: SweepSettings) -> tuple[dict[str, str], dict[str, Any] | None]:
+    """Tags of the run that made a version, and its `ranks.json`; None where it has none (then only the ranks that the
+    model itself holds can be searched)."""
+    client = MlflowClient(settings.tracking.uri)
+    run_id = patiently(f"{name} {version}", lambda: client.get_model_version(name, str(version))).run_id
+    tags = dict(patiently(f"run {run_id}", lambda: client.get_run(run_id)).data.tags)
+    with tempfile.TemporaryDirectory(prefix="meteor-ranks-") as scratch:
+        try:
+            path = client.download_artifacts(run_id, "ranks.json", scratch)
+        except (MlflowException, OSError):
+            return tags, None
+        report: dict[str, Any] = json.loads(Path(path).read_text())
+    return tags, report
+
+
+def _choose_name(settings: SweepSettings, facts: dict[str, Any]) -> tuple[str, dict[str, Any] | None]:
+    """Name of the sweep to begin or to continue, and what is stored of it.
+
+    Raises:
+        SettingsError: where a sweep of the given name is of other settings, another model or other data.
+    """
+
+    def stored(name: str) -> dict[str, Any] | None:
+        url = storage.join(settings.storage, "sweeps", name, SWEEP_FILE)
+        found: dict[str, Any] | None = storage.read_json(url) if storage.exists(url) else None
+        return found
+
+    alike = ("settings", "model", "suite")
+    if settings.name is not None:
+        found = stored(settings.name)
+        if found and (changed := differences({k: found[k] for k in alike}, {k: facts[k] for k in alike})):
+            raise SettingsError(
+                f"sweep {settings.name!r} was begun with other settings; use them, or another --name:\n  "
+                + "\n  ".join(changed)
+            )
+        return settings.name, found
+    number = 1
+    while True:
+        name = f"sweep-{settings.digest()}-{number:03d}"
+        found = stored(name)
+        if found is None or (not found["finished"] and all(found[k] == facts[k] for k in alike)):
+            return name, found
+        number += 1
+
+
+def mark(settings: SweepSettings, prepared: Prepared, *, finished: bool) -> None:
+    """Keep in storage what the sweep belongs to, and whether it is finished."""
+    facts = {
+        "settings": settings.identity(),
+        "model": prepared.model,
+        "suite": asdict(prepared.context.suite),
+        "mlflow_run_id": prepared.logbook.run_id,
+        "finished": finished,
+    }
+    storage.write_json(storage.join(prepared.url, SWEEP_FILE), facts)

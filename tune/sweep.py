@@ -1,0 +1,136 @@
+"""One sweep from a registered model to the best pruning of each budget, with the evidence.
+
+1. prepare   the model is pulled and stored for the trials; its ranks, its data and the suite; the sweep has a name
+2. search    study by study: Tune runs the trials, Optuna chooses, ASHA stops the weaker ones of a budget early
+3. conclude  best per budget, fronts and hypervolumes, importances; pictures; MLflow; the JSON
+4. register  where it is asked for, the best of each budget becomes a version of the model
+
+Killed anywhere and started again, a sweep goes on: trials that ended are read from storage, those under way run again.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from typing import Any
+
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+
+from meteor_model.configuration_meteor import MeteorConfig
+from meteor_model.flops import count_flops
+from pipelines import storage
+from pipelines.settings import SettingsError
+from tune.conclude import conclude, readable, register, write_output
+from tune.defaults import paper_settings
+from tune.prepare import Prepared, mark, prepare
+from tune.records import TrialRecord
+from tune.results import cost_of
+from tune.settings import StudyPlan, SweepSettings
+from tune.space import Space
+from tune.study import StudySearch
+from tune.trial import PROGRESS, TRIALS
+
+RESULT_FILE = "result.json"
+TRIAL_RETRIES = 2
+"""How often a trial whose process ended is run again. A fault of its configuration is not tried twice."""
+
+
+def run_sweep(settings: SweepSettings) -> dict[str, Any]:
+    """Run, or continue, one sweep; its results. Ray must be reachable.
+
+    Raises:
+        ValueError: naming the setting, model or address that is wrong, and what to do.
+    """
+    begun = time.monotonic()
+    prepared = prepare(settings)
+    try:
+        studies = {plan.name: _search(settings, prepared, plan) for plan in settings.studies()}
+        result = conclude(settings, prepared, studies)
+        if settings.register:
+            result["registered"] = register(settings, prepared)
+        result["wall_s"] = round(time.monotonic() - begun, 1)
+        storage.write_json(storage.join(prepared.url, RESULT_FILE), result)
+        write_output(settings, prepared, result)
+    except BaseException:
+        prepared.logbook.fail()
+        print(f"\n  kept: the trials of sweep {prepared.name}; the same command goes on (--name {prepared.name})")
+        raise
+    prepared.logbook.finish()
+    mark(settings, prepared, finished=True)
+    print(f"\n{readable(settings, prepared, result)}", flush=True)
+    return result
+
+
+# -------------------------------------------------------------------------------------------------------------- search
+
+
+def _search(settings: SweepSettings, prepared: Prepared, plan: StudyPlan) -> StudySearch:
+    """Run what is left of one study."""
+    in_tokens = plan.budget is not None and settings.budget_unit == "tokens"
+    search = StudySearch(
+        plan,
+        Space(prepared.config, prepared.ranks, plan.budget if in_tokens else None, settings.decode_by),
+        prepared.records,
+        given=paper_settings(prepared.config) if plan.sampler == "given" else (),
+        seed=settings.seed,
+        expected_cost=None if in_tokens else _tflops,
+        measured_cost=lambda score: cost_of(settings, score),
+        ended=lambda record: _ended(prepared, record),
+    )
+    if search.left == 0:
+        print(f"[{plan.name}] complete", flush=True)
+        return search
+    print(f"[{plan.name}] {search.left} trials to run", flush=True)
+    trainable = tune.with_parameters(TRIALS[settings.kind], context=prepared.context)
+    reserved = {"CPU": settings.cpus_per_trial, "GPU": settings.gpus_per_trial}
+    filesystem, path = storage.arrow_filesystem(storage.join(prepared.url, "tune"))
+    # Results travel in Tune's own messages: no table or log of each trial on disk.
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    tuner = tune.Tuner(
+        tune.with_resources(trainable, {name: amount for name, amount in reserved.items() if amount}),
+        tune_config=tune.TuneConfig(
+            search_alg=search,
+            scheduler=_scheduler(settings, plan),
+            num_samples=search.left,
+            max_concurrent_trials=prepared.concurrent,
+            reuse_actors=True,
+            trial_dirname_creator=lambda trial: str(trial.trial_id),
+        ),
+        run_config=tune.RunConfig(
+            name=f"{plan.name}-{uuid.uuid4().hex[:8]}",
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=tune.FailureConfig(max_failures=TRIAL_RETRIES),
+            verbose=0,
+        ),
+    )
+    tuner.fit()
+    if search.left:
+        raise SettingsError(f"study {plan.name} ended with {search.left} trials that did not run: see Ray's log")
+    return search
+
+
+def _tflops(config: MeteorConfig) -> float:
+    return count_flops(config).total / 1e12
+
+
+def _scheduler(settings: SweepSettings, plan: StudyPlan) -> TrialScheduler:
+    if not plan.early_stopping:
+        return FIFOScheduler()
+    first = 100 // settings.portions if settings.kind == "evaluate" else 25
+    return ASHAScheduler(
+        time_attr=PROGRESS,
+        metric="objective",
+        mode="max",
+        max_t=100,
+        grace_period=max(1, first),
+        reduction_factor=2,
+    )
+
+
+def _ended(prepared: Prepared, record: TrialRecord) -> None:
+    what = f"{record.objective:.4f}" if record.objective is not None else record.error or ""
+    print(f"  {record.id}: {record.status} {what}", flush=True)
+    prepared.logbook.ended(record)

@@ -1,0 +1,274 @@
+"""What a trial does, in an actor of its own on the cluster: the model under one pruning, scored.
+
+An `evaluate` trial is scored in portions of the suite, and reports after each, so that the scheduler may stop it. The
+actor keeps model and questions when Tune hands it the next trial. A `finetune` trial trains first: a run of its own
+(`runs/SWEEP-TRIAL`) that a killed sweep goes on with; it reports the training loss at every checkpoint, then its score.
+
+A fault of the configuration (a target that no lambda reaches) is reported as a failed trial. Any other error is Tune's
+to repeat.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from ray import tune
+from ray.tune.result import DONE
+
+from meteor_model.configuration_meteor import PruningConfig
+from meteor_model.modeling_meteor import MeteorForConditionalGeneration
+from meteor_model.processing_meteor import MeteorProcessor
+from pipelines import shards, storage
+from pipelines.assemble import assemble_training
+from pipelines.checkpoint import CheckpointRef, consolidate, latest_checkpoint, load_processor, local_copy, run_url
+from pipelines.evaluate import draw_samples, readable_samples, solve_lambda_on
+from pipelines.export import export_model
+from pipelines.failures import TrainingError
+from pipelines.recipe import Recipe
+from pipelines.run import ensure_shards
+from pipelines.schema import RawSample
+from pipelines.scoring import Record, Score, Suite, score_model, summarise
+from pipelines.start import prepare_start
+from pipelines.training import fit
+from pipelines.uploads import upload_folder
+from pipelines.variants import apply_pruning
+from tune.records import folder_of
+from tune.settings import SweepSettings
+
+PROGRESS = "progress"
+"""Per cent of a trial that is done: what the scheduler compares trials at."""
+SCORE_FILE = "score.json"
+PICTURES_FOLDER, EXPORT_FOLDER = "pictures", "export"
+POLL_S = 2.0
+
+
+@dataclass(frozen=True)
+class TrialContext:
+    """What all trials of a sweep share.
+
+    Attributes:
+        sweep: name of the sweep.
+        url: its folder in storage.
+        base: folder of the exported base model in storage.
+        suite: the questions.
+        manifest: address of the shards that lambda is solved on.
+        settings: of the sweep.
+    """
+
+    sweep: str
+    url: str
+    base: str
+    suite: Suite
+    manifest: str
+    settings: SweepSettings
+
+
+def objective_of(settings: SweepSettings, records: Sequence[Record]) -> float:
+    """The objective of these answers; higher is better."""
+    if settings.objective == "accuracy":
+        return sum(record.right for record in records) / len(records)
+    return -sum(record.nll for record in records) / len(records)
+
+
+class Trial(tune.Trainable):
+    """What both kinds share: a pruning to score, faults of the configuration as results, actors that are kept."""
+
+    context: TrialContext
+
+    def setup(self, config: dict[str, Any], context: TrialContext) -> None:
+        """A new actor with its first trial."""
+        torch.set_num_threads(max(1, int(context.settings.cpus_per_trial)))
+        self.context = context
+        self._questions: list[RawSample] = []
+        self._prompts: list[RawSample] = []
+        self.begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """The next trial on an actor that is kept."""
+        self.begin(new_config)
+        return True
+
+    def begin(self, config: dict[str, Any]) -> None:
+        """Take a trial; its work starts with the first step."""
+        self.id: str = config["trial"]
+        change = json.loads(config["change"])
+        self.pruning = PruningConfig.from_dict(change["pruning"])
+        self.ranks: dict[str, list[float]] | None = change["ranks"]
+        self.answers: list[Record] = []
+        self.ready = False
+
+    def step(self) -> dict[str, Any]:
+        """One report."""
+        try:
+            return self.advance()
+        except (ValueError, TrainingError) as error:
+            return {"failed": f"{type(error).__name__}: {error}", PROGRESS: 100, DONE: True}
+
+    def advance(self) -> dict[str, Any]:
+        """The next part of the trial's work, and what it comes to."""
+        raise NotImplementedError
+
+    # --------------------------------------------------------------------------------------------------- shared pieces
+
+    @property
+    def device(self) -> str:
+        """Where the trial computes."""
+        return "cuda" if self.context.settings.gpus_per_trial else "cpu"
+
+    def solve(self, model: MeteorForConditionalGeneration, processor: MeteorProcessor) -> None:
+        """Lambda for the trial's target mean, where it has one."""
+        settings, decode = self.context.settings, self.pruning.decode
+        if not decode.enabled or decode.target_mean is None:
+            return
+        if not self._prompts:
+            manifest = shards.load_manifest(self.context.manifest)
+            available = readable_samples(manifest, settings.train_split, processor)
+            self._prompts = list(islice(available, settings.calibration_samples))
+        lam = solve_lambda_on(model, processor, self._prompts)
+        self.pruning = replace(self.pruning, decode=replace(decode, lam=lam))
+        apply_pruning(model, processor, self.pruning, self.ranks)
+
+    def questions(self, processor: MeteorProcessor) -> list[RawSample]:
+        """The suite, read once an actor."""
+        if not self._questions:
+            self._questions = self.context.suite.load(processor)
+        return self._questions
+
+    def ask(self, model: MeteorForConditionalGeneration, processor: MeteorProcessor, count: int) -> None:
+        """Score the next `count` questions."""
+        done = len(self.answers)
+        part = self.questions(processor)[done : done + count]
+        score = score_model(model, processor, part, self.context.suite.digest, self.context.settings.batch)
+        self.answers += score.records
+
+    def end(self, model: MeteorForConditionalGeneration, processor: MeteorProcessor) -> dict[str, Any]:
+        """Keep the score with all questions and the pictures in storage; the last report."""
+        context = self.context
+        score = summarise(model.config, self.answers, context.suite.digest)
+        folder = folder_of(context.url, self.id)
+        if context.settings.pictures:
+            with tempfile.TemporaryDirectory(prefix="meteor-trial-") as name:
+                for file, picture in draw_samples(
+                    model, processor, self.questions(processor), context.settings.pictures
+                ):
+                    picture.save(Path(name) / file)
+                upload_folder(Path(name), storage.join(folder, PICTURES_FOLDER))
+        storage.write_json(storage.join(folder, SCORE_FILE), score.to_dict(records=True))
+        ended = {"score": score.to_dict(), "pruning": asdict(self.pruning)}
+        return {
+            "objective": objective_of(context.settings, self.answers),
+            PROGRESS: 100,
+            "score": json.dumps(ended),
+            DONE: True,
+        }
+
+
+class EvaluateTrial(Trial):
+    """The registered model, as it is, under another pruning."""
+
+    def setup(self, config: dict[str, Any], context: TrialContext) -> None:
+        """Load the base model, once an actor."""
+        super().setup(config, context)
+        with local_copy(context.base) as folder:
+            self.model = MeteorForConditionalGeneration.from_pretrained(folder).eval().to(self.device)
+            self.processor = MeteorProcessor.from_pretrained(folder)
+
+    def advance(self) -> dict[str, Any]:
+        """A portion of the suite."""
+        settings = self.context.settings
+        if not self.ready:
+            apply_pruning(self.model, self.processor, self.pruning, self.ranks)
+            self.solve(self.model, self.processor)
+            self.ready = True
+        self.ask(self.model, self.processor, -(-settings.questions // settings.portions))
+        if len(self.answers) >= settings.questions:
+            return self.end(self.model, self.processor)
+        progress = 100 * len(self.answers) / settings.questions
+        return {"objective": objective_of(settings, self.answers), PROGRESS: progress}
+
+
+class FinetuneTrial(Trial):
+    """A short training under the pruning, from the registered model on; then the score."""
+
+    def begin(self, config: dict[str, Any]) -> None:
+        """The training starts with the first step, in a thread: every checkpoint is a report."""
+        super().begin(config)
+        self.thread: threading.Thread | None = None
+        self.outcome: CheckpointRef | Exception | None = None
+        self.reported = -1
+
+    def advance(self) -> dict[str, Any]:
+        """Until the next checkpoint; after the last one, the whole suite."""
+        if self.thread is None:
+            self.thread = threading.Thread(target=self._train, name="training", daemon=True)
+            self.thread.start()
+        while self.outcome is None:
+            time.sleep(POLL_S)
+            reached = latest_checkpoint(self.recipe.run.storage, self.run_name)
+            if reached is not None and not reached.state.done and reached.state.step > self.reported:
+                self.reported = reached.state.step
+                progress = 90 * reached.state.step / reached.state.total_steps
+                return {"objective": -reached.state.loss_last, PROGRESS: progress}
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self._score(self.outcome)
+
+    @property
+    def run_name(self) -> str:
+        """Of the trial's own run."""
+        return f"{self.context.sweep}-{self.id}"
+
+    @property
+    def recipe(self) -> Recipe:
+        """The sweep's training, of this trial."""
+        settings = self.context.settings
+        return replace(
+            settings.train,
+            model=replace(settings.train.model, start=self.context.base),
+            pruning=self.pruning,
+            run=replace(settings.train.run, name=self.run_name, storage=settings.storage, output=None),
+            tracking=settings.tracking,
+        )
+
+    def _train(self) -> None:
+        """The thread."""
+        try:
+            recipe = self.recipe
+            manifests = ensure_shards(recipe)
+            url = run_url(recipe.run.storage, self.run_name)
+            prepare_start(recipe, manifests[0], url)
+            job = assemble_training(recipe, manifests, self.run_name, url, None)
+            # What MLflow is told of a trial, the sweep tells it.
+            self.outcome = fit(replace(job, make_logger=None, log_validation=None)).checkpoint
+        except Exception as error:  # the step raises it
+            self.outcome = error
+
+    def _score(self, checkpoint: CheckpointRef) -> dict[str, Any]:
+        url = run_url(self.recipe.run.storage, self.run_name)
+        with local_copy(storage.join(url, "init")) as init, local_copy(checkpoint.url) as directory:
+            model = consolidate(directory, MeteorForConditionalGeneration, init).eval().to(self.device)
+        processor = load_processor(url)
+        self.ranks = model.config.ranks  # measured anew, before the training
+        self.solve(model, processor)
+        self.ask(model, processor, self.context.settings.questions)
+        with tempfile.TemporaryDirectory(prefix="meteor-trial-") as name:
+            folder = export_model(model, processor, Path(name) / "model")
+            upload_folder(folder, storage.join(folder_of(self.context.url, self.id), EXPORT_FOLDER))
+        return self.end(model, processor)
+
+
+TRIALS: dict[str, type[Trial]] = {"evaluate": EvaluateTrial, "finetune": FinetuneTrial}
+
+
+def load_score(sweep_url: str, trial_id: str) -> Score:
+    """The score of a completed trial with all its questions. Raises StorageError."""
+    return Score.from_dict(storage.read_json(storage.join(folder_of(sweep_url, trial_id), SCORE_FILE)))
