@@ -19,7 +19,7 @@ from pipelines.tracking import redact
 
 PARITY_TAG = "parity_max_abs_diff"
 BASE_TAG = "base"
-"""Tag of a variant: the version or the folder whose weights it has."""
+"""Tag of a variant: the version whose weights it has."""
 LICENCE_TAG = "licence."
 """Prefix of the tags with the licences of a model's parts."""
 SCORES_HEADING = "## Scores"
@@ -39,7 +39,8 @@ _ORIGIN = {
     "heldout_loss": "held-out loss at the end of the training",
 }
 """Tags that say where a version comes from, and what the card calls them."""
-INHERITED = ("recipe", "run_name", "manifest", "manifest_sha256", "mixture", "start")
+DATA_TAGS = ("manifest", "manifest_sha256", "mixture")
+TRAINING_TAGS = ("recipe", "run_name", "start")
 """Tags that a variant takes over from its base."""
 
 

@@ -24,7 +24,7 @@ from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from pipelines.checkpoint import PARITY_FILE, latest_checkpoint, local_copy
 from pipelines.export import load_registered, pull_model, register_model
-from pipelines.model_card import BASE_TAG, INHERITED, LICENCE_TAG, PARITY_TAG, card
+from pipelines.model_card import BASE_TAG, DATA_TAGS, LICENCE_TAG, PARITY_TAG, TRAINING_TAGS, card
 from pipelines.model_folder import (
     PARITY_TOLERANCE,
     ExportError,
@@ -74,6 +74,7 @@ def register_variant(
     run_id: str,
     tags: Mapping[str, str],
     suite: Suite | None = None,
+    trained_from: str | None = None,
     tolerance: float = PARITY_TOLERANCE,
 ) -> RegisteredVersion:
     """Register a base model under another pruning, with its score.
@@ -87,8 +88,10 @@ def register_variant(
         name: of the registered model that gets a version.
         aliases: that move to it, e.g. budget-64, champion.
         run_id: the MLflow run that it is filed under, e.g. the trial that found it.
-        tags: of the version, e.g. git_commit; where the base came from is taken over from the base.
+        tags: of the version, e.g. git_commit; recipe, data and licences are taken over from a registered base.
         suite: that the score is of, for its name in the card.
+        trained_from: for a base that is a folder: the registered model that its training started from; data and
+            licences are taken over from that.
         tolerance: largest difference of a logit that parity may show.
 
     Raises:
@@ -102,7 +105,8 @@ def register_variant(
             "pruning.decode.lam is not set: stage 3 of a registered variant needs its lambda; solve it for "
             "pruning.decode.target_mean first (pipelines.evaluate.solve_lambda_on)"
         )
-    base_tags, model, processor = _pull_base(base, uri)
+    base_tags = _inherited(base, BASE_TAG, uri) if trained_from is None else _inherited(trained_from, "start", uri)
+    model, processor = load_registered(base_tags.get(BASE_TAG, base), uri)
     apply_pruning(model, processor, pruning, ranks)
     _check_score(score, model.config)
     with tempfile.TemporaryDirectory(prefix="meteor-variant-") as scratch:
@@ -123,19 +127,18 @@ def register_variant(
     return replace(version, aliases=tuple(aliases))
 
 
-def _pull_base(base: str, uri: str) -> tuple[dict[str, str], MeteorForConditionalGeneration, MeteorProcessor]:
-    """Tags that a variant takes over, and the base itself."""
-    tags = {BASE_TAG: base}
-    if base.startswith("models:"):
-        base_name, number = resolve_model(base, uri)
-        base = f"models:/{base_name}/{number}"
-        found = get_version(base_name, number, uri).tags
-        tags = {key: found[key] for key in found if key in INHERITED or key.startswith(LICENCE_TAG)}
-        tags[BASE_TAG] = base
+def _inherited(model: str, tag: str, uri: str) -> dict[str, str]:
+    """Tags that are taken over from a registered model, with its version under `tag`; none from a folder."""
+    if not model.startswith("models:"):
+        return {}
+    name, number = resolve_model(model, uri)
+    found = get_version(name, number, uri).tags
+    tags = {key: text for key, text in found.items() if key in DATA_TAGS or key.startswith(LICENCE_TAG)}
+    if tag == BASE_TAG:  # the same weights: its training is this version's
+        tags |= {key: found[key] for key in TRAINING_TAGS if key in found}
         if commit := found.get("training_commit", found.get("git_commit")):
             tags["training_commit"] = commit
-    model, processor = load_registered(base, uri)
-    return tags, model, processor
+    return {**tags, tag: f"models:/{name}/{number}"}
 
 
 def _check_score(score: Score, config: MeteorConfig) -> None:

@@ -113,6 +113,19 @@ def test_what_does_not_hold_is_not_registered(
         file_score(server.uri, NAME, variants[32].version, replace(score_of(GOOD), records=()), SUITE)
 
 
+def test_a_trained_folder_takes_over_where_its_training_started(
+    server: Server, base: RegisteredVersion, exported: Path, run_id: str
+) -> None:
+    registered = register_variant(
+        str(exported), tiny_pruning(24), score_of(GOOD, tiny_pruning(24)), ranks=None, uri=server.uri,
+        name=NAME, aliases=(), run_id=run_id, tags={"recipe": "mine"}, trained_from=base.uri,
+    )  # fmt: skip
+    tags = get_version(NAME, registered.version, server.uri).tags
+    assert tags["start"] == base.uri
+    assert not {"base", "training_commit"} & set(tags)
+    assert (tags["recipe"], tags["manifest"], tags["licence.code"]) == ("mine", "s3://data", "Apache-2.0")
+
+
 def test_compare_shows_the_paired_difference_and_refuses_other_suites(
     server: Server,
     variants: dict[int, RegisteredVersion],
