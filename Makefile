@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup lock up status down pretrain finetune predict evaluate register shards parts visualize flops bench-prune bench-gpu bench-order \
+.PHONY: help setup lock up status down pretrain finetune sweep predict evaluate register shards parts visualize flops bench-prune bench-gpu bench-order \
   chaos check format test test-slow clean
 
 PYTHON ?= python3.11
@@ -59,6 +59,10 @@ pretrain: up  ## Pre-train the tiny model end to end on the local stack (about 5
 
 finetune: up  ## Fine-tune what pretrain registered
 	@$(SUBMIT) python jobs/finetune.py --run.output "$(CURDIR)/runs/latest" $(ARGS)
+
+sweep: up  ## Search budgets and front of the registered model (at most 12 minutes); writes benchmarks/results/sweep.json
+	@$(SUBMIT) python jobs/sweep.py --output "$(CURDIR)/benchmarks/results/sweep.json" --budgets 4 8 16 --pareto \
+	  --compare-random True --trials 12 --questions 128 --max-concurrent 2 $(ARGS)
 
 predict: up  ## Ask the registered model: make predict ARGS="--image FILE --prompt TEXT"
 	@$(STACK) run -- $(PY) jobs/predict.py --model models:/meteor@latest-pretrain $(ARGS)

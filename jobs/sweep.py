@@ -44,13 +44,13 @@ def parse(arguments: Sequence[str]) -> SweepSettings:
 
 
 def _with_mode(arguments: list[str]) -> list[str]:
-    """`--pareto` alone is True; with budgets alone there is no front."""
+    """`--pareto` alone is True; without it there is no front."""
     given = list(arguments)
     if "--pareto" in given:
         place = given.index("--pareto") + 1
         if place == len(given) or given[place].startswith("-"):
             given.insert(place, "True")
-    elif "--budgets" in given:
+    else:
         given += ["--pareto", "False"]
     return given
 

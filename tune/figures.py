@@ -104,7 +104,7 @@ def draw_importances(found: Mapping[str, Mapping[str, float]], path: Path) -> No
 def draw_trials(records: Sequence[TrialRecord], objective: str, path: Path) -> None:
     """Objective of each trial in the order of its study, and how many were stopped or failed."""
     sign = -1.0 if objective == "answer_nll" else 1.0
-    studies = sorted({record.study for record in records})
+    studies = sorted({record.study for record in records}, key=lambda name: (len(name), name))
     figure, axes = plt.subplots(figsize=(9, 4.2), dpi=150)
     for index, study in enumerate(studies):
         members = [record for record in records if record.study == study]

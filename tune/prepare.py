@@ -19,7 +19,7 @@ from pipelines.export import pull_model, resolve_model
 from pipelines.making import differences
 from pipelines.scoring import Suite
 from pipelines.settings import SettingsError
-from pipelines.tracking import git_commit, patiently, require_tracking
+from pipelines.tracking import TrackingAwayError, TrackingError, git_commit, patiently, require_tracking
 from pipelines.uploads import upload_folder
 from tune.logbook import Logbook
 from tune.records import Records
@@ -61,7 +61,14 @@ def prepare(settings: SweepSettings) -> Prepared:
     require_tracking(settings.tracking.uri)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     concurrent = concurrent_trials(bundles_of_trial(settings), nodes, settings.max_concurrent)
-    name, version = resolve_model(settings.model, settings.tracking.uri)
+    try:
+        name, version = resolve_model(settings.model, settings.tracking.uri)
+    except TrackingAwayError:
+        raise
+    except TrackingError as error:
+        raise SettingsError(
+            f"{error}. Train and register one first (`make pretrain`), or name another --model"
+        ) from None
     model = f"models:/{name}/{version}"
     tags, report = _run_of(name, version, settings)
     address = settings.manifest or tags.get("manifest", "")

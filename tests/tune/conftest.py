@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipelines import shards
 from pipelines.export import export_model
-from tests.model.builders import TEXTS, model, processor
+from tests.model.builders import TEXTS, config, model, processor
 
 
 def pairs(count: int, seed: int) -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -34,6 +34,7 @@ class Bench:
 
     base: Path
     manifest: shards.Manifest
+    encoders: tuple[str, ...]
 
 
 @pytest.fixture(scope="session")
@@ -42,4 +43,5 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     data = str(folder / "data")
     infos = [*shards.write_shards(pairs(16, 0), data, "train"), *shards.write_shards(pairs(8, 1), data, "heldout")]
     base = export_model(model(), processor(), folder / "base")
-    return Bench(base, shards.save_manifest(data, infos, {"source": "test"}))
+    names = tuple(item.name for item in config().encoders)
+    return Bench(base, shards.save_manifest(data, infos, {"source": "test"}), names)

@@ -1,0 +1,221 @@
+"""A sweep on a real Ray and a real MLflow: to its end, with faults in it, gone on with, and registered."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from mlflow import MlflowClient
+from PIL import Image
+
+from jobs.sweep import parse
+from pipelines import storage
+from pipelines.export import register_model
+from pipelines.recipe import TrackingSettings
+from pipelines.settings import SettingsError
+from pipelines.tracking import open_run
+from tests.registry.conftest import Server, free_port
+from tests.tune.conftest import Bench, bench
+from tune import sweep as sweep_module
+from tune.prepare import SWEEP_FILE
+from tune.records import Records
+from tune.settings import SweepSettings
+from tune.sweep import run_sweep
+from tune.trial import EvaluateTrial
+
+__all__ = ["bench"]
+
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
+ESTIMATORS = ("effective", "energy")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the sweeps of this module run."""
+
+    settings: SweepSettings
+    client: MlflowClient
+
+
+@pytest.fixture(scope="module")
+def place(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    folder = tmp_path_factory.mktemp("sweep")
+    server = Server(folder, free_port())
+    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        server.start()
+        ranks = {
+            estimator: {name: [{"mean": 4.0 + i, "std": 0.1} for i in range(3)] for name in bench.encoders}
+            for estimator in ESTIMATORS
+        }
+        run_id = open_run(
+            server.uri,
+            experiment="meteor",
+            run_name="base",
+            settings={},
+            tags={"manifest": bench.manifest.url},
+            documents={"ranks.json": {"images": 4, "ranks": ranks}},
+        )
+        register_model(bench.base, uri=server.uri, name="meteor", aliases=("base",), run_id=run_id, tags={})
+        settings = SweepSettings(
+            model="models:/meteor@base",
+            budgets=(8.0,),
+            trials=3,
+            questions=8,
+            portions=2,
+            batch=4,
+            calibration_samples=8,
+            storage=str(folder / "storage"),
+            tracking=TrackingSettings(uri=server.uri),
+        )
+        yield Place(settings, MlflowClient(server.uri))
+    finally:
+        ray.shutdown()
+        server.kill()
+
+
+@pytest.fixture(scope="module")
+def swept(place: Place) -> tuple[SweepSettings, dict[str, Any]]:
+    """Both modes, one trial of the budget raises, one ends its process, and the winner is registered."""
+
+    class Faulty(EvaluateTrial):
+        def advance(self) -> dict[str, Any]:
+            if self.id == "budget-8-001":
+                raise ValueError("no such luck")
+            if self.id == "budget-8-002":
+                os._exit(3)
+            return super().advance()
+
+    output = Path(place.settings.storage) / "out" / "sweep.json"
+    settings = replace(place.settings, pareto=True, trials=4, output=str(output), register=True, name="both")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(sweep_module.TRIALS, "evaluate", Faulty)
+        patched.setattr(sweep_module, "TRIAL_RETRIES", 0)
+        result = run_sweep(settings)
+    return settings, result
+
+
+def test_every_trial_has_an_end_and_faults_stop_nothing(swept: tuple[SweepSettings, dict[str, Any]]) -> None:
+    _, result = swept
+    by_id = {trial["trial"]: trial for trial in result["trials"]}
+    assert sorted(by_id) == sorted(
+        [f"budget-8-{i:03d}" for i in range(4)]
+        + [f"front-{i:03d}" for i in range(4)]
+        + [f"defaults-{i:03d}" for i in range(5)]
+    )
+    assert by_id["budget-8-001"]["error"] == "ValueError: no such luck"
+    assert by_id["budget-8-002"]["status"] == by_id["budget-8-001"]["status"] == "failed"
+    assert all(by_id[name]["status"] == "completed" for name in by_id if not name.startswith("budget"))
+    assert all(by_id[f"budget-8-{i:03d}"]["status"] in ("completed", "stopped") for i in (0, 3))
+
+
+def test_nothing_is_left_running(swept: tuple[SweepSettings, dict[str, Any]]) -> None:
+    deadline = time.monotonic() + 30
+    while ray.available_resources().get("CPU") != 3.0:
+        assert time.monotonic() < deadline, ray.available_resources()
+        time.sleep(0.5)
+
+
+def test_what_is_found(swept: tuple[SweepSettings, dict[str, Any]]) -> None:
+    settings, result = swept
+    best = result["best_per_budget"]["8"]
+    assert best["visual_tokens_mean"] <= 8
+    assert best["answer_nll_interval"]["low"] <= best["answer_nll"] <= best["answer_nll_interval"]["high"]
+    within = [t for t in result["trials"] if t["status"] == "completed" and t["visual_tokens_mean"] <= 8]
+    assert best["objective"] == max(t["objective"] for t in within)
+    front = result["fronts"]["tflops"]
+    assert set(front["hypervolume"]) == {"front", "defaults"}
+    assert all(0 <= share <= 1 for share in front["hypervolume_share"].values())
+    costs = {t["trial"]: t["tflops"] for t in result["trials"]}
+    assert [costs[name] for name in front["front"]] == sorted(costs[name] for name in front["front"])
+    assert settings.output is not None
+    written = Path(settings.output)
+    assert json.loads(written.read_text()) == json.loads(json.dumps(result))
+    for name in ("sweep-trials.png", "sweep-front.png", "sweep-budgets.png"):
+        with Image.open(written.parent / name) as picture:
+            assert picture.width > 500
+
+
+def test_mlflow_holds_a_run_for_the_sweep_and_one_for_each_trial(
+    place: Place, swept: tuple[SweepSettings, dict[str, Any]]
+) -> None:
+    _, result = swept
+    parent = place.client.get_run(result["mlflow_run_id"])
+    assert parent.info.status == "FINISHED"
+    assert parent.data.metrics["hypervolume_tflops_front"] >= 0
+    names = {item.path for item in place.client.list_artifacts(parent.info.run_id, "pictures")}
+    assert {"pictures/sweep-front.png", "pictures/sweep-front.md", "pictures/sweep-budgets.png"} <= names
+    children = place.client.search_runs(
+        [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    )
+    by_name = {run.info.run_name: run for run in children}
+    assert sorted(by_name) == sorted(trial["trial"] for trial in result["trials"])
+    assert by_name["budget-8-001"].info.status == "FAILED"
+    assert by_name["budget-8-001"].data.tags["error"] == "ValueError: no such luck"
+    done = by_name["front-000"]
+    assert done.info.status == "FINISHED"
+    assert float(done.data.params["choices.fuse.share"]) <= 1
+    assert done.data.params["choices.encode.rank_estimator"] in ESTIMATORS
+    assert done.data.metrics["tflops"] > 0
+    assert place.client.list_artifacts(done.info.run_id, "pictures")
+
+
+def test_the_winner_is_a_version_of_the_model(place: Place, swept: tuple[SweepSettings, dict[str, Any]]) -> None:
+    _, result = swept
+    version = place.client.get_model_version_by_alias("meteor", "budget-8")
+    (told,) = result["registered"].items()
+    assert told[0] == f"models:/meteor/{version.version}"
+    assert told[1] == {"trial": result["best_per_budget"]["8"]["trial"], "aliases": ["budget-8"]}
+    assert version.tags["trial"] == told[1]["trial"]
+
+
+def test_a_sweep_that_was_cut_goes_on(place: Place, swept: tuple[SweepSettings, dict[str, Any]]) -> None:
+    """As a kill leaves it: not marked as finished, one trial begun, one not yet told to MLflow."""
+    settings, first = swept
+    url = storage.join(settings.storage, "sweeps", "both")
+    storage.write_json(
+        storage.join(url, SWEEP_FILE), {**storage.read_json(storage.join(url, SWEEP_FILE)), "finished": False}
+    )
+    records = Records(url)
+    cut = records.update("front-002", status="started", score=None, objective=None, run_id=None)
+    records.update("front-001", run_id=None)
+    again = run_sweep(replace(settings, register=False))
+    assert again["mlflow_run_id"] == first["mlflow_run_id"]
+    before, after = ({t["trial"]: t for t in r["trials"]} for r in (first, again))
+    assert after["front-002"]["choices"] == cut.choices
+    assert after["front-002"]["objective"] == pytest.approx(before["front-002"]["objective"], rel=1e-5)
+    for name in set(before) - {"front-002"}:
+        assert after[name] == before[name], "what had ended is not run again"
+    runs = place.client.search_runs(
+        [place.client.get_run(again["mlflow_run_id"]).info.experiment_id],
+        f"tags.`mlflow.parentRunId` = '{again['mlflow_run_id']}'",
+    )
+    assert len(runs) == len(after), "no run is made twice"
+
+
+def test_what_cannot_be_swept(place: Place, swept: tuple[SweepSettings, dict[str, Any]]) -> None:
+    settings, _ = swept
+    with pytest.raises(SettingsError, match=r"(?s)begun with other settings.*trials: 4 -> 5"):
+        run_sweep(replace(settings, trials=5))
+    with pytest.raises(SettingsError, match="cannot hold one trial: it needs 64 CPUs"):
+        run_sweep(replace(place.settings, cpus_per_trial=64.0))
+    with pytest.raises(ValueError, match=r"has no alias 'latest-pretrain'; it has: base.*make pretrain"):
+        run_sweep(replace(place.settings, model="models:/meteor@latest-pretrain"))
+
+
+def test_command_line() -> None:
+    assert parse(["--budgets", "64", "128"]).budgets == (64.0, 128.0)
+    assert not parse(["--budgets", "64", "128"]).pareto
+    assert parse(["--pareto"]).pareto
+    both = parse(["--budgets", "8", "--pareto", "--trials", "3", "--train.training.workers", "1"])
+    assert (both.budgets, both.pareto, both.trials, both.train.training.workers) == ((8.0,), True, 3, 1)
+    for wrong in (["--budgets", "0"], []):
+        with pytest.raises(SystemExit):
+            parse(wrong)
