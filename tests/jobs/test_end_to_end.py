@@ -13,6 +13,8 @@ import pytest
 from PIL import Image
 
 from infra.services import Stack, full_env
+from pipelines.promotion import what_is_lacking
+from pipelines.version_scores import stored_scores
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
@@ -92,6 +94,12 @@ def test_mlflow_holds_parameters_metrics_and_documents(stack: Stack, pretrained:
     version = client.get_model_version_by_alias("meteor", "latest-pretrain")
     assert f"models:/meteor/{version.version}" == pretrained["model_uri"]
     assert version.tags["visual_tokens.fuse"] == "64 > 32"
+    assert what_is_lacking(version) == []
+    (stored,) = stored_scores(version).values()
+    assert stored.score.questions == pretrained["heldout_answers"] == 32
+    assert round(stored.score.accuracy * 32) == pretrained["heldout_answers_right"]
+    for expected in (version.tags["manifest_sha256"], "CC BY-SA 4.0", f"| 32 x heldout of {version.tags['manifest']}"):
+        assert expected in version.description
 
 
 def test_a_fresh_process_with_the_registry_s_address_alone_answers(
