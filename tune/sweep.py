@@ -95,7 +95,8 @@ def _search(settings: SweepSettings, prepared: Prepared, plan: StudyPlan) -> Stu
             scheduler=_scheduler(settings, plan),
             num_samples=search.left,
             max_concurrent_trials=prepared.concurrent,
-            reuse_actors=True,
+            # A model that is loaded serves the next trial; a training that is stopped ends with its process.
+            reuse_actors=settings.kind == "evaluate",
             trial_dirname_creator=lambda trial: str(trial.trial_id),
         ),
         run_config=tune.RunConfig(
