@@ -62,6 +62,14 @@ def solve_lambda_on(
     """
     decode = model.config.pruning.decode
     assert decode.target_mean is not None
+    mass_B, num_visual_B = attention_masses(model, processor, samples)
+    return solve_lambda(mass_B, num_visual_B, decode.target_mean, decode.k_min)
+
+
+def attention_masses(
+    model: MeteorForConditionalGeneration, processor: MeteorProcessor, samples: Sequence[RawSample]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention mass on visual tokens (B,) and their number (B,), of each sample's first question."""
     masses, counts = [], []
     for start in range(0, len(samples), BATCH):
         part = samples[start : start + BATCH]
@@ -69,7 +77,7 @@ def solve_lambda_on(
         mass_B, num_visual_B = model.visual_attention_mass(**inputs)
         masses.append(mass_B)
         counts.append(num_visual_B)
-    return solve_lambda(torch.cat(masses), torch.cat(counts), decode.target_mean, decode.k_min)
+    return torch.cat(masses), torch.cat(counts)
 
 
 def with_lambda(config: MeteorConfig, lam: float) -> MeteorConfig:

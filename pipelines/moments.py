@@ -11,9 +11,9 @@ Legend: M numbers of a part, K measures side by side.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from collections.abc import Callable
 
 import numpy as np
 from scipy.stats import t as student

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ from tests.model.builders import DENSE, PRUNED, config, model, pixels
 def test_parts_merge_to_the_moments_of_the_whole(count: int, seed: int, cuts: list[int]) -> None:
     values = np.random.default_rng(seed).normal(300.0, 4.0, (count, 3))
     edges = sorted({0, count, *(cut for cut in cuts if cut < count)})
-    parts = [Moments.of(values[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [Moments.of(values[a:b]) for a, b in pairwise(edges)]
     merged = parts[0]
     for part in parts[1:]:
         merged = merged.merged(part)

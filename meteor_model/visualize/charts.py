@@ -63,7 +63,7 @@ def draw_ranks(
     if not report["ranks"] or not all(report["ranks"].values()):
         raise ValueError("there are no ranks to draw: measure at least one estimator on one encoder")
     panels = report["ranks"]
-    figure = _figure(max(5.4, 3.7 * len(panels)), 4.1)
+    figure = new_figure(max(5.4, 3.7 * len(panels)), 4.1)
     for index, (name, encoders) in enumerate(panels.items()):
         axes = figure.add_subplot(1, len(panels), index + 1)
         last = max(len(items) for items in encoders.values())
@@ -94,12 +94,12 @@ def draw_ranks(
         axes.set_xlim(0.7, last + 0.3)
         axes.set_ylim(0, 1.06 * max(axes.get_ylim()[1], 1.0))
         axes.grid(axis="y", color=LINE, linewidth=0.7)
-        _plain(axes)
+        plain_axes(axes)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, labelcolor=INK)
     spread = "one image" if report["images"] == 1 else f"mean and standard deviation over {report['images']} images"
     hollow = "; hollow and dotted: expected, from calibration" if expected is not None else ""
-    return _rendered(figure, "Rank of the feature map at each boundary", f"{spread}{hollow}")
+    return rendered(figure, "Rank of the feature map at each boundary", f"{spread}{hollow}")
 
 
 def draw_head_vav(
@@ -124,12 +124,12 @@ def draw_head_vav(
     top = max(float(values.max()) for values in arrays.values()) or 1.0
     heights = [min(4.5, 0.9 + 0.2 * layers), 2.0] if by_layer else [2.2]
     width = max(4.6, min(8.0, 0.19 * heads))
-    figure = _figure(width * len(arrays) + 0.6, sum(heights) + 1.3)
+    figure = new_figure(width * len(arrays) + 0.6, sum(heights) + 1.3)
     grid = figure.add_gridspec(len(heights), len(arrays), height_ratios=heights)
     maps, mesh = [], None
     for column, (prompt, values) in enumerate(arrays.items()):
         mine = [] if chosen is None else list(chosen[prompt])
-        title = _short(f"{LETTERS[column % len(LETTERS)]}: {prompt}", int(10 * width))
+        title = shortened(f"{LETTERS[column % len(LETTERS)]}: {prompt}", int(10 * width))
         if by_layer:
             assert layer is not None
             axes = figure.add_subplot(grid[0, column])
@@ -148,7 +148,7 @@ def draw_head_vav(
         bar.ax.tick_params(color=LINE, labelcolor=INK, labelsize=8)
     where = "" if layer is None else f" at layer {layer}"
     note = f"orange: the heads that stage 3 listens to{where}" if chosen else ""
-    return _rendered(figure, "Attention mass on visual tokens by head", note)
+    return rendered(figure, "Attention mass on visual tokens by head", note)
 
 
 def _check_vav(arrays: Mapping[str, np.ndarray], chosen: Mapping[str, Sequence[int]], layer: int | None) -> None:
@@ -186,7 +186,7 @@ def _heat_map(axes: Any, values_LH: np.ndarray, chosen: Sequence[int], layer: in
     axes.set_yticks(ticks, [str(index + 1) for index in ticks])
     axes.set_xticks(range(0, heads, max(1, heads // 16)))
     axes.set_ylabel("LLM layer", color=INK)
-    _plain(axes)
+    plain_axes(axes)
     return mesh
 
 
@@ -200,14 +200,16 @@ def _bars(axes: Any, values_H: np.ndarray, chosen: Sequence[int], top: float) ->
     axes.set_xlabel("head", color=INK)
     axes.set_ylabel("mass", color=INK)
     axes.grid(axis="y", color=LINE, linewidth=0.7)
-    _plain(axes)
+    plain_axes(axes)
 
 
-def _short(text: str, most: int) -> str:
+def shortened(text: str, most: int) -> str:
+    """A text of at most `most` characters."""
     return text if len(text) <= most else text[: most - 3].rstrip() + "..."
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of so many inches. Raises ImportError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -215,7 +217,7 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
 
 
-def _plain(axes: Any) -> None:
+def plain_axes(axes: Any) -> None:
     """No frame, quiet ticks."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(LINE)
@@ -223,7 +225,7 @@ def _plain(axes: Any) -> None:
     axes.tick_params(color=LINE, labelcolor=FAINT, labelsize=8)
 
 
-def _rendered(figure: Any, title: str, note: str) -> Image.Image:
+def rendered(figure: Any, title: str, note: str) -> Image.Image:
     """The finished figure under its title and a line that says what is shown."""
     figure.suptitle(f"{title}\n{note}".strip(), x=0.01, ha="left", fontsize=11, color=INK)
     buffer = io.BytesIO()

@@ -24,7 +24,8 @@ def test_singular_values_equal_a_direct_svd(shape: tuple[int, int, int]) -> None
 
 def test_a_zero_map_and_one_of_low_rank() -> None:
     zero = singular_values(torch.zeros(2, 9, 4))
-    assert {e: spectrum_rank(zero, e).tolist() for e in RANK_ESTIMATORS} == dict.fromkeys(RANK_ESTIMATORS, [0.0, 0.0])
+    for estimator in RANK_ESTIMATORS:
+        assert spectrum_rank(zero, estimator).tolist() == [0.0, 0.0]
     low = torch.randn(1, 50, 3) @ torch.randn(1, 3, 20)
     assert float(spectrum_rank(singular_values(low), "numerical")) == 3
 
