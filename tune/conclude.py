@@ -115,6 +115,7 @@ def register(settings: SweepSettings, prepared: Prepared) -> dict[str, Any]:
                 run_id=record.run_id or prepared.logbook.run_id,
                 tags={"sweep": prepared.name, "trial": trial, "git_commit": git_commit(Path.cwd())},
                 suite=prepared.context.suite,
+                trained_from=prepared.model if settings.kind == "finetune" else None,
             )
         registered[version.uri] = {"trial": trial, "aliases": aliases}
         print(f"  {trial} is {version.uri} ({', '.join(aliases)})", flush=True)
