@@ -25,7 +25,7 @@ from pipelines.promotion import promote
 from pipelines.registry import alias_history, get_version, move_alias, registered_model, roll_back
 from pipelines.schema import build_members
 from pipelines.scoring import ScoringError, Suite
-from pipelines.tracking import TrackingError, set_tags
+from pipelines.tracking import TrackingError, open_run, set_tags
 from pipelines.variants import measure_parity, register_variant
 from pipelines.version_scores import file_score, load_score
 from tests.registry.conftest import SUITE, Server, record, score_of, tiny_pruning
@@ -36,6 +36,12 @@ pytestmark = pytest.mark.stack
 NAME = "meteor-variants"
 GOOD = [record(number, nll=0.4) for number in range(4)]
 POORER = [record(0, right=False, nll=0.9, kept=6), *[record(number, kept=6) for number in range(1, 4)]]
+
+
+@pytest.fixture(scope="module")
+def run_id(server: Server) -> str:
+    """A run for this module's versions."""
+    return open_run(server.uri, experiment="registry", run_name="variants", settings={}, tags={}, documents={})
 
 
 @pytest.fixture(scope="module")
