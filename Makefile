@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup lock up status down pretrain finetune sweep predict evaluate register shards parts visualize flops bench-prune bench-gpu bench-order \
+.PHONY: help setup lock up status down pretrain finetune sweep predict calibrate evaluate register shards parts visualize flops bench-prune bench-gpu bench-order bench-ranks \
   chaos check format test test-slow clean
 
 PYTHON ?= python3.11
@@ -67,6 +67,9 @@ sweep: up  ## Search budgets and front of the registered model (at most 12 minut
 predict: up  ## Ask the registered model: make predict ARGS="--image FILE --prompt TEXT"
 	@$(STACK) run -- $(PY) jobs/predict.py --model models:/meteor@latest-pretrain $(ARGS)
 
+calibrate: up  ## Measure ranks, budgets' certainty, drift and lambda: make calibrate ARGS="--samples 512 --against MANIFEST:heldout"
+	@$(SUBMIT) python jobs/calibrate.py --model models:/meteor@latest-pretrain --output "$(CURDIR)/runs/latest/calibration" $(ARGS)
+
 evaluate: up  ## Score a model on held-out questions: make evaluate ARGS="--model models:/meteor@champion"
 	@$(STACK) run -- $(PY) jobs/evaluate.py --model models:/meteor@latest-pretrain $(ARGS)
 
@@ -93,6 +96,9 @@ bench-gpu:  ## The same on a GPU, in a Python that has torch, transformers and t
 
 bench-order: setup  ## Measure what plan and ledger cost at a billion samples (a few minutes); writes benchmarks/results/order.json
 	@$(PY) -m benchmarks.order $(ARGS)
+
+bench-ranks: $(PARTS_STAMP)  ## Measure how ranks vary over images and kinds of images on the real towers (a few minutes); writes benchmarks/results/ranks.json
+	@$(PY) -m benchmarks.ranks $(ARGS)
 
 chaos: setup  ## Kill, cut and spoil everything on real servers and count the samples (at most 40 minutes): make chaos ARGS="--only NAME"
 	@$(PY) -m benchmarks.chaos $(ARGS)

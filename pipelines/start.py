@@ -26,7 +26,7 @@ from meteor_model.processing_meteor import MeteorProcessor
 from meteor_model.tokenizer import pretrained_tokenizer, train_tokenizer
 from meteor_model.weights import LoadedPart, load_parts, vocabulary_rows
 from pipelines import shards, storage
-from pipelines.calibrate import calibrate_ranks
+from pipelines.calibrate import Workers, calibrate_ranks
 from pipelines.checkpoint import PROCESSOR_FOLDER, local_copy
 from pipelines.export import pull_model
 from pipelines.parts import default_parts_dir, resolve_sources
@@ -74,10 +74,13 @@ def prepare_start(recipe: Recipe, manifest: shards.Manifest, run_url: str) -> di
             init_url,
             manifest,
             recipe.data.train_split,
-            image_size=model.config.image_size,
-            samples=recipe.calibration.samples,
-            batch=recipe.calibration.batch,
-            task_cpus=recipe.data.data_task_cpus,
+            recipe.calibration.samples,
+            Workers(
+                batch=recipe.calibration.batch,
+                cpus=recipe.data.data_task_cpus,
+                gpus=min(1.0, recipe.training.gpus_per_worker),
+                bad_shards=recipe.data.bad_shards,
+            ),
         )
         config = with_pruning(model.config, recipe, report.expected(recipe.pruning.encode.rank_estimator))
         config.save_pretrained(folder)
