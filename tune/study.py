@@ -140,7 +140,11 @@ class StudySearch(Searcher):
         result = result or {}
         changes: dict[str, Any] = {"seconds": result.get("time_total_s"), "objective": result.get("objective")}
         if error or "failed" in result:
-            changes |= {"status": "failed", "error": result.get("failed", "the trial's process ended")}
+            changes |= {
+                "status": "failed",
+                "objective": None,
+                "error": result.get("failed", "the trial's process ended"),
+            }
         elif result.get("score"):
             ended = json.loads(result["score"])
             changes |= {"status": "completed", "score": ended["score"], "pruning": ended["pruning"]}

@@ -104,6 +104,8 @@ def _search(settings: SweepSettings, prepared: Prepared, plan: StudyPlan) -> Stu
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=tune.FailureConfig(max_failures=TRIAL_RETRIES),
+            # Trials keep what they have in the sweep's own folder.
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             verbose=0,
         ),
     )

@@ -11,6 +11,7 @@ to repeat.
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import threading
 import time
@@ -111,7 +112,8 @@ class Trial(tune.Trainable):
         try:
             return self.advance()
         except (ValueError, TrainingError) as error:
-            return {"failed": f"{type(error).__name__}: {error}", PROGRESS: 100, DONE: True}
+            # Tune wants the objective in every result; its scheduler passes over what is not a number.
+            return {"objective": math.nan, "failed": f"{type(error).__name__}: {error}", PROGRESS: 100, DONE: True}
 
     def advance(self) -> dict[str, Any]:
         """The next part of the trial's work, and what it comes to."""

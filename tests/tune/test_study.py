@@ -55,12 +55,12 @@ def test_every_ending_is_recorded_and_told(tmp_path: Path) -> None:
         started(found, tune_id)
     found.on_trial_complete("a", finished(-1.0))
     found.on_trial_complete("b", {"objective": -3.0, "time_total_s": 1.0})
-    found.on_trial_complete("c", {"failed": "lambda needs a target"})
+    found.on_trial_complete("c", {"objective": float("nan"), "failed": "lambda needs a target"})
     found.on_trial_complete("d", error=True)
     assert [r.status for r in heard] == ["completed", "stopped", "failed", "failed"]
     assert heard[0].scored.visual_tokens_mean == 10.0
     assert heard[0].pruning == {"fuse": {"keep": 7}}, "with the lambda that was solved"
-    assert heard[2].error == "lambda needs a target"
+    assert (heard[2].error, heard[2].objective) == ("lambda needs a target", None)
     states = [t.state for t in found.study.trials]
     assert states == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL, TrialState.FAIL]
     assert found.study.trials[0].constraints == {"budget": -2.0}
