@@ -18,7 +18,7 @@ import tyro
 
 from meteor_model.configuration_meteor import MeteorConfig
 from pipelines import shards
-from pipelines.calibrate import Workers, calibrate_ranks, open_model
+from pipelines.calibrate import calibrate_ranks, open_model
 from pipelines.calibration_file import (
     Calibration,
     Dataset,
@@ -33,8 +33,9 @@ from pipelines.calibration_file import (
     weights_digest,
 )
 from pipelines.drift import Drift, compare_ranks
+from pipelines.image_plan import CalibrationError, Workers
 from pipelines.lambda_check import LambdaReport, solve_on_split
-from pipelines.ranks import ESTIMATORS, RELATIVE_TOLERANCE, CalibrationError, RankReport, Ranks, report_budgets
+from pipelines.ranks import ESTIMATORS, RELATIVE_TOLERANCE, RankReport, Ranks, report_budgets
 from pipelines.registry import get_version, resolve_model
 from pipelines.shards import load_manifest
 from pipelines.tracking import git_commit, hide_passwords, require_tracking, use_tracking

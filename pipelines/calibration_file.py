@@ -18,8 +18,9 @@ from typing import Any
 from meteor_model.visualize import draw_calibration
 from pipelines import storage
 from pipelines.drift import Drift
+from pipelines.image_plan import CalibrationError
 from pipelines.lambda_check import LambdaReport
-from pipelines.ranks import BudgetReport, CalibrationError, RankReport
+from pipelines.ranks import BudgetReport, RankReport
 from pipelines.registry import describe_version, get_version
 from pipelines.tracking import (
     TrackingError,

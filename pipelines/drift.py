@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from meteor_model.configuration_meteor import MeteorConfig
+from pipelines.image_plan import CalibrationError
 from pipelines.moments import CONFIDENCE, Difference, welch
-from pipelines.ranks import TOKEN_TOLERANCE, CalibrationError, RankReport, budgets_of
+from pipelines.ranks import TOKEN_TOLERANCE, RankReport, budgets_of
 
 Verdict = Literal["same", "ranks_only", "undecided", "drift"]
 

@@ -20,8 +20,9 @@ from meteor_model.processing_meteor import MeteorProcessor
 from meteor_model.pruning import adaptive_counts, solve_lambda
 from pipelines import shards
 from pipelines.evaluate import attention_masses, readable_samples
+from pipelines.image_plan import CalibrationError
 from pipelines.moments import Moments, half_width
-from pipelines.ranks import CalibrationError, Ranks
+from pipelines.ranks import Ranks
 from pipelines.schema import RawSample
 from pipelines.variants import apply_pruning
 

@@ -21,6 +21,7 @@ import numpy as np
 from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.encoders import encoder_class
 from meteor_model.pruning import RANK_ESTIMATORS
+from pipelines.image_plan import CalibrationError
 from pipelines.moments import Moments, half_width, smallest, sufficient_count
 
 RELATIVE_TOLERANCE = 0.02
@@ -33,10 +34,6 @@ Measure = tuple[str, str, int]
 """Estimator, encoder, boundary (counted from 0)."""
 Ranks = Mapping[str, Sequence[float]]
 """Encoder -> one number per boundary."""
-
-
-class CalibrationError(ValueError):
-    """Ranks cannot be measured, read or compared; the message says which and why."""
 
 
 # ------------------------------------------------------------------------------------------------------------ measures

@@ -26,9 +26,10 @@ from meteor_model.processing_meteor import MeteorProcessor
 from meteor_model.tokenizer import pretrained_tokenizer, train_tokenizer
 from meteor_model.weights import LoadedPart, load_parts, vocabulary_rows
 from pipelines import shards, storage
-from pipelines.calibrate import Workers, calibrate_ranks
+from pipelines.calibrate import calibrate_ranks
 from pipelines.checkpoint import PROCESSOR_FOLDER, local_copy
 from pipelines.export import pull_model
+from pipelines.image_plan import Workers
 from pipelines.parts import default_parts_dir, resolve_sources
 from pipelines.recipe import Recipe
 from pipelines.schema import SampleError, parse_sample

@@ -14,9 +14,10 @@ from meteor_model.pruning import adaptive_counts
 from pipelines import calibration_file
 from pipelines.calibration_file import Calibration, Dataset, load_report, readable, split_address, weights_digest
 from pipelines.drift import compare_ranks
+from pipelines.image_plan import CalibrationError
 from pipelines.lambda_check import check_lambda
 from pipelines.moments import Moments
-from pipelines.ranks import CalibrationError, RankReport, measures_of, report_budgets
+from pipelines.ranks import RankReport, measures_of, report_budgets
 from pipelines.storage import StorageError
 from tests.model.builders import DENSE, PRUNED, config
 

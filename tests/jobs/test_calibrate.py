@@ -19,10 +19,11 @@ from infra.services import Stack, full_env
 from jobs.calibrate import Calibrate, calibrate, check, find_subject, main
 from meteor_model.images import decode_image
 from pipelines import shards, storage
-from pipelines.calibrate import ImagePlan, _next_wave, _ReadBatches, _Survey, open_model
+from pipelines.calibrate import open_model
 from pipelines.export import export_model, register_model
+from pipelines.image_plan import CalibrationError, ImagePlan, ReadBatches, _next_wave, _Survey
 from pipelines.moments import Moments, half_width
-from pipelines.ranks import ESTIMATORS, CalibrationError, RankReport, as_rows, measures_of
+from pipelines.ranks import ESTIMATORS, RankReport, as_rows, measures_of
 from pipelines.schema import parse_sample
 from pipelines.sources import Packed
 from pipelines.sources.openmoji import OpenMoji, OpenMojiSettings
@@ -98,7 +99,7 @@ def test_a_damaged_shard_fails_or_is_counted(tmp_path: Path) -> None:
 def test_batches_hold_the_planned_images_in_order(tmp_path: Path) -> None:
     manifest = make(str(tmp_path))
     info = manifest.split("train")[0]
-    rows = list(_ReadBatches(manifest.url, 64, 3)({"info": asdict(info), "places": np.array([0, 1, 3, 4])}))
+    rows = list(ReadBatches(manifest.url, 64, 3)({"info": asdict(info), "places": np.array([0, 1, 3, 4])}))
     pixels = [np.frombuffer(row["pixels"], np.uint8).reshape(-1, 3, 64, 64) for row in rows]
     assert [len(batch) for batch in pixels] == [3, 1]
     samples = shards.read_shard(manifest.url, info)
