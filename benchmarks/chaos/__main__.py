@@ -13,8 +13,8 @@ from pathlib import Path
 from types import FrameType
 
 from benchmarks.chaos.bench import choose, line_of, open_bench, show
-from benchmarks.chaos.report import draw, write
-from benchmarks.chaos.scenarios import SCENARIOS
+from benchmarks.chaos.report import draw, failed_in, replace_rows, write
+from benchmarks.chaos.scenarios import SCENARIOS, UNDISTURBED
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="play these (and the undisturbed one)")
     parser.add_argument("--seed", type=int, default=0, help="of every random choice of a fault (%(default)s)")
     parser.add_argument("--out", type=Path, help=f"folder of the results ({RESULTS}; with --only: none)")
+    parser.add_argument("--again", action="store_true", help="play those that failed in the results, and put them in")
     parser.add_argument("--list", action="store_true", help="list the scenarios")
     arguments = parser.parse_args(argv)
     if arguments.list:
@@ -36,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{scenario.name:<24} {scenario.injects} (workers {scenario.workers})")
         return 0
     try:
-        chosen = choose(arguments.only)
+        results = arguments.out or RESULTS
+        chosen = choose(failed_in(results / "chaos.json") if arguments.again else arguments.only)
     except ValueError as error:
         parser.error(str(error))
     signal.signal(signal.SIGTERM, _interrupt)  # what was started is stopped then, too
@@ -58,7 +60,10 @@ def main(argv: list[str] | None = None) -> int:
     for row in rows:
         print(line_of(row))
     folder = arguments.out or (None if arguments.only else RESULTS)
-    if folder is not None:
+    if arguments.again:
+        again = [row for row in rows if row["name"] != UNDISTURBED]
+        draw(results / "chaos.png", replace_rows(results / "chaos.json", again, seconds))
+    elif folder is not None:
         write(folder / "chaos.json", rows, arguments.seed, seconds)
         draw(folder / "chaos.png", rows)
         print(f"written: {folder / 'chaos.json'}, {folder / 'chaos.png'}")

@@ -47,6 +47,31 @@ def write(path: Path, rows: Sequence[dict[str, Any]], seed: int, seconds: float)
     path.write_text(json.dumps(results, indent=1, allow_nan=True) + "\n")
 
 
+def failed_in(path: Path) -> list[str]:
+    """The scenarios that failed in results on disk. Raises ValueError where there are none to play again."""
+    if not path.exists():
+        raise ValueError(f"there is no {path}: play all scenarios first")
+    failed: list[str] = json.loads(path.read_text())["failed"]
+    if not failed:
+        raise ValueError(f"every scenario in {path} passed")
+    return failed
+
+
+def replace_rows(path: Path, rows: Sequence[dict[str, Any]], seconds: float) -> list[dict[str, Any]]:
+    """Put scenarios that were played again into the results on disk, which say so; all rows."""
+    results: dict[str, Any] = json.loads(path.read_text())
+    by_name = {row["name"]: {**row, "played_again": True, "before": "failed"} for row in rows}
+    merged = [by_name.get(row["name"], row) for row in results["scenarios"]]
+    results |= {
+        "passed": sum(row["passed"] for row in merged),
+        "failed": [row["name"] for row in merged if not row["passed"]],
+        "minutes_again": round(results.get("minutes_again", 0.0) + seconds / 60, 1),
+        "scenarios": merged,
+    }
+    path.write_text(json.dumps(results, indent=1, allow_nan=True) + "\n")
+    return merged
+
+
 def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Loss curves of all scenarios over the undisturbed one, and the seconds from fault to next step."""
     import matplotlib
