@@ -61,8 +61,8 @@ finetune: up  ## Fine-tune what pretrain registered
 	@$(SUBMIT) python jobs/finetune.py --run.output "$(CURDIR)/runs/latest" $(ARGS)
 
 sweep: up  ## Search budgets and front of the registered model (at most 12 minutes); writes benchmarks/results/sweep.json
-	@$(SUBMIT) python jobs/sweep.py --output "$(CURDIR)/benchmarks/results/sweep.json" --budgets 4 8 16 --pareto \
-	  --compare-random True --trials 12 --questions 128 --max-concurrent 2 $(ARGS)
+	@$(SUBMIT) python jobs/sweep.py --output "$(CURDIR)/benchmarks/results/sweep.json" --budgets 8 16 --pareto \
+	  --compare-random True --trials 8 --questions 64 --max-concurrent 2 $(ARGS)
 
 predict: up  ## Ask the registered model: make predict ARGS="--image FILE --prompt TEXT"
 	@$(STACK) run -- $(PY) jobs/predict.py --model models:/meteor@latest-pretrain $(ARGS)

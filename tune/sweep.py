@@ -86,8 +86,14 @@ def _search(settings: SweepSettings, prepared: Prepared, plan: StudyPlan) -> Stu
     trainable = tune.with_parameters(TRIALS[settings.kind], context=prepared.context)
     reserved = {"CPU": settings.cpus_per_trial, "GPU": settings.gpus_per_trial}
     filesystem, path = storage.arrow_filesystem(storage.join(prepared.url, "tune"))
-    # Results travel in Tune's own messages: no table or log of each trial on disk.
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    # No log of each trial on disk, no tables on the screen, no address of each run: the sweep says what happens itself.
+    quiet = {
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "RAY_AIR_NEW_OUTPUT": "0",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    }
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
     tuner = tune.Tuner(
         tune.with_resources(trainable, {name: amount for name, amount in reserved.items() if amount}),
         tune_config=tune.TuneConfig(
