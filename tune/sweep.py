@@ -10,6 +10,7 @@ Killed anywhere and started again, a sweep goes on: trials that ended are read f
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 import uuid
@@ -94,6 +95,7 @@ def _search(settings: SweepSettings, prepared: Prepared, plan: StudyPlan) -> Stu
     }
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)  # misses those logs
     tuner = tune.Tuner(
         tune.with_resources(trainable, {name: amount for name, amount in reserved.items() if amount}),
         tune_config=tune.TuneConfig(
