@@ -100,7 +100,7 @@ bench-order: setup  ## Measure what plan and ledger cost at a billion samples (a
 bench-ranks: $(PARTS_STAMP)  ## Measure how ranks vary over images and kinds of images on the real towers (a few minutes); writes benchmarks/results/ranks.json
 	@$(PY) -m benchmarks.ranks $(ARGS)
 
-chaos: setup  ## Kill, cut and spoil everything on real servers and count the samples (at most 40 minutes): make chaos ARGS="--only NAME"
+chaos: setup  ## Kill, cut and spoil everything on real servers and count the samples (about 40 minutes): make chaos ARGS="--only NAME"
 	@$(PY) -m benchmarks.chaos $(ARGS)
 
 check: setup  ## Lint, format, types, import direction
