@@ -50,6 +50,8 @@ TINY_LLM = {
     "vocab_size": 64,
 }
 """Ranks are the towers' alone."""
+NOISE = "noise"
+"""Measured to see how far towers reach; no kind of images, so it is not compared with them."""
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".gif"}
 
 
@@ -215,7 +217,7 @@ def analyse(config: MeteorConfig, rows: Mapping[str, np.ndarray]) -> tuple[dict[
     reports = {source: report for source, (report, _) in measured.items()}
     findings = {
         "within": {source: {"images": len(rows[source]), **found} for source, (_, found) in measured.items()},
-        "between": between(config, reports),
+        "between": between(config, {source: report for source, report in reports.items() if source != NOISE}),
         "ranks": {source: report.to_dict()["ranks"] for source, report in reports.items()},
     }
     return findings, {source: report.to_dict() for source, report in reports.items()}
@@ -265,7 +267,7 @@ def main(arguments: list[str] | None = None) -> None:
     for item in options.folder:
         name, _, path = item.partition("=")
         sources[name] = folder(Path(path))
-    sources["noise"] = noise
+    sources[NOISE] = noise
     model = build_towers()
     rows = {}
     for name, images in sources.items():

@@ -33,7 +33,7 @@ def draw_calibration(reports: Mapping[str, Mapping[str, Any]], note: str = "") -
     first = _check(reports)
     panels = first["ranks"]
     places = _places(next(iter(panels.values())))
-    inches = max(6.5, 0.62 * len(places) * max(1, 0.55 * len(reports)) + 2.2)
+    inches = min(11.0, max(6.5, 0.62 * len(places) * max(1, 0.55 * len(reports)) + 2.2))
     figure = new_figure(inches, 2.35 * len(panels) + 1.1)
     width = GROUP / len(reports)
     for index, estimator in enumerate(panels):
@@ -43,7 +43,8 @@ def draw_calibration(reports: Mapping[str, Mapping[str, Any]], note: str = "") -
             xs = np.arange(len(items)) + (place - (len(reports) - 1) / 2) * width
             means = np.array([item["mean"] for item in items])
             label = f"{shortened(name, 60)} ({report['images']} images)"
-            axes.bar(xs, means, width=0.92 * width, color=colour, alpha=0.75, label=label)
+            hatch = "///" if place >= len(COLOURS) else None  # colours begin anew
+            axes.bar(xs, means, 0.92 * width, color=colour, alpha=0.75, label=label, hatch=hatch, edgecolor="white")
             if report["images"] > 1:
                 stds = np.array([item["std"] for item in items])
                 axes.errorbar(xs, means, yerr=stds, fmt="none", ecolor=FAINT, elinewidth=2.6, alpha=0.45)
@@ -56,7 +57,15 @@ def draw_calibration(reports: Mapping[str, Mapping[str, Any]], note: str = "") -
         axes.grid(axis="y", color=LINE, linewidth=0.7)
         plain_axes(axes)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=1, frameon=False, labelcolor=INK, fontsize=8)
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=1 if len(labels) < 4 else 3,
+        frameon=False,
+        labelcolor=INK,
+        fontsize=8,
+    )
     legend = "dark: 95 % interval of the mean; pale: standard deviation over images"
     lines = [legend, *wrap(note, int(11 * inches))]
     return rendered(figure, "Expected rank by encoder and boundary", "\n".join(lines))
