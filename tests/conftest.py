@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,11 @@ import torch
 
 from infra.services import Stack
 from tests.stack_fixture import applied, start_stack, stop_stack
+
+
+def pytest_configure() -> None:
+    """SIGTERM ends the session as an interrupt does: fixtures stop the servers that they started."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")
