@@ -166,12 +166,15 @@ class MeteorGenerationMixin(GenerationMixin):
                 "start a new cache with the whole conversation"
             )
 
-    def new_cache(self) -> MeteorCache | None:
-        """A cache for `generate`: one that prunes where `config.pruning.decode` is enabled and lambda is known."""
+    def new_cache(self, k_max: int | None = None) -> MeteorCache | None:
+        """A cache for `generate`: one that prunes where `config.pruning.decode` is enabled and lambda is known.
+
+        With `k_max` no sample of it keeps more visual tokens than so many. None where stage 3 does not act.
+        """
         decode = self.config.pruning.decode
         if not decode.enabled or decode.lam is None:
             return None
-        return MeteorCache(self.config.text_config, decode, self.config.decode_heads)
+        return MeteorCache(self.config.text_config, decode, self.config.decode_heads, k_max)
 
     @torch.no_grad()
     def prune_prompts(

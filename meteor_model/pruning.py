@@ -512,23 +512,26 @@ def adaptive_counts(mass_B: Tensor, lam: float, num_visual_B: Tensor, k_min: int
     return _counts(mass_B, lam, num_visual_B, k_min)
 
 
-def _counts(mass_B: Tensor, lam: float, num_visual_B: Tensor, k_min: int) -> Tensor:
+def _counts(mass_B: Tensor, lam: float, num_visual_B: Tensor, k_min: int, k_max: int | None = None) -> Tensor:
     num_visual_B = num_visual_B.to(torch.int64)
     wanted_B = torch.floor(mass_B.double() * lam + 0.5)
+    if k_max is not None:
+        wanted_B = wanted_B.clamp(max=k_max)
     # The bound first, in fp64: a huge lambda must not overflow int64.
     wanted_B = torch.minimum(wanted_B, num_visual_B.double()).to(torch.int64)
     return torch.maximum(wanted_B, num_visual_B.clamp(max=k_min))
 
 
 def adaptive_selection(
-    scores_BT: Tensor, mass_B: Tensor, visual_mask_BT: Tensor, lam: float, k_min: int
+    scores_BT: Tensor, mass_B: Tensor, visual_mask_BT: Tensor, lam: float, k_min: int, k_max: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """`adaptive_counts` and `select_visual` in one: which visual tokens stay (B, T), and how many of each sample (B,).
 
+    With `k_max` no sample keeps more than so many (the larger of it and k_min).
     Reads no value back to the host, so that a GPU is not waited for: where `mass_B` is NaN the selection means nothing,
     and the caller has to look for it.
     """
-    counts_B = _counts(mass_B, lam, visual_mask_BT.sum(dim=-1), k_min)
+    counts_B = _counts(mass_B, lam, visual_mask_BT.sum(dim=-1), k_min, k_max)
     return _best_visual(scores_BT, visual_mask_BT, counts_B), counts_B
 
 

@@ -75,7 +75,12 @@ REQUIREMENTS = (
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec("string", "image", required=False), ColSpec("string", "prompt")]),
     outputs=Schema([ColSpec("string")]),
-    params=ParamSchema([ParamSpec("max_new_tokens", "long", pyfunc_model.DEFAULT_NEW_TOKENS)]),
+    params=ParamSchema(
+        [
+            ParamSpec("max_new_tokens", "long", pyfunc_model.DEFAULT_NEW_TOKENS),
+            ParamSpec("visual_tokens", "long", None),
+        ]
+    ),
 )
 
 

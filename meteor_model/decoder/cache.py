@@ -79,24 +79,30 @@ class MeteorCache(DynamicCache):
         config: the decoder's configuration.
         settings: stage 3's settings; `lam` must be known.
         num_heads: heads that are listened to.
+        k_max: most visual tokens that a sample keeps, whatever lambda gives it; None sets no such bound.
 
     Raises:
-        ValueError: when lambda is unknown, the layer or the heads do not exist, or the decoder is not one that stage 3
-            can run.
+        ValueError: when lambda is unknown, `k_max` is below `k_min`, the layer or the heads do not exist, or the
+            decoder is not one that stage 3 can run.
     """
 
     layers: list[DynamicLayer]
 
-    def __init__(self, config: PreTrainedConfig, settings: DecodePruning, num_heads: int) -> None:
+    def __init__(
+        self, config: PreTrainedConfig, settings: DecodePruning, num_heads: int, k_max: int | None = None
+    ) -> None:
         super().__init__()
         if settings.lam is None:
             raise ValueError("pruning.decode.lam is not set: solve it for a target_mean on a calibration batch")
+        if k_max is not None and k_max < settings.k_min:
+            raise ValueError(f"k_max is {k_max}, below pruning.decode.k_min {settings.k_min}")
         check_decode_settings(config, settings.layer, num_heads)
         self.plan = plan_decoder(config)
         self.layers = [DynamicLayer() for _ in self.plan.slides]
         self.settings = settings
         self.num_heads = num_heads
         self.lam = settings.lam
+        self.k_max = k_max
         self.decision: Decision | None = None
         self.padded_since = False  # whether a later turn brought padding of its own
 

@@ -119,7 +119,7 @@ def _prefill(
     # 2. score, 3. keep
     keys = tap.keys if isinstance(tap, KeyTap) else tap.layers[layer - 1].keys
     scores = score_layer(language_model, plan, layer - 1, asked_BTC, keys, rotary, prompt, cache.num_heads)
-    decision, order_BW = _decide(scores, prompt, cache.lam, settings.k_min)
+    decision, order_BW = _decide(scores, prompt, cache.lam, settings.k_min, cache.k_max)
     hidden_BWC = gather_tokens(hidden_BTC, order_BW.to(hidden_BTC.device))
 
     # 4. upper. Positions reach the layers through the rotary embedding only: as position_ids their gaps would look like
@@ -206,11 +206,11 @@ def _continue(
     return DecodedOutput(language_model.norm(hidden_BQC), cache, decision=decision)
 
 
-def _decide(scores: VisualScores, prompt: Prompt, lam: float, k_min: int) -> tuple[Decision, Tensor]:
+def _decide(scores: VisualScores, prompt: Prompt, lam: float, k_min: int, k_max: int | None) -> tuple[Decision, Tensor]:
     """The decision, and the gather order (B, W): prompt columns of the kept tokens, after those that pad the row."""
     attended_BT, visual_BT = prompt.attended_BT, prompt.visual_BT
     scores_BT, mass_B = scores.scores_BT.to(visual_BT.device), scores.mass_B.to(visual_BT.device)
-    visual_kept_BT, counts_B = adaptive_selection(scores_BT, mass_B, visual_BT, lam, k_min)
+    visual_kept_BT, counts_B = adaptive_selection(scores_BT, mass_B, visual_BT, lam, k_min, k_max)
     keep_BT = (attended_BT & ~visual_BT) | visual_kept_BT
     totals_B = keep_BT.sum(dim=1)
     found = torch.stack([torch.isnan(mass_B).sum(), (keep_BT != attended_BT).sum(), totals_B.min(), totals_B.max()])

@@ -67,7 +67,7 @@ def test_what_is_registered(server: Server, registered: RegisteredVersion, run_i
     assert all("==" in line for line in requirements)
     signature = mlflow.models.Model.load(str(packed)).signature
     assert signature.inputs.input_names() == ["image", "prompt"]
-    assert [param.name for param in signature.params.params] == ["max_new_tokens"]
+    assert [param.name for param in signature.params.params] == ["max_new_tokens", "visual_tokens"]
 
 
 FRESH = """
@@ -147,7 +147,7 @@ def test_a_huge_image_and_bad_parameters_are_refused(
         model.predict(context, [GOOD], {"max_new_tokens": 0})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="needs a column `prompt`"):
         model.predict(context, [{"text": "x"}])  # type: ignore[arg-type]
-    monkeypatch.setattr("pipelines.pyfunc_model.MAX_BYTES", 300)
+    monkeypatch.setattr("meteor_model.answering.MAX_BYTES", 300)
     with pytest.raises(ValueError, match="row 0: image has 404 base64 characters, the limit is 400"):
         model.predict(context, [{"image": in_base64(b"x" * 301), "prompt": "x"}])  # type: ignore[arg-type]
 

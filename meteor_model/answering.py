@@ -1,0 +1,238 @@
+"""Requests from outside to answers: one format, one set of limits, whoever serves the model.
+
+1. `Budget.of`      parameters of a request: longest answer, most visual tokens
+2. `read_rows`      rows with a prompt and an image in base64 -> questions; what is wrong is named by its row
+3. `Answerer`       questions of equal budget -> answers, in one batch. What stage 3 decides lives in that batch's own
+                    cache, so requests at the same time, with other budgets, do not meet
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import BatchFeature, DynamicCache
+
+from meteor_model.chat import IMAGE_PLACEHOLDER
+from meteor_model.configuration_meteor import MeteorConfig
+from meteor_model.decoder.cache import MeteorCache
+from meteor_model.images import MAX_BYTES, ImageError
+from meteor_model.modeling_meteor import MeteorForConditionalGeneration
+from meteor_model.processing_meteor import MeteorProcessor
+
+DEFAULT_NEW_TOKENS = 32
+MAX_ROWS = 256
+MAX_PROMPT_CHARACTERS = 2**16
+ROWS_PER_BATCH = 32
+
+
+class RequestError(ValueError):
+    """A request that cannot be served as it is; the message says which row or parameter, and what is allowed."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one request may spend.
+
+    Attributes:
+        max_new_tokens: longest answer, in tokens.
+        visual_tokens: most visual tokens that stage 3 keeps of a row: K = min(visual_tokens, what lambda
+            gives the row). It lowers a count and never raises one. None: lambda alone.
+    """
+
+    max_new_tokens: int = DEFAULT_NEW_TOKENS
+    visual_tokens: int | None = None
+
+    @classmethod
+    def of(cls, parameters: Mapping[str, Any], config: MeteorConfig) -> Budget:
+        """From a request's parameters, checked against the model.
+
+        Raises:
+            RequestError: for an unknown parameter, one that is no whole number, one out of its range, or
+                `visual_tokens` on a model whose stage 3 does not act.
+        """
+        unknown = sorted(set(parameters) - {"max_new_tokens", "visual_tokens"})
+        if unknown:
+            raise RequestError(f"parameter {unknown[0]} is unknown; there are max_new_tokens and visual_tokens")
+        given = parameters.get("max_new_tokens")
+        longest = config.text_config.max_position_embeddings
+        new_tokens = DEFAULT_NEW_TOKENS if given is None else _whole("max_new_tokens", given)
+        if not 1 <= new_tokens <= longest:
+            raise RequestError(f"max_new_tokens is {new_tokens}; it must be in 1..{longest}")
+        most = parameters.get("visual_tokens")
+        if most is None:
+            return cls(new_tokens)
+        decode = config.pruning.decode
+        if not decode.enabled or decode.lam is None:
+            raise RequestError("visual_tokens cannot be set: this model prunes nothing in the LLM; leave it out")
+        least, all_of_them = min(decode.k_min, config.tokens_per_image), config.tokens_per_image
+        if not least <= _whole("visual_tokens", most) <= all_of_them:
+            raise RequestError(f"visual_tokens is {most}; it must be in {least}..{all_of_them}")
+        return cls(new_tokens, int(most))
+
+
+def _whole(name: str, value: Any) -> int:
+    """Raises RequestError for anything but a whole number; numpy's integers are some."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise RequestError(f"{name} must be a whole number, got {value!r}"[:200])
+    return int(value)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt and its images, each (3, S, S) uint8; `<image>` in the prompt says where they stand, or they lead."""
+
+    prompt: str
+    images: list[torch.Tensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The greedy answer, and the visual tokens of its prompt that the upper layers of the LLM saw."""
+
+    text: str
+    visual_tokens: int
+
+
+def read_rows(rows: Sequence[Mapping[str, Any]], processor: MeteorProcessor) -> list[Question]:
+    """The questions of a request.
+
+    Args:
+        rows: mappings with `prompt` and perhaps `image`: an image file (JPEG, PNG, WebP, GIF) in base64; an empty or
+            missing one asks the language model alone.
+        processor: decodes the images.
+
+    Raises:
+        RequestError: naming the row and what is wrong with it; also for too many rows, or images of more than
+            `MAX_BYTES` in all.
+    """
+    if not 1 <= len(rows) <= MAX_ROWS:
+        raise RequestError(
+            f"the request has {len(rows)} rows; 1..{MAX_ROWS} are allowed, send more in several requests"
+        )
+    limit = (MAX_BYTES + 2) // 3 * 4
+    encoded = [_encoded_image(index, row, limit) for index, row in enumerate(rows)]
+    if sum(map(len, encoded)) > limit:
+        raise RequestError(
+            f"the images of the request have {sum(map(len, encoded))} base64 characters, the limit is {limit}: send "
+            "them in several requests"
+        )
+    return [
+        _read_row(index, row, image, processor) for index, (row, image) in enumerate(zip(rows, encoded, strict=True))
+    ]
+
+
+def _encoded_image(index: int, row: Mapping[str, Any], limit: int) -> str:
+    unknown = sorted(str(name) for name in row if name not in ("prompt", "image"))
+    if unknown:
+        raise RequestError(f"row {index}: column {unknown[0]!r} is unknown; there are `prompt` and `image`")
+    image = row.get("image")
+    if image is None or (isinstance(image, float) and image != image):  # NaN is how pandas says None
+        return ""
+    if not isinstance(image, str):
+        raise RequestError(f"row {index}: image must be a base64 string, got {type(image).__name__}")
+    if len(image) > limit:
+        raise RequestError(f"row {index}: image has {len(image)} base64 characters, the limit is {limit}")
+    return image
+
+
+def _read_row(index: int, row: Mapping[str, Any], encoded: str, processor: MeteorProcessor) -> Question:
+    prompt = row.get("prompt")
+    if not isinstance(prompt, str):
+        raise RequestError(f"row {index}: prompt must be a string, got {type(prompt).__name__}")
+    if len(prompt) > MAX_PROMPT_CHARACTERS:
+        raise RequestError(f"row {index}: prompt has {len(prompt)} characters, the limit is {MAX_PROMPT_CHARACTERS}")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"row {index}: prompt is not valid Unicode: {error.reason}") from None
+    written = prompt.count(IMAGE_PLACEHOLDER)
+    if written not in (0, int(bool(encoded))):
+        raise RequestError(
+            f"row {index}: the prompt has {written} {IMAGE_PLACEHOLDER} placeholders, the row "
+            f"{int(bool(encoded))} images"
+        )
+    if not encoded and not prompt:
+        raise RequestError(f"row {index}: there is neither an image nor a prompt")
+    return Question(prompt, [_decode(index, encoded, processor)] if encoded else [])
+
+
+def _decode(index: int, encoded: str, processor: MeteorProcessor) -> torch.Tensor:
+    try:
+        data = base64.b64decode(encoded, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise RequestError(f"row {index}: image is no base64 text: {error}") from None
+    try:
+        return processor.load_image(data)
+    except ImageError as error:
+        raise RequestError(f"row {index}: image cannot be used: {error}") from None
+
+
+class Answerer:
+    """A model and its processor that answer questions, greedily, with the prunings of the model's configuration.
+
+    Nothing of a request stays on the model; several threads may ask.
+
+    Args:
+        model: in eval mode, on its device.
+        processor: its own.
+    """
+
+    def __init__(self, model: MeteorForConditionalGeneration, processor: MeteorProcessor) -> None:
+        self.model = model
+        self.processor = processor
+
+    def budget(self, parameters: Mapping[str, Any]) -> Budget:
+        """A request's budget. Raises RequestError."""
+        return Budget.of(parameters, self.model.config)
+
+    def require_room(self, questions: Sequence[Question], budget: Budget) -> None:
+        """Raise RequestError, naming the row, where prompt and answer are longer than the model's positions."""
+        longest = self.model.config.text_config.max_position_embeddings
+        for index, question in enumerate(questions):
+            prompt_tokens = len(self._batch([question])["input_ids"][0])
+            if prompt_tokens + budget.max_new_tokens > longest:
+                raise RequestError(
+                    f"row {index}: the prompt has {prompt_tokens} tokens and max_new_tokens is "
+                    f"{budget.max_new_tokens}, together over the model's {longest}: shorten one of them"
+                )
+
+    @torch.inference_mode()
+    def answer(self, questions: Sequence[Question], budget: Budget) -> list[Answer]:
+        """The answers, from left-padded batches of at most ROWS_PER_BATCH.
+
+        Raises:
+            RequestError: where a question does not fit the model's positions.
+        """
+        self.require_room(questions, budget)
+        answers: list[Answer] = []
+        for start in range(0, len(questions), ROWS_PER_BATCH):
+            answers += self._answer(questions[start : start + ROWS_PER_BATCH], budget)
+        return answers
+
+    def _batch(self, questions: Sequence[Question]) -> BatchFeature:
+        return self.processor([question.prompt for question in questions], [list(q.images) for q in questions])
+
+    def _answer(self, questions: Sequence[Question], budget: Budget) -> list[Answer]:
+        model, tokenizer = self.model, self.processor.tokenizer
+        batch = self._batch(questions).to(model.device)
+        cache = model.new_cache(budget.visual_tokens) or DynamicCache(config=model.config.text_config)
+        output_ids = model.generate(
+            **batch,
+            past_key_values=cache,
+            max_new_tokens=budget.max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        kept_B = (batch["input_ids"] == model.config.image_token_id).sum(dim=1)
+        if isinstance(cache, MeteorCache):
+            assert cache.decision is not None, "prefill decides"
+            kept_B = cache.decision.kept_counts_B
+        prompt_length = batch["input_ids"].shape[1]
+        texts = [self.processor.decode(ids[prompt_length:]) for ids in output_ids]
+        return [Answer(text, kept) for text, kept in zip(texts, kept_B.tolist(), strict=True)]
