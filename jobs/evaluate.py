@@ -14,12 +14,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import tyro
+from mlflow import MlflowClient
 
 from pipelines.export import load_registered
 from pipelines.registry import get_version, resolve_model
 from pipelines.scoring import Score, Suite, score_model
 from pipelines.shards import load_manifest
-from pipelines.tracking import git_commit, require_tracking, use_tracking
+from pipelines.tracking import git_commit, patiently, require_tracking, use_tracking
 from pipelines.version_scores import file_score
 
 
@@ -53,7 +54,7 @@ def evaluate(settings: Evaluate) -> Score:
         use_tracking(uri)
         name, version = resolve_model(settings.model, uri)
         model_address = f"models:/{name}/{version}"  # an alias may move meanwhile
-        manifest_address = manifest_address or get_version(name, version, uri).tags.get("manifest", "")
+        manifest_address = manifest_address or trained_on(name, version, uri)
     if not manifest_address:
         raise ValueError(f"manifest is missing: {settings.model} does not say what it was trained on")
     manifest = load_manifest(manifest_address)
@@ -71,6 +72,15 @@ def evaluate(settings: Evaluate) -> Score:
     if registered:
         print(f"  filed with version {version} of {name}")
     return score
+
+
+def trained_on(name: str, version: int, uri: str) -> str:
+    """The manifest that a version's tags name, or those of its run; empty where neither does."""
+    found = get_version(name, version, uri)
+    if "manifest" in found.tags or not found.run_id:
+        return found.tags.get("manifest", "")
+    run = patiently(f"run {found.run_id}", lambda: MlflowClient(uri).get_run(found.run_id))
+    return str(run.data.tags.get("manifest", ""))
 
 
 def readable(model: str, suite: Suite, score: Score) -> str:
