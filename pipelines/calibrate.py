@@ -97,7 +97,10 @@ def measure_plan(model: str, plan: ImagePlan, image_size: int, workers: Workers,
     items.context.target_max_block_size = workers.batch * 3 * image_size**2  # a batch is a block: actors share them
     items.context.raise_original_map_exception = True
     quieten(items.context)
-    batches = items.flat_map(ReadBatches(plan.manifest, image_size, workers.batch), num_cpus=workers.cpus)
+    # A concurrency other than the actors': else Ray would fuse both, and an actor would have a whole shard to itself.
+    batches = items.flat_map(
+        ReadBatches(plan.manifest, image_size, workers.batch), num_cpus=workers.cpus, concurrency=workers.actors + 1
+    )
     measured = batches.map(
         _RankMeter,
         fn_constructor_args=(model, uri, image_size, workers.gpus > 0),
