@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup lock up status down pretrain finetune sweep predict calibrate evaluate register shards parts visualize flops bench-prune bench-gpu bench-order bench-ranks \
+.PHONY: help predict-shards serve setup lock up status down pretrain finetune sweep predict calibrate evaluate register shards parts visualize flops bench-prune bench-gpu bench-order bench-ranks \
   chaos check format test test-slow clean
 
 PYTHON ?= python3.11
@@ -69,6 +69,12 @@ predict: up  ## Ask the registered model: make predict ARGS="--image FILE --prom
 
 calibrate: up  ## Measure ranks, budgets' certainty, drift and lambda: make calibrate ARGS="--samples 512 --against MANIFEST:heldout"
 	@$(SUBMIT) python jobs/calibrate.py --model models:/meteor@latest-pretrain --output "$(CURDIR)/runs/latest/calibration" $(ARGS)
+
+predict-shards: up  ## Answer a split to Parquet: make predict-shards ARGS="--manifest URL --output URL"
+	@$(SUBMIT) python jobs/predict.py shards --model models:/meteor@latest-pretrain $(ARGS)
+
+serve: up  ## Serve the registered model on Ray at 127.0.0.1:8000, as a job of its own: make serve ARGS="--port 9000"
+	@$(SUBMIT) python jobs/serve.py --model models:/meteor@latest-pretrain $(ARGS)
 
 evaluate: up  ## Score a model on held-out questions: make evaluate ARGS="--model models:/meteor@champion"
 	@$(STACK) run -- $(PY) jobs/evaluate.py --model models:/meteor@latest-pretrain $(ARGS)

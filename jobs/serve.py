@@ -1,0 +1,73 @@
+"""Serve a model over HTTP on Ray: `python jobs/serve.py --model models:/NAME@ALIAS`, until it is interrupted.
+
+POST to /invocations what `mlflow models serve` takes: `{"dataframe_records": [{"image", "prompt"}], "params": {...}}`.
+"""
+
+import os
+import signal
+import sys
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import ray
+import tyro
+from ray import serve
+
+from pipelines.registry import resolve_model
+from pipelines.serving import APP_NAME, ServeSettings, ServingError, build_app
+from pipelines.tracking import hide_passwords, require_tracking, use_tracking
+
+
+@dataclass(frozen=True)
+class Serve:
+    """What is served, and where."""
+
+    model: str
+    """models:/NAME@ALIAS, models:/NAME/VERSION, or the folder of a model that all nodes can read (also s3://)."""
+    host: str = "127.0.0.1"
+    """Address to listen at. There is no authentication: beyond loopback, put a proxy that has it in front."""
+    port: int = 8000
+    """Port to listen at."""
+    serve: ServeSettings = field(default_factory=ServeSettings)
+    """How."""
+
+
+def run(settings: Serve) -> None:
+    """Serve until SIGINT or SIGTERM, then shut down. Raises ValueError for what is wrong with the settings."""
+    if not 1 <= settings.port <= 65535:
+        raise ServingError(f"port is {settings.port}; it must be in 1..65535")
+    uri, model = os.environ.get("MLFLOW_TRACKING_URI", ""), settings.model.rstrip("/")
+    if model.startswith("models:"):
+        require_tracking(uri)
+        use_tracking(uri)
+        name, version = resolve_model(model, uri)  # all replicas serve one version, wherever the alias moves
+        model = f"models:/{name}/{version}"
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+    ray.init(ignore_reinit_error=True, logging_level="WARNING")
+    serve.start(http_options={"host": settings.host, "port": settings.port})
+    try:
+        serve.run(build_app(model, settings.serve, uri), name=APP_NAME, route_prefix="/")
+        print(f"serving   {hide_passwords(model)} at http://{settings.host}:{settings.port}/invocations", flush=True)
+        stopped.wait()
+    finally:
+        serve.shutdown()
+
+
+def main() -> int:
+    """Command line; a fault of the input is one line on stderr and exit code 2."""
+    settings = tyro.cli(Serve, description=__doc__)
+    try:
+        run(settings)
+    except ValueError as error:
+        print(f"error: {hide_passwords(str(error))}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
