@@ -1,6 +1,8 @@
 """Ask a registered model: `python jobs/predict.py --model models:/NAME@ALIAS --image FILE --prompt TEXT`.
 
 Needs nothing but MLFLOW_TRACKING_URI: the model comes from the registry, every byte checked.
+
+`python jobs/predict.py shards --help` is batch inference: the samples of a split to Parquet, on Ray.
 """
 
 import os
@@ -12,15 +14,23 @@ from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import ray
 import torch
 import tyro
 
+from meteor_model.answering import Budget
 from meteor_model.chat import IMAGE_PLACEHOLDER
+from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.images import ImageError
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
+from pipelines import shards
+from pipelines.calibrate import open_model
 from pipelines.export import pull_model
 from pipelines.model_folder import tokens_by_stage
+from pipelines.predict_shards import PredictError, Questions, Workers, predict_split
+from pipelines.registry import resolve_model
+from pipelines.tracking import hide_passwords, require_tracking, use_tracking
 
 
 @dataclass(frozen=True)
@@ -110,13 +120,81 @@ def predict(settings: Predict) -> None:
         print(f"visual_tokens.decode: {entering} > {entering if kept is None else kept} ({len(images)} image(s))")
 
 
+@dataclass(frozen=True)
+class PredictShards:
+    """Batch inference: every sample of a split once, to Parquet. Started again, it answers what is missing."""
+
+    model: str
+    """models:/NAME@ALIAS, models:/NAME/VERSION, or the folder of a model that all nodes can read (also s3://)."""
+    manifest: str
+    """Dataset: s3://BUCKET/PREFIX or a folder."""
+    output: str
+    """Folder or s3:// prefix for the Parquet parts; one output holds one model's answers to one split."""
+    split: str = "heldout"
+    """Split of the dataset."""
+    prompt: str = ""
+    """Asked of every sample with all its images; by default the samples' own questions."""
+    questions: Questions = "first"
+    """Which of a sample's own questions."""
+    max_new_tokens: int = 32
+    """Longest answer, in tokens."""
+    visual_tokens: int | None = None
+    """Most visual tokens that stage 3 keeps of a question; by default lambda alone decides."""
+    part_samples: int = 1024
+    """Most samples of a part: what a killed job answers again."""
+    bad_shards: shards.BadShards = "fail"
+    """What to do with a shard that is missing or damaged: fail, or drop it and count its samples."""
+    actors: int = 1
+    """Copies of the model that answer side by side."""
+    cpus: float = 0.5
+    """Ray CPUs that one of them reserves."""
+    gpus: float = 0.0
+    """GPUs that one of them reserves; 0 runs on CPUs."""
+
+
+def predict_shards(settings: PredictShards) -> None:
+    """Check, answer, print the counts. Raises ValueError for what is wrong with the settings or the data."""
+    uri, model = os.environ.get("MLFLOW_TRACKING_URI", ""), settings.model.rstrip("/")
+    if settings.questions != "first" and settings.prompt:
+        raise PredictError("prompt and questions='all' contradict each other: give one of them")
+    workers = Workers(settings.actors, settings.cpus, settings.gpus)
+    if model.startswith("models:"):
+        require_tracking(uri)
+        use_tracking(uri)
+        name, version = resolve_model(model, uri)  # an alias may move while the job runs
+        model = f"models:/{name}/{version}"
+    with open_model(model, uri) as folder:
+        wanted = {"max_new_tokens": settings.max_new_tokens, "visual_tokens": settings.visual_tokens}
+        budget = Budget.of(wanted, MeteorConfig.from_pretrained(folder))
+    manifest = shards.load_manifest(settings.manifest)
+    manifest.split(settings.split)
+    ray.init(ignore_reinit_error=True, logging_level="WARNING")
+    done = predict_split(
+        model,
+        manifest,
+        settings.split,
+        settings.output.rstrip("/"),
+        budget,
+        workers,
+        prompt=settings.prompt,
+        questions=settings.questions,
+        part_samples=settings.part_samples,
+        bad_shards=settings.bad_shards,
+        uri=uri,
+    )
+    print(f"{done['samples']} samples, {done['rows']} rows, without answer: {done['errors'] or 'none'}")
+    print(f"written   {hide_passwords(settings.output)}")
+
+
 def main() -> int:
     """Command line; a fault of the input is one line on stderr and exit code 2."""
-    settings = tyro.cli(Predict, description=__doc__)
     try:
-        predict(settings)
+        if sys.argv[1:2] == ["shards"]:
+            predict_shards(tyro.cli(PredictShards, args=sys.argv[2:], prog="predict.py shards"))
+        else:
+            predict(tyro.cli(Predict, description=__doc__))
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {hide_passwords(str(error))}", file=sys.stderr)
         return 2
     return 0
 

@@ -1,0 +1,143 @@
+"""Batch inference without a cluster: the plan, one part, what counts as whole, and what is refused."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from meteor_model.answering import Answerer, Budget, Question
+from pipelines import shards
+from pipelines.calibration_file import weights_digest
+from pipelines.export import export_model
+from pipelines.predict_shards import (
+    SPEC_FILE,
+    Asked,
+    Part,
+    PredictError,
+    _PartAnswerer,
+    _whole,
+    claim_output,
+    plan_parts,
+)
+from pipelines.schema import parse_sample
+from pipelines.sources import Packed
+from pipelines.sources.openmoji import OpenMoji, OpenMojiSettings
+from tests.model.builders import model, processor
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCE = OpenMojiSettings(code_points=16, heldout_code_points=8, variants=2, text_only_share=0.1)
+
+
+def packed() -> Iterator[Packed]:
+    """Drawings; the fourth has an image that cannot be decoded, the fifth no record."""
+    for number, (key, members) in enumerate(OpenMoji(SOURCE).samples("train")):
+        if number == 3:
+            members = {name: b"no image" if name != "json" else data for name, data in members.items()}
+        if number == 4:
+            members = {name: data for name, data in members.items() if name != "json"}
+        yield key, members
+
+
+def make(url: str) -> shards.Manifest:
+    return shards.save_manifest(url, shards.write_shards(packed(), url, "train", 10), {"format": 1, "source": {}})
+
+
+def asked_of(folder: Path, manifest: shards.Manifest, **changes: Any) -> Asked:
+    asked = Asked(
+        str(folder), weights_digest(folder), manifest.url, manifest.sha256, "train", "", "first", 3, None, 4, "fail"
+    )
+    return replace(asked, **changes)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_model(model(), processor(), tmp_path_factory.mktemp("predict") / "model")
+
+
+# ------------------------------------------------------------------------------------------------------ without servers
+
+
+def test_the_plan_holds_every_sample_once(tmp_path: Path) -> None:
+    manifest = make(str(tmp_path))
+    infos = manifest.split("train")
+    parts = plan_parts(infos, 4)
+    places = [(part.shard, index) for part in parts for index in range(part.lo, part.hi)]
+    assert places == [(shard, index) for shard, info in enumerate(infos) for index in range(info.samples)]
+    assert len({part.name for part in parts}) == len(parts)
+    assert max(part.hi - part.lo for part in parts) == 4
+    with pytest.raises(PredictError, match="part_samples is 0"):
+        plan_parts(infos, 0)
+
+
+def test_a_part_holds_answers_and_reasons(folder: Path, tmp_path: Path) -> None:
+    manifest = make(str(tmp_path / "data"))
+    info, output, budget = manifest.split("train")[0], str(tmp_path / "out"), Budget(3)
+    asked, part = asked_of(folder, manifest, questions="all"), Part(0, 0, 0, 6)
+    actor = _PartAnswerer(asked, budget, output, None, gpu=False)
+    row = {"part": asdict(part), "info": asdict(info)}
+    actor(row)
+    first = (tmp_path / "out" / part.name).read_bytes()
+    facts = _whole(output, part, asked, [info])
+    assert facts is not None
+    assert facts["errors"] == {"missing_json": 1, "undecodable_image": 1}
+    actor(row)
+    again = _whole(output, part, asked, [info])
+    assert again is not None
+    assert again["rows"] == facts["rows"], "answered again, the part is overwritten and no row is there twice"
+
+    rows = pq.read_table(io.BytesIO(first)).to_pylist()
+    answerer = Answerer(model(), processor())
+    for index, (key, members) in enumerate(shards.read_shard(manifest.url, info)[:6]):
+        of_sample = [row for row in rows if row["index"] == index]
+        assert {row["key"] for row in of_sample} == {key}
+        if index in (3, 4):
+            assert [row["error"] for row in of_sample] == [("undecodable_image", "missing_json")[index - 3]]
+            continue
+        sample = parse_sample(key, members)
+        texts = [turn.text for turn in sample.turns if turn.role == "user"]
+        assert len(of_sample) == len(texts)
+        for row, text in zip(of_sample, texts, strict=True):
+            assert text.replace("<image>", "").strip() in row["prompt"]
+            images = [answerer.processor.load_image(image) for image in sample.images]
+            (alone,) = answerer.answer([Question(row["prompt"], images)], budget)
+            assert (row["answer"], row["visual_tokens"], row["error"]) == (alone.text, alone.visual_tokens, None)
+
+
+def test_a_part_of_another_job_or_a_damaged_one_does_not_count(folder: Path, tmp_path: Path) -> None:
+    manifest = make(str(tmp_path / "data"))
+    info, output, part = manifest.split("train")[0], str(tmp_path / "out"), Part(0, 0, 0, 3)
+    asked = asked_of(folder, manifest, prompt="What is this?")
+    assert _whole(output, part, asked, [info]) is None
+    _PartAnswerer(asked, Budget(3), output, None, gpu=False)({"part": asdict(part), "info": asdict(info)})
+    assert _whole(output, part, asked, [info]) is not None
+    assert _whole(output, replace(part, hi=4), asked, [info]) is None, "a sample is missing"
+    assert _whole(output, part, replace(asked, prompt="other"), [info]) is None
+    (tmp_path / "out" / part.name).write_bytes((tmp_path / "out" / part.name).read_bytes()[:-9])
+    assert _whole(output, part, asked, [info]) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weights_sha256": "0" * 64}, "weights_sha256 was .* take a new output"),
+        ({"manifest_sha256": "0" * 64}, "manifest_sha256 was"),
+        ({"prompt": "other"}, "prompt was '', now it is 'other'"),
+        ({"max_new_tokens": 4, "part_samples": 5}, r"max_new_tokens was 3, now it is 4 \(and part_samples\)"),
+    ],
+)
+def test_an_output_of_something_else_is_refused(
+    folder: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    asked = asked_of(folder, make(str(tmp_path / "data")))
+    claim_output(str(tmp_path / "out"), asked)
+    claim_output(str(tmp_path / "out"), replace(asked, model="elsewhere"))
+    with pytest.raises(PredictError, match=message):
+        claim_output(str(tmp_path / "out"), replace(asked, **change))
+    with pytest.raises(PredictError, match=f"no {SPEC_FILE}"):
+        claim_output(str(tmp_path / "data"), asked)
