@@ -17,7 +17,7 @@ import warnings
 import numpy as np
 import torch
 import torch.nn.functional as functional
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_jpeg
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
@@ -65,6 +65,8 @@ def decode_image(data: bytes, size: int, *, max_pixels: int = MAX_PIXELS, max_by
         raise
     except Image.DecompressionBombError as error:
         raise ImageError("image_too_large", str(error)) from error
+    except UnidentifiedImageError as error:  # its own text holds an address in memory
+        raise ImageError("undecodable_image", f"no image that can be read as {', '.join(FORMATS)}") from error
     except Exception as error:  # decoders of foreign bytes raise anything; nothing is swallowed, it becomes a reason
         raise ImageError("undecodable_image", f"{type(error).__name__}: {error}"[:300]) from error
     return fit_square(image_3HW, size)

@@ -1,8 +1,14 @@
-"""Batch inference without a cluster: the plan, one part, what counts as whole, and what is refused."""
+"""Batch inference: the plan, one part, what counts as whole, what is refused; and the job, killed and gone on with."""
 
 from __future__ import annotations
 
 import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -87,9 +93,7 @@ def test_a_part_holds_answers_and_reasons(folder: Path, tmp_path: Path) -> None:
     assert facts is not None
     assert facts["errors"] == {"missing_json": 1, "undecodable_image": 1}
     actor(row)
-    again = _whole(output, part, asked, [info])
-    assert again is not None
-    assert again["rows"] == facts["rows"], "answered again, the part is overwritten and no row is there twice"
+    assert (tmp_path / "out" / part.name).read_bytes() == first
 
     rows = pq.read_table(io.BytesIO(first)).to_pylist()
     answerer = Answerer(model(), processor())
@@ -141,3 +145,37 @@ def test_an_output_of_something_else_is_refused(
         claim_output(str(tmp_path / "out"), replace(asked, **change))
     with pytest.raises(PredictError, match=f"no {SPEC_FILE}"):
         claim_output(str(tmp_path / "data"), asked)
+
+
+# ------------------------------------------------------------------------------------------------------ on Ray's actors
+
+
+def test_a_killed_job_answers_what_is_missing_and_nothing_twice(folder: Path, tmp_path: Path) -> None:
+    manifest, out = make(str(tmp_path / "data")), tmp_path / "out"
+    arguments = {"model": folder, "manifest": tmp_path / "data", "split": "train", "output": out}
+    command = [sys.executable, "jobs/predict.py", "shards", "--part-samples", "2", "--max-new-tokens", "3"]
+    command += [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}  # a Ray of its own
+    with (tmp_path / "log").open("wb") as log:
+        first = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            while len(list(out.glob("part-*"))) < 2:
+                assert first.poll() is None, (tmp_path / "log").read_text()[-3000:]
+                time.sleep(0.01)
+        finally:
+            os.killpg(first.pid, signal.SIGKILL)
+            first.wait()
+    kept = {path.name: path.stat().st_mtime_ns for path in out.glob("part-*")}
+    assert not (out / "_SUCCESS.json").exists()
+    second = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert second.returncode == 0, second.stdout[-3000:] + second.stderr[-1000:]
+
+    assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept, "what was there was written again"
+    success = json.loads((out / "_SUCCESS.json").read_text())
+    assert success["errors"] == {"missing_json": 1, "undecodable_image": 1}
+    rows = [row for part in success["parts"] for row in pq.read_table(out / part["name"]).to_pylist()]
+    places = [(row["shard"], row["index"]) for row in rows]
+    assert places == [(info.path, index) for info in manifest.split("train") for index in range(info.samples)]
+    assert all((row["answer"] is None) == (row["error"] is not None) for row in rows)
