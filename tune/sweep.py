@@ -130,13 +130,13 @@ def _tflops(config: MeteorConfig) -> float:
 def _scheduler(settings: SweepSettings, plan: StudyPlan) -> TrialScheduler:
     if not plan.early_stopping:
         return FIFOScheduler()
-    first = 100 // settings.portions if settings.kind == "evaluate" else 25
+    first = 50 if settings.kind == "evaluate" else 25  # on fewer questions a weak trial may look like the best
     return ASHAScheduler(
         time_attr=PROGRESS,
         metric="objective",
         mode="max",
         max_t=100,
-        grace_period=max(1, first),
+        grace_period=first,
         reduction_factor=2,
     )
 

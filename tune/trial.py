@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import tempfile
 import threading
 import time
@@ -145,17 +146,26 @@ class Trial(tune.Trainable):
             self._questions = self.context.suite.load(processor)
         return self._questions
 
+    @property
+    def order(self) -> list[int]:
+        """The suite's places in the order in which they are asked, the same in every trial: shuffled, or the first
+        portions would hold what lies together in the shards, and the scheduler compare trials on that."""
+        places = list(range(self.context.suite.questions))
+        random.Random(self.context.settings.seed).shuffle(places)
+        return places
+
     def ask(self, model: MeteorForConditionalGeneration, processor: MeteorProcessor, count: int) -> None:
         """Score the next `count` questions."""
-        done = len(self.answers)
-        part = self.questions(processor)[done : done + count]
+        done, questions = len(self.answers), self.questions(processor)
+        part = [questions[place] for place in self.order[done : done + count]]
         score = score_model(model, processor, part, self.context.suite.digest, self.context.settings.batch)
         self.answers += score.records
 
     def end(self, model: MeteorForConditionalGeneration, processor: MeteorProcessor) -> dict[str, Any]:
         """Keep the score with all questions and the pictures in storage; the last report."""
         context = self.context
-        score = summarise(model.config, self.answers, context.suite.digest)
+        by_place = dict(zip(self.order, self.answers, strict=True))
+        score = summarise(model.config, [by_place[place] for place in sorted(by_place)], context.suite.digest)
         folder = folder_of(context.url, self.id)
         if context.settings.pictures:
             with tempfile.TemporaryDirectory(prefix="meteor-trial-") as name:

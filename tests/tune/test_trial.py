@@ -57,6 +57,9 @@ def test_a_trial_reports_in_portions_and_keeps_its_score(context: TrialContext, 
     kept = load_score(context.url, "t-0")
     assert len(kept.records) == 8
     assert kept.to_dict() == ended["score"]
+    keys = [sample.key for sample in context.suite.load(running.processor)]
+    assert [record.key for record in kept.records] == keys, "in the suite's order, whatever the order of asking"
+    assert sorted(running.order) == list(range(8)) != running.order
     assert whole["objective"] == pytest.approx(-kept.answer_nll)
     assert len(list((Path(context.url) / "trials" / "t-0" / "pictures").iterdir())) >= 2
     # The same by hand, at once.
