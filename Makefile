@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help predict-shards serve setup lock up status down pretrain finetune sweep predict calibrate evaluate register shards parts visualize flops bench-prune bench-gpu bench-order bench-ranks \
+.PHONY: help predict-shards serve setup lock up status down pretrain finetune sweep predict calibrate evaluate register shards parts visualize flops bench-prune bench-gpu bench-order bench-ranks bench-serve \
   chaos check format test test-slow clean
 
 PYTHON ?= python3.11
@@ -108,6 +108,9 @@ bench-ranks: $(PARTS_STAMP)  ## Measure how ranks vary over images and kinds of 
 
 chaos: setup  ## Kill, cut and spoil everything on real servers and count the samples (about 40 minutes): make chaos ARGS="--only NAME"
 	@$(PY) -m benchmarks.chaos $(ARGS)
+
+bench-serve: setup  ## Measure serving with and without pruning and batching (about 8 minutes); writes benchmarks/results/serve.json
+	@$(PY) -m benchmarks.serve $(ARGS)
 
 check: setup  ## Lint, format, types, import direction
 	@$(BIN)/ruff check .
