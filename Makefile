@@ -109,7 +109,7 @@ bench-ranks: $(PARTS_STAMP)  ## Measure how ranks vary over images and kinds of 
 chaos: setup  ## Kill, cut and spoil everything on real servers and count the samples (about 40 minutes): make chaos ARGS="--only NAME"
 	@$(PY) -m benchmarks.chaos $(ARGS)
 
-bench-serve: setup  ## Measure serving with and without pruning and batching (about 8 minutes); writes benchmarks/results/serve.json
+bench-serve: setup  ## Measure serving with and without pruning and batching; writes benchmarks/results/serve.json
 	@$(PY) -m benchmarks.serve $(ARGS)
 
 check: setup  ## Lint, format, types, import direction

@@ -1,4 +1,4 @@
-"""What pruning and dynamic batching bring to serving on Ray Serve: `make bench-serve` (about 8 minutes on two cores).
+"""What pruning and dynamic batching bring to serving on Ray Serve: `make bench-serve`.
 
 Four servers (`jobs/serve.py`, each on a Ray of its own) run side by side: the architecture `small` dense and with all
 three stages, on the same random weights, each with batches of up to 8 rows and without batching. They take turns: in a
@@ -117,18 +117,22 @@ class Server:
 
 
 @contextmanager
-def serving(name: str, model: Path, batch_rows: int, folder: Path) -> Iterator[Server]:
-    """`jobs/serve.py` on a Ray of its own, on loopback; stopped in the end."""
+def serving(name: str, model: Path, folder: Path, *options: str) -> Iterator[Server]:
+    """`jobs/serve.py` with these options on a Ray of its own, on loopback, once it serves; stopped in the end.
+
+    Raises RuntimeError with the end of its log where it does not start.
+    """
     port, log = choose_port(set()), folder / f"{name}.log"
-    command = [sys.executable, "jobs/serve.py", "--model", str(model), "--port", str(port)]
-    command += ["--serve.batch-rows", str(batch_rows), "--serve.batch-wait-s", "0.05", "--serve.cpus", "0.1"]
+    command = [sys.executable, "jobs/serve.py", "--model", str(model), "--port", str(port), *options]
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_"))}
     with log.open("wb") as stream:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=stream, stderr=stream, start_new_session=True
         )
     try:
-        yield Server(name, port, process, log)
+        server = Server(name, port, process, log)
+        server.wait()
+        yield server
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -188,8 +192,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         servers: dict[str, Server] = {}
         for key, model in models.items():
             for kind, rows in (("batched", BATCHED), ("single", SINGLE)):
-                servers[f"{key}-{kind}"] = server = stack.enter_context(serving(f"{key}-{kind}", model, rows, folder))
-                server.wait()
+                options_of = ("--serve.batch-rows", str(rows), "--serve.batch-wait-s", "0.05", "--serve.cpus", "0.1")
+                server = stack.enter_context(serving(f"{key}-{kind}", model, folder, *options_of))
+                servers[server.name] = server
                 print(f"{server.name} serves after {time.monotonic() - started:.0f} s", flush=True)
         body = request_body(options.new_tokens)
         for server in servers.values():  # warm-up

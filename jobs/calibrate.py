@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import ray
 import tyro
 
+from jobs.command_line import run_command
 from meteor_model.configuration_meteor import MeteorConfig
 from pipelines import shards
 from pipelines.calibrate import calibrate_ranks, open_model
@@ -36,9 +37,9 @@ from pipelines.drift import Drift, compare_ranks
 from pipelines.image_plan import CalibrationError, Workers
 from pipelines.lambda_check import LambdaReport, solve_on_split
 from pipelines.ranks import ESTIMATORS, RELATIVE_TOLERANCE, RankReport, Ranks, report_budgets
-from pipelines.registry import get_version, resolve_model
+from pipelines.registry import PinnedModel, pin_model, trained_on
 from pipelines.shards import load_manifest
-from pipelines.tracking import git_commit, hide_passwords, require_tracking, use_tracking
+from pipelines.tracking import git_commit, hide_passwords, require_tracking
 
 
 @dataclass(frozen=True)
@@ -85,31 +86,6 @@ class Calibrate:
         return Workers(self.actors, self.batch, self.cpus, self.gpus, self.bad_shards)
 
 
-@dataclass(frozen=True)
-class Subject:
-    """The model under calibration: an address that stays, and where its results are filed."""
-
-    address: str
-    name: str = ""
-    version: int = 0
-    manifest: str = ""
-
-    @property
-    def registered(self) -> bool:
-        """Whether it is a version of a registered model."""
-        return bool(self.name)
-
-
-def find_subject(model: str, uri: str) -> Subject:
-    """What `model` names now; an alias may move meanwhile. Raises TrackingError."""
-    if not model.startswith("models:"):
-        return Subject(model.rstrip("/"))
-    require_tracking(uri)
-    use_tracking(uri)
-    name, version = resolve_model(model, uri)
-    return Subject(f"models:/{name}/{version}", name, version, get_version(name, version, uri).tags.get("manifest", ""))
-
-
 def check(settings: Calibrate) -> None:
     """What can be wrong before anything is read. Raises ValueError that names the setting."""
     settings.workers()
@@ -127,8 +103,8 @@ def calibrate(settings: Calibrate) -> Calibration:
     """Measure, compare, solve, file, print."""
     check(settings)
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    subject = find_subject(settings.model, uri)
-    address = settings.manifest or subject.manifest
+    subject = pin_model(settings.model, uri)
+    address = settings.manifest or trained_on(subject, uri)
     if not address:
         raise CalibrationError(f"manifest is missing: {settings.model} does not say what it was trained on")
     manifest = load_manifest(address)
@@ -157,7 +133,7 @@ def calibrate(settings: Calibrate) -> Calibration:
     return calibration
 
 
-def _measure(settings: Calibrate, subject: Subject, manifest: shards.Manifest, split: str, uri: str) -> RankReport:
+def _measure(settings: Calibrate, subject: PinnedModel, manifest: shards.Manifest, split: str, uri: str) -> RankReport:
     return calibrate_ranks(
         subject.address,
         manifest,
@@ -171,7 +147,7 @@ def _measure(settings: Calibrate, subject: Subject, manifest: shards.Manifest, s
 
 
 def _drift(
-    settings: Calibrate, subject: Subject, config: MeteorConfig, report: RankReport, digest: str, uri: str
+    settings: Calibrate, subject: PinnedModel, config: MeteorConfig, report: RankReport, digest: str, uri: str
 ) -> Drift | None:
     if not settings.against:
         return None
@@ -191,7 +167,7 @@ def _drift(
 
 def _lambda(
     settings: Calibrate,
-    subject: Subject,
+    subject: PinnedModel,
     config: MeteorConfig,
     manifest: shards.Manifest,
     ranks: Ranks | None,
@@ -218,12 +194,12 @@ def _solve(address: str, uri: str, *arguments: Any) -> LambdaReport:
         return solve_on_split(folder, *arguments)
 
 
-def _file(settings: Calibrate, subject: Subject, calibration: Calibration, uri: str) -> None:
+def _file(settings: Calibrate, subject: PinnedModel, calibration: Calibration, uri: str) -> None:
     chart = calibration.chart()
-    output = settings.output or ("" if subject.registered else f"{subject.address}-calibration")
+    output = settings.output or ("" if subject.name else f"{subject.address}-calibration")
     if output:
         print(f"  written   {hide_passwords(store(calibration, chart, output))}")
-    if subject.registered:
+    if subject.name:
         path = file_with_version(calibration, chart, uri, subject.name, subject.version)
         print(f"  filed     with version {subject.version} of {subject.name}: {path}")
     elif uri:
@@ -235,14 +211,13 @@ def _file(settings: Calibrate, subject: Subject, calibration: Calibration, uri: 
 def main() -> int:
     """Command line; a fault of the input is one line on stderr and exit code 2."""
     settings = tyro.cli(Calibrate, description=__doc__)
-    try:
+
+    def command() -> None:
         check(settings)
         ray.init(ignore_reinit_error=True, logging_level="WARNING")
         calibrate(settings)
-    except ValueError as error:
-        print(f"error: {hide_passwords(str(error))}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_command(command)
 
 
 if __name__ == "__main__":

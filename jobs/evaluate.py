@@ -14,13 +14,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import tyro
-from mlflow import MlflowClient
 
+from jobs.command_line import run_command
 from pipelines.export import load_registered
-from pipelines.registry import get_version, resolve_model
+from pipelines.registry import pin_model, trained_on
 from pipelines.scoring import Score, Suite, score_model
 from pipelines.shards import load_manifest
-from pipelines.tracking import git_commit, patiently, require_tracking, use_tracking
+from pipelines.tracking import git_commit
 from pipelines.version_scores import file_score
 
 
@@ -46,41 +46,26 @@ class Evaluate:
 
 def evaluate(settings: Evaluate) -> Score:
     """Pull, score, file, print."""
-    uri, registered = os.environ.get("MLFLOW_TRACKING_URI", ""), settings.model.startswith("models:")
-    model_address, manifest_address = settings.model, settings.manifest
-    name, version = "", 0
-    if registered:
-        require_tracking(uri)
-        use_tracking(uri)
-        name, version = resolve_model(settings.model, uri)
-        model_address = f"models:/{name}/{version}"  # an alias may move meanwhile
-        manifest_address = manifest_address or trained_on(name, version, uri)
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    pinned = pin_model(settings.model, uri)
+    manifest_address = settings.manifest or trained_on(pinned, uri)
     if not manifest_address:
         raise ValueError(f"manifest is missing: {settings.model} does not say what it was trained on")
     manifest = load_manifest(manifest_address)
     suite = Suite.of(manifest, settings.split, min(settings.questions, manifest.samples(settings.split)))
-    model, processor = load_registered(model_address, uri, settings.device)
+    model, processor = load_registered(pinned.address, uri, settings.device)
     score = score_model(model, processor, suite.load(processor), suite.digest, settings.batch)
-    if registered:
+    if pinned.name:
         setting = {"git_commit": git_commit(Path(__file__).resolve().parents[1]), "device": settings.device}
-        file_score(uri, name, version, score, suite, setting)
+        file_score(uri, pinned.name, pinned.version, score, suite, setting)
     if settings.output is not None:
         settings.output.parent.mkdir(parents=True, exist_ok=True)
-        document = {"model": model_address, "suite": asdict(suite), "score": score.to_dict(records=True)}
+        document = {"model": pinned.address, "suite": asdict(suite), "score": score.to_dict(records=True)}
         settings.output.write_text(json.dumps(document, indent=2) + "\n")
-    print(readable(model_address, suite, score))
-    if registered:
-        print(f"  filed with version {version} of {name}")
+    print(readable(pinned.address, suite, score))
+    if pinned.name:
+        print(f"  filed with version {pinned.version} of {pinned.name}")
     return score
-
-
-def trained_on(name: str, version: int, uri: str) -> str:
-    """The manifest that a version's tags name, or those of its run; empty where neither does."""
-    found = get_version(name, version, uri)
-    if "manifest" in found.tags or not found.run_id:
-        return found.tags.get("manifest", "")
-    run = patiently(f"run {found.run_id}", lambda: MlflowClient(uri).get_run(found.run_id))
-    return str(run.data.tags.get("manifest", ""))
 
 
 def readable(model: str, suite: Suite, score: Score) -> str:
@@ -100,12 +85,7 @@ def readable(model: str, suite: Suite, score: Score) -> str:
 def main() -> int:
     """Command line; a fault of the input is one line on stderr and exit code 2."""
     settings = tyro.cli(Evaluate, description=__doc__)
-    try:
-        evaluate(settings)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(lambda: evaluate(settings))
 
 
 if __name__ == "__main__":

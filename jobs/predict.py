@@ -18,7 +18,8 @@ import ray
 import torch
 import tyro
 
-from meteor_model.answering import Budget
+from jobs.command_line import run_command
+from meteor_model.answering import Answerer, Budget, Question
 from meteor_model.chat import IMAGE_PLACEHOLDER
 from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.images import ImageError
@@ -29,8 +30,8 @@ from pipelines.calibrate import open_model
 from pipelines.export import pull_model
 from pipelines.model_folder import tokens_by_stage
 from pipelines.predict_shards import PredictError, Questions, Workers, predict_split
-from pipelines.registry import resolve_model
-from pipelines.tracking import hide_passwords, require_tracking, use_tracking
+from pipelines.registry import pin_model
+from pipelines.tracking import hide_passwords
 
 
 @dataclass(frozen=True)
@@ -60,29 +61,6 @@ def load_images(files: tuple[Path, ...], processor: MeteorProcessor) -> list[tor
     return images
 
 
-def answer(
-    model: MeteorForConditionalGeneration,
-    processor: MeteorProcessor,
-    prompt: str,
-    images: list[torch.Tensor],
-    max_new_tokens: int,
-) -> tuple[str, int | None]:
-    """The greedy answer, and the visual tokens that stage 3 kept (None where it is off)."""
-    batch = processor(prompt, [images])
-    cache = model.new_cache()
-    output_ids = model.generate(
-        **batch,
-        past_key_values=cache,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=processor.tokenizer.pad_token_id,
-        eos_token_id=processor.tokenizer.eos_token_id,
-    )
-    decision = None if cache is None else cache.decision
-    kept = None if decision is None else int(decision.kept_counts_B[0])
-    return processor.decode(output_ids[0, batch["input_ids"].shape[1] :]), kept
-
-
 def check(settings: Predict) -> None:
     """What can be wrong before anything is downloaded. Raises ValueError."""
     for file in settings.image:
@@ -110,14 +88,15 @@ def predict(settings: Predict) -> None:
         processor = MeteorProcessor.from_pretrained(folder)
         images = load_images(settings.image, processor)
         model = MeteorForConditionalGeneration.from_pretrained(folder, use_safetensors=True).eval()
-    text, kept = answer(model, processor, settings.prompt, images, settings.max_new_tokens)
-    print(f"answer: {text}")
+    question = Question(settings.prompt, images)
+    (answer,) = Answerer(model, processor).answer([question], Budget(settings.max_new_tokens))
+    print(f"answer: {answer.text}")
     if images:
         for stage, counts in tokens_by_stage(model.config).items():
             if stage != "visual_tokens.decode":
                 print(f"{stage}: {counts}")
         entering = len(images) * model.config.tokens_per_image
-        print(f"visual_tokens.decode: {entering} > {entering if kept is None else kept} ({len(images)} image(s))")
+        print(f"visual_tokens.decode: {entering} > {answer.visual_tokens} ({len(images)} image(s))")
 
 
 @dataclass(frozen=True)
@@ -154,15 +133,11 @@ class PredictShards:
 
 def predict_shards(settings: PredictShards) -> None:
     """Check, answer, print the counts. Raises ValueError for what is wrong with the settings or the data."""
-    uri, model = os.environ.get("MLFLOW_TRACKING_URI", ""), settings.model.rstrip("/")
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if settings.questions != "first" and settings.prompt:
         raise PredictError("prompt and questions='all' contradict each other: give one of them")
     workers = Workers(settings.actors, settings.cpus, settings.gpus)
-    if model.startswith("models:"):
-        require_tracking(uri)
-        use_tracking(uri)
-        name, version = resolve_model(model, uri)  # an alias may move while the job runs
-        model = f"models:/{name}/{version}"
+    model = pin_model(settings.model.rstrip("/"), uri).address
     with open_model(model, uri) as folder:
         wanted = {"max_new_tokens": settings.max_new_tokens, "visual_tokens": settings.visual_tokens}
         budget = Budget.of(wanted, MeteorConfig.from_pretrained(folder))
@@ -188,15 +163,11 @@ def predict_shards(settings: PredictShards) -> None:
 
 def main() -> int:
     """Command line; a fault of the input is one line on stderr and exit code 2."""
-    try:
-        if sys.argv[1:2] == ["shards"]:
-            predict_shards(tyro.cli(PredictShards, args=sys.argv[2:], prog="predict.py shards"))
-        else:
-            predict(tyro.cli(Predict, description=__doc__))
-    except ValueError as error:
-        print(f"error: {hide_passwords(str(error))}", file=sys.stderr)
-        return 2
-    return 0
+    if sys.argv[1:2] == ["shards"]:
+        of_split = tyro.cli(PredictShards, args=sys.argv[2:], prog="predict.py shards")
+        return run_command(lambda: predict_shards(of_split))
+    settings = tyro.cli(Predict, description=__doc__)
+    return run_command(lambda: predict(settings))
 
 
 if __name__ == "__main__":

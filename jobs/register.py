@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tyro
 
+from jobs.command_line import run_command
 from pipelines.model_card import PARITY_TAG
 from pipelines.model_folder import PARITY_TOLERANCE
 from pipelines.promotion import promote, what_is_lacking
@@ -222,14 +223,13 @@ def main() -> int:
     """Command line; a fault of the input is said on stderr, with exit code 2."""
     command = tyro.cli(Command, description=__doc__)
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    try:
+
+    def ask() -> None:
         require_tracking(uri)
         use_tracking(uri)
         print(execute(command, uri))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_command(ask)
 
 
 if __name__ == "__main__":

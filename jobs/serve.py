@@ -16,9 +16,10 @@ import ray
 import tyro
 from ray import serve
 
-from pipelines.registry import resolve_model
+from jobs.command_line import run_command
+from pipelines.registry import pin_model
 from pipelines.serving import APP_NAME, ServeSettings, ServingError, build_app
-from pipelines.tracking import hide_passwords, require_tracking, use_tracking
+from pipelines.tracking import hide_passwords
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,9 @@ def run(settings: Serve) -> None:
     """Serve until SIGINT or SIGTERM, then shut down. Raises ValueError for what is wrong with the settings."""
     if not 1 <= settings.port <= 65535:
         raise ServingError(f"port is {settings.port}; it must be in 1..65535")
-    uri, model = os.environ.get("MLFLOW_TRACKING_URI", ""), settings.model.rstrip("/")
-    if model.startswith("models:"):
-        require_tracking(uri)
-        use_tracking(uri)
-        name, version = resolve_model(model, uri)  # all replicas serve one version, wherever the alias moves
-        model = f"models:/{name}/{version}"
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    # All replicas serve one version, wherever the alias moves.
+    model = pin_model(settings.model.rstrip("/"), uri).address
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
@@ -61,12 +59,7 @@ def run(settings: Serve) -> None:
 def main() -> int:
     """Command line; a fault of the input is one line on stderr and exit code 2."""
     settings = tyro.cli(Serve, description=__doc__)
-    try:
-        run(settings)
-    except ValueError as error:
-        print(f"error: {hide_passwords(str(error))}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(lambda: run(settings))
 
 
 if __name__ == "__main__":

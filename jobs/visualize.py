@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import tyro
 
+from jobs.command_line import run_command
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from meteor_model.pruning import solve_lambda
@@ -105,12 +106,7 @@ def visualize(settings: Visualize) -> list[Path]:
 def main() -> int:
     """Command line; a fault of the input is one line on stderr and exit code 2."""
     settings = tyro.cli(Visualize, description=__doc__)
-    try:
-        visualize(settings)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(lambda: visualize(settings))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
-from pipelines.tracking import TrackingError, patiently, redact, use_tracking
+from pipelines.tracking import TrackingError, patiently, redact, require_tracking, use_tracking
 
 HISTORY_TAG = "alias_history."
 ROLLED_BACK_TAG = "rolled_back."
@@ -88,6 +88,40 @@ def resolve_model(model: str, uri: str) -> tuple[str, int]:
     if version not in numbers:
         raise TrackingError(f"model {name!r} has no version {version}; it has: {_listing(numbers)}")
     return name, version
+
+
+@dataclass(frozen=True)
+class PinnedModel:
+    """What a model's address names now: a version for good, or a folder (then without a name)."""
+
+    address: str
+    name: str = ""
+    version: int = 0
+
+
+def pin_model(model: str, uri: str) -> PinnedModel:
+    """The version that `models:/...` names now, since an alias may move while a job runs; a folder stays what it is.
+
+    Raises:
+        TrackingError: as `resolve_model`, or where no server is set or answers.
+    """
+    if not model.startswith("models:"):
+        return PinnedModel(model.rstrip("/"))
+    require_tracking(uri)
+    use_tracking(uri)
+    name, version = resolve_model(model, uri)
+    return PinnedModel(f"models:/{name}/{version}", name, version)
+
+
+def trained_on(model: PinnedModel, uri: str) -> str:
+    """The manifest that a version's tags name, or those of its run; empty where neither does, and for a folder."""
+    if not model.name:
+        return ""
+    found = get_version(model.name, model.version, uri)
+    if "manifest" in found.tags or not found.run_id:
+        return str(found.tags.get("manifest", ""))
+    run = patiently(f"run {found.run_id}", lambda: MlflowClient(uri).get_run(found.run_id))
+    return str(run.data.tags.get("manifest", ""))
 
 
 def _alias_target(registered: RegisteredModel, alias: str) -> int:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from infra.services import Stack, full_env
-from jobs.calibrate import Calibrate, calibrate, check, find_subject, main
+from jobs.calibrate import Calibrate, calibrate, check, main
 from meteor_model.images import decode_image
 from pipelines import shards, storage
 from pipelines.calibrate import open_model
@@ -24,6 +24,7 @@ from pipelines.export import export_model, register_model
 from pipelines.image_plan import CalibrationError, ImagePlan, ReadBatches, _next_wave, _Survey
 from pipelines.moments import Moments, half_width
 from pipelines.ranks import ESTIMATORS, RankReport, as_rows, measures_of
+from pipelines.registry import pin_model
 from pipelines.schema import parse_sample
 from pipelines.sources import Packed
 from pipelines.sources.openmoji import OpenMoji, OpenMojiSettings
@@ -132,7 +133,7 @@ def test_bad_settings_are_named(change: dict[str, Any], message: str) -> None:
 
 
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
-    assert find_subject(str(tmp_path) + "/", "").address == str(tmp_path)
+    assert pin_model(str(tmp_path) + "/", "").address == str(tmp_path)
     with pytest.raises(CalibrationError, match=r"no config\.json"), open_model(str(tmp_path)):
         pass
 

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -19,11 +14,11 @@ import psutil
 import pytest
 import torch
 
+from benchmarks.serve import serving
 from meteor_model.answering import Answerer, Budget, Question, RequestError, read_rows
 from pipelines.export import export_model
 from pipelines.serving import ServeSettings, ServingError, answer_items, read_request
 from tests.model.builders import model, processor
-from tests.registry.conftest import free_port
 from tests.registry.test_registry import in_base64, png
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,28 +78,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]
     """Address of `jobs/serve.py` on a Ray of its own, with little room for requests; and its process id."""
     folder = tmp_path_factory.mktemp("serving")
     exported = export_model(model(), processor(), folder / "model")
-    port = free_port()
-    command = [sys.executable, "jobs/serve.py", "--model", str(exported), "--port", str(port)]
-    command += ["--serve.ongoing", "2", "--serve.queued", "1", "--serve.batch-rows", "2", "--serve.cpus", "0.1"]
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
-    with (folder / "log").open("ab") as log:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=env | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, start_new_session=True
-        )
-    try:
-        deadline = time.monotonic() + 200
-        while "serving  " not in (folder / "log").read_text():
-            assert process.poll() is None, (folder / "log").read_text()[-3000:]
-            assert time.monotonic() < deadline, (folder / "log").read_text()[-3000:]
-            time.sleep(0.3)
-        yield f"http://127.0.0.1:{port}", process.pid
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    options = ["--serve.ongoing", "2", "--serve.queued", "1", "--serve.batch-rows", "2", "--serve.cpus", "0.1"]
+    with serving("server", exported, folder, *options) as server:
+        yield f"http://127.0.0.1:{server.port}", server.process.pid
 
 
 def ask(url: str, body: Any) -> tuple[int, str]:
