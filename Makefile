@@ -106,10 +106,10 @@ bench-order: setup  ## Measure what plan and ledger cost at a billion samples (a
 bench-ranks: $(PARTS_STAMP)  ## Measure how ranks vary over images and kinds of images on the real towers (a few minutes); writes benchmarks/results/ranks.json
 	@$(PY) -m benchmarks.ranks $(ARGS)
 
-chaos: setup  ## Kill, cut and spoil everything on real servers and count the samples (about 40 minutes): make chaos ARGS="--only NAME"
+chaos: setup  ## Kill, cut and spoil everything on real servers and count the samples (39.5 minutes on two idle cores): make chaos ARGS="--only NAME"
 	@$(PY) -m benchmarks.chaos $(ARGS)
 
-bench-serve: setup  ## Measure serving with and without pruning and batching; writes benchmarks/results/serve.json
+bench-serve: setup  ## Measure serving with and without pruning and batching (about 10 minutes, quiet cores); writes benchmarks/results/serve.json
 	@$(PY) -m benchmarks.serve $(ARGS)
 
 check: setup  ## Lint, format, types, import direction

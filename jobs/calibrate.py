@@ -19,7 +19,7 @@ import tyro
 from jobs.command_line import run_command
 from meteor_model.configuration_meteor import MeteorConfig
 from pipelines import shards
-from pipelines.calibrate import calibrate_ranks, open_model
+from pipelines.calibrate import calibrate_ranks
 from pipelines.calibration_file import (
     Calibration,
     Dataset,
@@ -31,11 +31,12 @@ from pipelines.calibration_file import (
     settings_of,
     split_address,
     store,
-    weights_digest,
 )
 from pipelines.drift import Drift, compare_ranks
-from pipelines.image_plan import CalibrationError, Workers
+from pipelines.image_plan import CalibrationError, Measuring
 from pipelines.lambda_check import LambdaReport, solve_on_split
+from pipelines.model_folder import weights_digest
+from pipelines.model_source import device_for, open_model
 from pipelines.ranks import ESTIMATORS, RELATIVE_TOLERANCE, RankReport, Ranks, report_budgets
 from pipelines.registry import PinnedModel, pin_model, trained_on
 from pipelines.shards import load_manifest
@@ -81,9 +82,9 @@ class Calibrate:
     experiment: str = "meteor"
     """MLflow experiment for a model that is not registered."""
 
-    def workers(self) -> Workers:
+    def workers(self) -> Measuring:
         """How the cluster is used."""
-        return Workers(self.actors, self.batch, self.cpus, self.gpus, self.bad_shards)
+        return Measuring(self.actors, self.cpus, self.gpus, self.batch, self.bad_shards)
 
 
 def check(settings: Calibrate) -> None:
@@ -178,10 +179,9 @@ def _lambda(
     if not settings.decode_samples or target is None or (settings.target_mean is None and not decode.enabled):
         return None
     task = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus)(_solve)
-    device = "cuda" if settings.gpus else "cpu"
-    arguments = (subject.address, uri, manifest, settings.decode_split, settings.decode_samples, target, ranks, device)
+    arguments = (manifest, settings.decode_split, settings.decode_samples, target, ranks)
     try:
-        solved: LambdaReport = ray.get(task.remote(*arguments))
+        solved: LambdaReport = ray.get(task.remote(subject.address, uri, settings.gpus, *arguments))
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, ValueError):
             raise error.cause from None
@@ -189,9 +189,10 @@ def _lambda(
     return solved
 
 
-def _solve(address: str, uri: str, *arguments: Any) -> LambdaReport:
+def _solve(address: str, uri: str, gpus: float, *arguments: Any) -> LambdaReport:
+    device = device_for(gpus)
     with open_model(address, uri) as folder:
-        return solve_on_split(folder, *arguments)
+        return solve_on_split(folder, *arguments, device=device)
 
 
 def _file(settings: Calibrate, subject: PinnedModel, calibration: Calibration, uri: str) -> None:

@@ -18,7 +18,8 @@ import tyro
 from jobs.command_line import run_command
 from pipelines.export import load_registered
 from pipelines.registry import pin_model, trained_on
-from pipelines.scoring import Score, Suite, score_model
+from pipelines.scores import Score
+from pipelines.scoring import Suite, score_model
 from pipelines.shards import load_manifest
 from pipelines.tracking import git_commit
 from pipelines.version_scores import file_score

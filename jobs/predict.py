@@ -26,12 +26,14 @@ from meteor_model.images import ImageError
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from pipelines import shards
-from pipelines.calibrate import open_model
+from pipelines.answer_parts import PredictError, Questions
 from pipelines.export import pull_model
 from pipelines.model_folder import tokens_by_stage
-from pipelines.predict_shards import PredictError, Questions, Workers, predict_split
+from pipelines.model_source import open_model
+from pipelines.predict_shards import predict_split
 from pipelines.registry import pin_model
 from pipelines.tracking import hide_passwords
+from pipelines.workers import Workers
 
 
 @dataclass(frozen=True)

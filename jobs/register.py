@@ -29,7 +29,7 @@ from pipelines.registry import (
     resolve_model,
     roll_back,
 )
-from pipelines.scoring import Interval, Score
+from pipelines.scores import Interval, Score
 from pipelines.tracking import require_tracking, use_tracking
 from pipelines.version_scores import VersionComparison, compare_versions
 

@@ -9,11 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -23,9 +19,8 @@ import torch
 from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from pipelines import shards
-from pipelines.checkpoint import local_copy
-from pipelines.image_plan import CalibrationError, ImagePlan, ReadBatches, Workers, plan_images
-from pipelines.model_folder import CHECKSUMS_FILE, verify_checksums
+from pipelines.image_plan import CalibrationError, ImagePlan, Measuring, ReadBatches, plan_images
+from pipelines.model_source import device_for, open_model
 from pipelines.moments import Moments
 from pipelines.ranks import ESTIMATORS, RELATIVE_TOLERANCE, RankReport, as_rows, measures_of
 from pipelines.stream import quieten
@@ -36,7 +31,7 @@ def calibrate_ranks(
     manifest: shards.Manifest,
     split: str,
     samples: int,
-    workers: Workers,
+    workers: Measuring,
     *,
     seed: int | None = None,
     tolerance: float = RELATIVE_TOLERANCE,
@@ -45,7 +40,7 @@ def calibrate_ranks(
     """Measure ranks on images of a split.
 
     Args:
-        model: a saved model's folder that every node can read, or models:/NAME/VERSION.
+        model: as for `open_model`, readable by every node.
         manifest: the shards.
         split: which of its splits.
         samples: images to measure; all usable ones of the split where it has fewer.
@@ -66,30 +61,10 @@ def calibrate_ranks(
     return RankReport.of(moments, measures_of(config), plan.skipped, plan.text_only, tolerance)
 
 
-@contextmanager
-def open_model(model: str, uri: str | None = None) -> Iterator[Path]:
-    """The files of a model on this machine: a folder, one in object storage, or a registered model.
-
-    Those with checksums are checked byte by byte. Raises ExportError, TrackingError, StorageError.
-    """
-    if model.startswith("models:"):
-        from pipelines.export import pull_model  # here: it loads MLflow, which actors on a folder do not need
-
-        with TemporaryDirectory(prefix="meteor-pull-") as scratch:
-            yield pull_model(model, Path(scratch) / "model", uri)
-        return
-    with local_copy(model) as folder:
-        if (folder / CHECKSUMS_FILE).is_file():
-            verify_checksums(folder)
-        elif not (folder / "config.json").is_file():
-            raise CalibrationError(f"{model} holds no model: there is no config.json")
-        yield folder
-
-
 # -------------------------------------------------------------------------------------------------------------- measure
 
 
-def measure_plan(model: str, plan: ImagePlan, image_size: int, workers: Workers, uri: str | None = None) -> Moments:
+def measure_plan(model: str, plan: ImagePlan, image_size: int, workers: Measuring, uri: str | None = None) -> Moments:
     """Moments of the ranks of the planned images, in the order of `measures_of`."""
     units = [{"unit": unit, "info": asdict(info), "places": places} for unit, (info, places) in enumerate(plan.units)]
     items = ray.data.from_items(units, override_num_blocks=len(units))
@@ -103,7 +78,7 @@ def measure_plan(model: str, plan: ImagePlan, image_size: int, workers: Workers,
     )
     measured = batches.map(
         _RankMeter,
-        fn_constructor_args=(model, uri, image_size, workers.gpus > 0),
+        fn_constructor_args=(model, uri, image_size, workers.gpus),
         compute=ray.data.ActorPoolStrategy(size=workers.actors),
         num_cpus=workers.cpus,
         num_gpus=workers.gpus or None,
@@ -123,12 +98,11 @@ def measure_plan(model: str, plan: ImagePlan, image_size: int, workers: Workers,
 class _RankMeter:
     """Actor: the model's towers, unpruned."""
 
-    def __init__(self, model: str, uri: str | None, image_size: int, gpu: bool) -> None:
-        if gpu and not torch.cuda.is_available():
-            raise CalibrationError("gpus is above 0, but torch finds no CUDA device where the actor runs")
+    def __init__(self, model: str, uri: str | None, image_size: int, gpus: float) -> None:
+        device = device_for(gpus)
         with open_model(model, uri) as folder:
             self._model = MeteorForConditionalGeneration.from_pretrained(folder).eval()
-        self._model.to("cuda" if gpu else "cpu")
+        self._model.to(device)
         self._shape = (-1, 3, image_size, image_size)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import re
 import tempfile
@@ -117,18 +116,6 @@ class Calibration:
 def now() -> str:
     """UTC, to the second."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def weights_digest(folder: Path) -> str:
-    """One hash of a model folder's safetensors files. Raises CalibrationError where there is none."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CalibrationError(f"{folder} holds no weights: there is no .safetensors file")
-    whole = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            whole.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return whole.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------------- reading

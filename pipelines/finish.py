@@ -29,16 +29,17 @@ from pipelines.checkpoint import (
 )
 from pipelines.evaluate import Answer, draw_samples, question_of, readable_samples, solve_lambda_on, with_lambda
 from pipelines.export import RegisteredVersion, check_parity, export_model, register_model
-from pipelines.model_card import BASE_TAG, LICENCE_TAG, PARITY_TAG, card, licence_tags
+from pipelines.model_card import BASE_TAG, PARITY_TAG, card
 from pipelines.model_folder import verify_checksums, write_card
 from pipelines.pictures import draw_loss
 from pipelines.points import Point, points_from_jsonl
+from pipelines.provenance import training_tags
 from pipelines.recipe import Recipe
-from pipelines.registry import get_version, list_versions, move_alias, resolve_model
+from pipelines.registry import list_versions, move_alias
 from pipelines.schema import RawSample
-from pipelines.scoring import Score, Suite, score_model
+from pipelines.scores import Score
+from pipelines.scoring import Suite, score_model
 from pipelines.tracker import Tracker
-from pipelines.tracking import TrackingAwayError, TrackingError
 from pipelines.uploads import upload_folder
 from pipelines.version_scores import file_score, stored_scores, suite_name
 
@@ -199,21 +200,42 @@ def undelivered_points(checkpoint: CheckpointRef) -> list[Point]:
     return points
 
 
-def register(
-    recipe: Recipe,
-    job: str,
-    run_id: str,
-    state: TrainState,
-    parity: float,
-    commit: str,
-    run_name: str,
-    folder: Path,
-    manifests: Sequence[shards.Manifest],
-    looked: Looked,
-) -> RegisteredVersion:
+@dataclass(frozen=True)
+class Trained:
+    """A finished training, as its version in the registry tells of it.
+
+    Attributes:
+        recipe: of the training.
+        job: pretrain or finetune.
+        run_name: of the run.
+        run_id: its run in MLflow.
+        commit: of the code.
+        state: of the last checkpoint.
+        parity: largest difference of a logit between export and training.
+        manifests: of the data.
+    """
+
+    recipe: Recipe
+    job: str
+    run_name: str
+    run_id: str
+    commit: str
+    state: TrainState
+    parity: float
+    manifests: Sequence[shards.Manifest]
+
+
+def register(trained: Trained, folder: Path, looked: Looked) -> RegisteredVersion:
     """A version in the registry with its card and its score, under the alias `latest-JOB`: a new one, or the one that
-    an earlier start made of this run. The alias moves last."""
-    name, uri, alias = recipe.tracking.registered_model, recipe.tracking.uri, f"latest-{job}"
+    an earlier start made of this run. The alias moves last.
+
+    Args:
+        trained: what is registered.
+        folder: its export.
+        looked: its score.
+    """
+    tracking, run_id, commit = trained.recipe.tracking, trained.run_id, trained.commit
+    name, uri, alias = tracking.registered_model, tracking.uri, f"latest-{trained.job}"
     # Variants may be filed under the training's run, too.
     found = [item for item in list_versions(name, uri, run_id=run_id) if BASE_TAG not in item.tags]
     scores = stored_scores(found[-1]) if found else {}
@@ -222,7 +244,7 @@ def register(
         version = RegisteredVersion(name, int(found[-1].version), (), run_id, model_id)
         print(f"  registered by an earlier start as version {version.version}", flush=True)
     else:
-        tags = _version_tags(recipe, job, run_id, state, parity, commit, run_name, manifests)
+        tags = _version_tags(trained)
         whole = {} if looked.score is None else {suite_name(looked.suite): looked.score}
         write_card(folder, card(MeteorConfig.from_pretrained(folder), tags, whole))
         version = register_model(folder, uri=uri, name=name, aliases=(), run_id=run_id, tags=tags)
@@ -232,48 +254,15 @@ def register(
     return replace(version, aliases=(alias,))
 
 
-def _version_tags(
-    recipe: Recipe,
-    job: str,
-    run_id: str,
-    state: TrainState,
-    parity: float,
-    commit: str,
-    run_name: str,
-    manifests: Sequence[shards.Manifest],
-) -> dict[str, str]:
-    tags = {
-        "job": job,
-        "recipe": recipe.name,
-        "run_name": run_name,
-        "run_id": run_id,
-        "git_commit": commit,
-        "manifest": manifests[0].url,
-        "manifest_sha256": manifests[0].sha256,
-        PARITY_TAG: f"{parity:.3g}",
+def _version_tags(trained: Trained) -> dict[str, str]:
+    recipe = trained.recipe
+    return {
+        "job": trained.job,
+        "run_name": trained.run_name,
+        "run_id": trained.run_id,
+        "git_commit": trained.commit,
+        PARITY_TAG: f"{trained.parity:.3g}",
         "parity_tolerance": f"{recipe.tracking.parity_tolerance:g}",
-        "heldout_loss": f"{state.final['heldout_loss']:.4f}",
-        **licence_tags(recipe, manifests, _inherited_licences(recipe)),
+        "heldout_loss": f"{trained.state.final['heldout_loss']:.4f}",
+        **training_tags(recipe, trained.manifests),
     }
-    if len(manifests) > 1:
-        tags["mixture"] = "; ".join(f"{manifest.url} ({manifest.sha256[:12]})" for manifest in manifests[1:])
-    if recipe.model.start is not None:
-        tags["start"] = recipe.model.start
-    return tags
-
-
-def _inherited_licences(recipe: Recipe) -> dict[str, str]:
-    """Licence tags of the version that a training started from, or one that says that they are not known."""
-    start, key = recipe.model.start, f"{LICENCE_TAG}weights"
-    if start is None:
-        return {}
-    unknown = {key: f"not recorded: those of {start}"}
-    if not start.startswith("models:"):
-        return unknown
-    try:
-        tags = get_version(*resolve_model(start, recipe.tracking.uri), recipe.tracking.uri).tags
-    except TrackingAwayError:
-        raise
-    except TrackingError:  # deleted since
-        return unknown
-    return {name: text for name, text in tags.items() if name.startswith(LICENCE_TAG)} or unknown

@@ -19,7 +19,9 @@ import ray
 from meteor_model.images import ImageError, decode_image
 from pipelines import shards
 from pipelines.schema import RawSample, SampleError, parse_sample
+from pipelines.settings import SettingsError
 from pipelines.stream import quieten
+from pipelines.workers import Workers
 
 USABLE, TEXT_ONLY = "", "text_only"
 
@@ -29,30 +31,21 @@ class CalibrationError(ValueError):
 
 
 @dataclass(frozen=True)
-class Workers:
-    """How the cluster is used; it does not change the result.
+class Measuring(Workers):
+    """How the cluster measures; it does not change the result.
 
     Attributes:
-        actors: copies of the model that measure side by side.
         batch: images that an actor runs at a time.
-        cpus: that a task or an actor reserves; may be a fraction.
-        gpus: that an actor reserves; 0 runs on the CPU.
         bad_shards: what becomes of a shard that is wrong at rest (`shards.fetch_shard`).
     """
 
-    actors: int = 1
     batch: int = 16
-    cpus: float = 1.0
-    gpus: float = 0.0
     bad_shards: shards.BadShards = "fail"
 
     def __post_init__(self) -> None:
-        for name in ("actors", "batch"):
-            if self.__dict__[name] < 1:
-                raise CalibrationError(f"{name} is {self.__dict__[name]}; it must be at least 1")
-        for name in ("cpus", "gpus"):
-            if self.__dict__[name] < 0:
-                raise CalibrationError(f"{name} is {self.__dict__[name]}; it must not be negative")
+        super().__post_init__()
+        if self.batch < 1:
+            raise SettingsError(f"batch is {self.batch}; it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -81,7 +74,7 @@ class ImagePlan:
 
 
 def plan_images(
-    manifest: shards.Manifest, split: str, samples: int, image_size: int, workers: Workers, seed: int | None = None
+    manifest: shards.Manifest, split: str, samples: int, image_size: int, workers: Measuring, seed: int | None = None
 ) -> ImagePlan:
     """The first `samples` usable images in order. Raises CalibrationError for a split without any."""
     if samples < 1:
@@ -125,7 +118,7 @@ def _next_wave(waiting: list[shards.ShardInfo], missing: int) -> list[shards.Sha
 
 
 def _survey(
-    manifest_url: str, infos: Sequence[shards.ShardInfo], most: int, image_size: int, workers: Workers
+    manifest_url: str, infos: Sequence[shards.ShardInfo], most: int, image_size: int, workers: Measuring
 ) -> Iterator[list[str]]:
     """For each shard the states of its samples in order, up to its `most`-th usable image."""
     survey = _Survey(manifest_url, most, image_size, workers.bad_shards)

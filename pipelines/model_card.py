@@ -14,7 +14,7 @@ from pipelines import shards
 from pipelines.model_folder import PARITY_TOLERANCE, USE, introduction
 from pipelines.parts import PARTS
 from pipelines.recipe import Recipe
-from pipelines.scoring import Interval, Score, at_mean
+from pipelines.scores import Interval, Score, at_mean
 from pipelines.tracking import redact
 
 PARITY_TAG = "parity_max_abs_diff"

@@ -141,6 +141,17 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def weights_digest(folder: Path) -> str:
+    """One hash of a model folder's safetensors files. Raises ExportError where there is none."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ExportError(f"{folder} holds no weights: there is no .safetensors file")
+    whole = hashlib.sha256()
+    for path in files:
+        whole.update(f"{path.name} {_sha256(path)}\n".encode())
+    return whole.hexdigest()
+
+
 # ------------------------------------------------------------------------------------------------------------- parity
 
 

@@ -12,17 +12,15 @@ A sample that cannot be used keeps a row with its reason in `error`, and is coun
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
-import torch
 
 from meteor_model.answering import ROWS_PER_BATCH, Answerer, Budget, Question, RequestError
 from meteor_model.chat import IMAGE_PLACEHOLDER
@@ -30,114 +28,23 @@ from meteor_model.images import ImageError
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from pipelines import shards, storage
-from pipelines.calibrate import open_model
-from pipelines.calibration_file import weights_digest
+from pipelines.answer_parts import (
+    ANSWERS_SCHEMA,
+    FORMAT,
+    SUCCESS_FILE,
+    Asked,
+    Part,
+    PredictError,
+    Questions,
+    claim_output,
+    plan_parts,
+    whole_part,
+)
+from pipelines.model_folder import weights_digest
+from pipelines.model_source import device_for, open_model
 from pipelines.schema import SampleError, parse_sample
 from pipelines.stream import quieten
-
-SPEC_FILE, SUCCESS_FILE = "_SPEC.json", "_SUCCESS.json"  # readers of Parquet folders pass over names with "_"
-FORMAT = 1
-Questions = Literal["first", "all"]
-
-ANSWERS_SCHEMA = pa.schema(
-    [
-        ("dataset", pa.string()),
-        ("shard", pa.string()),
-        ("index", pa.int64()),
-        ("question", pa.int64()),
-        ("key", pa.string()),
-        ("prompt", pa.string()),
-        ("answer", pa.string()),
-        ("visual_tokens", pa.int64()),
-        ("error", pa.string()),
-        ("detail", pa.string()),
-    ]
-)
-
-
-class PredictError(ValueError):
-    """A batch inference that cannot be made as asked; the message says which setting or part, and what to do."""
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What the answers depend on; an output holds the answers to one of these.
-
-    Attributes:
-        model: folder, s3:// address or models:/NAME/VERSION.
-        weights_sha256: of its safetensors files.
-        manifest, manifest_sha256, split: the samples.
-        prompt: asked of every sample; empty: the samples' own questions.
-        questions: "first" or "all" of a sample's own.
-        max_new_tokens, visual_tokens: the budget.
-        part_samples: most samples of a part.
-        bad_shards: "fail" at a shard that is wrong at rest, or "drop" its samples, counted.
-    """
-
-    model: str
-    weights_sha256: str
-    manifest: str
-    manifest_sha256: str
-    split: str
-    prompt: str
-    questions: Questions
-    max_new_tokens: int
-    visual_tokens: int | None
-    part_samples: int
-    bad_shards: shards.BadShards
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What must be equal for an output to be gone on with; addresses may change, contents may not."""
-        values = {**asdict(self), "format": FORMAT}
-        return {name: value for name, value in values.items() if name not in ("model", "manifest")}
-
-    @property
-    def digest(self) -> str:
-        """Of the identity; every part carries it."""
-        return hashlib.sha256(shards.canonical_json(self.identity).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class Part:
-    """Samples [lo, hi) of one shard, and the name of their Parquet object."""
-
-    number: int
-    shard: int
-    lo: int
-    hi: int
-
-    @property
-    def name(self) -> str:
-        """By its place in the plan."""
-        return f"part-{self.number:06d}.parquet"
-
-
-def plan_parts(infos: Sequence[shards.ShardInfo], part_samples: int) -> tuple[Part, ...]:
-    """Every sample of the split in exactly one part, in manifest order. Raises PredictError."""
-    if part_samples < 1:
-        raise PredictError(f"part_samples is {part_samples}; it must be at least 1")
-    cuts = [
-        (shard, lo, min(lo + part_samples, info.samples))
-        for shard, info in enumerate(infos)
-        for lo in range(0, info.samples, part_samples)
-    ]
-    return tuple(Part(number, *cut) for number, cut in enumerate(cuts))
-
-
-@dataclass(frozen=True)
-class Workers:
-    """How the cluster is used; it does not change which rows there are."""
-
-    actors: int = 1
-    cpus: float = 1.0
-    gpus: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.actors < 1:
-            raise PredictError(f"actors is {self.actors}; it must be at least 1")
-        if self.cpus < 0 or self.gpus < 0:
-            raise PredictError(f"cpus and gpus must not be negative, got {self.cpus} and {self.gpus}")
+from pipelines.workers import Workers
 
 
 def predict_split(
@@ -157,7 +64,7 @@ def predict_split(
     """Answer a split into `output`, or what is missing of it; what `_SUCCESS.json` then says.
 
     Args:
-        model: as for `pipelines.calibrate.open_model`, the same for as long as the output is unfinished.
+        model: as for `pipelines.model_source.open_model`, the same for as long as the output is unfinished.
         manifest, split: the samples.
         output: folder that all nodes share, or s3:// prefix.
         budget: of every question.
@@ -184,7 +91,7 @@ def predict_split(
     there = set(storage.list_files(output))
     kept: dict[int, dict[str, Any]] = {}
     for part in parts:
-        found = _whole(output, part, asked, infos) if part.name in there else None
+        found = whole_part(output, part, asked, infos) if part.name in there else None
         if found is not None:
             kept[part.number] = found
     missing = [part for part in parts if part.number not in kept]
@@ -193,7 +100,7 @@ def predict_split(
         _answer_parts(missing, infos, output, asked, budget, workers, uri)
     errors: Counter[str] = Counter()
     for part in parts:
-        found = kept.get(part.number) or _whole(output, part, asked, infos)
+        found = kept.get(part.number) or whole_part(output, part, asked, infos)
         if found is None:
             raise PredictError(f"{output}: {part.name} is not whole after it was written: start the job again")
         kept[part.number] = found
@@ -208,52 +115,6 @@ def predict_split(
     }
     storage.write_json(storage.join(output, SUCCESS_FILE), success)
     return {**success, "answered_now": len(missing)}
-
-
-def claim_output(output: str, asked: Asked) -> None:
-    """Write what the output is of, or compare. Raises PredictError naming what differs, or for files of other kinds."""
-    url = storage.join(output, SPEC_FILE)
-    if not storage.exists(url):
-        foreign = storage.list_files(output)
-        if foreign:
-            raise PredictError(f"{output} holds files already ({foreign[0]}) and no {SPEC_FILE}: take a new output")
-        storage.write_json(url, {**asdict(asked), "format": FORMAT})
-    found = storage.read_json(url)
-    wanted = asked.identity
-    other = [name for name in wanted if not isinstance(found, dict) or found.get(name) != wanted[name]]
-    if other:
-        was = found.get(other[0]) if isinstance(found, dict) else found
-        raise PredictError(
-            f"{output} holds answers to something else: {other[0]} was {was!r}, now it is {wanted[other[0]]!r}"
-            f"{' (and ' + ', '.join(other[1:]) + ')' if other[1:] else ''}; take a new output"
-        )
-
-
-def _whole(output: str, part: Part, asked: Asked, infos: Sequence[shards.ShardInfo]) -> dict[str, Any] | None:
-    """Rows, errors and SHA-256 of a part in storage; None where it is not the plan's."""
-    try:
-        data = storage.read_bytes(storage.join(output, part.name))
-        table = pq.read_table(io.BytesIO(data))
-    except (storage.ObjectMissingError, pa.ArrowException, OSError):
-        return None
-    if (table.schema.metadata or {}).get(b"meteor.asked") != asked.digest.encode():
-        return None
-    if table.schema.names != ANSWERS_SCHEMA.names:
-        return None
-    places = list(zip(table["index"].to_pylist(), table["question"].to_pylist(), strict=True))
-    if set(table["shard"].to_pylist()) != {infos[part.shard].path} or len(set(places)) != len(places):
-        return None
-    if [index for index, question in places if question == 0] != list(range(part.lo, part.hi)):
-        return None
-    errors = Counter(reason for reason in table["error"].to_pylist() if reason)
-    return {
-        "name": part.name,
-        "samples": part.hi - part.lo,
-        "rows": table.num_rows,
-        "errors": dict(sorted(errors.items())),
-        "bytes": len(data),
-        "sha256": hashlib.sha256(data).hexdigest(),
-    }
 
 
 def _answer_parts(
@@ -271,7 +132,7 @@ def _answer_parts(
     quieten(items.context)
     written = items.map(
         _PartAnswerer,
-        fn_constructor_args=(asked, budget, output, uri, workers.gpus > 0),
+        fn_constructor_args=(asked, budget, output, uri, workers.gpus),
         compute=ray.data.ActorPoolStrategy(size=workers.actors),
         num_cpus=workers.cpus,
         num_gpus=workers.gpus or None,
@@ -283,15 +144,14 @@ def _answer_parts(
 class _PartAnswerer:
     """Actor: the model; a part comes in as its place in the plan and goes out as an object in storage."""
 
-    def __init__(self, asked: Asked, budget: Budget, output: str, uri: str | None, gpu: bool) -> None:
-        if gpu and not torch.cuda.is_available():
-            raise PredictError("gpus is above 0, but torch finds no CUDA device where the actor runs")
+    def __init__(self, asked: Asked, budget: Budget, output: str, uri: str | None, gpus: float) -> None:
+        device = device_for(gpus)
         with open_model(asked.model, uri) as folder:
             if weights_digest(folder) != asked.weights_sha256:
                 raise PredictError(f"{asked.model} has other weights here than where the job was started")
             processor = MeteorProcessor.from_pretrained(folder)
             model = MeteorForConditionalGeneration.from_pretrained(folder, use_safetensors=True)
-        self._answerer = Answerer(model.to("cuda" if gpu else "cpu").eval(), processor)
+        self._answerer = Answerer(model.to(device).eval(), processor)
         self._asked, self._budget, self._output = asked, budget, output
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:

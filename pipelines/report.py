@@ -13,7 +13,7 @@ from pipelines.checkpoint import TrainState
 from pipelines.evaluate import Answer
 from pipelines.export import RegisteredVersion
 from pipelines.recipe import Recipe
-from pipelines.scoring import normalise
+from pipelines.scores import normalise
 
 SUMMARY_FILE = "summary.json"
 

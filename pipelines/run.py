@@ -30,7 +30,7 @@ from pipelines import shards, storage
 from pipelines.assemble import assemble_training, manifest_hashes
 from pipelines.checkpoint import latest_checkpoint, run_url
 from pipelines.evaluate import Answer
-from pipelines.finish import EXPORT_FOLDER, export, look, register, undelivered_points
+from pipelines.finish import EXPORT_FOLDER, Trained, export, look, register, undelivered_points
 from pipelines.making import differences, make_shards
 from pipelines.metric_log import MetricLogger, SystemMetrics
 from pipelines.recipe import Recipe
@@ -158,9 +158,8 @@ def _phases(
         with phases("register", f"{recipe.tracking.registered_model} in MLflow"):
             tracker.log_points(undelivered_points(checkpoint))
             mlflow_run_id = tracker.settle()
-            version = register(
-                recipe, job, mlflow_run_id, state, parity, run.commit, run.name, folder, manifests, looked
-            )
+            trained = Trained(recipe, job, run.name, mlflow_run_id, run.commit, state, parity, manifests)
+            version = register(trained, folder, looked)
         summary = build_summary(
             run_name=run.name,
             mlflow_run_id=mlflow_run_id,

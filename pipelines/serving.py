@@ -17,7 +17,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from ray import serve
 from ray.serve import Application
 from starlette.requests import Request
@@ -27,7 +26,7 @@ from meteor_model.answering import Answer, Answerer, Budget, Question, RequestEr
 from meteor_model.images import MAX_BYTES
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
-from pipelines.calibrate import open_model
+from pipelines.model_source import device_for, open_model
 
 APP_NAME = "meteor"
 MAX_BODY_BYTES = MAX_BYTES * 4 // 3 + 2**20
@@ -72,7 +71,7 @@ def build_app(model: str, settings: ServeSettings, uri: str | None = None) -> Ap
     """The application, for `serve.run`.
 
     Args:
-        model: as for `pipelines.calibrate.open_model`, readable where the replicas run.
+        model: as for `pipelines.model_source.open_model`, readable where the replicas run.
         settings: how it is served.
         uri: of the tracking server, for a registered model.
     """
@@ -92,12 +91,11 @@ class _Replica:
     """One copy of the model and its queue of rows."""
 
     def __init__(self, model: str, settings: ServeSettings, uri: str | None) -> None:
-        if settings.gpus and not torch.cuda.is_available():
-            raise ServingError("gpus is above 0, but torch finds no CUDA device where the replica runs")
+        device = device_for(settings.gpus)
         with open_model(model, uri) as folder:
             processor = MeteorProcessor.from_pretrained(folder)
             loaded = MeteorForConditionalGeneration.from_pretrained(folder, use_safetensors=True)
-        self._answerer = Answerer(loaded.to("cuda" if settings.gpus else "cpu").eval(), processor)
+        self._answerer = Answerer(loaded.to(device).eval(), processor)
         self._gather.set_max_batch_size(settings.batch_rows)
         self._gather.set_batch_wait_timeout_s(settings.batch_wait_s)
 

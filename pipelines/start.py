@@ -29,7 +29,7 @@ from pipelines import shards, storage
 from pipelines.calibrate import calibrate_ranks
 from pipelines.checkpoint import PROCESSOR_FOLDER, local_copy
 from pipelines.export import pull_model
-from pipelines.image_plan import Workers
+from pipelines.image_plan import Measuring
 from pipelines.parts import default_parts_dir, resolve_sources
 from pipelines.recipe import Recipe
 from pipelines.schema import SampleError, parse_sample
@@ -76,7 +76,7 @@ def prepare_start(recipe: Recipe, manifest: shards.Manifest, run_url: str) -> di
             manifest,
             recipe.data.train_split,
             recipe.calibration.samples,
-            Workers(
+            Measuring(
                 batch=recipe.calibration.batch,
                 cpus=recipe.data.data_task_cpus,
                 gpus=min(1.0, recipe.training.gpus_per_worker),

@@ -35,7 +35,8 @@ from pipelines.model_folder import (
     write_parity_batch,
 )
 from pipelines.registry import RegisteredVersion, describe_version, get_version, move_alias, resolve_model
-from pipelines.scoring import Score, ScoringError, Suite, at_mean
+from pipelines.scores import Score, ScoringError, at_mean
+from pipelines.scoring import Suite
 from pipelines.tracking import TrackingError, patiently
 from pipelines.version_scores import file_score, suite_name
 
@@ -74,7 +75,6 @@ def register_variant(
     run_id: str,
     tags: Mapping[str, str],
     suite: Suite | None = None,
-    trained_from: str | None = None,
     tolerance: float = PARITY_TOLERANCE,
 ) -> RegisteredVersion:
     """Register a base model under another pruning, with its score.
@@ -88,10 +88,9 @@ def register_variant(
         name: of the registered model that gets a version.
         aliases: that move to it, e.g. budget-64, champion.
         run_id: the MLflow run that it is filed under, e.g. the trial that found it.
-        tags: of the version, e.g. git_commit; recipe, data and licences are taken over from a registered base.
+        tags: of the version, e.g. git_commit; recipe, data and licences are taken over from a registered base, and are
+            to be given for a folder (`pipelines.provenance.training_tags`).
         suite: that the score is of, for its name in the card.
-        trained_from: for a base that is a folder: the registered model that its training started from; data and
-            licences are taken over from that.
         tolerance: largest difference of a logit that parity may show.
 
     Raises:
@@ -105,7 +104,7 @@ def register_variant(
             "pruning.decode.lam is not set: stage 3 of a registered variant needs its lambda; solve it for "
             "pruning.decode.target_mean first (pipelines.evaluate.solve_lambda_on)"
         )
-    base_tags = _inherited(base, BASE_TAG, uri) if trained_from is None else _inherited(trained_from, "start", uri)
+    base_tags = _inherited(base, uri)
     model, processor = load_registered(base_tags.get(BASE_TAG, base), uri)
     apply_pruning(model, processor, pruning, ranks)
     _check_score(score, model.config)
@@ -127,18 +126,17 @@ def register_variant(
     return replace(version, aliases=tuple(aliases))
 
 
-def _inherited(model: str, tag: str, uri: str) -> dict[str, str]:
-    """Tags that are taken over from a registered model, with its version under `tag`; none from a folder."""
-    if not model.startswith("models:"):
+def _inherited(base: str, uri: str) -> dict[str, str]:
+    """Tags that a variant takes over from its base, and which that is; none from a folder."""
+    if not base.startswith("models:"):
         return {}
-    name, number = resolve_model(model, uri)
+    name, number = resolve_model(base, uri)
     found = get_version(name, number, uri).tags
-    tags = {key: text for key, text in found.items() if key in DATA_TAGS or key.startswith(LICENCE_TAG)}
-    if tag == BASE_TAG:  # the same weights: its training is this version's
-        tags |= {key: found[key] for key in TRAINING_TAGS if key in found}
-        if commit := found.get("training_commit", found.get("git_commit")):
-            tags["training_commit"] = commit
-    return {**tags, tag: f"models:/{name}/{number}"}
+    kept = (*DATA_TAGS, *TRAINING_TAGS)  # the same weights: its training is this version's
+    tags = {key: text for key, text in found.items() if key in kept or key.startswith(LICENCE_TAG)}
+    if commit := found.get("training_commit", found.get("git_commit")):
+        tags["training_commit"] = commit
+    return {**tags, BASE_TAG: f"models:/{name}/{number}"}
 
 
 def _check_score(score: Score, config: MeteorConfig) -> None:

@@ -20,7 +20,8 @@ from mlflow.entities.model_registry import ModelVersion
 
 from pipelines.model_card import with_scores
 from pipelines.registry import describe_version, get_version
-from pipelines.scoring import Comparison, Score, ScoringError, Suite, compare_scores
+from pipelines.scores import Comparison, Score, ScoringError, compare_scores
+from pipelines.scoring import Suite
 from pipelines.tracking import TrackingError, hide_passwords, log_documents, patiently, use_tracking
 
 SCORE_TAG = "score."

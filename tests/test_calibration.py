@@ -12,10 +12,11 @@ import torch
 
 from meteor_model.pruning import adaptive_counts
 from pipelines import calibration_file
-from pipelines.calibration_file import Calibration, Dataset, load_report, readable, split_address, weights_digest
+from pipelines.calibration_file import Calibration, Dataset, load_report, readable, split_address
 from pipelines.drift import compare_ranks
 from pipelines.image_plan import CalibrationError
 from pipelines.lambda_check import check_lambda
+from pipelines.model_folder import ExportError, weights_digest
 from pipelines.moments import Moments
 from pipelines.ranks import RankReport, measures_of, report_budgets
 from pipelines.storage import StorageError
@@ -132,7 +133,7 @@ def test_files_of_other_kinds_are_named(tmp_path: Path) -> None:
         load_report(str(later))
     with pytest.raises(StorageError, match=r"none\.json"):
         load_report(str(tmp_path / "none.json"))
-    with pytest.raises(CalibrationError, match="no weights"):
+    with pytest.raises(ExportError, match="no weights"):
         weights_digest(tmp_path)
 
 

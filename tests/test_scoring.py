@@ -20,19 +20,18 @@ from meteor_model.processing_meteor import MeteorProcessor, collate
 from pipelines import shards
 from pipelines.evaluate import question_of
 from pipelines.schema import RawSample, Turn
-from pipelines.scoring import (
+from pipelines.scores import (
     Interval,
     Record,
     Score,
     ScoringError,
-    Suite,
     bootstrap,
     compare_scores,
     normalise,
-    score_model,
     summarise,
     wilson,
 )
+from pipelines.scoring import Suite, score_model
 from tests.model.builders import DENSE, PRUNED, model, processor
 
 ANSWERS = ("red", "left", "a grinning face", "left of the red square", "Red.")

@@ -5,18 +5,19 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from pipelines import storage
 from pipelines.checkpoint import local_copy
+from pipelines.provenance import training_tags
 from pipelines.tracking import git_commit
 from pipelines.uploads import upload_folder
 from pipelines.variants import register_variant
 from tune.figures import draw_budgets, draw_fronts, draw_importances, draw_trials
 from tune.prepare import Prepared
-from tune.records import TrialRecord, folder_of
+from tune.records import TrialRecord, folder_of, training_name
 from tune.results import best_within, fronts, importances, row, table
 from tune.settings import SweepSettings
 from tune.study import StudySearch
@@ -98,24 +99,27 @@ def register(settings: SweepSettings, prepared: Prepared) -> dict[str, Any]:
     registered: dict[str, Any] = {}
     for trial, aliases in winners.items():
         record = prepared.records.get(trial)
-        source = prepared.model
+        source, ranks = prepared.model, record.ranks
+        tags = {"sweep": prepared.name, "trial": trial, "git_commit": git_commit(Path.cwd())}
         with tempfile.TemporaryDirectory(prefix="meteor-winner-") as scratch:
             if settings.kind == "finetune":
-                source = str(Path(scratch) / "model")
+                source, ranks = str(Path(scratch) / "model"), None  # those of the folder were measured anew
+                recipe = settings.trial_recipe
+                recipe = replace(recipe, model=replace(recipe.model, start=prepared.model))
+                tags |= {"run_name": training_name(prepared.name, trial), **training_tags(recipe, prepared.trained)}
                 with local_copy(storage.join(folder_of(prepared.url, trial), EXPORT_FOLDER)) as exported:
                     shutil.copytree(exported, source)
             version = register_variant(
                 source,
                 record.pruning_config,
                 load_score(prepared.url, trial),
-                ranks=record.ranks,
+                ranks=ranks,
                 uri=settings.tracking.uri,
                 name=settings.tracking.registered_model,
                 aliases=aliases,
                 run_id=record.run_id or prepared.logbook.run_id,
-                tags={"sweep": prepared.name, "trial": trial, "git_commit": git_commit(Path.cwd())},
+                tags=tags,
                 suite=prepared.context.suite,
-                trained_from=prepared.model if settings.kind == "finetune" else None,
             )
         registered[version.uri] = {"trial": trial, "aliases": aliases}
         print(f"  {trial} is {version.uri} ({', '.join(aliases)})", flush=True)

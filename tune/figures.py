@@ -14,9 +14,9 @@ from matplotlib.axes import Axes
 from meteor_model.visualize import COLOURS
 from tune.pareto import front
 from tune.records import TrialRecord
-from tune.results import completed, points
+from tune.results import completed, compute_unit, points
 
-LABELS = {"tflops": "TFLOPs of one image and a short prompt", "visual_tokens_mean": "visual tokens after stage 3, mean"}
+LABELS = {"tflops": "{unit} of one image and a short prompt", "visual_tokens_mean": "visual tokens after stage 3, mean"}
 NAMES = {"answer_nll": "NLL per token of the expected answer (nats)", "accuracy": "right answers (share)"}
 STUDIES = {"front": "search", "random": "random search", "defaults": "paper's settings"}
 MARKERS = {"front": "o", "random": "x", "defaults": "s"}
@@ -31,6 +31,9 @@ def draw_fronts(by_study: Mapping[str, Sequence[TrialRecord]], objective: str, p
         path: of the PNG file.
     """
     sign = -1.0 if objective == "answer_nll" else 1.0
+    dearest = max((p.cost for records in by_study.values() for p in points(records, "tflops")), default=0.0)
+    factor, unit = compute_unit(dearest)
+    scale = {"tflops": factor, "visual_tokens_mean": 1.0}
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.4), dpi=150, sharey=True)
     for axes, cost in zip(panels, LABELS, strict=True):
         for index, (study, records) in enumerate(by_study.items()):
@@ -39,7 +42,7 @@ def draw_fronts(by_study: Mapping[str, Sequence[TrialRecord]], objective: str, p
                 continue
             colour, name = COLOURS[index % len(COLOURS)], STUDIES.get(study, study)
             axes.scatter(
-                [p.cost for p in members],
+                [scale[cost] * p.cost for p in members],
                 [sign * p.score for p in members],
                 color=colour,
                 marker=MARKERS.get(study, "o"),
@@ -48,10 +51,10 @@ def draw_fronts(by_study: Mapping[str, Sequence[TrialRecord]], objective: str, p
                 label=f"{name} ({len(members)})",
             )
             best = front(members)
-            edge = max(p.cost for s in by_study.values() for p in points(s, cost))
-            costs, scores = [p.cost for p in best], [sign * p.score for p in best]
+            edge = scale[cost] * max(p.cost for s in by_study.values() for p in points(s, cost))
+            costs, scores = [scale[cost] * p.cost for p in best], [sign * p.score for p in best]
             axes.step([*costs, edge], [*scores, scores[-1]], where="post", color=colour, linewidth=1.6)
-        axes.set(xlabel=LABELS[cost])
+        axes.set(xlabel=LABELS[cost].format(unit=unit))
         _plain(axes)
     panels[0].set(ylabel=NAMES[objective])
     panels[1].legend(frameon=False)
@@ -64,6 +67,7 @@ def draw_fronts(by_study: Mapping[str, Sequence[TrialRecord]], objective: str, p
 def draw_budgets(best: Mapping[float, TrialRecord | None], objective: str, unit: str, path: Path) -> None:
     """The best score within each budget with its 95 % interval, and what the winner keeps."""
     found = [(budget, record) for budget, record in sorted(best.items()) if record is not None]
+    factor, compute = compute_unit(max((record.scored.tflops for _, record in found), default=0.0))
     figure, axes = plt.subplots(figsize=(7.5, 4.2), dpi=150)
     for place, (_, record) in enumerate(found):
         score = record.scored
@@ -71,7 +75,7 @@ def draw_budgets(best: Mapping[float, TrialRecord | None], objective: str, unit:
         interval = score.answer_nll_interval if objective == "answer_nll" else score.accuracy_interval
         axes.plot([place, place], [interval.low, interval.high], color=COLOURS[0], linewidth=2, alpha=0.5)
         axes.plot(place, value, "o", color=COLOURS[0], markersize=8)
-        kept = f"{score.visual_tokens} > {score.visual_tokens_mean:.1f} tokens\n{score.tflops:.3g} TFLOPs"
+        kept = f"{score.visual_tokens} > {score.visual_tokens_mean:.1f} tokens\n{factor * score.tflops:.3g} {compute}"
         axes.annotate(kept, (place, value), xytext=(10, 0), textcoords="offset points", va="center", fontsize=8)
     axes.set_xticks(range(len(found)), [f"{budget:g}" for budget, _ in found])
     axes.set_xlim(-0.5, len(found) - 0.2)

@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric
 
 from pipelines import storage
-from pipelines.checkpoint import local_copy
+from pipelines.checkpoint import local_copy, run_url
 from pipelines.tracking import (
     TrackingError,
     finish_run,
@@ -26,7 +26,7 @@ from pipelines.tracking import (
     open_run,
     patiently,
 )
-from tune.records import Records, TrialRecord, folder_of
+from tune.records import Records, TrialRecord, folder_of, training_name
 from tune.settings import SweepSettings
 from tune.trial import PICTURES_FOLDER
 
@@ -117,10 +117,11 @@ class Logbook:
                 "study": record.study,
                 "status": record.status,
                 **({"error": record.error[:500]} if record.error else {}),
+                **self._training(record),
                 **self._tags,
             },
             documents={"trial.json": {"ranks": record.ranks, "pruning": record.pruning, "score": record.score}},
-            training_id=f"{self._sweep}-{record.id}",
+            training_id=training_name(self._sweep, record.id),
             patience_s=patience_s,
         )
         self._log_metrics(run_id, _metrics(record), patience_s)
@@ -131,6 +132,12 @@ class Logbook:
         # A trial that the scheduler stopped did what it should.
         finish_run(uri, run_id, "FAILED" if record.status == "failed" else "FINISHED", patience_s)
         self._records.update(record.id, run_id=run_id)
+
+    def _training(self, record: TrialRecord) -> dict[str, str]:
+        """Where the checkpoints of a trial that trained are."""
+        if self._settings.kind != "finetune":
+            return {}
+        return {"run_url": run_url(self._settings.storage, training_name(self._sweep, record.id))}
 
     def _log_metrics(self, run_id: str, metrics: Mapping[str, float], patience_s: float) -> None:
         client, now = MlflowClient(self._settings.tracking.uri), time.time_ns() // 1_000_000

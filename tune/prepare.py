@@ -15,11 +15,13 @@ from mlflow.exceptions import MlflowException
 from meteor_model.configuration_meteor import MeteorConfig
 from pipelines import shards, storage
 from pipelines.checkpoint import local_copy
-from pipelines.export import pull_model, resolve_model
+from pipelines.export import pull_model
 from pipelines.making import differences
+from pipelines.registry import PinnedModel, get_version, pin_model, trained_on
+from pipelines.run import ensure_shards
 from pipelines.scoring import Suite
 from pipelines.settings import SettingsError
-from pipelines.tracking import TrackingAwayError, TrackingError, git_commit, patiently, require_tracking
+from pipelines.tracking import TrackingAwayError, TrackingError, git_commit, require_tracking
 from pipelines.uploads import upload_folder
 from tune.logbook import Logbook
 from tune.records import Records
@@ -47,6 +49,8 @@ class Prepared:
     records: Records
     logbook: Logbook
     concurrent: int
+    trained: tuple[shards.Manifest, ...]
+    """Data of finetune trials."""
 
 
 def prepare(settings: SweepSettings) -> Prepared:
@@ -58,23 +62,28 @@ def prepare(settings: SweepSettings) -> Prepared:
     if not settings.storage:
         raise SettingsError("storage is not set: give --storage s3://BUCKET/PREFIX or set METEOR_STORAGE")
     storage.require_bucket(settings.storage)
-    require_tracking(settings.tracking.uri)
+    uri = settings.tracking.uri
+    require_tracking(uri)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     concurrent = concurrent_trials(bundles_of_trial(settings), nodes, settings.max_concurrent)
     try:
-        name, version = resolve_model(settings.model, settings.tracking.uri)
+        pinned = pin_model(settings.model, uri)
     except TrackingAwayError:
         raise
     except TrackingError as error:
         raise SettingsError(
             f"{error}. Train and register one first (`make pretrain`), or name another --model"
         ) from None
-    model = f"models:/{name}/{version}"
-    tags, report = _run_of(name, version, settings)
-    address = settings.manifest or tags.get("manifest", "")
+    if not pinned.name:
+        raise SettingsError(f"--model is {settings.model!r}; a sweep wants a registered model: models:/NAME@ALIAS")
+    model = pinned.address
+    report = _rank_report(pinned, uri)
+    address = settings.manifest or trained_on(pinned, uri)
     if not address:
         raise SettingsError(f"the run of {model} does not say which data it was trained on: give --manifest ADDRESS")
     manifest = shards.load_manifest(address)
+    # Made once, before trials that begin together would each make them.
+    trained = ensure_shards(settings.trial_recipe) if settings.kind == "finetune" else ()
     suite = Suite.of(manifest, settings.heldout_split, settings.questions)
     facts = {
         "settings": settings.identity(),
@@ -88,7 +97,7 @@ def prepare(settings: SweepSettings) -> Prepared:
     base = storage.join(url, BASE_FOLDER)
     if stored is None:
         with tempfile.TemporaryDirectory(prefix="meteor-sweep-") as scratch:
-            upload_folder(pull_model(model, Path(scratch) / "model", settings.tracking.uri), base)
+            upload_folder(pull_model(model, Path(scratch) / "model", uri), base)
         storage.write_json(storage.join(url, SWEEP_FILE), facts)
     with local_copy(base) as folder:
         config = MeteorConfig.from_pretrained(folder)
@@ -104,7 +113,7 @@ def prepare(settings: SweepSettings) -> Prepared:
         tags={"base": model, "suite": suite.digest, "manifest_sha256": suite.sha256, "git_commit": commit},
     )
     context = TrialContext(sweep, url, base, suite, manifest.url, settings)
-    prepared = Prepared(sweep, url, model, config, ranks, context, records, logbook, concurrent)
+    prepared = Prepared(sweep, url, model, config, ranks, context, records, logbook, concurrent, trained)
     mark(settings, prepared, finished=False)
     print(
         f"sweep {sweep} ({'continued' if stored else 'new'}) on {model}, suite {suite.digest} of {suite.questions} "
@@ -115,19 +124,19 @@ def prepare(settings: SweepSettings) -> Prepared:
     return prepared
 
 
-def _run_of(name: str, version: int, settings: SweepSettings) -> tuple[dict[str, str], dict[str, Any] | None]:
-    """Tags of the run that made a version, and its `ranks.json`; None where it has none (then only the ranks that the
-    model itself holds can be searched)."""
-    client = MlflowClient(settings.tracking.uri)
-    run_id = patiently(f"{name} {version}", lambda: client.get_model_version(name, str(version))).run_id
-    tags = dict(patiently(f"run {run_id}", lambda: client.get_run(run_id)).data.tags)
+def _rank_report(model: PinnedModel, uri: str) -> dict[str, Any] | None:
+    """`ranks.json` of the run that made a version; None where it has none (then only the ranks that the model itself
+    holds can be searched)."""
+    run_id = get_version(model.name, model.version, uri).run_id
+    if not run_id:
+        return None
     with tempfile.TemporaryDirectory(prefix="meteor-ranks-") as scratch:
         try:
-            path = client.download_artifacts(run_id, "ranks.json", scratch)
+            path = MlflowClient(uri).download_artifacts(run_id, "ranks.json", scratch)
         except (MlflowException, OSError):
-            return tags, None
+            return None
         report: dict[str, Any] = json.loads(Path(path).read_text())
-    return tags, report
+    return report
 
 
 def _choose_name(settings: SweepSettings, facts: dict[str, Any]) -> tuple[str, dict[str, Any] | None]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from meteor_model.configuration_meteor import PruningConfig
 from pipelines import storage
-from pipelines.scoring import Score
+from pipelines.scores import Score
 
 FOLDER = "trials"
 Status = Literal["started", "completed", "stopped", "failed"]
@@ -96,3 +96,8 @@ class Records:
 def folder_of(sweep_url: str, trial_id: str) -> str:
     """Where a trial keeps its score with all questions, and its pictures."""
     return storage.join(sweep_url, FOLDER, trial_id)
+
+
+def training_name(sweep: str, trial_id: str) -> str:
+    """Name of the run that a `finetune` trial trains."""
+    return f"{sweep}-{trial_id}"

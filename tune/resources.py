@@ -1,7 +1,7 @@
 """How many trials a cluster holds at once, such that none waits for what another one holds.
 
 A trial takes everything that it needs as a whole or is not started: Tune reserves the trial's own bundle, and the
-number of trials at a time is such that what they start in turn (workers, validation, data tasks) fits as well. Were it
+number of trials at a time is such that what they start in turn (workers, data tasks) fits as well. Were it
 higher, every trial could hold its own bundle and wait for ever for its workers'.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from pipelines.settings import SettingsError, TrainingSettings
+from pipelines.settings import SettingsError
 from tune.settings import SweepSettings
 
 Bundle = Mapping[str, float]
@@ -21,17 +21,12 @@ def bundles_of_trial(settings: SweepSettings) -> list[Bundle]:
     own: list[Bundle] = [{"CPU": settings.cpus_per_trial, "GPU": settings.gpus_per_trial}]
     if settings.kind == "evaluate":
         return own
-    training, data = settings.train.training, settings.train.data
+    recipe = settings.trial_recipe
+    training, data = recipe.training, recipe.data
     workers: list[Bundle] = [
         {"CPU": training.cpus_per_worker, "GPU": training.gpus_per_worker} for _ in range(training.workers)
     ]
-    return own + workers + _validation(training) + [{"CPU": data.data_task_cpus} for _ in range(data.data_tasks)]
-
-
-def _validation(training: TrainingSettings) -> list[Bundle]:
-    if not training.validate_every_checkpoints:
-        return []
-    return [{"CPU": training.validation_cpus, "GPU": training.validation_gpus}]
+    return own + workers + [{"CPU": data.data_task_cpus} for _ in range(data.data_tasks)]
 
 
 def concurrent_trials(trial: Sequence[Bundle], nodes: Sequence[Bundle], at_most: int | None = None) -> int:

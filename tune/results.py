@@ -8,7 +8,7 @@ from typing import Any
 
 import optuna
 
-from pipelines.scoring import Score
+from pipelines.scores import Score
 from tune.pareto import Point, front, hypervolume, reference
 from tune.records import TrialRecord
 from tune.settings import SweepSettings
@@ -111,17 +111,24 @@ def row(record: TrialRecord) -> dict[str, Any]:
     }
 
 
+def compute_unit(largest: float) -> tuple[float, str]:
+    """Factor and name of the unit in which costs up to so many TFLOPs are written: small models count GFLOPs."""
+    return (1.0, "TFLOPs") if largest >= 0.1 else (1e3, "GFLOPs")
+
+
 def table(records: Sequence[TrialRecord]) -> str:
     """Completed trials as a Markdown table, by rising cost."""
+    shown = sorted(completed(records), key=lambda item: item.scored.tflops)
+    factor, unit = compute_unit(max((record.scored.tflops for record in shown), default=0.0))
     lines = [
-        "| trial | TFLOPs | into the LLM | after stage 3 | NLL (95 %) | right (95 %) |",
+        f"| trial | {unit} | into the LLM | after stage 3 | NLL (95 %) | right (95 %) |",
         "|---|---|---|---|---|---|",
     ]
-    for record in sorted(completed(records), key=lambda item: item.scored.tflops):
+    for record in shown:
         score = record.scored
         nll, right = score.answer_nll_interval, score.accuracy_interval
         lines.append(
-            f"| {record.id} | {score.tflops:.4g} | {score.visual_tokens} | {score.visual_tokens_mean:.1f} | "
+            f"| {record.id} | {factor * score.tflops:.4g} | {score.visual_tokens} | {score.visual_tokens_mean:.1f} | "
             f"{score.answer_nll:.3f} ({nll.low:.3f} to {nll.high:.3f}) | "
             f"{score.accuracy:.1%} ({right.low:.1%} to {right.high:.1%}) |"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from pipelines.recipe import Recipe, TrackingSettings
@@ -115,6 +115,17 @@ class SweepSettings:
     def digest(self) -> str:
         """Short hash of `identity()`."""
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:6]
+
+    @property
+    def trial_recipe(self) -> Recipe:
+        """The training of a finetune trial, but for its start, its pruning and its name. Nothing is validated on the
+        way: the trial is scored at its end."""
+        return replace(
+            self.train,
+            training=replace(self.train.training, validate_every_checkpoints=0),
+            run=replace(self.train.run, storage=self.storage, output=None),
+            tracking=self.tracking,
+        )
 
     def studies(self) -> tuple[StudyPlan, ...]:
         """One for each budget; for the front one that searches, one that draws at random, and the paper's defaults."""

@@ -31,19 +31,29 @@ from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from pipelines import shards, storage
 from pipelines.assemble import assemble_training
-from pipelines.checkpoint import CheckpointRef, consolidate, latest_checkpoint, load_processor, local_copy, run_url
+from pipelines.checkpoint import (
+    PARITY_FILE,
+    CheckpointRef,
+    consolidate,
+    latest_checkpoint,
+    load_processor,
+    local_copy,
+    run_url,
+)
 from pipelines.evaluate import draw_samples, readable_samples, solve_lambda_on
-from pipelines.export import export_model
 from pipelines.failures import TrainingError
+from pipelines.model_folder import check_parity, export_model
+from pipelines.model_source import device_for
 from pipelines.recipe import Recipe
 from pipelines.run import ensure_shards
 from pipelines.schema import RawSample
-from pipelines.scoring import Record, Score, Suite, score_model, summarise
+from pipelines.scores import Record, Score, summarise
+from pipelines.scoring import Suite, score_model
 from pipelines.start import prepare_start
 from pipelines.training import fit
 from pipelines.uploads import upload_folder
 from pipelines.variants import apply_pruning
-from tune.records import folder_of
+from tune.records import folder_of, training_name
 from tune.settings import SweepSettings
 
 PROGRESS = "progress"
@@ -51,6 +61,8 @@ PROGRESS = "progress"
 SCORE_FILE = "score.json"
 PICTURES_FOLDER, EXPORT_FOLDER = "pictures", "export"
 POLL_S = 2.0
+RECENT_STEPS = 16
+"""Steps before a checkpoint whose mean loss is the objective until a `finetune` trial is scored."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +137,7 @@ class Trial(tune.Trainable):
     @property
     def device(self) -> str:
         """Where the trial computes."""
-        return "cuda" if self.context.settings.gpus_per_trial else "cpu"
+        return device_for(self.context.settings.gpus_per_trial)
 
     def solve(self, model: MeteorForConditionalGeneration, processor: MeteorProcessor) -> None:
         """Lambda for the trial's target mean, where it has one."""
@@ -229,7 +241,8 @@ class FinetuneTrial(Trial):
             if reached is not None and not reached.state.done and reached.state.step > self.reported:
                 self.reported = reached.state.step
                 progress = 90 * reached.state.step / reached.state.total_steps
-                return {"objective": -reached.state.loss_last, PROGRESS: progress}
+                recent = reached.state.losses[-RECENT_STEPS:]
+                return {"objective": -sum(recent) / len(recent), PROGRESS: progress}
         if isinstance(self.outcome, Exception):
             raise self.outcome
         return self._score(self.outcome)
@@ -237,18 +250,17 @@ class FinetuneTrial(Trial):
     @property
     def run_name(self) -> str:
         """Of the trial's own run."""
-        return f"{self.context.sweep}-{self.id}"
+        return training_name(self.context.sweep, self.id)
 
     @property
     def recipe(self) -> Recipe:
         """The sweep's training, of this trial."""
-        settings = self.context.settings
+        shared = self.context.settings.trial_recipe
         return replace(
-            settings.train,
-            model=replace(settings.train.model, start=self.context.base),
+            shared,
+            model=replace(shared.model, start=self.context.base),
             pruning=self.pruning,
-            run=replace(settings.train.run, name=self.run_name, storage=settings.storage, output=None),
-            tracking=settings.tracking,
+            run=replace(shared.run, name=self.run_name),
         )
 
     def _train(self) -> None:
@@ -265,16 +277,21 @@ class FinetuneTrial(Trial):
             self.outcome = error
 
     def _score(self, checkpoint: CheckpointRef) -> dict[str, Any]:
-        url = run_url(self.recipe.run.storage, self.run_name)
-        with local_copy(storage.join(url, "init")) as init, local_copy(checkpoint.url) as directory:
-            model = consolidate(directory, MeteorForConditionalGeneration, init).eval().to(self.device)
+        recipe = self.recipe
+        url = run_url(recipe.run.storage, self.run_name)
         processor = load_processor(url)
-        self.ranks = model.config.ranks  # measured anew, before the training
-        self.solve(model, processor)
-        self.ask(model, processor, self.context.settings.questions)
-        with tempfile.TemporaryDirectory(prefix="meteor-trial-") as name:
-            folder = export_model(model, processor, Path(name) / "model")
+        with (
+            local_copy(storage.join(url, "init")) as init,
+            local_copy(checkpoint.url) as directory,
+            tempfile.TemporaryDirectory(prefix="meteor-trial-") as scratch,
+        ):
+            model = consolidate(directory, MeteorForConditionalGeneration, init).eval().to(self.device)
+            self.ranks = model.config.ranks  # measured anew, before the training
+            self.solve(model, processor)
+            folder = export_model(model, processor, Path(scratch) / "model")
+            check_parity(folder, directory / PARITY_FILE, recipe.tracking.parity_tolerance)
             upload_folder(folder, storage.join(folder_of(self.context.url, self.id), EXPORT_FOLDER))
+        self.ask(model, processor, self.context.settings.questions)
         return self.end(model, processor)
 
 

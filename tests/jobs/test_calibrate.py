@@ -19,9 +19,9 @@ from infra.services import Stack, full_env
 from jobs.calibrate import Calibrate, calibrate, check, main
 from meteor_model.images import decode_image
 from pipelines import shards, storage
-from pipelines.calibrate import open_model
-from pipelines.export import export_model, register_model
+from pipelines.export import ExportError, export_model, register_model
 from pipelines.image_plan import CalibrationError, ImagePlan, ReadBatches, _next_wave, _Survey
+from pipelines.model_source import open_model
 from pipelines.moments import Moments, half_width
 from pipelines.ranks import ESTIMATORS, RankReport, as_rows, measures_of
 from pipelines.registry import pin_model
@@ -128,13 +128,13 @@ def test_waves_take_shards_until_there_may_be_enough(tmp_path: Path) -> None:
     ],
 )
 def test_bad_settings_are_named(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(CalibrationError, match=message):
+    with pytest.raises(ValueError, match=message):
         check(replace(Calibrate("folder"), **change))
 
 
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
     assert pin_model(str(tmp_path) + "/", "").address == str(tmp_path)
-    with pytest.raises(CalibrationError, match=r"no config\.json"), open_model(str(tmp_path)):
+    with pytest.raises(ExportError, match=r"no config\.json"), open_model(str(tmp_path)):
         pass
 
 

@@ -19,18 +19,10 @@ import pytest
 
 from meteor_model.answering import Answerer, Budget, Question
 from pipelines import shards
-from pipelines.calibration_file import weights_digest
+from pipelines.answer_parts import SPEC_FILE, Asked, Part, PredictError, claim_output, plan_parts, whole_part
 from pipelines.export import export_model
-from pipelines.predict_shards import (
-    SPEC_FILE,
-    Asked,
-    Part,
-    PredictError,
-    _PartAnswerer,
-    _whole,
-    claim_output,
-    plan_parts,
-)
+from pipelines.model_folder import weights_digest
+from pipelines.predict_shards import _PartAnswerer
 from pipelines.schema import parse_sample
 from pipelines.sources import Packed
 from pipelines.sources.openmoji import OpenMoji, OpenMojiSettings
@@ -89,7 +81,7 @@ def test_a_part_holds_answers_and_reasons(folder: Path, tmp_path: Path) -> None:
     row = {"part": asdict(part), "info": asdict(info)}
     actor(row)
     first = (tmp_path / "out" / part.name).read_bytes()
-    facts = _whole(output, part, asked, [info])
+    facts = whole_part(output, part, asked, [info])
     assert facts is not None
     assert facts["errors"] == {"missing_json": 1, "undecodable_image": 1}
     actor(row)
@@ -117,13 +109,13 @@ def test_a_part_of_another_job_or_a_damaged_one_does_not_count(folder: Path, tmp
     manifest = make(str(tmp_path / "data"))
     info, output, part = manifest.split("train")[0], str(tmp_path / "out"), Part(0, 0, 0, 3)
     asked = asked_of(folder, manifest, prompt="What is this?")
-    assert _whole(output, part, asked, [info]) is None
+    assert whole_part(output, part, asked, [info]) is None
     _PartAnswerer(asked, Budget(3), output, None, gpu=False)({"part": asdict(part), "info": asdict(info)})
-    assert _whole(output, part, asked, [info]) is not None
-    assert _whole(output, replace(part, hi=4), asked, [info]) is None, "a sample is missing"
-    assert _whole(output, part, replace(asked, prompt="other"), [info]) is None
+    assert whole_part(output, part, asked, [info]) is not None
+    assert whole_part(output, replace(part, hi=4), asked, [info]) is None, "a sample is missing"
+    assert whole_part(output, part, replace(asked, prompt="other"), [info]) is None
     (tmp_path / "out" / part.name).write_bytes((tmp_path / "out" / part.name).read_bytes()[:-9])
-    assert _whole(output, part, asked, [info]) is None
+    assert whole_part(output, part, asked, [info]) is None
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,25 +17,31 @@ import pytest
 import ray
 from mlflow import MlflowClient
 from PIL import Image
+from ray.tune.result import DONE
 
 from jobs.sweep import parse
 from pipelines import storage
-from pipelines.export import register_model
-from pipelines.recipe import TrackingSettings
-from pipelines.settings import SettingsError
+from pipelines.checkpoint import latest_checkpoint
+from pipelines.export import load_registered, register_model
+from pipelines.promotion import what_is_lacking
+from pipelines.recipe import CalibrationSettings, ModelSettings, Recipe, TrackingSettings
+from pipelines.scoring import Suite, score_model
+from pipelines.settings import DataSettings, SettingsError, TrainingSettings
 from pipelines.tracking import open_run
+from pipelines.variants import measure_parity
 from tests.registry.conftest import Server, free_port
 from tests.tune.conftest import Bench, bench
 from tune import sweep as sweep_module
 from tune.prepare import SWEEP_FILE
-from tune.records import Records
+from tune.records import Records, TrialRecord, training_name
 from tune.settings import SweepSettings
 from tune.sweep import run_sweep
-from tune.trial import EvaluateTrial
+from tune.trial import POLL_S, EvaluateTrial, FinetuneTrial
 
 __all__ = ["bench"]
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
+ROOT = Path(__file__).resolve().parents[2]
 ESTIMATORS = ("effective", "energy")
 
 
@@ -117,6 +126,10 @@ def test_every_trial_has_an_end_and_faults_stop_nothing(swept: tuple[SweepSettin
 
 
 def test_nothing_is_left_running(swept: tuple[SweepSettings, dict[str, Any]]) -> None:
+    require_all_free()
+
+
+def require_all_free() -> None:
     deadline = time.monotonic() + 30
     while ray.available_resources().get("CPU") != 3.0:
         assert time.monotonic() < deadline, ray.available_resources()
@@ -198,6 +211,120 @@ def test_a_sweep_that_was_cut_goes_on(place: Place, swept: tuple[SweepSettings, 
         f"tags.`mlflow.parentRunId` = '{again['mlflow_run_id']}'",
     )
     assert len(runs) == len(after), "no run is made twice"
+
+
+def test_a_killed_sweep_goes_on_by_the_same_command(place: Place, tmp_path: Path) -> None:
+    """SIGKILL of the driver and of its Ray, while trials are under way."""
+    settings = {
+        "model": "models:/meteor@base", "budgets": 8, "trials": 4, "questions": 8, "portions": 2, "batch": 4,
+        "calibration-samples": 8, "pictures": 0, "early-stopping": False, "max-concurrent": 2, "name": "killed",
+        "storage": tmp_path,
+    }  # fmt: skip
+    command = [
+        sys.executable,
+        "jobs/sweep.py",
+        *(str(w) for name, value in settings.items() for w in (f"--{name}", value)),
+    ]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}  # a Ray of its own
+    environment["MLFLOW_TRACKING_URI"] = place.settings.tracking.uri
+
+    def trials(*statuses: str) -> dict[str, TrialRecord]:
+        return {r.id: r for r in Records(str(tmp_path / "sweeps" / "killed")).all() if r.status in statuses}
+
+    with (tmp_path / "log").open("wb") as log:
+        first = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            while not (trials("completed") and trials("started")):
+                assert first.poll() is None, (tmp_path / "log").read_text()[-3000:]
+                time.sleep(0.01)
+        finally:
+            os.killpg(first.pid, signal.SIGKILL)
+            first.wait()
+    ended, cut = trials("completed"), trials("started")
+    assert ended
+    assert cut
+    second = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert second.returncode == 0, second.stdout[-3000:] + second.stderr[-1000:]
+    assert "sweep killed (continued)" in second.stdout
+
+    after = trials("completed")
+    assert sorted(after) == [f"budget-8-{number:03d}" for number in range(4)]
+    for name, record in ended.items():
+        assert replace(after[name], run_id=None) == replace(record, run_id=None), "what had ended was run again"
+    for name, record in cut.items():
+        assert after[name].choices == record.choices
+    (experiment,) = place.client.search_experiments(filter_string="name = 'meteor'")
+    runs = place.client.search_runs([experiment.experiment_id], "attributes.run_name = 'killed'")
+    (parent,) = runs
+    children = place.client.search_runs(
+        [experiment.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    )
+    assert sorted(run.info.run_name for run in children) == sorted(after), "no run is made twice"
+    assert {run.info.status for run in (parent, *children)} == {"FINISHED"}
+
+
+def test_trials_that_train_side_by_side(place: Place, bench: Bench) -> None:
+    """One is stopped at a checkpoint; the other is scored, and becomes a version with the weights that it trained."""
+
+    class Held(FinetuneTrial):
+        """The second is the worse, and reports after the first."""
+
+        def advance(self) -> dict[str, Any]:
+            result = super().advance()
+            if self.id == "budget-64-001" and not result.get(DONE):
+                other = training_name(self.context.sweep, "budget-64-000")
+                while (reached := latest_checkpoint(self.context.settings.storage, other)) is None or (
+                    reached.state.step < 60
+                ):
+                    time.sleep(0.5)
+                time.sleep(3 * POLL_S)
+                result["objective"] -= 100
+            return result
+
+    train = Recipe(
+        name="toy",
+        model=ModelSettings(template="short"),
+        data=DataSettings(manifest=bench.manifest.url, heldout_samples=8, data_tasks=1, data_task_cpus=0.25),
+        training=TrainingSettings(
+            workers=1, cpus_per_worker=0.5, micro_batch=4, global_batch=8, epochs=60, checkpoint_every_steps=30
+        ),
+        calibration=CalibrationSettings(samples=8, batch=8, decode_samples=8),
+    )
+    settings = replace(
+        place.settings, kind="finetune", budgets=(64.0,), trials=2, cpus_per_trial=0.5, name="trained", train=train,
+        register=True,
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(sweep_module.TRIALS, "finetune", Held)
+        result = run_sweep(settings)
+    assert result["concurrent_trials"] == 2
+    assert {trial["trial"]: trial["status"] for trial in result["trials"]} == {
+        "budget-64-000": "completed",
+        "budget-64-001": "stopped",
+    }
+    require_all_free()
+
+    uri, scored = settings.tracking.uri, result["best_per_budget"]["64"]
+    version = place.client.get_model_version_by_alias("meteor", "budget-64")
+    assert what_is_lacking(version) == []
+    base = place.client.get_model_version_by_alias("meteor", "base").version
+    assert {name: version.tags[name] for name in ("trial", "run_name", "recipe", "manifest", "start")} == {
+        "trial": "budget-64-000",
+        "run_name": "trained-budget-64-000",
+        "recipe": "toy",
+        "manifest": bench.manifest.url,
+        "start": f"models:/meteor/{base}",
+    }
+    assert measure_parity("meteor", int(version.version), uri) < 1e-3
+    model, processor = load_registered("models:/meteor@budget-64", uri)
+    suite = Suite.of(bench.manifest, "heldout", settings.questions)
+    assert score_model(model, processor, suite.load(processor), suite.digest).answer_nll == pytest.approx(
+        scored["answer_nll"], rel=1e-4
+    )
+    before, _ = load_registered("models:/meteor@base", uri)
+    assert score_model(before, processor, suite.load(processor), suite.digest).answer_nll > scored["answer_nll"]
 
 
 def test_what_cannot_be_swept(place: Place, swept: tuple[SweepSettings, dict[str, Any]]) -> None:

@@ -27,7 +27,8 @@ from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from meteor_model.tokenizer import train_tokenizer
 from pipelines.export import RegisteredVersion, export_model, register_model
-from pipelines.scoring import Record, Score, Suite, summarise
+from pipelines.scores import Record, Score, summarise
+from pipelines.scoring import Suite
 from pipelines.tracking import open_run
 
 MODEL_NAME = "meteor-test"

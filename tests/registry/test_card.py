@@ -27,7 +27,8 @@ from pipelines.model_folder import (
 )
 from pipelines.promotion import what_is_lacking
 from pipelines.registry import DESCRIPTION_LENGTH, alias_history, shortened
-from pipelines.scoring import Suite, summarise
+from pipelines.scores import summarise
+from pipelines.scoring import Suite
 from pipelines.tracking import TrackingError
 from pipelines.variants import apply_pruning
 from pipelines.version_scores import StoredScore, score_tags, stored_scores

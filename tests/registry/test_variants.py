@@ -22,9 +22,12 @@ from pipelines.checkpoint import TrainState
 from pipelines.export import RegisteredVersion, load_registered, pull_model, register_model
 from pipelines.model_folder import ExportError, ParityError
 from pipelines.promotion import promote
+from pipelines.provenance import training_tags
+from pipelines.recipe import ModelSettings, Recipe, TrackingSettings
 from pipelines.registry import alias_history, get_version, move_alias, registered_model, roll_back
 from pipelines.schema import build_members
-from pipelines.scoring import ScoringError, Suite
+from pipelines.scores import ScoringError
+from pipelines.scoring import Suite
 from pipelines.tracking import TrackingError, open_run, set_tags
 from pipelines.variants import measure_parity, register_variant
 from pipelines.version_scores import file_score, load_score
@@ -119,17 +122,23 @@ def test_what_does_not_hold_is_not_registered(
         file_score(server.uri, NAME, variants[32].version, replace(score_of(GOOD), records=()), SUITE)
 
 
-def test_a_trained_folder_takes_over_where_its_training_started(
+def test_a_trained_folder_says_where_its_training_started(
     server: Server, base: RegisteredVersion, exported: Path, run_id: str
 ) -> None:
+    recipe = Recipe(name="mine", model=ModelSettings(start=base.uri), tracking=TrackingSettings(uri=server.uri))
+    spec = {"source": {"name": "drawings", "license": "CC BY-SA 4.0"}}
+    data = (shards.Manifest("s3://new", (), spec), shards.Manifest("s3://more", (), {}))
     registered = register_variant(
         str(exported), tiny_pruning(24), score_of(GOOD, tiny_pruning(24)), ranks=None, uri=server.uri,
-        name=NAME, aliases=(), run_id=run_id, tags={"recipe": "mine"}, trained_from=base.uri,
+        name=NAME, aliases=(), run_id=run_id, tags=training_tags(recipe, data),
     )  # fmt: skip
     tags = get_version(NAME, registered.version, server.uri).tags
     assert tags["start"] == base.uri
     assert not {"base", "training_commit"} & set(tags)
-    assert (tags["recipe"], tags["manifest"], tags["licence.code"]) == ("mine", "s3://data", "Apache-2.0")
+    assert (tags["recipe"], tags["manifest"], tags["licence.code"]) == ("mine", "s3://new", "Apache-2.0")
+    assert tags["licence.data.drawings"] == "CC BY-SA 4.0"
+    assert tags["manifest_sha256"] == data[0].sha256
+    assert tags["mixture"] == f"s3://more ({data[1].sha256[:12]})"
 
 
 def test_compare_shows_the_paired_difference_and_refuses_other_suites(

@@ -81,11 +81,11 @@ def test_what_a_training_trial_starts_in_turn_is_counted() -> None:
     """Its own bundle alone would let four start, whose workers would then wait for each other for ever."""
     settings = replace(BASE, kind="finetune", cpus_per_trial=1.0)
     needs = bundles_of_trial(settings)
-    assert sum(bundle["CPU"] for bundle in needs) == 1 + 2 + 1 + 1, "itself, two workers, validation, two data tasks"
-    assert concurrent_trials(needs, [{"CPU": 4}, {"CPU": 4}]) == 1
-    assert concurrent_trials(needs, [{"CPU": 10}]) == 2
-    with pytest.raises(SettingsError, match="needs 5 CPUs"):
-        concurrent_trials(needs, [{"CPU": 4.5}])
+    assert sum(bundle["CPU"] for bundle in needs) == 1 + 2 + 1, "itself, two workers, two data tasks"
+    assert concurrent_trials(needs, [{"CPU": 3}, {"CPU": 3}]) == 1
+    assert concurrent_trials(needs, [{"CPU": 8}]) == 2
+    with pytest.raises(SettingsError, match="needs 4 CPUs"):
+        concurrent_trials(needs, [{"CPU": 3.5}])
 
 
 # ------------------------------------------------------------------------------------------------------------- records
