@@ -9,7 +9,6 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -179,9 +178,8 @@ def _lambda(
     if not settings.decode_samples or target is None or (settings.target_mean is None and not decode.enabled):
         return None
     task = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus)(_solve)
-    arguments = (manifest, settings.decode_split, settings.decode_samples, target, ranks)
     try:
-        solved: LambdaReport = ray.get(task.remote(subject.address, uri, settings.gpus, *arguments))
+        solved: LambdaReport = ray.get(task.remote(settings, subject.address, uri, manifest, target, ranks))
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, ValueError):
             raise error.cause from None
@@ -189,10 +187,13 @@ def _lambda(
     return solved
 
 
-def _solve(address: str, uri: str, gpus: float, *arguments: Any) -> LambdaReport:
-    device = device_for(gpus)
+def _solve(
+    settings: Calibrate, address: str, uri: str, manifest: shards.Manifest, target: float, ranks: Ranks | None
+) -> LambdaReport:
+    """A task: where its GPU is, if it has one."""
+    device = device_for(settings.gpus)
     with open_model(address, uri) as folder:
-        return solve_on_split(folder, *arguments, device=device)
+        return solve_on_split(folder, manifest, settings.decode_split, settings.decode_samples, target, ranks, device)
 
 
 def _file(settings: Calibrate, subject: PinnedModel, calibration: Calibration, uri: str) -> None:
