@@ -44,4 +44,4 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     infos = [*shards.write_shards(pairs(16, 0), data, "train"), *shards.write_shards(pairs(8, 1), data, "heldout")]
     base = export_model(model(), processor(), folder / "base")
     names = tuple(item.name for item in config().encoders)
-    return Bench(base, shards.save_manifest(data, infos, {"source": "test"}), names)
+    return Bench(base, shards.save_manifest(data, infos, {"source": {"name": "test"}}), names)
