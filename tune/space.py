@@ -137,6 +137,12 @@ class Space:
         return min(SEGMENTS, *blocks) if blocks else 1
 
     @property
+    def present(self) -> int:
+        """Tokens of an image before the first boundary."""
+        tokens, single = self.config.encoder_tokens, self.segments == 1
+        return sum(tokens[e.name] for e in self.config.encoders if single or _between(e.family))
+
+    @property
     def can_decode(self) -> bool:
         """Whether stage 3 can run this LLM."""
         text = self.config.text_config
@@ -171,8 +177,7 @@ class Space:
 
     def _encode(self, chooser: Chooser) -> tuple[EncodePruning, dict[str, list[float]] | None]:
         config, base = self.config, self.config.pruning.encode
-        tokens, last = config.encoder_tokens, self.segments - 1
-        present = sum(tokens[e.name] for e in config.encoders if last == 0 or _between(e.family))
+        present = self.present
         totals: list[int] = []
         for boundary in range(self.segments):
             share = chooser.suggest_float(f"encode.share.{boundary}", LEAST_SHARE, 1.0)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,8 @@ class StudySearch(Searcher):
         plan: of the study.
         space: of configurations.
         records: of the sweep.
-        given: name -> configuration: the trials of a "given" study.
+        given: configurations: the trials of a "given" study.
+        begin: choices that the first trials of another study take; what they lack is drawn.
         seed: of the sampler.
         expected_cost: of a configuration, known before it is run, in the budget's unit; None where it is bounded by the
             space already.
@@ -57,6 +58,7 @@ class StudySearch(Searcher):
         records: Records,
         *,
         given: Sequence[MeteorConfig] = (),
+        begin: Sequence[Mapping[str, Any]] = (),
         seed: int = 0,
         expected_cost: Cost | None = None,
         measured_cost: Measure = lambda score: score.visual_tokens_mean,
@@ -67,7 +69,7 @@ class StudySearch(Searcher):
         self._expected_cost, self._measured_cost, self._ended = expected_cost, measured_cost, ended
         known = records.of(plan.name)
         self._total = len(given) if plan.sampler == "given" else plan.trials
-        self._given = given
+        self._given, self._begin = given, begin
         self.study = new_study(plan, seed + len(known))
         for record in known:
             if record.status != "started" and plan.sampler != "given":
@@ -116,6 +118,8 @@ class StudySearch(Searcher):
 
     def _ask(self) -> tuple[Trial, MeteorConfig]:
         costs: list[float] = []
+        if self._number < len(self._begin):
+            self.study.enqueue_trial(dict(self._begin[self._number]))
         while len(costs) < ATTEMPTS:
             trial = self.study.ask()
             config = self.space.sample(trial)

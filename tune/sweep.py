@@ -24,7 +24,7 @@ from meteor_model.flops import count_flops
 from pipelines import storage
 from pipelines.settings import SettingsError
 from tune.conclude import conclude, readable, register, write_output
-from tune.defaults import paper_settings
+from tune.defaults import BELOW_BUDGET, TARGET_SHARES, paper_choices, paper_settings
 from tune.prepare import Prepared, mark, prepare
 from tune.records import TrialRecord
 from tune.results import cost_of
@@ -70,12 +70,14 @@ def run_sweep(settings: SweepSettings) -> dict[str, Any]:
 def _search(settings: SweepSettings, prepared: Prepared, plan: StudyPlan) -> StudySearch:
     """Run what is left of one study."""
     in_tokens = plan.budget is not None and settings.budget_unit == "tokens"
+    space = Space(prepared.config, prepared.ranks, plan.budget if in_tokens else None, settings.decode_by)
     search = StudySearch(
         plan,
-        Space(prepared.config, prepared.ranks, plan.budget if in_tokens else None, settings.decode_by),
+        space,
         prepared.records,
         given=paper_settings(prepared.config) if plan.sampler == "given" else (),
-        seed=settings.seed,
+        begin=_begin(plan, space),
+        seed=settings.seed + 1000 * settings.studies().index(plan),  # a study that goes on counts its seed up
         expected_cost=None if in_tokens else _tflops,
         measured_cost=lambda score: cost_of(settings, score),
         ended=lambda record: _ended(prepared, record),
@@ -121,6 +123,15 @@ def _search(settings: SweepSettings, prepared: Prepared, plan: StudyPlan) -> Stu
     if search.left:
         raise SettingsError(f"study {plan.name} ended with {search.left} trials that did not run: see Ray's log")
     return search
+
+
+def _begin(plan: StudyPlan, space: Space) -> list[dict[str, Any]]:
+    """What a study that searches tries first: the paper's settings, at the knob that its budget suggests."""
+    if plan.sampler not in ("tpe", "nsga2"):
+        return []
+    if space.cap is not None:
+        return paper_choices(space, (BELOW_BUDGET,))
+    return paper_choices(space, TARGET_SHARES[-1:] if plan.budget is not None else TARGET_SHARES[1::2])
 
 
 def _tflops(config: MeteorConfig) -> float:

@@ -11,10 +11,12 @@ import optuna
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from optuna.trial import FixedTrial
 
 from meteor_model.architectures import build_config
 from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, MeteorConfig, PruningConfig
 from meteor_model.pruning import RANK_ESTIMATORS
+from tune.defaults import TARGET_SHARES, paper_choices, paper_settings
 from tune.space import Ranks, Space, SpaceError, ranks_of_config, ranks_of_report
 
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -113,6 +115,29 @@ def test_choices_cover_what_the_paper_sets_by_hand() -> None:
     assert len({p.encode.totals for p in seen}) > 50
     assert len({p.fuse.keep for p in seen}) > 10
     assert min(p.encode.rank_exponent for p in seen) < 0 < 1 < max(p.encode.rank_exponent for p in seen)
+
+
+@pytest.mark.parametrize("name", ["tiny", "small", "meteor_x4_7b", "eagle_x5_7b"])
+def test_the_papers_settings_are_choices_of_the_space(name: str) -> None:
+    """A search may begin with them: the choices give the very configurations, at whatever target."""
+    base = model_config(name, dense=name == "eagle_x5_7b")
+    ranks = {e.name: [3.0, 2.0, 1.0] for e in base.encoders}
+    own = base if name == "eagle_x5_7b" else MeteorConfig(**{**base.to_dict(), "ranks": ranks})
+    space = Space(own, ranks_of_config(own))
+    wanted = [config.pruning for config in paper_settings(own)[1:]]
+    choices = paper_choices(space, TARGET_SHARES)
+    assert len(choices) == len(wanted) == 4
+    for chosen, paper in zip(choices, wanted, strict=True):
+        made = space.sample(FixedTrial(chosen)).pruning
+        assert made.encode == (paper.encode if own.ranks else made.encode)
+        assert made.fuse == paper.fuse
+        assert made.decode.target_mean == pytest.approx(paper.decode.target_mean)
+        assert (made.decode.layer, made.decode.query) == (paper.decode.layer, paper.decode.query)
+        assert made.decode.num_heads == own.decode_heads
+    capped = replace(space, cap=8.0)
+    (chosen,) = paper_choices(capped, (0.9,))
+    assert capped.sample(FixedTrial(chosen)).pruning.decode.target_mean == pytest.approx(7.2)
+    assert paper_choices(replace(space, decode_by="lambda"), (0.5,)) == []
 
 
 def test_without_ranks_estimators_and_exponents_are_not_searched() -> None:

@@ -89,6 +89,20 @@ def test_a_killed_search_goes_on(tmp_path: Path) -> None:
     assert search(tmp_path).study.best_value == -0.5
 
 
+def test_a_study_begins_with_what_it_is_given(tmp_path: Path) -> None:
+    begin = [{"fuse.share": 0.5}, {"fuse.share": 0.75, "decode.enabled": False}]
+    found = search(tmp_path, begin=begin)
+    first = started(found, "a")
+    assert first.choices["fuse.share"] == 0.5
+    assert set(first.choices) > {"encode.share.0"}, "the rest is drawn"
+    second = started(search(tmp_path, begin=begin), "a")  # the first was under way
+    assert second == first
+    again = search(tmp_path, begin=begin)
+    started(again, "a")
+    assert started(again, "b").choices["fuse.share"] == 0.75
+    assert started(again, "c").choices["fuse.share"] not in (0.5, 0.75)
+
+
 def test_a_front_has_three_values(tmp_path: Path) -> None:
     found = search(tmp_path, FRONT)
     started(found, "a")
