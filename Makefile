@@ -62,7 +62,7 @@ finetune: up  ## Fine-tune what pretrain registered
 
 sweep: up  ## Search budgets and front of the registered model (at most 12 minutes); writes benchmarks/results/sweep.json
 	@$(SUBMIT) python jobs/sweep.py --output "$(CURDIR)/benchmarks/results/sweep.json" --budgets 8 16 --pareto \
-	  --compare-random True --trials 24 --questions 128 --max-concurrent 2 $(ARGS)
+	  --compare-random True --trials 24 --max-concurrent 2 $(ARGS)
 
 predict: up  ## Ask the registered model: make predict ARGS="--image FILE --prompt TEXT"
 	@$(STACK) run -- $(PY) jobs/predict.py --model models:/meteor@latest-pretrain $(ARGS)
