@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -26,6 +27,7 @@ from pipelines.tracking import TrackingError, hide_passwords, log_documents, pat
 
 SCORE_TAG = "score."
 SUITE_TAG = "suite"
+_SUITE_NAME = re.compile(r"(?P<questions>\d+) x (?P<split>\S+) of (?P<manifest>\S+)")
 
 
 @dataclass(frozen=True)
@@ -190,13 +192,25 @@ def compare_versions(
             f"versions {first.version} and {second.version} of {first.name} have {wanted}; their scores:\n"
             + "\n".join(lines)
             + "\nother questions cannot be compared: score both on one suite, e.g.\n"
-            + f"  {evaluate_command(second, first)}"
+            + f"  {_command_for_both(first, known, second, others)}"
         )
     a, b = load_score(uri, first, digest), load_score(uri, second, digest)
     return VersionComparison(known[digest].suite, a, b, compare_scores(a, b))
 
 
-def evaluate_command(version: ModelVersion, like: ModelVersion | None = None) -> str:
-    """The command that scores a version, on the data that it (or `like`) was made with."""
-    manifest = version.tags.get("manifest") or (like.tags.get("manifest") if like else None) or "MANIFEST"
-    return f"python jobs/evaluate.py --model models:/{version.name}/{version.version} --manifest {manifest}"
+def _command_for_both(
+    first: ModelVersion, known: Mapping[str, StoredScore], second: ModelVersion, others: Mapping[str, StoredScore]
+) -> str:
+    """Scores one of two versions on the suite of the other's last score."""
+    if known:
+        return evaluate_command(second, list(known.values())[-1])
+    return evaluate_command(first, list(others.values())[-1] if others else None)
+
+
+def evaluate_command(version: ModelVersion, on: StoredScore | None = None) -> str:
+    """The command that scores a version: on the data that it was made with, or on the suite of another's score."""
+    command = f"python jobs/evaluate.py --model models:/{version.name}/{version.version} --manifest "
+    suite = _SUITE_NAME.fullmatch(on.suite) if on is not None else None
+    if suite is None:
+        return command + version.tags.get("manifest", "MANIFEST")
+    return f"{command}{suite['manifest']} --split {suite['split']} --questions {suite['questions']}"

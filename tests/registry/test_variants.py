@@ -168,7 +168,7 @@ def test_compare_shows_the_paired_difference_and_refuses_other_suites(
     status, printed = ask(monkeypatch, capsys, server, "compare", "--model", NAME, "budget-32", str(base.version))
     assert status == 2
     assert "no suite in common" in printed
-    assert f"python jobs/evaluate.py --model {base.uri} --manifest s3://data" in printed
+    assert f"jobs/evaluate.py --model {base.uri} --manifest {SUITE.manifest} --split heldout --questions 4" in printed
     status, printed = ask(monkeypatch, capsys, server, *arguments, "--suite", "0123")
     assert status == 2
     assert "no score of both on suite 0123" in printed
