@@ -24,7 +24,7 @@ SUBMIT = RAY_LOGGER_LEVEL=warning $(STACK) run -- $(BIN)/ray job submit --workin
   "METEOR_PARTS_DIR": "$(PARTS_DIR)"}}' --
 
 help:  ## List every target
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  \033[1m%-15s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## Create .venv with the exact versions of constraints.txt
 
@@ -60,9 +60,9 @@ pretrain: up  ## Pre-train the tiny model end to end on the local stack (about 5
 finetune: up  ## Fine-tune what pretrain registered
 	@$(SUBMIT) python jobs/finetune.py --run.output "$(CURDIR)/runs/latest" $(ARGS)
 
-sweep: up  ## Search budgets and front of the registered model (at most 12 minutes); writes benchmarks/results/sweep.json
+sweep: up  ## Search budgets and front of the registered model (about 5 minutes) and register the winners; writes benchmarks/results/sweep.json
 	@$(SUBMIT) python jobs/sweep.py --output "$(CURDIR)/benchmarks/results/sweep.json" --budgets 8 16 --pareto \
-	  --compare-random True --trials 24 --max-concurrent 2 $(ARGS)
+	  --compare-random True --trials 24 --max-concurrent 2 --register True $(ARGS)
 
 predict: up  ## Ask the registered model: make predict ARGS="--image FILE --prompt TEXT"
 	@$(STACK) run -- $(PY) jobs/predict.py --model models:/meteor@latest-pretrain $(ARGS)
@@ -79,7 +79,7 @@ serve: up  ## Serve the registered model on Ray at 127.0.0.1:8000, as a job of i
 evaluate: up  ## Score a model on held-out questions: make evaluate ARGS="--model models:/meteor@champion"
 	@$(STACK) run -- $(PY) jobs/evaluate.py --model models:/meteor@latest-pretrain $(ARGS)
 
-register: up  ## List versions; or compare, promote, rollback: make register ARGS="compare champion budget-64"
+register: up  ## List versions; or compare, promote, rollback: make register ARGS="compare champion budget-8"
 	@$(STACK) run -- $(PY) jobs/register.py $(or $(ARGS),list)
 
 shards: up  ## Make the drawings' shards: make shards ARGS="openmoji --out s3://meteor/data/mine"
@@ -106,7 +106,7 @@ bench-order: setup  ## Measure what plan and ledger cost at a billion samples (a
 bench-ranks: $(PARTS_STAMP)  ## Measure how ranks vary over images and kinds of images on the real towers (a few minutes); writes benchmarks/results/ranks.json
 	@$(PY) -m benchmarks.ranks $(ARGS)
 
-chaos: setup  ## Kill, cut and spoil everything on real servers and count the samples (39.5 minutes on two idle cores): make chaos ARGS="--only NAME"
+chaos: setup  ## Kill, cut and spoil everything on real servers and count the samples (about 40 minutes on two cores): make chaos ARGS="--only NAME"
 	@$(PY) -m benchmarks.chaos $(ARGS)
 
 bench-serve: setup  ## Measure serving with and without pruning and batching (about 10 minutes, quiet cores); writes benchmarks/results/serve.json

@@ -38,7 +38,7 @@ from benchmarks.harness import DENSE
 from infra.processes import choose_port
 from meteor_model.architectures import architecture, build_config
 from meteor_model.chat import IMAGE_PLACEHOLDER
-from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, PruningConfig
+from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, MeteorConfig, PruningConfig
 from meteor_model.flops import count_flops
 from meteor_model.image_processing_meteor import MeteorImageProcessor
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
@@ -204,10 +204,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 server.turn(body, options.requests, options.clients)
             rates = "  ".join(f"{s.name} {s.per_second[-1]:.2f}/s" for s in servers.values())
             print(f"round {number + 1} of {options.rounds}: {rates}", flush=True)
-        flops = {
-            key: count_flops(MeteorForConditionalGeneration.config_class.from_pretrained(model)).total / 1e12
-            for key, model in models.items()
-        }
+        configs = {key: MeteorConfig.from_pretrained(model) for key, model in models.items()}
+        flops = {key: count_flops(config).total / 1e12 for key, config in configs.items()}
     result = {
         "hardware": about,
         "load_after": round(os.getloadavg()[0], 2),
@@ -215,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "clients": options.clients,
         "new_tokens": options.new_tokens,
         "rounds": options.rounds,
-        "visual_tokens": {"meteor": [FUSED, KEPT]},
+        "visual_tokens": {"dense": configs["dense"].tokens_per_image, "meteor": [FUSED, KEPT]},
         "tflops_to_first_token": flops,
         "servers": {server.name: summary(server) for server in servers.values()},
         "throughput_ratio": {

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -16,6 +17,7 @@ import torch
 import tyro
 
 from jobs.command_line import run_command
+from pipelines.evaluate import readable_samples
 from pipelines.export import load_registered
 from pipelines.registry import pin_model, trained_on
 from pipelines.scores import Score
@@ -36,7 +38,8 @@ class Evaluate:
     split: str = "heldout"
     """Split of the dataset."""
     questions: int = 256
-    """The first question of each of so many samples with images; all of the split's where it has fewer."""
+    """The first question of each of so many samples with readable images; all of the split's where it has
+    fewer."""
     batch: int = 16
     """Questions at a time."""
     output: Path | None = None
@@ -53,9 +56,10 @@ def evaluate(settings: Evaluate) -> Score:
     if not manifest_address:
         raise ValueError(f"manifest is missing: {settings.model} does not say what it was trained on")
     manifest = load_manifest(manifest_address)
-    suite = Suite.of(manifest, settings.split, min(settings.questions, manifest.samples(settings.split)))
     model, processor = load_registered(pinned.address, uri, settings.device)
-    score = score_model(model, processor, suite.load(processor), suite.digest, settings.batch)
+    samples = list(islice(readable_samples(manifest, settings.split, processor), settings.questions))
+    suite = Suite.of(manifest, settings.split, len(samples))
+    score = score_model(model, processor, samples, suite.digest, settings.batch)
     if pinned.name:
         setting = {"git_commit": git_commit(Path(__file__).resolve().parents[1]), "device": settings.device}
         file_score(uri, pinned.name, pinned.version, score, suite, setting)

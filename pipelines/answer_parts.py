@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from pipelines import shards, storage
 
 SPEC_FILE, SUCCESS_FILE = "_SPEC.json", "_SUCCESS.json"  # readers of Parquet folders pass over names with "_"
-FORMAT = 1
+FORMAT = 2
 Questions = Literal["first", "all"]
 
 ANSWERS_SCHEMA = pa.schema(
@@ -44,7 +44,7 @@ class Asked:
 
     Attributes:
         model: folder, s3:// address or models:/NAME/VERSION.
-        weights_sha256: of its safetensors files.
+        model_sha256: of its files (`model_folder.model_digest`).
         manifest, manifest_sha256, split: the samples.
         prompt: asked of every sample; empty: the samples' own questions.
         questions: "first" or "all" of a sample's own.
@@ -54,7 +54,7 @@ class Asked:
     """
 
     model: str
-    weights_sha256: str
+    model_sha256: str
     manifest: str
     manifest_sha256: str
     split: str

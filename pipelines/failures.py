@@ -42,7 +42,7 @@ def root_cause(error: ray.train.TrainingFailedError, subject: str) -> Exception:
     """
     failures = _failures(error)
     for _, failure in failures:
-        if isinstance(failure, ValueError) and not _may_pass(failure):
+        if isinstance(failure, ValueError) and not may_pass(failure):
             return failure
     for who, failure in failures:
         if isinstance(failure, Preempted):
@@ -51,9 +51,10 @@ def root_cause(error: ray.train.TrainingFailedError, subject: str) -> Exception:
     return TrainingError(subject, f"{who} {_what_happened(failure)}")
 
 
-def _may_pass(failure: ValueError) -> bool:
+def may_pass(failure: Exception) -> bool:
+    """Whether the same attempt, made again, may succeed: storage that was away, workers that died."""
     unreadable = isinstance(failure, ShardError) and failure.fault == "unreadable"
-    return unreadable or isinstance(failure, TransientStorageError)
+    return unreadable or isinstance(failure, (TransientStorageError, TrainingError))
 
 
 def _distance(failure: BaseException) -> int:

@@ -141,6 +141,16 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def model_digest(folder: Path) -> str:
+    """One hash of all that decides a model's answers: every file of its folder but card and checksums. Variants of one
+    model differ in it."""
+    whole = hashlib.sha256()
+    for name in _file_names(folder):
+        if name != CARD_FILE:
+            whole.update(f"{name} {_sha256(folder / name)}\n".encode())
+    return whole.hexdigest()
+
+
 def weights_digest(folder: Path) -> str:
     """One hash of a model folder's safetensors files. Raises ExportError where there is none."""
     files = sorted(folder.glob("*.safetensors"))

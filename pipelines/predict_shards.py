@@ -1,7 +1,7 @@
 """Batch inference: the samples of a split to Parquet, each exactly once, on Ray Data actors.
 
 1. plan      the split in manifest order is cut into parts: consecutive samples of one shard, by index arithmetic alone
-2. claim     `_SPEC.json` says what the output is of (weights, manifest, prompt, budget); another job's is refused
+2. claim     `_SPEC.json` says what the output is of (model, manifest, prompt, budget); another job's is refused
 3. answer    actors with the model take parts; a part is one Parquet object, written whole under a name that the plan
              gives it, so a repetition overwrites it and never doubles a row
 4. resume    a part that is there and whole is kept; a job that was killed answers only what is missing
@@ -40,7 +40,7 @@ from pipelines.answer_parts import (
     plan_parts,
     whole_part,
 )
-from pipelines.model_folder import weights_digest
+from pipelines.model_folder import model_digest
 from pipelines.model_source import device_for, open_model
 from pipelines.schema import SampleError, parse_sample
 from pipelines.stream import quieten
@@ -80,7 +80,7 @@ def predict_split(
         ShardError, StorageError, ExportError, TrackingError: of what is read and written.
     """
     with open_model(model, uri) as folder:
-        digest = weights_digest(folder)
+        digest = model_digest(folder)
     asked = Asked(
         model, digest, manifest.url, manifest.sha256, split, prompt, questions, budget.max_new_tokens,
         budget.visual_tokens, part_samples, bad_shards,
@@ -147,8 +147,8 @@ class _PartAnswerer:
     def __init__(self, asked: Asked, budget: Budget, output: str, uri: str | None, gpus: float) -> None:
         device = device_for(gpus)
         with open_model(asked.model, uri) as folder:
-            if weights_digest(folder) != asked.weights_sha256:
-                raise PredictError(f"{asked.model} has other weights here than where the job was started")
+            if model_digest(folder) != asked.model_sha256:
+                raise PredictError(f"{asked.model} is another one here than where the job was started")
             processor = MeteorProcessor.from_pretrained(folder)
             model = MeteorForConditionalGeneration.from_pretrained(folder, use_safetensors=True)
         self._answerer = Answerer(model.to(device).eval(), processor)

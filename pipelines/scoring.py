@@ -100,6 +100,7 @@ def score_model(
     suite_digest: str,
     batch: int = BATCH,
     report: Callable[[Sequence[Record]], None] | None = None,
+    longest: int | None = None,
 ) -> Score:
     """Ask a model the first question of each sample; the answers that count are the first ones.
 
@@ -111,19 +112,26 @@ def score_model(
         batch: questions at a time. The batches change no result beyond rounding.
         report: hears the records of all questions so far after every batch (`summarise` makes a score of them); what it
             raises ends the scoring.
+        longest: tokens that are generated at most; by default `longest_answer` of the samples. Give that of the whole
+            suite where it is asked in portions: an answer that is cut earlier may come out right.
 
     Raises:
         ScoringError: for no sample, a sample without a reply, a processor of another pruning, a training model, or
             stage 3 without its lambda.
     """
     _check(model, processor, samples)
-    longest = max(len(_tokens(processor, sample)[1]) for sample in samples)
+    longest = longest_answer(processor, samples) if longest is None else longest
     records: list[Record] = []
     for start in range(0, len(samples), batch):
-        records += _ask(model, processor, samples[start : start + batch], min(longest, LONGEST_ANSWER))
+        records += _ask(model, processor, samples[start : start + batch], longest)
         if report is not None:
             report(tuple(records))
     return summarise(model.config, records, suite_digest)
+
+
+def longest_answer(processor: MeteorProcessor, samples: Sequence[RawSample]) -> int:
+    """Tokens of the longest expected answer, its end token included, LONGEST_ANSWER at most."""
+    return min(LONGEST_ANSWER, max(len(_tokens(processor, sample)[1]) for sample in samples))
 
 
 # ---------------------------------------------------------------------------------------------------------- the asking

@@ -192,19 +192,22 @@ def compare_versions(
             f"versions {first.version} and {second.version} of {first.name} have {wanted}; their scores:\n"
             + "\n".join(lines)
             + "\nother questions cannot be compared: score both on one suite, e.g.\n"
-            + f"  {_command_for_both(first, known, second, others)}"
+            + f"  {_command_for_both(first, second, digest)}"
         )
     a, b = load_score(uri, first, digest), load_score(uri, second, digest)
     return VersionComparison(known[digest].suite, a, b, compare_scores(a, b))
 
 
-def _command_for_both(
-    first: ModelVersion, known: Mapping[str, StoredScore], second: ModelVersion, others: Mapping[str, StoredScore]
-) -> str:
-    """Scores one of two versions on the suite of the other's last score."""
-    if known:
-        return evaluate_command(second, list(known.values())[-1])
-    return evaluate_command(first, list(others.values())[-1] if others else None)
+def _command_for_both(first: ModelVersion, second: ModelVersion, digest: str | None) -> str:
+    """Scores one of two versions on a suite of the other: the one that is asked for, or the other's last."""
+    pairs = [(second, first), (first, second)]
+    for lacking, scored in pairs:
+        if digest is not None and digest in stored_scores(scored):
+            return evaluate_command(lacking, stored_scores(scored)[digest])
+    for lacking, scored in pairs:
+        if found := stored_scores(scored):
+            return evaluate_command(lacking, found.get(scored.tags.get(SUITE_TAG, ""), next(iter(found.values()))))
+    return evaluate_command(first)
 
 
 def evaluate_command(version: ModelVersion, on: StoredScore | None = None) -> str:

@@ -95,7 +95,7 @@ def register(settings: SweepSettings, prepared: Prepared) -> dict[str, Any]:
         if record is None:
             print(f"  budget {budget:g}: no trial is within it, nothing is registered", flush=True)
         else:
-            winners.setdefault(record.id, []).append(f"budget-{budget:g}")
+            winners.setdefault(record.id, []).append(settings.alias_of(budget))
     registered: dict[str, Any] = {}
     for trial, aliases in winners.items():
         record = prepared.records.get(trial)

@@ -94,7 +94,9 @@ def draw_importances(found: Mapping[str, Mapping[str, float]], path: Path) -> No
     height = 0.8 / max(1, len(found))
     for index, (study, values) in enumerate(found.items()):
         places = [place + (index - (len(found) - 1) / 2) * height for place in range(len(names))]
-        axes.barh(places, [values.get(n, 0.0) for n in names], height=height, color=COLOURS[index], label=study)
+        axes.barh(
+            places, [values.get(n, 0.0) for n in names], height=height, color=COLOURS[index % len(COLOURS)], label=study
+        )
     axes.set_yticks(range(len(names)), names)
     axes.set(xlabel="share of the objective's variance (fANOVA)", title="Which choices mattered (stage 3 on)")
     axes.grid(axis="x", alpha=0.25)

@@ -13,8 +13,10 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from meteor_model.configuration_meteor import MeteorConfig
+from meteor_model.processing_meteor import MeteorProcessor
 from pipelines import shards, storage
 from pipelines.checkpoint import local_copy
+from pipelines.evaluate import readable_samples
 from pipelines.export import pull_model
 from pipelines.making import differences
 from pipelines.registry import PinnedModel, get_version, pin_model, trained_on
@@ -101,6 +103,10 @@ def prepare(settings: SweepSettings) -> Prepared:
         storage.write_json(storage.join(url, SWEEP_FILE), facts)
     with local_copy(base) as folder:
         config = MeteorConfig.from_pretrained(folder)
+        processor = MeteorProcessor.from_pretrained(folder)
+    suite.load(processor)  # what is lacking there would fail every trial
+    if next(readable_samples(manifest, settings.train_split, processor), None) is None:
+        raise SettingsError(f"split {settings.train_split!r} of {manifest.url} has no prompt with images for lambda")
     ranks = ranks_of_report(report) if report is not None else ranks_of_config(config)
     records = Records(url)
     commit = git_commit(Path.cwd())

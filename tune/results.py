@@ -73,11 +73,11 @@ def importances(study: optuna.Study, several: bool) -> dict[str, float]:
     """Share of the objective's variance that each choice explains (fANOVA; Hutter, Hoos and Leyton-Brown, ICML 2014).
 
     Over the completed trials with stage 3 on, so that its own settings can be compared with the others; empty where
-    there are fewer than `LEAST_FOR_IMPORTANCE`.
+    there are fewer than `LEAST_FOR_IMPORTANCE`, or all have one objective.
     """
     done = [t for t in study.trials if t.state == optuna.trial.TrialState.COMPLETE]
     done = [t for t in done if t.params.get("decode.enabled", True)]
-    if len(done) < LEAST_FOR_IMPORTANCE:
+    if len(done) < LEAST_FOR_IMPORTANCE or len({trial.values[0] for trial in done}) == 1:
         return {}
     alike = optuna.create_study(directions=study.directions)
     alike.add_trials(done)

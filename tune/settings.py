@@ -29,7 +29,8 @@ class SweepSettings:
     budget_unit: Literal["tokens", "tflops"] = "tokens"
     """What budgets count: visual tokens after stage 3 (mean), or TFLOPs of one image and a short prompt."""
     pareto: bool = False
-    """Also search the front of score against TFLOPs and visual tokens at once."""
+    """Search the front of score against TFLOPs and visual tokens at once, too (--pareto alone is True, left out it is
+    False)."""
     trials: int = 16
     """Trials of each study."""
     pareto_sampler: Literal["tpe", "nsga2"] = "tpe"
@@ -74,7 +75,7 @@ class SweepSettings:
     output: str | None = None
     """JSON file on the machine that runs the job where the results are written as well; pictures beside it."""
     register: bool = False
-    """Register the best of each budget as a version of the model, under the alias budget-NUMBER."""
+    """Register the best of each budget as a version of the model, under the alias budget-NUMBER (12_5 for 12.5)."""
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
     """MLflow."""
     train: Recipe = field(default_factory=Recipe)
@@ -126,6 +127,11 @@ class SweepSettings:
             run=replace(self.train.run, storage=self.storage, output=None),
             tracking=self.tracking,
         )
+
+    @staticmethod
+    def alias_of(budget: float) -> str:
+        """Alias of the version that is best within a budget: budget-64, budget-12_5 (MLflow takes no full stop)."""
+        return f"budget-{budget:g}".replace(".", "_").replace("+", "")
 
     def studies(self) -> tuple[StudyPlan, ...]:
         """One for each budget; for the front one that searches, one that draws at random, and the paper's defaults."""

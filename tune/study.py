@@ -147,7 +147,7 @@ class StudySearch(Searcher):
             changes |= {
                 "status": "failed",
                 "objective": None,
-                "error": result.get("failed", "the trial's process ended"),
+                "error": result.get("failed", "its process ended, or raised what may pass, too often: see Ray's log"),
             }
         elif result.get("score"):
             ended = json.loads(result["score"])

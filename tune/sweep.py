@@ -48,6 +48,7 @@ def run_sweep(settings: SweepSettings) -> dict[str, Any]:
     prepared = prepare(settings)
     try:
         studies = {plan.name: _search(settings, prepared, plan) for plan in settings.studies()}
+        _require_completed(prepared)
         result = conclude(settings, prepared, studies)
         if settings.register:
             result["registered"] = register(settings, prepared)
@@ -123,6 +124,18 @@ def _search(settings: SweepSettings, prepared: Prepared, plan: StudyPlan) -> Stu
     if search.left:
         raise SettingsError(f"study {plan.name} ended with {search.left} trials that did not run: see Ray's log")
     return search
+
+
+def _require_completed(prepared: Prepared) -> None:
+    """Raise SettingsError where every trial failed: there is nothing to conclude from."""
+    everything = prepared.records.all()
+    if not any(record.status == "completed" for record in everything):
+        prepared.logbook.settle()
+        errors = [f"  {record.id}: {record.error}" for record in everything if record.error]
+        raise SettingsError(
+            f"none of {len(everything)} trials of sweep {prepared.name} was completed; search again under another "
+            "--name when what they failed with is mended:\n" + "\n".join(errors[:5])
+        )
 
 
 def _begin(plan: StudyPlan, space: Space) -> list[dict[str, Any]]:

@@ -41,14 +41,14 @@ from pipelines.checkpoint import (
     run_url,
 )
 from pipelines.evaluate import draw_samples, readable_samples, solve_lambda_on
-from pipelines.failures import TrainingError
+from pipelines.failures import may_pass
 from pipelines.model_folder import check_parity, export_model
 from pipelines.model_source import device_for
 from pipelines.recipe import Recipe
 from pipelines.run import ensure_shards
 from pipelines.schema import RawSample
 from pipelines.scores import Record, Score, summarise
-from pipelines.scoring import Suite, score_model
+from pipelines.scoring import Suite, longest_answer, score_model
 from pipelines.start import prepare_start
 from pipelines.training import fit
 from pipelines.uploads import upload_folder
@@ -124,7 +124,9 @@ class Trial(tune.Trainable):
         """One report."""
         try:
             return self.advance()
-        except (ValueError, TrainingError) as error:
+        except ValueError as error:
+            if may_pass(error):
+                raise
             # Tune wants the objective in every result; its scheduler passes over what is not a number.
             return {"objective": math.nan, "failed": f"{type(error).__name__}: {error}", PROGRESS: 100, DONE: True}
 
@@ -170,7 +172,14 @@ class Trial(tune.Trainable):
         """Score the next `count` questions."""
         done, questions = len(self.answers), self.questions(processor)
         part = [questions[place] for place in self.order[done : done + count]]
-        score = score_model(model, processor, part, self.context.suite.digest, self.context.settings.batch)
+        score = score_model(
+            model,
+            processor,
+            part,
+            self.context.suite.digest,
+            self.context.settings.batch,
+            longest=longest_answer(processor, questions),
+        )
         self.answers += score.records
 
     def end(self, model: MeteorForConditionalGeneration, processor: MeteorProcessor) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from meteor_model.answering import Answerer, Budget, Question
 from pipelines import shards
 from pipelines.answer_parts import SPEC_FILE, Asked, Part, PredictError, claim_output, plan_parts, whole_part
 from pipelines.export import export_model
-from pipelines.model_folder import weights_digest
+from pipelines.model_folder import model_digest, weights_digest
 from pipelines.predict_shards import _PartAnswerer
 from pipelines.schema import parse_sample
 from pipelines.sources import Packed
@@ -48,7 +48,7 @@ def make(url: str) -> shards.Manifest:
 
 def asked_of(folder: Path, manifest: shards.Manifest, **changes: Any) -> Asked:
     asked = Asked(
-        str(folder), weights_digest(folder), manifest.url, manifest.sha256, "train", "", "first", 3, None, 4, "fail"
+        str(folder), model_digest(folder), manifest.url, manifest.sha256, "train", "", "first", 3, None, 4, "fail"
     )
     return replace(asked, **changes)
 
@@ -77,7 +77,7 @@ def test_a_part_holds_answers_and_reasons(folder: Path, tmp_path: Path) -> None:
     manifest = make(str(tmp_path / "data"))
     info, output, budget = manifest.split("train")[0], str(tmp_path / "out"), Budget(3)
     asked, part = asked_of(folder, manifest, questions="all"), Part(0, 0, 0, 6)
-    actor = _PartAnswerer(asked, budget, output, None, gpu=False)
+    actor = _PartAnswerer(asked, budget, output, None, gpus=0.0)
     row = {"part": asdict(part), "info": asdict(info)}
     actor(row)
     first = (tmp_path / "out" / part.name).read_bytes()
@@ -110,7 +110,7 @@ def test_a_part_of_another_job_or_a_damaged_one_does_not_count(folder: Path, tmp
     info, output, part = manifest.split("train")[0], str(tmp_path / "out"), Part(0, 0, 0, 3)
     asked = asked_of(folder, manifest, prompt="What is this?")
     assert whole_part(output, part, asked, [info]) is None
-    _PartAnswerer(asked, Budget(3), output, None, gpu=False)({"part": asdict(part), "info": asdict(info)})
+    _PartAnswerer(asked, Budget(3), output, None, gpus=0.0)({"part": asdict(part), "info": asdict(info)})
     assert whole_part(output, part, asked, [info]) is not None
     assert whole_part(output, replace(part, hi=4), asked, [info]) is None, "a sample is missing"
     assert whole_part(output, part, replace(asked, prompt="other"), [info]) is None
@@ -121,7 +121,7 @@ def test_a_part_of_another_job_or_a_damaged_one_does_not_count(folder: Path, tmp
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weights_sha256": "0" * 64}, "weights_sha256 was .* take a new output"),
+        ({"model_sha256": "0" * 64}, "model_sha256 was .* take a new output"),
         ({"manifest_sha256": "0" * 64}, "manifest_sha256 was"),
         ({"prompt": "other"}, "prompt was '', now it is 'other'"),
         ({"max_new_tokens": 4, "part_samples": 5}, r"max_new_tokens was 3, now it is 4 \(and part_samples\)"),
@@ -137,6 +137,18 @@ def test_an_output_of_something_else_is_refused(
         claim_output(str(tmp_path / "out"), replace(asked, **change))
     with pytest.raises(PredictError, match=f"no {SPEC_FILE}"):
         claim_output(str(tmp_path / "data"), asked)
+
+
+def test_variants_with_the_same_weights_are_two_models(folder: Path, tmp_path: Path) -> None:
+    """Their answers differ, so one must not go on with the other's output."""
+    other = model()
+    other.config.pruning = replace(other.config.pruning, decode=replace(other.config.pruning.decode, lam=7.0))
+    variant = export_model(other, processor(), tmp_path / "variant")
+    assert weights_digest(variant) == weights_digest(folder)
+    manifest = make(str(tmp_path / "data"))
+    claim_output(str(tmp_path / "out"), asked_of(folder, manifest))
+    with pytest.raises(PredictError, match="model_sha256 was"):
+        claim_output(str(tmp_path / "out"), asked_of(variant, manifest))
 
 
 # ------------------------------------------------------------------------------------------------------ on Ray's actors

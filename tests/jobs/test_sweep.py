@@ -56,8 +56,14 @@ class Place:
 @pytest.fixture(scope="module")
 def place(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     folder = tmp_path_factory.mktemp("sweep")
-    server = Server(folder, free_port())
-    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    server, dashboard = Server(folder, free_port()), free_port()
+    patched = pytest.MonkeyPatch()
+    # Ray frees what a training reserved whose driver is gone, and asks the dashboard whether it is.
+    patched.setenv("RAY_API_SERVER_ADDRESS", f"http://127.0.0.1:{dashboard}")
+    ray.init(
+        address="local", num_cpus=3, include_dashboard=True, dashboard_host="127.0.0.1", dashboard_port=dashboard,
+        log_to_driver=False, logging_level="ERROR",
+    )  # fmt: skip
     try:
         server.start()
         ranks = {
@@ -88,6 +94,7 @@ def place(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pl
     finally:
         ray.shutdown()
         server.kill()
+        patched.undo()
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +232,7 @@ def test_a_killed_sweep_goes_on_by_the_same_command(place: Place, tmp_path: Path
         "jobs/sweep.py",
         *(str(w) for name, value in settings.items() for w in (f"--{name}", value)),
     ]
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}  # a Ray of its own
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}  # a Ray of its own
     environment["MLFLOW_TRACKING_URI"] = place.settings.tracking.uri
 
     def trials(*statuses: str) -> dict[str, TrialRecord]:
@@ -335,6 +342,17 @@ def test_what_cannot_be_swept(place: Place, swept: tuple[SweepSettings, dict[str
         run_sweep(replace(place.settings, cpus_per_trial=64.0))
     with pytest.raises(ValueError, match=r"has no alias 'latest-pretrain'; it has: base.*make pretrain"):
         run_sweep(replace(place.settings, model="models:/meteor@latest-pretrain"))
+    with pytest.raises(ValueError, match="the suite asks 9"):
+        run_sweep(replace(place.settings, questions=9))
+
+    class Hopeless(EvaluateTrial):
+        def advance(self) -> dict[str, Any]:
+            raise ValueError("no such luck")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(sweep_module.TRIALS, "evaluate", Hopeless)
+        with pytest.raises(SettingsError, match=r"(?s)none of 1 trials of sweep hopeless .*no such luck"):
+            run_sweep(replace(place.settings, trials=1, name="hopeless"))
 
 
 def test_command_line() -> None:

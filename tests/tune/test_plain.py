@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mlflow.utils.validation import _validate_model_alias_name
 
 from pipelines.settings import SettingsError, TrainingSettings
 from tune.pareto import Point, front, hypervolume, reference
@@ -61,6 +62,13 @@ def test_places_and_room_are_no_part_of_the_identity() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- resources
+
+
+@pytest.mark.parametrize(("budget", "alias"), [(64.0, "64"), (12.5, "12_5"), (0.00011, "0_00011"), (2e6, "2e06")])
+def test_aliases_are_ones_that_mlflow_takes(budget: float, alias: str) -> None:
+    made = BASE.alias_of(budget)
+    assert made == f"budget-{alias}"
+    _validate_model_alias_name(made)
 
 
 def test_trials_share_a_gpu() -> None:

@@ -76,12 +76,22 @@ def test_importance_of_too_few_trials_is_left_out() -> None:
     assert importances(study, several=False) == {}
 
 
+def test_importance_of_equal_objectives_is_left_out() -> None:
+    study = new_study(StudyPlan("front", 12, "random"), 0)
+    for _ in range(12):
+        trial = study.ask()
+        trial.suggest_float("fuse.share", 0, 1)
+        study.tell(trial, [0.0, 1.0, 2.0])
+    assert importances(study, several=True) == {}
+
+
 def test_pictures_and_tables(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     drawn = {s: [record(s, i, *rng.uniform(1, 30, 2)) for i in range(5)] for s in ("front", "random", "defaults")}
     draw_fronts(drawn, "answer_nll", tmp_path / "front.png")
     draw_budgets({8.0: drawn["front"][0], 16.0: None}, "accuracy", "tokens", tmp_path / "budgets.png")
-    draw_importances({"front": {"fuse.share": 0.7, "decode.layer": 0.3}}, tmp_path / "importances.png")
+    mattered = {f"budget-{number}": {"fuse.share": 0.7, "decode.layer": 0.3} for number in range(7)}
+    draw_importances(mattered, tmp_path / "importances.png")
     trials = [*drawn["front"], record("front", 5, 3, 3, "stopped"), record("front", 6, 3, 3, "failed")]
     draw_trials(trials, "answer_nll", tmp_path / "trials.png")
     for path in tmp_path.iterdir():

@@ -13,10 +13,14 @@ from ray.tune.result import DONE
 from meteor_model.configuration_meteor import PruningConfig
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
-from pipelines.scoring import Suite, score_model
+from pipelines import storage
+from pipelines.scores import Score
+from pipelines.scoring import Suite, longest_answer, score_model
+from pipelines.storage import TransientStorageError
 from pipelines.variants import apply_pruning
 from tests.model.builders import PRUNED
 from tests.tune.conftest import Bench
+from tune import trial as trial_module
 from tune.settings import SweepSettings
 from tune.trial import EvaluateTrial, TrialContext, load_score
 
@@ -96,6 +100,35 @@ def test_a_fault_of_the_configuration_is_a_failed_trial(context: TrialContext) -
     assert "pruning.decode.layer 9" in failed["failed"]
     assert running.reset_config(config("t-1", UNSOLVED))
     assert "failed" not in running.step()
+
+
+def test_what_may_pass_is_left_to_tune(context: TrialContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = trial(context, config("t-0", UNSOLVED))
+
+    def away(*arguments: Any) -> None:
+        raise TransientStorageError("the store is away")
+
+    monkeypatch.setattr(storage, "write_json", away)
+    running.step()
+    with pytest.raises(TransientStorageError):
+        running.step()
+
+
+def test_an_answer_is_cut_in_a_portion_as_in_the_whole_suite(
+    context: TrialContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[int | None] = []
+
+    def noted(*arguments: Any, longest: int | None = None) -> Score:
+        given.append(longest)
+        return score_model(*arguments, longest=longest)
+
+    monkeypatch.setattr(trial_module, "score_model", noted)
+    running = trial(context, config("t-0", UNSOLVED))
+    running.step()
+    running.step()
+    whole = longest_answer(running.processor, context.suite.load(running.processor))
+    assert given == [whole, whole]
 
 
 def test_accuracy_as_objective(context: TrialContext) -> None:
