@@ -63,9 +63,8 @@ def test_the_version_of_an_earlier_start_is_taken(
     recipe = Recipe(tracking=TrackingSettings(uri=server.uri, registered_model=MODEL_NAME))
     client = MlflowClient(server.uri)
     before = client.search_model_versions(f"name = '{MODEL_NAME}'")
-    again = finish.register(
-        recipe, "adopt", registered.run_id, checkpoint.state, 0.0, "abc", "r", UNUSED, UNUSED, finish.Looked()
-    )
+    trained = finish.Trained(recipe, "adopt", "r", registered.run_id, "abc", checkpoint.state, 0.0, ())
+    again = finish.register(trained, UNUSED, finish.Looked())
     newest = max(before, key=lambda item: int(item.version))
     assert again.version == int(newest.version)
     assert again.model_id == registered.model_id or again.version != registered.version
