@@ -38,8 +38,7 @@ class Evaluate:
     split: str = "heldout"
     """Split of the dataset."""
     questions: int = 256
-    """The first question of each of so many samples with readable images; all of the split's where it has
-    fewer."""
+    """The first question of so many samples with readable images each; all of the split's where it has fewer."""
     batch: int = 16
     """Questions at a time."""
     output: Path | None = None

@@ -51,10 +51,10 @@ def root_cause(error: ray.train.TrainingFailedError, subject: str) -> Exception:
     return TrainingError(subject, f"{who} {_what_happened(failure)}")
 
 
-def may_pass(failure: Exception) -> bool:
-    """Whether the same attempt, made again, may succeed: storage that was away, workers that died."""
+def may_pass(failure: ValueError) -> bool:
+    """Whether the same attempt, made again, may succeed: storage was away."""
     unreadable = isinstance(failure, ShardError) and failure.fault == "unreadable"
-    return unreadable or isinstance(failure, (TransientStorageError, TrainingError))
+    return unreadable or isinstance(failure, TransientStorageError)
 
 
 def _distance(failure: BaseException) -> int:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -144,21 +145,21 @@ def _sha256(path: Path) -> str:
 def model_digest(folder: Path) -> str:
     """One hash of all that decides a model's answers: every file of its folder but card and checksums. Variants of one
     model differ in it."""
-    whole = hashlib.sha256()
-    for name in _file_names(folder):
-        if name != CARD_FILE:
-            whole.update(f"{name} {_sha256(folder / name)}\n".encode())
-    return whole.hexdigest()
+    return _digest(folder, [name for name in _file_names(folder) if name != CARD_FILE])
 
 
 def weights_digest(folder: Path) -> str:
     """One hash of a model folder's safetensors files. Raises ExportError where there is none."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    if not names:
         raise ExportError(f"{folder} holds no weights: there is no .safetensors file")
+    return _digest(folder, names)
+
+
+def _digest(folder: Path, names: Sequence[str]) -> str:
     whole = hashlib.sha256()
-    for path in files:
-        whole.update(f"{path.name} {_sha256(path)}\n".encode())
+    for name in names:
+        whole.update(f"{name} {_sha256(folder / name)}\n".encode())
     return whole.hexdigest()
 
 

@@ -51,9 +51,9 @@ def paper_choices(space: Space, shares: Sequence[float]) -> list[dict[str, Any]]
             total = totals[boundary] if totals else present
             choices[f"encode.share.{boundary}"], present = _share(total, present), total
         if space.ranks:
-            choices |= {"encode.rank_estimator": config.pruning.encode.rank_estimator, "encode.rank_exponent": 1.0}
-        if choices.get("encode.rank_estimator", "") not in (*space.ranks, ""):
-            del choices["encode.rank_estimator"]
+            choices["encode.rank_exponent"] = 1.0
+        if config.pruning.encode.rank_estimator in space.ranks:
+            choices["encode.rank_estimator"] = config.pruning.encode.rank_estimator
         choices["fuse.share"] = _share(config.tokens_per_image, present)
     if not space.can_decode:
         return [choices]

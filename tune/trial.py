@@ -103,6 +103,7 @@ class Trial(tune.Trainable):
         torch.set_num_threads(max(1, int(context.settings.cpus_per_trial)))
         self.context = context
         self._questions: list[RawSample] = []
+        self._longest = 0
         self._prompts: list[RawSample] = []
         self.begin(config)
 
@@ -158,6 +159,7 @@ class Trial(tune.Trainable):
         """The suite, read once an actor."""
         if not self._questions:
             self._questions = self.context.suite.load(processor)
+            self._longest = longest_answer(processor, self._questions)
         return self._questions
 
     @property
@@ -178,7 +180,7 @@ class Trial(tune.Trainable):
             part,
             self.context.suite.digest,
             self.context.settings.batch,
-            longest=longest_answer(processor, questions),
+            longest=self._longest,
         )
         self.answers += score.records
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,9 +23,9 @@ from pipelines.predict_shards import _PartAnswerer
 from pipelines.schema import parse_sample
 from pipelines.sources import Packed
 from pipelines.sources.openmoji import OpenMoji, OpenMojiSettings
+from tests.jobs.killing import ROOT, kill_when, own_environment
 from tests.model.builders import model, processor
 
-ROOT = Path(__file__).resolve().parents[2]
 SOURCE = OpenMojiSettings(code_points=16, heldout_code_points=8, variants=2, text_only_share=0.1)
 
 
@@ -159,18 +156,8 @@ def test_a_killed_job_answers_what_is_missing_and_nothing_twice(folder: Path, tm
     arguments = {"model": folder, "manifest": tmp_path / "data", "split": "train", "output": out}
     command = [sys.executable, "jobs/predict.py", "shards", "--part-samples", "2", "--max-new-tokens", "3"]
     command += [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}  # a Ray of its own
-    with (tmp_path / "log").open("wb") as log:
-        first = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            while len(list(out.glob("part-*"))) < 2:
-                assert first.poll() is None, (tmp_path / "log").read_text()[-3000:]
-                time.sleep(0.01)
-        finally:
-            os.killpg(first.pid, signal.SIGKILL)
-            first.wait()
+    environment = own_environment()
+    kill_when(lambda: len(list(out.glob("part-*"))) >= 2, command, environment, tmp_path / "log")
     kept = {path.name: path.stat().st_mtime_ns for path in out.glob("part-*")}
     assert not (out / "_SUCCESS.json").exists()
     second = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from pipelines.scoring import Suite, score_model
 from pipelines.settings import DataSettings, SettingsError, TrainingSettings
 from pipelines.tracking import open_run
 from pipelines.variants import measure_parity
+from tests.jobs.killing import ROOT, kill_when, own_environment
 from tests.registry.conftest import Server, free_port
 from tests.tune.conftest import Bench, bench
 from tune import sweep as sweep_module
@@ -41,7 +41,6 @@ from tune.trial import POLL_S, EvaluateTrial, FinetuneTrial
 __all__ = ["bench"]
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
-ROOT = Path(__file__).resolve().parents[2]
 ESTIMATORS = ("effective", "energy")
 
 
@@ -232,23 +231,12 @@ def test_a_killed_sweep_goes_on_by_the_same_command(place: Place, tmp_path: Path
         "jobs/sweep.py",
         *(str(w) for name, value in settings.items() for w in (f"--{name}", value)),
     ]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}  # a Ray of its own
-    environment["MLFLOW_TRACKING_URI"] = place.settings.tracking.uri
+    environment = {**own_environment(), "MLFLOW_TRACKING_URI": place.settings.tracking.uri}
 
     def trials(*statuses: str) -> dict[str, TrialRecord]:
         return {r.id: r for r in Records(str(tmp_path / "sweeps" / "killed")).all() if r.status in statuses}
 
-    with (tmp_path / "log").open("wb") as log:
-        first = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            while not (trials("completed") and trials("started")):
-                assert first.poll() is None, (tmp_path / "log").read_text()[-3000:]
-                time.sleep(0.01)
-        finally:
-            os.killpg(first.pid, signal.SIGKILL)
-            first.wait()
+    kill_when(lambda: bool(trials("completed") and trials("started")), command, environment, tmp_path / "log")
     ended, cut = trials("completed"), trials("started")
     assert ended
     assert cut

@@ -61,14 +61,14 @@ def test_places_and_room_are_no_part_of_the_identity() -> None:
     assert replace(BASE, kind="finetune", train=trained).digest() != replace(BASE, kind="finetune").digest()
 
 
-# ----------------------------------------------------------------------------------------------------------- resources
-
-
 @pytest.mark.parametrize(("budget", "alias"), [(64.0, "64"), (12.5, "12_5"), (0.00011, "0_00011"), (2e6, "2e06")])
 def test_aliases_are_ones_that_mlflow_takes(budget: float, alias: str) -> None:
     made = BASE.alias_of(budget)
     assert made == f"budget-{alias}"
     _validate_model_alias_name(made)
+
+
+# ----------------------------------------------------------------------------------------------------------- resources
 
 
 def test_trials_share_a_gpu() -> None:
