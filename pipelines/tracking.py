@@ -14,6 +14,7 @@ import itertools
 import json
 import logging
 import os
+import posixpath
 import re
 import subprocess
 import tempfile
@@ -62,6 +63,7 @@ _SECRET_WORDS = {"secret", "secrets", "password", "passwd", "pwd", "passphrase",
 _SECRET_PAIRS = {("api", "key"), ("access", "key"), ("private", "key"), ("account", "key"), ("auth", "header")}
 # A setting named `..._token` is a credential, unless it is one of a tokenizer's tokens.
 _TEXT_TOKENS = {"image", "pad", "bos", "eos", "unk", "mask", "cls", "sep", "special", "start", "end", "stop"}
+_SETTING_NAME = re.compile(r"[a-z_][\w.-]*", re.ASCII | re.IGNORECASE)
 _URL_PASSWORD = re.compile(r"(?<=://)[^/\s@]*:[^/\s@]*(?=@)")
 _SIGNATURE = re.compile(r"(?i)((?:x-amz-(?:signature|credential|security-token)|sig|signature)=)[^&\s]+")
 
@@ -113,7 +115,7 @@ def redact(value: Any, name: str = "") -> Any:
     if is_secret_name(name) and not (value is None or isinstance(value, bool | int | float) or value == ""):
         return REDACTED
     if isinstance(value, Mapping):
-        return {str(key): redact(item, str(key)) for key, item in value.items()}
+        return {hide_passwords(str(key)): redact(item, str(key)) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [redact(item) for item in value]
     return hide_passwords(value) if isinstance(value, str) else value
@@ -122,14 +124,15 @@ def redact(value: Any, name: str = "") -> Any:
 def flatten(settings: Any) -> dict[str, str]:
     """Nested settings -> redacted parameters under dotted names, long values cut with a note of how much is missing.
 
-    Lists of plain values stay one value in JSON; lists that hold mappings are numbered.
+    Lists of plain values stay one value in JSON, and so do mappings whose keys are data (addresses of datasets) and not
+    names of settings; lists that hold mappings are numbered.
     """
     flat = {_entry_name(name): _shorten(text) for name, text in _leaves("", redact(settings))}
     return dict(sorted(flat.items()))
 
 
 def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
-    if isinstance(value, Mapping) and value:
+    if isinstance(value, Mapping) and value and (not prefix or all(map(_SETTING_NAME.fullmatch, value))):
         for key, item in value.items():
             yield from _leaves(f"{prefix}.{key}" if prefix else str(key), item)
     elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
@@ -140,8 +143,12 @@ def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
 
 
 def _entry_name(name: str) -> str:
-    """The name with only the characters that MLflow takes; over-long ones keep their (telling) end."""
-    return re.sub(r"[^\w\-. /:]", "_", name, flags=re.ASCII)[-MAX_KEY:]
+    """The name as MLflow takes it: only its characters, and, since it may become a file's path there, none that a path
+    would resolve to another one. Over-long names keep their (telling) end."""
+    name = re.sub(r"[^\w\-. /:]", "_", name, flags=re.ASCII)[-MAX_KEY:]
+    if name.startswith(("/", "..")) or posixpath.normpath(name) != name or name == ".":
+        name = re.sub(r"^\.+|/", "_", name)
+    return name
 
 
 def _shorten(text: str) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlflow.utils.validation import _validate_param, _validate_param_name
 
 from pipelines.tracking import MAX_KEY, MAX_VALUE, REDACTED, flatten, hide_passwords, is_secret_name, redact
 
@@ -124,3 +125,26 @@ def test_a_secret_never_survives_at_any_depth(around: dict[str, object], name: s
     tree = {"level": [{"inner": {**around, name: hidden}}]}
     assert SECRET not in json.dumps(redact(tree))
     assert all(SECRET not in value for value in flatten(tree).values())
+
+
+def test_a_mapping_of_addresses_is_one_parameter() -> None:
+    """The README's mixture: an address is data, and MLflow takes none as a parameter's name."""
+    mixture = {"s3://bucket/more": 2.0, "s3://me:hunter2@host/text": 0.5}
+    flat = flatten({"data": {"mixture": mixture, "weight": 1.0}, "model": {"weights": {"dinov2-small": "a/b"}}})
+    assert flat["data.mixture"] == f'{{"s3://bucket/more": 2.0, "s3://{REDACTED}@host/text": 0.5}}'
+    assert flat["model.weights.dinov2-small"] == "a/b"
+
+
+@given(
+    st.recursive(
+        st.none() | st.integers() | st.text(max_size=20),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=12), inner, max_size=3),
+        max_leaves=8,
+    ),
+    st.text(alphabet="./:a\u00e9 s-", max_size=300),
+)
+@settings(max_examples=300, deadline=None)
+def test_mlflow_takes_every_parameter(value: object, name: str) -> None:
+    for key, text in flatten({name: value, "data": {name: value}}).items():
+        _validate_param_name(key)
+        _validate_param(key, text)

@@ -72,6 +72,7 @@ def test_addresses_that_cannot_serve_a_cluster(uri: str, message: str) -> None:
 
 def test_open_log_finish_resume(server: Server, tmp_path: Path) -> None:
     settings = {f"group.{number}": {"value": number} for number in range(120)} | {"password": "hunter2", "workers": 2}
+    settings["data"] = {"mixture": {"s3://bucket/more": 2.0}}
     run_id = open_run(
         server.uri,
         experiment="tracking",
@@ -82,8 +83,9 @@ def test_open_log_finish_resume(server: Server, tmp_path: Path) -> None:
     )
     client = MlflowClient(server.uri)
     run = client.get_run(run_id)
-    assert len(run.data.params) == 122
+    assert len(run.data.params) == 123
     assert (run.data.params["group.7.value"], run.data.params["password"]) == ("7", "(redacted)")
+    assert json.loads(run.data.params["data.mixture"]) == {"s3://bucket/more": 2.0}
     assert run.data.tags["git_commit"] == "abc"
     assert run.info.run_name == run.data.tags["run_name"] == "a run"
     assert json.loads(artifact(server, run_id, "ranks.json")) == {"clip": [3.5]}
