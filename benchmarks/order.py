@@ -29,9 +29,9 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.ledger import Ledger
-from pipelines.mixture import Plan, make_plan, read_amplification
-from pipelines.order import WorkItem
+from pipelines.data.ledger import Ledger
+from pipelines.data.mixture import Plan, make_plan, read_amplification
+from pipelines.data.order import WorkItem
 
 RESULTS = Path(__file__).parent / "results"
 EPOCHS, SEED, GLOBAL_BATCH, WINDOW_SHARDS = 3, 7, 4096, 4

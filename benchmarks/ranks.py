@@ -30,14 +30,14 @@ from meteor_model.images import decode_image
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.visualize import draw_calibration
 from meteor_model.weights import load_parts
-from pipelines.drift import compare_ranks
-from pipelines.moments import Moments
+from pipelines.calibration.drift import compare_ranks
+from pipelines.calibration.moments import Moments
+from pipelines.calibration.ranks import ESTIMATORS, RankReport, as_rows, budgets_of, measures_of, report_budgets
+from pipelines.data.schema import parse_sample
+from pipelines.data.sources import TRAIN
+from pipelines.data.sources.openmoji import OpenMoji, OpenMojiSettings
 from pipelines.parts import default_parts_dir, resolve_sources
 from pipelines.parts.text_images import draw_page, words
-from pipelines.ranks import ESTIMATORS, RankReport, as_rows, budgets_of, measures_of, report_budgets
-from pipelines.schema import parse_sample
-from pipelines.sources import TRAIN
-from pipelines.sources.openmoji import OpenMoji, OpenMojiSettings
 
 RESULTS = Path(__file__).parent / "results"
 SIDE = 336

@@ -17,9 +17,12 @@ import tyro
 
 from jobs.command_line import run_command
 from meteor_model.configuration_meteor import MeteorConfig
-from pipelines import shards
-from pipelines.calibrate import calibrate_ranks
-from pipelines.calibration_file import (
+from pipelines.calibration.drift import Drift, compare_ranks
+from pipelines.calibration.image_plan import CalibrationError, Measuring
+from pipelines.calibration.lambda_check import LambdaReport, solve_on_split
+from pipelines.calibration.measure import calibrate_ranks
+from pipelines.calibration.ranks import ESTIMATORS, RELATIVE_TOLERANCE, RankReport, Ranks, report_budgets
+from pipelines.calibration.report import (
     Calibration,
     Dataset,
     file_with_run,
@@ -31,15 +34,12 @@ from pipelines.calibration_file import (
     split_address,
     store,
 )
-from pipelines.drift import Drift, compare_ranks
-from pipelines.image_plan import CalibrationError, Measuring
-from pipelines.lambda_check import LambdaReport, solve_on_split
-from pipelines.model_folder import weights_digest
-from pipelines.model_source import device_for, open_model
-from pipelines.ranks import ESTIMATORS, RELATIVE_TOLERANCE, RankReport, Ranks, report_budgets
-from pipelines.registry import PinnedModel, pin_model, trained_on
-from pipelines.shards import load_manifest
-from pipelines.tracking import git_commit, hide_passwords, require_tracking
+from pipelines.data import shards
+from pipelines.data.shards import load_manifest
+from pipelines.registry.folder import weights_digest
+from pipelines.registry.open import device_for, open_model
+from pipelines.registry.versions import PinnedModel, pin_model, trained_on
+from pipelines.tracking.mlflow_run import git_commit, hide_passwords, require_tracking
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,14 @@ import torch
 import tyro
 
 from jobs.command_line import run_command
-from pipelines.evaluate import readable_samples
-from pipelines.export import load_registered
-from pipelines.registry import pin_model, trained_on
-from pipelines.scores import Score
-from pipelines.scoring import Suite, score_model
-from pipelines.shards import load_manifest
-from pipelines.tracking import git_commit
-from pipelines.version_scores import file_score
+from pipelines.data.shards import load_manifest
+from pipelines.evaluation.questions import readable_samples
+from pipelines.evaluation.scores import Score
+from pipelines.evaluation.scoring import Suite, score_model
+from pipelines.registry.publish import load_registered
+from pipelines.registry.scores import file_score
+from pipelines.registry.versions import pin_model, trained_on
+from pipelines.tracking.mlflow_run import git_commit
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tyro
 
-from pipelines.making import MakeResult, index_shards, make_shards
-from pipelines.shards import SAMPLES_PER_SHARD, ShardInfo
-from pipelines.sources import SPLITS
-from pipelines.sources.llava import Llava, LlavaSettings
-from pipelines.sources.openmoji import OpenMoji, OpenMojiSettings
+from pipelines.data.build import MakeResult, index_shards, make_shards
+from pipelines.data.shards import SAMPLES_PER_SHARD, ShardInfo
+from pipelines.data.sources import SPLITS
+from pipelines.data.sources.llava import Llava, LlavaSettings
+from pipelines.data.sources.openmoji import OpenMoji, OpenMojiSettings
 
 PROGRESS_EVERY_S = 2.0
 

@@ -25,15 +25,15 @@ from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.images import ImageError
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
-from pipelines import shards
-from pipelines.answer_parts import PredictError, Questions
-from pipelines.export import pull_model
-from pipelines.model_folder import tokens_by_stage
-from pipelines.model_source import open_model
-from pipelines.predict_shards import predict_split
-from pipelines.registry import pin_model
-from pipelines.tracking import hide_passwords
-from pipelines.workers import Workers
+from pipelines.config.workers import Workers
+from pipelines.data import shards
+from pipelines.inference.batch import predict_split
+from pipelines.inference.output import PredictError, Questions
+from pipelines.registry.folder import tokens_by_stage
+from pipelines.registry.open import open_model
+from pipelines.registry.publish import pull_model
+from pipelines.registry.versions import pin_model
+from pipelines.tracking.mlflow_run import hide_passwords
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ import tyro
 
 from meteor_model.checks import nearest
 from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, PruningConfig
-from pipelines.recipe import ModelSettings, Recipe
-from pipelines.settings import DataSettings, LearningRates, OptimizerSettings, TrainingSettings, Zero3Settings
-from pipelines.sources.openmoji import OpenMojiSettings
+from pipelines.config.recipe import ModelSettings, Recipe
+from pipelines.config.settings import DataSettings, LearningRates, OptimizerSettings, TrainingSettings, Zero3Settings
+from pipelines.data.sources.openmoji import OpenMojiSettings
 
 
 def tiny() -> Recipe:

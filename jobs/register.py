@@ -17,10 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tyro
 
 from jobs.command_line import run_command
-from pipelines.model_card import PARITY_TAG
-from pipelines.model_folder import PARITY_TOLERANCE
-from pipelines.promotion import promote, what_is_lacking
-from pipelines.registry import (
+from pipelines.evaluation.scores import Interval, Score
+from pipelines.registry.card import PARITY_TAG
+from pipelines.registry.folder import PARITY_TOLERANCE
+from pipelines.registry.promotion import promote, what_is_lacking
+from pipelines.registry.scores import VersionComparison, compare_versions
+from pipelines.registry.versions import (
     HISTORY_TAG,
     alias_history,
     get_version,
@@ -29,9 +31,7 @@ from pipelines.registry import (
     resolve_model,
     roll_back,
 )
-from pipelines.scores import Interval, Score
-from pipelines.tracking import require_tracking, use_tracking
-from pipelines.version_scores import VersionComparison, compare_versions
+from pipelines.tracking.mlflow_run import require_tracking, use_tracking
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def execute(command: Command, uri: str) -> str:
             return _moved(command.model, move.alias, move.before, move.after)
         case ParityCommand():
             # Here: reading checkpoints loads Ray, which the other commands do not need.
-            from pipelines.variants import measure_parity
+            from pipelines.registry.variants import measure_parity
 
             resolve_model(address(command.model, str(command.version)), uri)
             parity = measure_parity(command.model, command.version, uri, command.parity_tolerance)

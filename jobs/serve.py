@@ -17,9 +17,9 @@ import tyro
 from ray import serve
 
 from jobs.command_line import run_command
-from pipelines.registry import pin_model
-from pipelines.serving import APP_NAME, ServeSettings, ServingError, build_app
-from pipelines.tracking import hide_passwords
+from pipelines.inference.serving import APP_NAME, ServeSettings, ServingError, build_app
+from pipelines.registry.versions import pin_model
+from pipelines.tracking.mlflow_run import hide_passwords
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import ray
 import tyro
 
 from jobs.recipes import RECIPES, recipe
-from pipelines.failures import TrainingError
-from pipelines.tracking import hide_passwords
+from pipelines.recovery.failures import TrainingError
+from pipelines.tracking.mlflow_run import hide_passwords
 from tune.settings import SweepSettings
 from tune.sweep import run_sweep
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import ray
 
 from jobs.recipes import parse_recipe
-from pipelines.failures import TrainingError
-from pipelines.run import JobName, run_job
-from pipelines.tracking import hide_passwords
+from pipelines.job.run import JobName, run_job
+from pipelines.recovery.failures import TrainingError
+from pipelines.tracking.mlflow_run import hide_passwords
 
 
 def main(job: JobName, description: str, arguments: Sequence[str] | None = None) -> int:

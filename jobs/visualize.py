@@ -24,8 +24,8 @@ from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from meteor_model.pruning import solve_lambda
 from meteor_model.visualize import explain
-from pipelines.evaluate import with_lambda
-from pipelines.export import pull_model
+from pipelines.evaluation.questions import with_lambda
+from pipelines.registry.publish import pull_model
 
 
 @dataclass(frozen=True)

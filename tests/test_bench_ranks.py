@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from benchmarks import ranks
-from pipelines.ranks import measures_of
+from pipelines.calibration.ranks import measures_of
 from tests.model.builders import config, model, pixels
 
 MEASURES = measures_of(config())

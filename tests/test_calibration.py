@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from meteor_model.pruning import adaptive_counts
-from pipelines import calibration_file
-from pipelines.calibration_file import Calibration, Dataset, load_report, readable, split_address
-from pipelines.drift import compare_ranks
-from pipelines.image_plan import CalibrationError
-from pipelines.lambda_check import check_lambda
-from pipelines.model_folder import ExportError, weights_digest
-from pipelines.moments import Moments
-from pipelines.ranks import RankReport, measures_of, report_budgets
-from pipelines.storage import StorageError
+from pipelines.calibration import report as calibration_file
+from pipelines.calibration.drift import compare_ranks
+from pipelines.calibration.image_plan import CalibrationError
+from pipelines.calibration.lambda_check import check_lambda
+from pipelines.calibration.moments import Moments
+from pipelines.calibration.ranks import RankReport, measures_of, report_budgets
+from pipelines.calibration.report import Calibration, Dataset, load_report, readable, split_address
+from pipelines.io.storage import StorageError
+from pipelines.registry.folder import ExportError, weights_digest
 from tests.model.builders import DENSE, PRUNED, config
 
 MEASURES = measures_of(config())

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.ledger import Consumption, Ledger, LedgerError, Sample
+from pipelines.data.ledger import Consumption, Ledger, LedgerError, Sample
 
 Place = tuple[int, int, int, int]
 SIZES = [[3, 0, 5, 1], [2, 4]]
@@ -231,6 +231,8 @@ def test_half_a_million_samples_take_well_under_a_second() -> None:
 
 
 def test_the_controller_imports_it_without_ray_and_torch() -> None:
-    code = "import sys, pipelines.ledger, pipelines.order; print({'ray', 'torch', 'pyarrow'} & set(sys.modules))"
+    code = (
+        "import sys, pipelines.data.ledger, pipelines.data.order; print({'ray', 'torch', 'pyarrow'} & set(sys.modules))"
+    )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines import mixture
-from pipelines.ledger import Ledger
-from pipelines.mixture import BLOCK, ITEM_WINDOWS, Item, Merge, MixturePlan, make_plan, read_amplification
-from pipelines.order import StreamPlan
-from pipelines.settings import DataSettings, SettingsError
-from pipelines.shards import ShardInfo, save_manifest
+from pipelines.config.settings import DataSettings, SettingsError
+from pipelines.data import mixture
+from pipelines.data.ledger import Ledger
+from pipelines.data.mixture import BLOCK, ITEM_WINDOWS, Item, Merge, MixturePlan, make_plan, read_amplification
+from pipelines.data.order import StreamPlan
+from pipelines.data.shards import ShardInfo, save_manifest
 
 Row = tuple[int, int, int, int]
 VOID: Row = (-1, -1, -1, -1)
@@ -337,10 +337,10 @@ def write_manifest(folder: Path, samples: int) -> None:
 
 
 def test_a_run_is_refused_on_other_data_or_weights(tmp_path: Path) -> None:
-    from pipelines import storage
-    from pipelines.assemble import manifest_hashes, training_hash
-    from pipelines.recipe import Recipe, RunSettings
-    from pipelines.run import choose_run, ensure_shards, require_same_data
+    from pipelines.config.recipe import Recipe, RunSettings
+    from pipelines.io import storage
+    from pipelines.job.assemble import manifest_hashes, training_hash
+    from pipelines.job.run import choose_run, ensure_shards, require_same_data
 
     folders = [tmp_path / name for name in ("first", "b", "a")]
     for folder in folders:

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.ledger import Ledger
-from pipelines.order import VOID_EPOCH, Locations, StreamPlan, WorkItem
+from pipelines.data.ledger import Ledger
+from pipelines.data.order import VOID_EPOCH, Locations, StreamPlan, WorkItem
 
 Row = tuple[int, int, int]
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.image_plan import CalibrationError
-from pipelines.moments import Moments, half_width, sufficient_count, welch
-from pipelines.ranks import (
+from pipelines.calibration.image_plan import CalibrationError
+from pipelines.calibration.moments import Moments, half_width, sufficient_count, welch
+from pipelines.calibration.ranks import (
     RankReport,
     as_rows,
     budget_range,

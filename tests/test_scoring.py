@@ -17,10 +17,10 @@ from meteor_model.decoder.loop import decode_pruned
 from meteor_model.generation_meteor import position_ids_of
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration, token_loss
 from meteor_model.processing_meteor import MeteorProcessor, collate
-from pipelines import shards
-from pipelines.evaluate import question_of
-from pipelines.schema import RawSample, Turn
-from pipelines.scores import (
+from pipelines.data import shards
+from pipelines.data.schema import RawSample, Turn
+from pipelines.evaluation.questions import question_of
+from pipelines.evaluation.scores import (
     Interval,
     Record,
     Score,
@@ -31,7 +31,7 @@ from pipelines.scores import (
     summarise,
     wilson,
 )
-from pipelines.scoring import Suite, score_model
+from pipelines.evaluation.scoring import Suite, score_model
 from tests.model.builders import DENSE, PRUNED, model, processor
 
 ANSWERS = ("red", "left", "a grinning face", "left of the red square", "Red.")

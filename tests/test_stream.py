@@ -27,12 +27,12 @@ import pytest
 import ray
 from PIL import Image
 
-from pipelines import mixture, stream
-from pipelines.ledger import Ledger
-from pipelines.mixture import MixturePlan, Plan
-from pipelines.order import StreamPlan
-from pipelines.shards import Manifest, ShardError, ShardInfo, load_manifest, read_shard, save_manifest
-from pipelines.stream import PlannedShards, RowEncoder, build_stream, data_config, encode_table
+from pipelines.data import mixture, stream
+from pipelines.data.ledger import Ledger
+from pipelines.data.mixture import MixturePlan, Plan
+from pipelines.data.order import StreamPlan
+from pipelines.data.shards import Manifest, ShardError, ShardInfo, load_manifest, read_shard, save_manifest
+from pipelines.data.stream import PlannedShards, RowEncoder, build_stream, data_config, encode_table
 
 Row = dict[str, Any]
 
@@ -280,7 +280,7 @@ def test_every_row_is_seen_dropped_or_void(manifest: Manifest) -> None:
 
 def test_the_worker_side_takes_these_rows(manifest: Manifest) -> None:
     from meteor_model.processing_meteor import collate
-    from pipelines.batches import BatchReader, Share
+    from pipelines.training.batches import BatchReader, Share
 
     plan = make_plan()
     rows = pa.concat_tables(local_tables(manifest, plan)).to_pylist()
@@ -446,7 +446,7 @@ def test_data_tasks_run_where_less_than_a_cpu_is_free(manifest: Manifest, tmp_pa
 
 @pytest.mark.usefixtures("cluster")
 def test_a_broken_shard_reaches_the_driver_by_name(tmp_path: Path) -> None:
-    from pipelines.failures import root_cause
+    from pipelines.recovery.failures import root_cause
 
     sizes = [6, 6]
     manifest = write_dataset(tmp_path, sizes)

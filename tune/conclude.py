@@ -9,12 +9,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from pipelines import storage
-from pipelines.checkpoint import local_copy
-from pipelines.provenance import training_tags
-from pipelines.tracking import git_commit
-from pipelines.uploads import upload_folder
-from pipelines.variants import register_variant
+from pipelines.checkpoint.checkpoint import local_copy
+from pipelines.io import storage
+from pipelines.io.upload import upload_folder
+from pipelines.registry.provenance import training_tags
+from pipelines.registry.variants import register_variant
+from pipelines.tracking.mlflow_run import git_commit
 from tune.figures import draw_budgets, draw_fronts, draw_importances, draw_trials
 from tune.prepare import Prepared
 from tune.records import TrialRecord, folder_of, training_name

@@ -16,9 +16,9 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 
-from pipelines import storage
-from pipelines.checkpoint import local_copy, run_url
-from pipelines.tracking import (
+from pipelines.checkpoint.checkpoint import local_copy, run_url
+from pipelines.io import storage
+from pipelines.tracking.mlflow_run import (
     TrackingError,
     finish_run,
     log_documents,

@@ -14,17 +14,18 @@ from mlflow.exceptions import MlflowException
 
 from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.processing_meteor import MeteorProcessor
-from pipelines import shards, storage
-from pipelines.checkpoint import local_copy
-from pipelines.evaluate import readable_samples
-from pipelines.export import pull_model
-from pipelines.making import differences
-from pipelines.registry import PinnedModel, get_version, pin_model, trained_on
-from pipelines.run import ensure_shards
-from pipelines.scoring import Suite
-from pipelines.settings import SettingsError
-from pipelines.tracking import TrackingAwayError, TrackingError, git_commit, require_tracking
-from pipelines.uploads import upload_folder
+from pipelines.checkpoint.checkpoint import local_copy
+from pipelines.config.settings import SettingsError
+from pipelines.data import shards
+from pipelines.data.build import differences
+from pipelines.evaluation.questions import readable_samples
+from pipelines.evaluation.scoring import Suite
+from pipelines.io import storage
+from pipelines.io.upload import upload_folder
+from pipelines.job.run import ensure_shards
+from pipelines.registry.publish import pull_model
+from pipelines.registry.versions import PinnedModel, get_version, pin_model, trained_on
+from pipelines.tracking.mlflow_run import TrackingAwayError, TrackingError, git_commit, require_tracking
 from tune.logbook import Logbook
 from tune.records import Records
 from tune.resources import bundles_of_trial, concurrent_trials

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from meteor_model.configuration_meteor import PruningConfig
-from pipelines import storage
-from pipelines.scores import Score
+from pipelines.evaluation.scores import Score
+from pipelines.io import storage
 
 FOLDER = "trials"
 Status = Literal["started", "completed", "stopped", "failed"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from pipelines.settings import SettingsError
+from pipelines.config.settings import SettingsError
 from tune.settings import SweepSettings
 
 Bundle = Mapping[str, float]

@@ -8,7 +8,7 @@ from typing import Any
 
 import optuna
 
-from pipelines.scores import Score
+from pipelines.evaluation.scores import Score
 from tune.pareto import Point, front, hypervolume, reference
 from tune.records import TrialRecord
 from tune.settings import SweepSettings

@@ -7,8 +7,8 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from pipelines.recipe import Recipe, TrackingSettings
-from pipelines.settings import SettingsError
+from pipelines.config.recipe import Recipe, TrackingSettings
+from pipelines.config.settings import SettingsError
 from tune.space import DecodeBy
 
 Kind = Literal["evaluate", "finetune"]

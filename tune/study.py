@@ -23,7 +23,7 @@ from optuna.trial import FixedTrial, FrozenTrial, Trial, TrialState, create_tria
 from ray.tune.search import Searcher
 
 from meteor_model.configuration_meteor import MeteorConfig
-from pipelines.scores import Score
+from pipelines.evaluation.scores import Score
 from tune.records import Records, TrialRecord
 from tune.settings import StudyPlan
 from tune.space import Space, SpaceError

@@ -21,8 +21,8 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.flops import count_flops
-from pipelines import storage
-from pipelines.settings import SettingsError
+from pipelines.config.settings import SettingsError
+from pipelines.io import storage
 from tune.conclude import conclude, readable, register, write_output
 from tune.defaults import BELOW_BUDGET, TARGET_SHARES, paper_choices, paper_settings
 from tune.prepare import Prepared, mark, prepare

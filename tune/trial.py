@@ -29,9 +29,7 @@ from ray.tune.result import DONE
 from meteor_model.configuration_meteor import PruningConfig
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
-from pipelines import shards, storage
-from pipelines.assemble import assemble_training
-from pipelines.checkpoint import (
+from pipelines.checkpoint.checkpoint import (
     PARITY_FILE,
     CheckpointRef,
     consolidate,
@@ -40,19 +38,22 @@ from pipelines.checkpoint import (
     local_copy,
     run_url,
 )
-from pipelines.evaluate import draw_samples, readable_samples, solve_lambda_on
-from pipelines.failures import may_pass
-from pipelines.model_folder import check_parity, export_model
-from pipelines.model_source import device_for
-from pipelines.recipe import Recipe
-from pipelines.run import ensure_shards
-from pipelines.schema import RawSample
-from pipelines.scores import Record, Score, summarise
-from pipelines.scoring import Suite, longest_answer, score_model
-from pipelines.start import prepare_start
-from pipelines.training import fit
-from pipelines.uploads import upload_folder
-from pipelines.variants import apply_pruning
+from pipelines.config.recipe import Recipe
+from pipelines.data import shards
+from pipelines.data.schema import RawSample
+from pipelines.evaluation.questions import draw_samples, readable_samples, solve_lambda_on
+from pipelines.evaluation.scores import Record, Score, summarise
+from pipelines.evaluation.scoring import Suite, longest_answer, score_model
+from pipelines.io import storage
+from pipelines.io.upload import upload_folder
+from pipelines.job.assemble import assemble_training
+from pipelines.job.run import ensure_shards
+from pipelines.job.start import prepare_start
+from pipelines.recovery.failures import may_pass
+from pipelines.registry.folder import check_parity, export_model
+from pipelines.registry.open import device_for
+from pipelines.registry.variants import apply_pruning
+from pipelines.training.trainer import fit
 from tune.records import folder_of, training_name
 from tune.settings import SweepSettings
 

@@ -11,8 +11,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipelines.checkpoint import TrainState
-from pipelines.ledger import Ledger
+from pipelines.checkpoint.checkpoint import TrainState
+from pipelines.data.ledger import Ledger
 
 Sample = tuple[int, str]
 """Epoch and key."""

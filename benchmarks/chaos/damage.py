@@ -8,7 +8,7 @@ import signal
 
 from benchmarks.chaos.data import FAULTY, TRAIN_SIZES, Dataset, key_of, keys_in, pack, sample
 from benchmarks.chaos.stage import Stage
-from pipelines import storage
+from pipelines.io import storage
 
 
 def _victim(stage: Stage) -> str:

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipelines import storage
-from pipelines.shards import ShardInfo, save_manifest
+from pipelines.data.shards import ShardInfo, save_manifest
+from pipelines.io import storage
 
 IMAGE_SIZE = 8
 PAD, IMAGE, VOCABULARY = 256, 257, 258

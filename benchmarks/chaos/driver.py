@@ -12,7 +12,7 @@ from pathlib import Path
 import ray
 
 from benchmarks.chaos.workload import Config, make_job, prepare_init
-from pipelines.training import fit
+from pipelines.training.trainer import fit
 
 
 def main(config_file: str, result_file: str) -> int:

@@ -17,8 +17,8 @@ import ray.data
 import torch
 
 from benchmarks.chaos.data import as_json
-from pipelines.batches import Row, iterate_rows
-from pipelines.loop import StepRecord
+from pipelines.training.batches import Row, iterate_rows
+from pipelines.training.loop import StepRecord
 
 HOLD_LIMIT_S = 180.0
 POLL_S = 0.02

@@ -14,16 +14,16 @@ from benchmarks.chaos.data import IMAGE_SIZE, PAD, ByteProcessor
 from benchmarks.chaos.model import ChaosConfig, ChaosModel
 from benchmarks.chaos.recorder import KilledInDataStart, Recorder, StepFault
 from meteor_model.processing_meteor import collate
-from pipelines import storage
-from pipelines.batches import iterate_rows
-from pipelines.checkpoint import run_url
-from pipelines.order import StreamPlan
-from pipelines.settings import LearningRates, OptimizerSettings, TrainingSettings
-from pipelines.shards import fetch_shard, load_manifest
-from pipelines.stream import RowEncoder, build_stream, data_config, rows_from, rows_to
-from pipelines.training import TrainingJob
-from pipelines.uploads import upload_folder
-from pipelines.zero3 import save_for_sharding
+from pipelines.checkpoint.checkpoint import run_url
+from pipelines.checkpoint.zero3 import save_for_sharding
+from pipelines.config.settings import LearningRates, OptimizerSettings, TrainingSettings
+from pipelines.data.order import StreamPlan
+from pipelines.data.shards import fetch_shard, load_manifest
+from pipelines.data.stream import RowEncoder, build_stream, data_config, rows_from, rows_to
+from pipelines.io import storage
+from pipelines.io.upload import upload_folder
+from pipelines.training.batches import iterate_rows
+from pipelines.training.trainer import TrainingJob
 
 SETTINGS = TrainingSettings(
     workers=2,
@@ -127,7 +127,9 @@ def make_job(config: Config) -> TrainingJob:
 def _logger_maker(config: Config) -> Callable[..., Any] | None:
     if config.mlflow_uri is None:
         return None
-    from pipelines.metric_log import MetricLogger  # it loads MLflow, which most of the commands need not wait for
+    from pipelines.tracking.metric_logger import (
+        MetricLogger,  # it loads MLflow, which most of the commands need not wait for
+    )
 
     return partial(MetricLogger, config.mlflow_run_id, config.mlflow_uri, run_url(config.storage, config.run_name))
 

@@ -29,8 +29,17 @@ from infra.fault_proxy import (
 from infra.faults import rules_from_json
 from infra.local import Stack, up
 from infra.stack import crash
-from pipelines import patience, storage
-from pipelines.shards import Manifest, ShardError, fetch_shard, load_manifest, read_shard, save_manifest, write_shards
+from pipelines.data.shards import (
+    Manifest,
+    ShardError,
+    fetch_shard,
+    load_manifest,
+    read_shard,
+    save_manifest,
+    write_shards,
+)
+from pipelines.io import retry as patience
+from pipelines.io import storage
 from tests.data.conftest import BUCKET, S3Server
 from tests.stack_fixture import start_stack, stop_stack
 

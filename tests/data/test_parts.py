@@ -26,12 +26,12 @@ from meteor_model.encoders import build_encoder
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.tokenizer import SPECIAL_TOKENS, pretrained_tokenizer, train_tokenizer
 from meteor_model.weights import load_encoder, load_llm, load_parts, vocabulary_rows
-from pipelines import shards
+from pipelines.data import shards
+from pipelines.job.start import _built
 from pipelines.parts import PARTS, PartError, PartMaker, make_part, resolve_sources
 from pipelines.parts.packages import versions
 from pipelines.parts.reader import Reader, ReaderTraining, _average_precision, make_reader
 from pipelines.parts.text_images import ALPHABET, _ink, draw_batch, draw_page, words
-from pipelines.start import _built
 from tests.model.builders import DENSE, TEXTS, config, model
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.schema import REASONS, RawSample, SampleError, Turn, build_members, image_members, parse_sample
+from pipelines.data.schema import REASONS, RawSample, SampleError, Turn, build_members, image_members, parse_sample
 
 HUMAN, GPT = {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "red"}
 

@@ -13,9 +13,9 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines import shards, storage
-from pipelines.schema import SampleError, parse_sample
-from pipelines.shards import (
+from pipelines.data import shards
+from pipelines.data.schema import SampleError, parse_sample
+from pipelines.data.shards import (
     Manifest,
     ShardError,
     ShardInfo,
@@ -25,7 +25,8 @@ from pipelines.shards import (
     save_manifest,
     write_shards,
 )
-from pipelines.tars import ShardFault, pack_shard, parse_shard
+from pipelines.data.tar_format import ShardFault, pack_shard, parse_shard
+from pipelines.io import storage
 from tests.data.conftest import BUCKET, S3Server
 
 SAMPLES = [(f"k{number:03d}", {"json": b"{}", "jpg": bytes([number]) * (number * 37)}) for number in range(20)]

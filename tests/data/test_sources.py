@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines import storage
-from pipelines.making import MARKER_NAME, DatasetConflictError, index_shards, make_shards
-from pipelines.schema import parse_sample
-from pipelines.shards import ShardError, load_manifest, read_shard
-from pipelines.sources import HELDOUT, TRAIN, SourceError, split_of
-from pipelines.sources.llava import Llava, LlavaSettings, key_of
-from pipelines.sources.openmoji import OpenMoji, OpenMojiSettings, QuestionWeights, family_of, short_name
-from pipelines.sources.scenes import CENTERS, PALETTE, cut_to_visible, main_color
-from pipelines.tars import pack_shard
+from pipelines.data.build import MARKER_NAME, DatasetConflictError, index_shards, make_shards
+from pipelines.data.schema import parse_sample
+from pipelines.data.shards import ShardError, load_manifest, read_shard
+from pipelines.data.sources import HELDOUT, TRAIN, SourceError, split_of
+from pipelines.data.sources.llava import Llava, LlavaSettings, key_of
+from pipelines.data.sources.openmoji import OpenMoji, OpenMojiSettings, QuestionWeights, family_of, short_name
+from pipelines.data.sources.scenes import CENTERS, PALETTE, cut_to_visible, main_color
+from pipelines.data.tar_format import pack_shard
+from pipelines.io import storage
 from tests.data.conftest import BUCKET, S3Server
 
 SMALL = OpenMojiSettings(code_points=24, heldout_code_points=6, variants=3, text_only_share=0.1, two_image_share=0.2)

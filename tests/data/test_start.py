@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from jobs.recipes import recipe
-from pipelines import storage
-from pipelines.model_folder import ExportError, export_model
-from pipelines.start import _pulled, upload_folder
+from pipelines.io import storage
+from pipelines.job.start import _pulled, upload_folder
+from pipelines.registry.folder import ExportError, export_model
 from tests.data.conftest import BUCKET, S3Server
 from tests.model.builders import model, processor
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from infra.processes import choose_port
-from pipelines import storage
+from pipelines.io import storage
 from tests.data.conftest import BUCKET, S3Server
 
 

@@ -19,8 +19,9 @@ from infra.fault_proxy import (
     Reset,
     Rule,
 )
-from pipelines import patience, storage
-from pipelines.uploads import CheckpointUpload, UploadError, upload_folder
+from pipelines.io import retry as patience
+from pipelines.io import storage
+from pipelines.io.upload import CheckpointUpload, UploadError, upload_folder
 from tests.data.conftest import BUCKET, S3Server
 
 SIZES = {"a.json": 500, "empty.txt": 0, "deep/er/model.bin": 23_000_000, "z.bin": 3_000_000}

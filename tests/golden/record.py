@@ -41,14 +41,8 @@ def machine() -> dict[str, str]:
     """What decides the last bits: the processor, Python and torch."""
     import torch
 
-    cpu = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.processor(),
-    )
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.partition(":")[2].strip() for line in lines if "model name" in line), platform.processor())
     return {"cpu": cpu, "python": platform.python_version(), "torch": torch.__version__}
 
 
@@ -57,14 +51,13 @@ def record_world(stack: Stack, workers: int, folder: Path) -> dict[str, Any]:
     output = folder / f"world-{workers}"
     ray = str(Path(sys.executable).with_name("ray"))
     command = [
-        ray, "job", "submit", "--working-dir", ".", "--", "python", "jobs/pretrain.py", *SETTINGS, "--training.workers", str(workers),
-        "--run.name", f"golden-{workers}", "--run.output", str(output),
+        ray, "job", "submit", "--working-dir", ".", "--", "python", "jobs/pretrain.py", *SETTINGS,
+        "--training.workers", str(workers), "--run.name", f"golden-{workers}", "--run.output", str(output),
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, env=full_env(stack), capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(
-            f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
-        )
+        said = done.stdout[-4000:] + done.stderr[-4000:]
+        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{said}")
     return read_numbers(stack, json.loads((output / "summary.json").read_text()))
 
 

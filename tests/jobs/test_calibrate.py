@@ -18,17 +18,18 @@ import torch
 from infra.services import Stack, full_env
 from jobs.calibrate import Calibrate, calibrate, check, main
 from meteor_model.images import decode_image
-from pipelines import shards, storage
-from pipelines.export import ExportError, export_model, register_model
-from pipelines.image_plan import CalibrationError, ImagePlan, ReadBatches, _next_wave, _Survey
-from pipelines.model_source import open_model
-from pipelines.moments import Moments, half_width
-from pipelines.ranks import ESTIMATORS, RankReport, as_rows, measures_of
-from pipelines.registry import pin_model
-from pipelines.schema import parse_sample
-from pipelines.sources import Packed
-from pipelines.sources.openmoji import OpenMoji, OpenMojiSettings
-from pipelines.tracking import open_run
+from pipelines.calibration.image_plan import CalibrationError, ImagePlan, ReadBatches, _next_wave, _Survey
+from pipelines.calibration.moments import Moments, half_width
+from pipelines.calibration.ranks import ESTIMATORS, RankReport, as_rows, measures_of
+from pipelines.data import shards
+from pipelines.data.schema import parse_sample
+from pipelines.data.sources import Packed
+from pipelines.data.sources.openmoji import OpenMoji, OpenMojiSettings
+from pipelines.io import storage
+from pipelines.registry.open import open_model
+from pipelines.registry.publish import ExportError, export_model, register_model
+from pipelines.registry.versions import pin_model
+from pipelines.tracking.mlflow_run import open_run
 from tests.model.builders import model, processor
 from tests.stack_fixture import applied
 

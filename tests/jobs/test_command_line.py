@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jobs.recipes import RECIPES, parse_recipe, recipe
-from pipelines.making import differences
+from pipelines.data.build import differences
 
 ROOT = Path(__file__).resolve().parents[2]
 

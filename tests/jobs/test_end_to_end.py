@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from infra.services import Stack, full_env
-from pipelines.promotion import what_is_lacking
-from pipelines.version_scores import stored_scores
+from pipelines.registry.promotion import what_is_lacking
+from pipelines.registry.scores import stored_scores
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
@@ -120,7 +120,7 @@ def test_a_fresh_process_with_the_registry_s_address_alone_answers(
 
 def test_a_finished_run_is_not_trained_again(in_stack: Stack, pretrained: dict[str, Any]) -> None:
     from jobs.recipes import parse_recipe
-    from pipelines.run import choose_run
+    from pipelines.job.run import choose_run
 
     same = parse_recipe("pretrain", "", ["--run.name", "first", *SMALL])
     assert choose_run(same, "pretrain") == ("first", True)
@@ -151,8 +151,8 @@ def test_finetune_goes_on_from_the_registered_model(stack: Stack, pretrained: di
 def test_wrong_places_fail_at_once_and_are_named(in_stack: Stack, arguments: tuple[str, ...], message: str) -> None:
     """Before anything is started, on the driver: no need to go through a submitted job."""
     from jobs.recipes import parse_recipe
-    from pipelines.recipe import Recipe
-    from pipelines.run import check_places, ensure_shards
+    from pipelines.config.recipe import Recipe
+    from pipelines.job.run import check_places, ensure_shards
 
     def prepare(recipe: Recipe) -> None:
         check_places(recipe)

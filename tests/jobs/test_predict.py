@@ -15,14 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from meteor_model.answering import Answerer, Budget, Question
-from pipelines import shards
-from pipelines.answer_parts import SPEC_FILE, Asked, Part, PredictError, claim_output, plan_parts, whole_part
-from pipelines.export import export_model
-from pipelines.model_folder import model_digest, weights_digest
-from pipelines.predict_shards import _PartAnswerer
-from pipelines.schema import parse_sample
-from pipelines.sources import Packed
-from pipelines.sources.openmoji import OpenMoji, OpenMojiSettings
+from pipelines.data import shards
+from pipelines.data.schema import parse_sample
+from pipelines.data.sources import Packed
+from pipelines.data.sources.openmoji import OpenMoji, OpenMojiSettings
+from pipelines.inference.batch import _PartAnswerer
+from pipelines.inference.output import SPEC_FILE, Asked, Part, PredictError, claim_output, plan_parts, whole_part
+from pipelines.registry.folder import model_digest, weights_digest
+from pipelines.registry.publish import export_model
 from tests.jobs.killing import ROOT, kill_when, own_environment
 from tests.model.builders import model, processor
 

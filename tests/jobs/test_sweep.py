@@ -19,15 +19,15 @@ from PIL import Image
 from ray.tune.result import DONE
 
 from jobs.sweep import parse
-from pipelines import storage
-from pipelines.checkpoint import latest_checkpoint
-from pipelines.export import load_registered, register_model
-from pipelines.promotion import what_is_lacking
-from pipelines.recipe import CalibrationSettings, ModelSettings, Recipe, TrackingSettings
-from pipelines.scoring import Suite, score_model
-from pipelines.settings import DataSettings, SettingsError, TrainingSettings
-from pipelines.tracking import open_run
-from pipelines.variants import measure_parity
+from pipelines.checkpoint.checkpoint import latest_checkpoint
+from pipelines.config.recipe import CalibrationSettings, ModelSettings, Recipe, TrackingSettings
+from pipelines.config.settings import DataSettings, SettingsError, TrainingSettings
+from pipelines.evaluation.scoring import Suite, score_model
+from pipelines.io import storage
+from pipelines.registry.promotion import what_is_lacking
+from pipelines.registry.publish import load_registered, register_model
+from pipelines.registry.variants import measure_parity
+from pipelines.tracking.mlflow_run import open_run
 from tests.jobs.killing import ROOT, kill_when, own_environment
 from tests.registry.conftest import Server, free_port
 from tests.tune.conftest import Bench, bench

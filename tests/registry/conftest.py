@@ -26,10 +26,10 @@ from meteor_model.image_processing_meteor import MeteorImageProcessor
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from meteor_model.tokenizer import train_tokenizer
-from pipelines.export import RegisteredVersion, export_model, register_model
-from pipelines.scores import Record, Score, summarise
-from pipelines.scoring import Suite
-from pipelines.tracking import open_run
+from pipelines.evaluation.scores import Record, Score, summarise
+from pipelines.evaluation.scoring import Suite
+from pipelines.registry.publish import RegisteredVersion, export_model, register_model
+from pipelines.tracking.mlflow_run import open_run
 
 MODEL_NAME = "meteor-test"
 SUITE = Suite("s3://bucket/data/manifest.parquet", "ab" * 32, "heldout", 4)

@@ -15,9 +15,11 @@ from jobs.recipes import recipe
 from meteor_model.configuration_meteor import EncodePruning
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
-from pipelines import shards
-from pipelines.model_card import card, licence_tags, scores_section, with_scores
-from pipelines.model_folder import (
+from pipelines.data import shards
+from pipelines.evaluation.scores import summarise
+from pipelines.evaluation.scoring import Suite
+from pipelines.registry.card import card, licence_tags, scores_section, with_scores
+from pipelines.registry.folder import (
     ExportError,
     check_parity,
     export_model,
@@ -25,13 +27,11 @@ from pipelines.model_folder import (
     write_card,
     write_parity_batch,
 )
-from pipelines.promotion import what_is_lacking
-from pipelines.registry import DESCRIPTION_LENGTH, alias_history, shortened
-from pipelines.scores import summarise
-from pipelines.scoring import Suite
-from pipelines.tracking import TrackingError
-from pipelines.variants import apply_pruning
-from pipelines.version_scores import StoredScore, score_tags, stored_scores
+from pipelines.registry.promotion import what_is_lacking
+from pipelines.registry.scores import StoredScore, score_tags, stored_scores
+from pipelines.registry.variants import apply_pruning
+from pipelines.registry.versions import DESCRIPTION_LENGTH, alias_history, shortened
+from pipelines.tracking.mlflow_run import TrackingError
 from tests.registry.conftest import SUITE, record, score_of, tiny_config, tiny_pruning
 
 RECORDS = [record(0), record(1), record(2, right=False, nll=1.5), record(3, kept=20)]

@@ -13,7 +13,7 @@ import pytest
 
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
-from pipelines.export import RegisteredVersion
+from pipelines.registry.publish import RegisteredVersion
 from tests.registry.conftest import MODEL_NAME, Server
 from tests.registry.test_registry import expected_answer, in_base64, png
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
-from pipelines.export import ExportError, ParityError, check_parity, export_model, pull_model
-from pipelines.model_folder import tokens_by_stage
+from pipelines.registry.folder import tokens_by_stage
+from pipelines.registry.publish import ExportError, ParityError, check_parity, export_model, pull_model
 
 
 def test_the_folder_holds_no_pickle_and_says_what_is_kept(

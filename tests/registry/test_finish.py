@@ -10,13 +10,14 @@ from typing import Any, cast
 import pytest
 from mlflow import MlflowClient
 
-from pipelines import finish, storage
-from pipelines.checkpoint import CheckpointRef, TrainState
-from pipelines.evaluate import Answer
-from pipelines.export import RegisteredVersion
-from pipelines.model_folder import ExportError
-from pipelines.points import Point, points_to_jsonl
-from pipelines.recipe import Recipe, TrackingSettings
+from pipelines.checkpoint.checkpoint import CheckpointRef, TrainState
+from pipelines.config.recipe import Recipe, TrackingSettings
+from pipelines.evaluation.questions import Answer
+from pipelines.io import storage
+from pipelines.job import finish
+from pipelines.registry.folder import ExportError
+from pipelines.registry.publish import RegisteredVersion
+from pipelines.tracking.points import Point, points_to_jsonl
 from tests.registry.conftest import MODEL_NAME, SUITE, Server, record, score_of
 
 pytestmark = pytest.mark.stack

@@ -17,11 +17,12 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
-from pipelines import metric_log, storage
-from pipelines.metric_log import MetricLogger, SystemMetrics
-from pipelines.points import Point, points_from_jsonl, points_to_jsonl
-from pipelines.tracker import deliver_points
-from pipelines.tracking import RUN_FILE, TrackingAwayError, is_passing, open_run, require_tracking
+from pipelines.io import storage
+from pipelines.tracking import metric_logger as metric_log
+from pipelines.tracking.metric_logger import MetricLogger, SystemMetrics
+from pipelines.tracking.mlflow_run import RUN_FILE, TrackingAwayError, is_passing, open_run, require_tracking
+from pipelines.tracking.points import Point, points_from_jsonl, points_to_jsonl
+from pipelines.tracking.run_tracker import deliver_points
 from tests.registry.conftest import Server, answering, free_port
 
 pytestmark = pytest.mark.stack
@@ -149,8 +150,8 @@ def test_every_point_comes_once_over_an_outage(server: Server, tmp_path: Path, m
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from pipelines.metric_log import MetricLogger
-from pipelines.points import points_to_jsonl
+from pipelines.tracking.metric_logger import MetricLogger
+from pipelines.tracking.points import points_to_jsonl
 run_id, uri, run_url, checkpoint = sys.argv[1:]
 metrics = MetricLogger(run_id, uri, run_url)
 for step in range(1, 41):

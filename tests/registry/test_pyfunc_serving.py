@@ -23,7 +23,7 @@ from PIL import Image
 from meteor_model.answering import MAX_ROWS, Answerer, Budget, Question, RequestError, read_rows
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
-from pipelines.export import _pack, example_input
+from pipelines.registry.publish import _pack, example_input
 from tests.registry.conftest import free_port
 from tests.registry.test_registry import expected_answer, in_base64, png
 

@@ -21,9 +21,9 @@ from PIL import Image
 from jobs import predict
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
-from pipelines.export import ExportError, RegisteredVersion, pull_model, register_model
-from pipelines.pyfunc_model import MeteorPyfunc
-from pipelines.tracking import TrackingError
+from pipelines.registry.publish import ExportError, RegisteredVersion, pull_model, register_model
+from pipelines.registry.pyfunc_model import MeteorPyfunc
+from pipelines.tracking.mlflow_run import TrackingError
 from tests.registry.conftest import MODEL_NAME, Server
 
 pytestmark = pytest.mark.stack

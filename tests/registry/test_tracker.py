@@ -15,14 +15,16 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
-from pipelines import run, storage, tracking
-from pipelines.metric_log import MetricLogger
-from pipelines.points import Point
-from pipelines.recipe import Recipe, RunSettings, TrackingSettings
-from pipelines.settings import SettingsError
-from pipelines.shards import Manifest
-from pipelines.tracker import RunRequest, Tracker
-from pipelines.tracking import RUN_FILE, TRAINING_TAG, TrackingAwayError, TrackingError
+from pipelines.config.recipe import Recipe, RunSettings, TrackingSettings
+from pipelines.config.settings import SettingsError
+from pipelines.data.shards import Manifest
+from pipelines.io import storage
+from pipelines.job import run
+from pipelines.tracking import mlflow_run as tracking
+from pipelines.tracking.metric_logger import MetricLogger
+from pipelines.tracking.mlflow_run import RUN_FILE, TRAINING_TAG, TrackingAwayError, TrackingError
+from pipelines.tracking.points import Point
+from pipelines.tracking.run_tracker import RunRequest, Tracker
 from tests.registry.conftest import Server, free_port
 
 pytestmark = pytest.mark.stack
@@ -66,7 +68,7 @@ def test_a_training_begins_without_the_server(
 ) -> None:
     """Away at the start, there later: the run is opened once, and a worker's logger, a dead worker's points and the
     documents of the driver get there."""
-    monkeypatch.setattr("pipelines.tracker.RETRY_EVERY_S", 0.5)
+    monkeypatch.setattr("pipelines.tracking.run_tracker.RETRY_EVERY_S", 0.5)
     folder, pictures = tmp_path / "run", tmp_path / "pictures"
     pictures.mkdir()
     (pictures / "one.png").write_bytes(b"png")

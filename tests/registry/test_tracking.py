@@ -13,7 +13,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from pipelines.tracking import (
+from pipelines.tracking.mlflow_run import (
     TrackingAwayError,
     TrackingError,
     finish_run,

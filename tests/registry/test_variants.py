@@ -17,20 +17,21 @@ from jobs import evaluate, register
 from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
-from pipelines import shards, storage
-from pipelines.checkpoint import TrainState
-from pipelines.export import RegisteredVersion, load_registered, pull_model, register_model
-from pipelines.model_folder import ExportError, ParityError
-from pipelines.promotion import promote
-from pipelines.provenance import training_tags
-from pipelines.recipe import ModelSettings, Recipe, TrackingSettings
-from pipelines.registry import alias_history, get_version, move_alias, registered_model, roll_back
-from pipelines.schema import build_members
-from pipelines.scores import ScoringError
-from pipelines.scoring import Suite
-from pipelines.tracking import TrackingError, open_run, set_tags
-from pipelines.variants import measure_parity, register_variant
-from pipelines.version_scores import file_score, load_score
+from pipelines.checkpoint.checkpoint import TrainState
+from pipelines.config.recipe import ModelSettings, Recipe, TrackingSettings
+from pipelines.data import shards
+from pipelines.data.schema import build_members
+from pipelines.evaluation.scores import ScoringError
+from pipelines.evaluation.scoring import Suite
+from pipelines.io import storage
+from pipelines.registry.folder import ExportError, ParityError
+from pipelines.registry.promotion import promote
+from pipelines.registry.provenance import training_tags
+from pipelines.registry.publish import RegisteredVersion, load_registered, pull_model, register_model
+from pipelines.registry.scores import file_score, load_score
+from pipelines.registry.variants import measure_parity, register_variant
+from pipelines.registry.versions import alias_history, get_version, move_alias, registered_model, roll_back
+from pipelines.tracking.mlflow_run import TrackingError, open_run, set_tags
 from tests.registry.conftest import SUITE, Server, record, score_of, tiny_pruning
 from tests.registry.test_registry import png
 

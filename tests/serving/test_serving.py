@@ -16,8 +16,8 @@ import torch
 
 from benchmarks.serve import serving
 from meteor_model.answering import Answerer, Budget, Question, RequestError, read_rows
-from pipelines.export import export_model
-from pipelines.serving import ServeSettings, ServingError, answer_items, read_request
+from pipelines.inference.serving import ServeSettings, ServingError, answer_items, read_request
+from pipelines.registry.publish import export_model
 from tests.model.builders import model, processor
 from tests.registry.test_registry import in_base64, png
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import ray
 
-from pipelines.training import fit
+from pipelines.training.trainer import fit
 from tests.training.stand_in import make_job
 
 STUCK_ROW = 64

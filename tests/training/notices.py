@@ -18,8 +18,8 @@ import torch
 from ray.core.generated import autoscaler_pb2
 from ray.train.torch import TorchTrainer
 
-from pipelines import preemption
-from pipelines.preemption import ListeningTorchConfig, PreemptionWatch, preempted, wait_committed
+from pipelines.recovery import preemption
+from pipelines.recovery.preemption import ListeningTorchConfig, PreemptionWatch, preempted, wait_committed
 
 GRACE_S = 20.0
 DRAIN_S = 60

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import ray.data
 
-from pipelines.ledger import Ledger
+from pipelines.data.ledger import Ledger
 
 IMAGE_SIZE = 4
 VOCABULARY = 32

@@ -13,10 +13,10 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from meteor_model.processing_meteor import collate
-from pipelines.batches import iterate_rows
-from pipelines.settings import LearningRates, OptimizerSettings, TrainingSettings
-from pipelines.stream import data_config
-from pipelines.training import TrainingJob
+from pipelines.config.settings import LearningRates, OptimizerSettings, TrainingSettings
+from pipelines.data.stream import data_config
+from pipelines.training.batches import iterate_rows
+from pipelines.training.trainer import TrainingJob
 from tests.training.rows import FAULTY_ROW, IMAGE, IMAGE_SIZE, PAD, VOCABULARY, Plan, make_stream
 
 

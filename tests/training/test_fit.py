@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from meteor_model.processing_meteor import collate
-from pipelines.batches import make_micro_batch
-from pipelines.checkpoint import PARITY_FILE, consolidate, latest_checkpoint, load_ledger
-from pipelines.exclusive import RunInUseError, exclusive
-from pipelines.failures import TrainingError
-from pipelines.heldout import shuffle_images
-from pipelines.loop import StepRecord
-from pipelines.training import TrainingResult, fit
-from pipelines.zero3 import parameter_groups, schedule_factor
+from pipelines.checkpoint.checkpoint import PARITY_FILE, consolidate, latest_checkpoint, load_ledger
+from pipelines.checkpoint.zero3 import parameter_groups, schedule_factor
+from pipelines.recovery.failures import TrainingError
+from pipelines.recovery.run_lock import RunInUseError, exclusive
+from pipelines.training.batches import make_micro_batch
+from pipelines.training.heldout_loss import shuffle_images
+from pipelines.training.loop import StepRecord
+from pipelines.training.trainer import TrainingResult, fit
 from tests.training.rows import FAULTY_ROW, IMAGE_SIZE, PAD, Plan, make_row
 from tests.training.stand_in import HELDOUT, SAMPLES, SETTINGS, TOTAL, StandInModel, make_job, write_init
 

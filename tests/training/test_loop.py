@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from meteor_model.processing_meteor import collate
-from pipelines.batches import BatchReader, MicroBatch, Share
-from pipelines.checkpoint import TrainState
-from pipelines.loop import DivergedError, Loop, TooManyDropped
-from pipelines.preemption import Preempted, Preemption
-from pipelines.zero3 import parameter_groups
+from pipelines.checkpoint.checkpoint import TrainState
+from pipelines.checkpoint.zero3 import parameter_groups
+from pipelines.recovery.preemption import Preempted, Preemption
+from pipelines.training.batches import BatchReader, MicroBatch, Share
+from pipelines.training.loop import DivergedError, Loop, TooManyDropped
 from tests.training.rows import IMAGE_SIZE, PAD, make_row
 from tests.training.stand_in import SAMPLES, SETTINGS, TOTAL, StandInConfig, StandInModel
 

@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from meteor_model.processing_meteor import collate
-from pipelines.batches import BatchReader, Counts, Share, StreamOrderError, make_micro_batch
-from pipelines.checkpoint import (
+from pipelines.checkpoint.checkpoint import (
     CheckpointError,
     CheckpointRef,
     DroppedSample,
@@ -28,14 +27,15 @@ from pipelines.checkpoint import (
     new_folder,
     sweep_uncommitted,
 )
-from pipelines.failures import TrainingError, root_cause
-from pipelines.heldout import shuffle_images
-from pipelines.preemption import Preempted
-from pipelines.recovery import RestartPolicy
-from pipelines.settings import SettingsError
-from pipelines.storage import TransientStorageError
-from pipelines.tars import ShardError
-from pipelines.training import check_resumable
+from pipelines.config.settings import SettingsError
+from pipelines.data.tar_format import ShardError
+from pipelines.io.storage import TransientStorageError
+from pipelines.recovery.failures import TrainingError, root_cause
+from pipelines.recovery.preemption import Preempted
+from pipelines.recovery.restart_policy import RestartPolicy
+from pipelines.training.batches import BatchReader, Counts, Share, StreamOrderError, make_micro_batch
+from pipelines.training.heldout_loss import shuffle_images
+from pipelines.training.trainer import check_resumable
 from tests.training.rows import FAULTY_ROW, IMAGE_SIZE, PAD, make_row
 from tests.training.stand_in import SAMPLES, SETTINGS, TOTAL, make_job
 
@@ -250,7 +250,7 @@ def test_faults_of_data_stop_at_once_and_others_after_too_many_in_a_row() -> Non
 
 
 def test_a_failed_job_says_what_is_kept(tmp_path: Path) -> None:
-    from pipelines.run import what_is_kept
+    from pipelines.job.run import what_is_kept
 
     assert what_is_kept(str(tmp_path), "a").startswith(
         f"kept: run a with no step, in {tmp_path}/runs/a; the same command"

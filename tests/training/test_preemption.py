@@ -15,8 +15,8 @@ import pytest
 import ray.train
 from ray.train import PreemptionInfo
 
-from pipelines import preemption
-from pipelines.preemption import Preemption, PreemptionWatch, TermNotice, preempted
+from pipelines.recovery import preemption
+from pipelines.recovery.preemption import Preemption, PreemptionWatch, TermNotice, preempted
 from tests.training.notices import DRAIN_S, GRACE_S, STEPS_AFTER_DRAIN
 
 

@@ -7,7 +7,8 @@ import torch
 import tyro
 from torch import nn
 
-from pipelines.settings import (
+from pipelines.checkpoint.zero3 import deepspeed_config, parameter_groups, schedule_factor
+from pipelines.config.settings import (
     DataSettings,
     LearningRates,
     OptimizerSettings,
@@ -16,7 +17,6 @@ from pipelines.settings import (
     TrainingSettings,
     Zero3Settings,
 )
-from pipelines.zero3 import deepspeed_config, parameter_groups, schedule_factor
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.checkpoint import ZERO3_TAG, CheckpointError, read_shards
-from pipelines.universal import Layout, Shards, check_groups, common_buffers, layout_of, optimizer_state, pieces
+from pipelines.checkpoint.checkpoint import ZERO3_TAG, CheckpointError, read_shards
+from pipelines.checkpoint.reshard import (
+    Layout,
+    Shards,
+    check_groups,
+    common_buffers,
+    layout_of,
+    optimizer_state,
+    pieces,
+)
 from tests.training.universal_worker import BORDER, STEPS, Training, trainings
 
 REPOSITORY = Path(__file__).parents[2]

@@ -17,13 +17,13 @@ import torch
 from ray.train.torch import TorchTrainer
 
 from meteor_model.processing_meteor import collate
-from pipelines import storage
-from pipelines.batches import MicroBatch, iterate_rows, make_micro_batch
-from pipelines.checkpoint import STATE_FILE, TrainState
-from pipelines.exclusive import Claim, TellsOfFailure, exclusive
-from pipelines.heldout import heldout_loss
-from pipelines.training import TrainingResult, fit
-from pipelines.validation import (
+from pipelines.checkpoint.checkpoint import STATE_FILE, TrainState
+from pipelines.io import storage
+from pipelines.recovery.run_lock import Claim, TellsOfFailure, exclusive
+from pipelines.training.batches import MicroBatch, iterate_rows, make_micro_batch
+from pipelines.training.heldout_loss import heldout_loss
+from pipelines.training.trainer import TrainingResult, fit
+from pipelines.training.validation import (
     Validation,
     ValidationError,
     _watch,

@@ -16,9 +16,8 @@ from torch import Tensor
 from meteor_model.architectures import build_config
 from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, MeteorConfig, PruningConfig
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
-from pipelines.checkpoint import ZERO3_TAG, CheckpointError, consolidate
-from pipelines.settings import LearningRates, OptimizerSettings, TrainingSettings
-from pipelines.zero3 import (
+from pipelines.checkpoint.checkpoint import ZERO3_TAG, CheckpointError, consolidate
+from pipelines.checkpoint.zero3 import (
     WeightsError,
     checkpoint_activations,
     deepspeed_config,
@@ -28,6 +27,7 @@ from pipelines.zero3 import (
     save_for_sharding,
     weight_dtype,
 )
+from pipelines.config.settings import LearningRates, OptimizerSettings, TrainingSettings
 from tests.model.towers import TOWERS
 
 IMAGE, VISUAL = 3, 16

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipelines.checkpoint import ZERO3_TAG
-from pipelines.settings import LearningRates, OptimizerSettings, TrainingSettings
-from pipelines.universal import load_universal
-from pipelines.zero3 import deepspeed_config, import_deepspeed, parameter_groups, schedule_factor
+from pipelines.checkpoint.checkpoint import ZERO3_TAG
+from pipelines.checkpoint.reshard import load_universal
+from pipelines.checkpoint.zero3 import deepspeed_config, import_deepspeed, parameter_groups, schedule_factor
+from pipelines.config.settings import LearningRates, OptimizerSettings, TrainingSettings
 
 VOCABULARY, WIDTH, LENGTH = 13, 7, 5
 MICRO, MICRO_BATCHES = 2, 6

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines import shards
-from pipelines.export import export_model
+from pipelines.data import shards
+from pipelines.registry.publish import export_model
 from tests.model.builders import TEXTS, config, model, processor
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlflow.utils.validation import _validate_model_alias_name
 
-from pipelines.settings import SettingsError, TrainingSettings
+from pipelines.config.settings import SettingsError, TrainingSettings
 from tune.pareto import Point, front, hypervolume, reference
 from tune.records import Records, TrialRecord
 from tune.resources import bundles_of_trial, concurrent_trials

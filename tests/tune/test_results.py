@@ -9,7 +9,7 @@ import optuna
 import pytest
 from PIL import Image
 
-from pipelines.scores import Interval, Score
+from pipelines.evaluation.scores import Interval, Score
 from tests.model.builders import config
 from tune.defaults import paper_settings
 from tune.figures import draw_budgets, draw_fronts, draw_importances, draw_trials

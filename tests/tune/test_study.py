@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
 from meteor_model.configuration_meteor import MeteorConfig
-from pipelines.scores import Interval, Score
+from pipelines.evaluation.scores import Interval, Score
 from tests.model.builders import config
 from tune.records import Records, TrialRecord
 from tune.settings import StudyPlan

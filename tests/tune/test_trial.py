@@ -13,11 +13,11 @@ from ray.tune.result import DONE
 from meteor_model.configuration_meteor import PruningConfig
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
-from pipelines import storage
-from pipelines.scores import Score
-from pipelines.scoring import Suite, longest_answer, score_model
-from pipelines.storage import TransientStorageError
-from pipelines.variants import apply_pruning
+from pipelines.evaluation.scores import Score
+from pipelines.evaluation.scoring import Suite, longest_answer, score_model
+from pipelines.io import storage
+from pipelines.io.storage import TransientStorageError
+from pipelines.registry.variants import apply_pruning
 from tests.model.builders import PRUNED
 from tests.tune.conftest import Bench
 from tune import trial as trial_module

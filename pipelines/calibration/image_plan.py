@@ -1,0 +1,181 @@
+"""Which images of a dataset are measured, and how they are read: Ray Data tasks over shards.
+
+1. plan  the first usable images of a split, in manifest order or that of a seeded permutation of its shards; what
+         cannot be used is counted by reason. Every shard is checked against the manifest
+2. read  the planned images at the travelling size, in batches that the plan alone decides
+
+Tasks import this module, so it imports no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import ray
+
+from meteor_model.images import ImageError, decode_image
+from pipelines.config.settings import SettingsError
+from pipelines.config.workers import Workers
+from pipelines.data import shards
+from pipelines.data.schema import RawSample, SampleError, parse_sample
+from pipelines.data.stream import quieten
+
+USABLE, TEXT_ONLY = "", "text_only"
+
+
+class CalibrationError(ValueError):
+    """Ranks cannot be measured, read or compared; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class Measuring(Workers):
+    """How the cluster measures; it does not change the result.
+
+    Attributes:
+        batch: images that an actor runs at a time.
+        bad_shards: what becomes of a shard that is wrong at rest (`shards.fetch_shard`).
+    """
+
+    batch: int = 16
+    bad_shards: shards.BadShards = "fail"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch < 1:
+            raise SettingsError(f"batch is {self.batch}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class ImagePlan:
+    """Which images are measured.
+
+    Attributes:
+        manifest: address of the shards' manifest.
+        units: shards with the positions of their samples whose first image is measured.
+        skipped: samples before the last of them whose first image cannot be used, by reason.
+        text_only: samples before it without an image.
+    """
+
+    manifest: str
+    units: tuple[tuple[shards.ShardInfo, tuple[int, ...]], ...]
+    skipped: dict[str, int]
+    text_only: int
+
+    @property
+    def images(self) -> int:
+        """How many."""
+        return sum(len(places) for _, places in self.units)
+
+
+# ----------------------------------------------------------------------------------------------------------------- plan
+
+
+def plan_images(
+    manifest: shards.Manifest, split: str, samples: int, image_size: int, workers: Measuring, seed: int | None = None
+) -> ImagePlan:
+    """The first `samples` usable images in order. Raises CalibrationError for a split without any."""
+    if samples < 1:
+        raise CalibrationError(f"samples is {samples}; it must be at least 1")
+    infos = manifest.split(split)
+    order = range(len(infos)) if seed is None else np.random.Generator(np.random.PCG64(seed)).permutation(len(infos))
+    waiting = [infos[index] for index in order]
+    units: list[tuple[shards.ShardInfo, tuple[int, ...]]] = []
+    counts: dict[str, int] = {}
+    missing = samples
+    while missing and waiting:
+        wave = _next_wave(waiting, missing)
+        for info, states in zip(wave, _survey(manifest.url, wave, missing, image_size, workers), strict=True):
+            if not missing:
+                break
+            places = [place for place, state in enumerate(states) if state == USABLE][:missing]
+            missing -= len(places)
+            seen = states if missing else states[: places[-1] + 1]
+            for state in seen:
+                if state != USABLE:
+                    counts[state] = counts.get(state, 0) + 1
+            if places:
+                units.append((info, tuple(places)))
+    text_only = counts.pop(TEXT_ONLY, 0)
+    plan = ImagePlan(manifest.url, tuple(units), counts, text_only)
+    if not plan.images:
+        raise CalibrationError(
+            f"{manifest.url}: no usable image in split {split!r} (skipped: {counts or 'none'}; without image: "
+            f"{text_only})"
+        )
+    return plan
+
+
+def _next_wave(waiting: list[shards.ShardInfo], missing: int) -> list[shards.ShardInfo]:
+    """Takes the next shards that would do if every sample had a usable image."""
+    wave, held = [], 0
+    while waiting and held < missing:
+        wave.append(waiting.pop(0))
+        held += wave[-1].samples
+    return wave
+
+
+def _survey(
+    manifest_url: str, infos: Sequence[shards.ShardInfo], most: int, image_size: int, workers: Measuring
+) -> Iterator[list[str]]:
+    """For each shard the states of its samples in order, up to its `most`-th usable image."""
+    survey = _Survey(manifest_url, most, image_size, workers.bad_shards)
+    items = ray.data.from_items([{"info": asdict(info)} for info in infos], override_num_blocks=len(infos))
+    items.context.execution_options.preserve_order = True
+    quieten(items.context)
+    items.context.raise_original_map_exception = True
+    for row in items.map(survey, num_cpus=workers.cpus).iter_rows():
+        yield list(row["states"])
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """Task: which samples of a shard have a first image that can be decoded."""
+
+    manifest_url: str
+    most: int
+    image_size: int
+    bad_shards: shards.BadShards
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        info, states = shards.ShardInfo(**row["info"]), []
+        for key, members in shards.fetch_shard(self.manifest_url, info, bad_shards=self.bad_shards):
+            try:
+                image = _first_image(parse_sample(key, members))
+                if image is not None:
+                    decode_image(image, self.image_size)
+                states.append(TEXT_ONLY if image is None else USABLE)
+            except (SampleError, ImageError) as error:
+                states.append(error.reason)
+            if states.count(USABLE) == self.most:
+                break
+        return {"states": states}
+
+
+def _first_image(sample: RawSample) -> bytes | None:
+    return sample.images[0] if sample.images else None
+
+
+# ----------------------------------------------------------------------------------------------------------------- read
+
+
+@dataclass(frozen=True)
+class ReadBatches:
+    """Task: the planned images of one shard, a row per batch."""
+
+    manifest_url: str
+    image_size: int
+    batch: int
+
+    def __call__(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        info, places = shards.ShardInfo(**row["info"]), list(row["places"])
+        samples = shards.read_shard(self.manifest_url, info)
+        for start in range(0, len(places), self.batch):
+            chosen = [samples[place] for place in places[start : start + self.batch]]
+            images = [_first_image(parse_sample(key, members)) for key, members in chosen]
+            pixels = [decode_image(image, self.image_size).numpy() for image in images if image is not None]
+            # As bytes: batches differ in length, and a column of tensors does not.
+            keys = [key for key, _ in chosen]
+            yield {"where": f"{info.path}: {', '.join(keys)}", "pixels": np.stack(pixels).tobytes()}

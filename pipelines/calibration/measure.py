@@ -1,0 +1,114 @@
+"""Calibration: the expected rank of every encoder's feature map at each boundary, by Ray Data passes over shards.
+
+1. plan      which images (pipelines/calibration/image_plan.py)
+2. read      tasks decode the planned images to the travelling size, in batches that the plan alone decides
+3. measure   actors with the model run every tower unpruned; a batch leaves as moments of its images' ranks, some
+             hundred bytes; features never leave the actor
+4. merge     the driver merges moments in the plan's order, so the number of actors changes nothing
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from meteor_model.configuration_meteor import MeteorConfig
+from meteor_model.modeling_meteor import MeteorForConditionalGeneration
+from pipelines.calibration.image_plan import CalibrationError, ImagePlan, Measuring, ReadBatches, plan_images
+from pipelines.calibration.moments import Moments
+from pipelines.calibration.ranks import ESTIMATORS, RELATIVE_TOLERANCE, RankReport, as_rows, measures_of
+from pipelines.data import shards
+from pipelines.data.stream import quieten
+from pipelines.registry.open import device_for, open_model
+
+
+def calibrate_ranks(
+    model: str,
+    manifest: shards.Manifest,
+    split: str,
+    samples: int,
+    workers: Measuring,
+    *,
+    seed: int | None = None,
+    tolerance: float = RELATIVE_TOLERANCE,
+    uri: str | None = None,
+) -> RankReport:
+    """Measure ranks on images of a split.
+
+    Args:
+        model: as for `open_model`, readable by every node.
+        manifest: the shards.
+        split: which of its splits.
+        samples: images to measure; all usable ones of the split where it has fewer.
+        workers: how the cluster is used.
+        seed: of a permutation of the split's shards; None takes them in manifest order.
+        tolerance: relative half width at which images are enough.
+        uri: of the tracking server, for a registered model.
+
+    Raises:
+        CalibrationError: when the split holds no usable image.
+        ShardError: for a shard that differs from the manifest.
+        ValueError: features that are not finite, naming the samples.
+    """
+    with open_model(model, uri) as folder:
+        config = MeteorConfig.from_pretrained(folder)
+    plan = plan_images(manifest, split, samples, config.image_size, workers, seed)
+    moments = measure_plan(model, plan, config.image_size, workers, uri)
+    return RankReport.of(moments, measures_of(config), plan.skipped, plan.text_only, tolerance)
+
+
+# -------------------------------------------------------------------------------------------------------------- measure
+
+
+def measure_plan(model: str, plan: ImagePlan, image_size: int, workers: Measuring, uri: str | None = None) -> Moments:
+    """Moments of the ranks of the planned images, in the order of `measures_of`."""
+    units = [{"unit": unit, "info": asdict(info), "places": places} for unit, (info, places) in enumerate(plan.units)]
+    items = ray.data.from_items(units, override_num_blocks=len(units))
+    items.context.execution_options.preserve_order = True
+    items.context.target_max_block_size = workers.batch * 3 * image_size**2  # a batch is a block: actors share them
+    items.context.raise_original_map_exception = True
+    quieten(items.context)
+    # A concurrency other than the actors': else Ray would fuse both, and an actor would have a whole shard to itself.
+    batches = items.flat_map(
+        ReadBatches(plan.manifest, image_size, workers.batch), num_cpus=workers.cpus, concurrency=workers.actors + 1
+    )
+    measured = batches.map(
+        _RankMeter,
+        fn_constructor_args=(model, uri, image_size, workers.gpus),
+        compute=ray.data.ActorPoolStrategy(size=workers.actors),
+        num_cpus=workers.cpus,
+        num_gpus=workers.gpus or None,
+    )
+    total: Moments | None = None
+    for row in measured.iter_rows():
+        part = Moments(int(row["count"]), np.asarray(row["mean"]), np.asarray(row["squares"]))
+        total = part if total is None else total.merged(part)
+    if total is None or total.count != plan.images:
+        raise CalibrationError(
+            f"{plan.manifest}: {0 if total is None else total.count} of {plan.images} planned images were measured; "
+            "calibrate again"
+        )
+    return total
+
+
+class _RankMeter:
+    """Actor: the model's towers, unpruned."""
+
+    def __init__(self, model: str, uri: str | None, image_size: int, gpus: float) -> None:
+        device = device_for(gpus)
+        with open_model(model, uri) as folder:
+            self._model = MeteorForConditionalGeneration.from_pretrained(folder).eval()
+        self._model.to(device)
+        self._shape = (-1, 3, image_size, image_size)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        pixels = torch.from_numpy(np.frombuffer(row["pixels"], dtype=np.uint8).reshape(self._shape).copy())
+        try:
+            moments = Moments.of(as_rows(self._model.measure_ranks(pixels.to(self._model.device), ESTIMATORS)))
+        except ValueError as error:
+            raise CalibrationError(f"ranks cannot be measured on {row['where']}: {error}") from error
+        return {"count": moments.count, "mean": moments.mean_K, "squares": moments.squares_K}

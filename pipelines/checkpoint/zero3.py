@@ -1,0 +1,256 @@
+"""DeepSpeed ZeRO-3 around one Hugging Face model: configuration, sharded loading, learning rates.
+
+Everything here runs inside a worker whose process group exists already; `deepspeed` is imported in the functions, after
+the accelerator has been chosen.
+"""
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from pipelines.config.settings import PARTS, OptimizerSettings, Part, ScheduleSettings, SettingsError, TrainingSettings
+
+PART_OF_MODULE: dict[str, Part] = {
+    "projectors": "projector",
+    "encoders": "towers",
+    "language_model": "llm",
+    "lm_head": "llm",
+}
+"""The part of each of the model's top-level modules."""
+
+
+class WeightsError(ValueError):
+    """The weights in a folder do not fit the model; the message names the parameter, the file and the shapes."""
+
+
+def import_deepspeed(uses_gpu: bool) -> ModuleType:
+    """Import DeepSpeed for GPUs or for CPUs.
+
+    On CPUs two habits of it are switched off. It would find out which of its native operators can be built, and build
+    one (for inference, in shared memory) at its first process group, which needs a C++ compiler and half a minute; this
+    project uses none of them there. And it would open a range for NVIDIA's profiler thousands of times a step.
+    """
+    if not uses_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    if not uses_gpu:
+        deepspeed.ops.__compatible_ops__ = {}
+        deepspeed.utils.nvtx.enable_nvtx = False
+    return deepspeed
+
+
+def deepspeed_config(settings: TrainingSettings) -> dict[str, Any]:
+    """The DeepSpeed configuration of `settings`: stage 3, our own AdamW and our own schedule."""
+    zero3 = settings.zero3
+    stage3: dict[str, Any] = {
+        "stage": 3,
+        "stage3_param_persistence_threshold": zero3.persistence_threshold,
+        "stage3_model_persistence_threshold": zero3.model_persistence_threshold,
+        "stage3_prefetch_bucket_size": zero3.prefetch_bucket,
+        "stage3_max_live_parameters": zero3.max_live_parameters,
+        "reduce_bucket_size": zero3.reduce_bucket,
+        "memory_efficient_linear": False,
+        "overlap_comm": settings.uses_gpu,
+    }
+    if zero3.offload != "none":
+        stage3["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    if zero3.offload == "all":
+        stage3["offload_param"] = {"device": "cpu", "pin_memory": True}
+    return {
+        "train_batch_size": settings.global_batch,
+        "train_micro_batch_size_per_gpu": settings.micro_batch,
+        "gradient_accumulation_steps": settings.accumulation,
+        "gradient_clipping": settings.optimizer.clip_norm,
+        "zero_optimization": stage3,
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": settings.precision == "bf16"},
+        "steps_per_print": 2**31 - 1,
+        "wall_clock_breakdown": False,
+    }
+
+
+def weight_dtype(settings: TrainingSettings) -> torch.dtype:
+    """The dtype of the training weights."""
+    return torch.bfloat16 if settings.precision == "bf16" else torch.float32
+
+
+class WeightFiles:
+    """The safetensors files of a folder as one mapping from tensor name to tensor, read one tensor at a time."""
+
+    def __init__(self, directory: Path) -> None:
+        self._file_of: dict[str, Path] = {}
+        for path in sorted(directory.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                self._file_of.update(dict.fromkeys(file.keys(), path))
+        if not self._file_of:
+            raise WeightsError(f"{directory} holds no *.safetensors; it must be a folder that save_for_sharding wrote")
+        self.directory = directory
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of tensor `name`, without reading it."""
+        with safe_open(self._file_of[name], framework="pt") as file:
+            return tuple(file.get_slice(name).get_shape())
+
+    def read(self, name: str) -> Tensor:
+        """Tensor `name`, on the CPU."""
+        with safe_open(self._file_of[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+
+def save_for_sharding(model: PreTrainedModel, directory: Path) -> None:
+    """Write the folder that `load_sharded` reads: config, and weights under the names of the model's own modules.
+
+    By default transformers writes some towers (DINOv2, ViT) under the names of their published checkpoints.
+    """
+    model.save_pretrained(directory, save_original_format=False)
+
+
+def load_sharded(
+    model_class: type[PreTrainedModel], directory: Path, config: Mapping[str, Any], dtype: torch.dtype, uses_gpu: bool
+) -> PreTrainedModel:
+    """Build the model of `directory` with its parameters partitioned over the workers, and load its weights.
+
+    No worker ever holds more than one whole parameter beside its own share. Every worker must call this.
+
+    Raises:
+        WeightsError: if a parameter is missing in the files or has another shape there, or if what a worker gathers
+            after loading is not what the files hold.
+    """
+    deepspeed = import_deepspeed(uses_gpu)
+    model_config = model_class.config_class.from_pretrained(directory)
+    # Without tensor overrides the buffers (positions, normalisation) keep the dtype that the model gives them.
+    with (
+        no_init_weights(),
+        _default_dtype(dtype),
+        deepspeed.zero.Init(config_dict_or_path=dict(config), tensor_overrides=[]),
+    ):
+        model = model_class(model_config)
+    model.tie_weights()  # part of the initialisation that is left out above
+    files = WeightFiles(directory)
+    names = _names_in_files(model, files)
+    for parameter, name in names.items():
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+            if torch.distributed.get_rank() == 0:
+                parameter.copy_(files.read(name))
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name in files:
+                buffer.copy_(files.read(name))
+    _verify_weights(deepspeed, names, files)
+    return model
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _names_in_files(model: nn.Module, files: WeightFiles) -> dict[nn.Parameter, str]:
+    """For every parameter the name under which the files hold it (a tied parameter has several names)."""
+    aliases: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(parameter, []).append(name)
+    names: dict[nn.Parameter, str] = {}
+    for parameter, candidates in aliases.items():
+        stored = [candidate for candidate in candidates if candidate in files]
+        if not stored:
+            raise WeightsError(f"{files.directory} holds no weights for {' = '.join(candidates)}")
+        found, wanted = files.shape(stored[0]), tuple(parameter.ds_shape)  # type: ignore[attr-defined]
+        if found != wanted:
+            raise WeightsError(
+                f"{files.directory} holds {stored[0]} with shape {found}, but the model's config asks for {wanted}"
+            )
+        names[parameter] = stored[0]
+    return names
+
+
+def _verify_weights(deepspeed: ModuleType, names: Mapping[nn.Parameter, str], files: WeightFiles) -> None:
+    """Compare what this worker gathers with the files, parameter by parameter."""
+    wrong: list[str] = []
+    for parameter, name in names.items():
+        with deepspeed.zero.GatheredParameters([parameter]), torch.no_grad():
+            if not torch.equal(parameter.detach().cpu(), files.read(name).to(parameter.dtype)):
+                wrong.append(name)
+    if wrong:
+        raise WeightsError(
+            f"worker {torch.distributed.get_rank()} gathered other values than {files.directory} holds for "
+            f"{len(wrong)} of {len(names)} parameters, first {wrong[0]}"
+        )
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Recompute the activations inside every block of towers and LLM in the backward pass."""
+    # Non-reentrant: it needs no gradient at the inputs, so frozen parts stay frozen.
+    arguments = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # the name from transformers 5.2x on
+        model.activation_checkpointing_enable(arguments)
+    else:
+        model.gradient_checkpointing_enable(arguments)
+
+
+def part_of(name: str) -> Part:
+    """The part of the model that parameter `name` belongs to.
+
+    Raises:
+        SettingsError: if the name starts with none of `PART_OF_MODULE`.
+    """
+    module = name.split(".", 1)[0]
+    if module not in PART_OF_MODULE:
+        raise SettingsError(f"parameter {name} is in none of the parts that have a learning rate: {PART_OF_MODULE}")
+    return PART_OF_MODULE[module]
+
+
+def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]]:
+    """AdamW's parameter groups, one per trained part; the parameters of frozen parts stop requiring gradients.
+
+    Each group carries its `part` and its `peak_lr`.
+
+    Raises:
+        SettingsError: if a part is to be trained that the model does not have.
+    """
+    members: dict[Part, list[nn.Parameter]] = {part: [] for part in PARTS}
+    for name, parameter in model.named_parameters():
+        part = part_of(name)
+        members[part].append(parameter)
+        parameter.requires_grad_(settings.learning_rates.of(part) is not None)
+    groups: list[dict[str, Any]] = []
+    for part in PARTS:
+        rate = settings.learning_rates.of(part)
+        if rate is None:
+            continue
+        if not members[part]:
+            raise SettingsError(f"learning_rates.{part} is {rate}, but the model has no parameters of that part")
+        groups.append({"params": members[part], "lr": rate, "peak_lr": rate, "part": part})
+    return groups
+
+
+def schedule_factor(step: int, total_steps: int, settings: ScheduleSettings) -> float:
+    """Share of the peak learning rate that optimizer step `step` (from 0) of `total_steps` uses.
+
+    Linear warm-up over ceil(warmup_share * total_steps) steps, whose last step has the peak, then half a cosine that
+    would reach `final_share` at step `total_steps`.
+    """
+    warmup = math.ceil(settings.warmup_share * total_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    return settings.final_share + (1 - settings.final_share) * 0.5 * (1 + math.cos(math.pi * progress))

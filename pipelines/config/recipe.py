@@ -1,0 +1,172 @@
+"""A recipe: everything that one run needs to know, as one typed value that checks itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from meteor_model.architectures import Architecture, architecture, build_config
+from meteor_model.chat import chat_template
+from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, PruningConfig
+from pipelines.config.settings import DataSettings, SettingsError, TrainingSettings
+from pipelines.data.sources.openmoji import OpenMojiSettings
+
+OPERATION = (
+    *("workers", "min_workers", "resize_interval_s", "micro_batch", "timeout_s", "cpus_per_worker", "gpus_per_worker"),
+    *("threads_per_worker", "max_failures", "preemption_grace_s", "log_every_steps", "checkpoint_every_steps"),
+    *("keep_checkpoints", "upload_patience_s", "validate_every_checkpoints", "validation_cpus", "validation_gpus"),
+    *("validation_timeout_s", "max_drop_share"),
+)
+"""Training settings that may change when a run goes on: what is trained stays the same up to rounding."""
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """What the model is made of and where its weights start."""
+
+    architecture: str = "tiny"
+    """Named architecture: towers and LLM (meteor_model/architectures.py)."""
+    start: str | None = None
+    """Model to start from: models:/NAME@ALIAS, models:/NAME/VERSION, or a stored one (s3://.../runs/NAME/export or a
+    local folder); None starts from the architecture and the pretrained parts that it names."""
+    weights: dict[str, str] = field(default_factory=dict)
+    """Sources of pretrained parts in place of those that the architecture names, by encoder or llm: a hub id, a folder,
+    a safetensors file, or parts:NAME (meteor_model/weights/, pipelines/parts)."""
+    parts_dir: str = field(default_factory=lambda: os.environ.get("METEOR_PARTS_DIR", ""))
+    """Cache of parts:NAME on the machine that runs the job; by default METEOR_PARTS_DIR, or the stack's local state."""
+    template: str = "vicuna_v1"
+    """Chat template: plain, vicuna_v1, short or chatml."""
+    vocab_size: int = 512
+    """Tokens of the BPE tokenizer that is trained on the run's texts, where none comes with pretrained parts."""
+    seed: int = 0
+    """Seed of random weights."""
+
+    def __post_init__(self) -> None:
+        chat_template(self.template)
+        if self.start is None:
+            self.pretrained()
+
+    def pretrained(self) -> Architecture:
+        """The architecture with the sources of these settings. Raises ValueError for a part that it does not have."""
+        base = architecture(self.architecture)
+        return replace(base, weights={**base.weights, **self.weights})
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """What is measured on a few samples: ranks before training, lambda after it."""
+
+    samples: int = 64
+    """Images on which the ranks of the feature maps are measured."""
+    batch: int = 16
+    """Images that one calibration task runs at a time."""
+    decode_samples: int = 64
+    """Prompts on which lambda is solved for pruning.decode.target_mean."""
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "batch", "decode_samples"):
+            if self.__dict__[name] < 1:
+                raise SettingsError(f"calibration.{name} is {self.__dict__[name]}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class TrackingSettings:
+    """MLflow: where runs are tracked and models registered."""
+
+    uri: str = field(default_factory=lambda: os.environ.get("MLFLOW_TRACKING_URI", ""))
+    """Address of the MLflow server; by default the environment's MLFLOW_TRACKING_URI."""
+    experiment: str = "meteor"
+    """Experiment that the run is filed under."""
+    registered_model: str = "meteor"
+    """Name under which the trained model is registered."""
+    parity_tolerance: float = 1e-3
+    """Largest difference between the registered model's logits and the training model's."""
+    when_down: Literal["fail", "buffer"] = "fail"
+    """What to do where MLflow does not answer at the start. fail: an error before anything starts. buffer: train
+    without it; all records are kept with the run in storage and delivered when it answers, at the latest before the
+    model is registered. In the middle of a run, records are buffered either way."""
+    patience_s: float = 60.0
+    """Seconds for which a request to MLflow at the start and the end of a run is repeated before the run stops."""
+
+    def __post_init__(self) -> None:
+        if self.when_down not in ("fail", "buffer"):
+            raise SettingsError(f"tracking.when_down is {self.when_down!r}; it must be fail or buffer")
+        if not self.patience_s >= 0:
+            raise SettingsError(f"tracking.patience_s is {self.patience_s}; it must not be negative")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Name and place of one run."""
+
+    storage: str = field(default_factory=lambda: os.environ.get("METEOR_STORAGE", ""))
+    """Root of all data and runs, s3://bucket/prefix or a path that every node sees; by default METEOR_STORAGE."""
+    name: str | None = None
+    """Name of the run. A name that exists goes on where it stopped. None continues the last unfinished run of this job
+    and recipe, or begins a new one."""
+    output: str | None = None
+    """Folder of the machine that runs the job where the summary and the pictures are written as well."""
+    pictures: int = 3
+    """Held-out images for which the kept tokens are drawn."""
+
+
+def _default_pruning() -> PruningConfig:
+    return PruningConfig(
+        EncodePruning(totals=(96, 64, 64)), FusePruning(keep=32), DecodePruning(layer=2, target_mean=16.0)
+    )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run: model, pruning, data, training, calibration, tracking."""
+
+    name: str = "tiny"
+    """Name of the recipe."""
+    model: ModelSettings = field(default_factory=ModelSettings)
+    """What the model is made of and where its weights start."""
+    pruning: PruningConfig = field(default_factory=_default_pruning)
+    """The three stages."""
+    data: DataSettings = field(default_factory=DataSettings)
+    """Where the samples come from, and how they are read."""
+    source: OpenMojiSettings = field(default_factory=OpenMojiSettings)
+    """The shards that are made first where data.manifest is empty."""
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    """Size, optimizer and resources of the training."""
+    calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
+    """What is measured before and after training."""
+    tracking: TrackingSettings = field(default_factory=TrackingSettings)
+    """MLflow."""
+    run: RunSettings = field(default_factory=RunSettings)
+    """Name and place of the run."""
+
+    def __post_init__(self) -> None:
+        if self.model.start is None:  # a pulled model is checked when it is there
+            build_config(self.model.architecture, self.pruning, self.model.vocab_size, {}, image_token_id=0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every setting, nested, as plain values."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return plain
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide what is trained: all but names, places, and how the cluster is used. Two runs of one
+        name must agree in it."""
+        plain = self.to_dict()
+        for where, keys in {
+            "model": ("parts_dir",),
+            "run": ("name", "output", "storage", "pictures"),
+            "tracking": tuple(plain["tracking"]),
+            "training": OPERATION,
+            "data": ("data_task_cpus", "data_tasks", "read_patience_s", "bad_shards"),
+        }.items():
+            for key in keys:
+                plain[where].pop(key)
+        return plain
+
+    def digest(self) -> str:
+        """Short hash of `identity()`."""
+        text = json.dumps(self.identity(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,0 +1,275 @@
+"""WebDataset shards and their manifest: what a dataset in storage is, and how it is read without silent loss.
+
+A dataset is a prefix with tar shards (`train-000000.tar`, ...) and `manifest.parquet`, one row a shard: path, split,
+samples, bytes, sha256, members (extension -> count). The manifest is written last, so it is the commit mark: a prefix
+without one is unfinished. Every read checks length, checksum and sample count against it.
+"""
+
+import hashlib
+import io
+import json
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.data.schema import bad_shard_members
+from pipelines.data.tar_format import Members, ShardContents, ShardError, looks_like_tar, pack_shard, parse_shard
+from pipelines.io import storage
+from pipelines.io.retry import FIRST_PAUSE_S, PATIENCE_S
+
+MANIFEST_NAME = "manifest.parquet"
+FORMAT_VERSION = 1
+SPEC_KEY = b"meteor.spec"
+AT_REST_READS = 4
+SAMPLES_PER_SHARD = 256
+BadShards = Literal["fail", "drop"]
+"""What becomes of a shard that is missing or damaged at rest."""
+_SPLIT_NAME = re.compile(r"^[a-z][a-z0-9_]*$")
+
+MANIFEST_SCHEMA = pa.schema(
+    [
+        ("path", pa.string()),
+        ("split", pa.string()),
+        ("samples", pa.int64()),
+        ("bytes", pa.int64()),
+        ("sha256", pa.string()),
+        ("members", pa.map_(pa.string(), pa.int64())),
+    ]
+)
+
+
+# ------------------------------------------------------------------------------------------------------------ manifest
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One row of the manifest; `path` is relative to the manifest's folder, `members` counts extensions."""
+
+    path: str
+    split: str
+    samples: int
+    bytes: int
+    sha256: str
+    members: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All shards of a dataset in their order, and `spec`: the settings it was made with (format, source, ...)."""
+
+    url: str
+    shards: tuple[ShardInfo, ...]
+    spec: dict[str, Any]
+
+    @cached_property
+    def sha256(self) -> str:
+        """Identity of the data: hash of the spec and of all rows (not of the parquet file, whose bytes may vary)."""
+        rows = [asdict(shard) for shard in self.shards]
+        return hashlib.sha256(canonical_json({"spec": self.spec, "shards": rows}).encode()).hexdigest()
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits, sorted."""
+        return tuple(sorted({shard.split for shard in self.shards}))
+
+    def split(self, name: str) -> tuple[ShardInfo, ...]:
+        """The shards of one split in manifest order. Raises ValueError naming the splits there are."""
+        found = tuple(shard for shard in self.shards if shard.split == name)
+        if not found:
+            raise ValueError(f"{self.url} has no split {name!r}; it has: {', '.join(self.splits) or 'no shards'}")
+        return found
+
+    def samples(self, name: str) -> int:
+        """Number of samples of one split. Raises ValueError for an unknown split."""
+        return sum(shard.samples for shard in self.split(name))
+
+
+def canonical_json(value: Any) -> str:
+    """One text for equal values: sorted keys, no spaces."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def manifest_url(url: str) -> str:
+    """Address of the manifest for a dataset prefix (or the manifest's own address, unchanged)."""
+    return url if url.endswith(".parquet") else storage.join(url, MANIFEST_NAME)
+
+
+def dataset_url(url: str) -> str:
+    """Address of the folder that the manifest lies in."""
+    return manifest_url(url).rpartition("/")[0] or "."
+
+
+def shard_url(manifest: str, info: ShardInfo) -> str:
+    """Address of a shard. Raises ShardError when the manifest's path would leave the dataset's folder."""
+    if info.path.startswith("/") or "\\" in info.path or ".." in info.path.split("/"):
+        raise ShardError(info.path, "refused_member", f"the path leaves the folder of {manifest_url(manifest)}")
+    return storage.join(dataset_url(manifest), info.path)
+
+
+def save_manifest(url: str, shards: Iterable[ShardInfo], spec: Mapping[str, Any]) -> Manifest:
+    """Write `manifest.parquet` for the shards, the last act of making a dataset. Raises StorageError."""
+    manifest = Manifest(manifest_url(url), tuple(shards), dict(spec))
+    rows = [{**asdict(shard), "members": sorted(shard.members.items())} for shard in manifest.shards]
+    schema = MANIFEST_SCHEMA.with_metadata({SPEC_KEY: canonical_json(manifest.spec).encode()})
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), buffer, compression="zstd")
+    storage.write_bytes(manifest.url, buffer.getvalue())
+    return manifest
+
+
+def load_manifest(url: str, patience_s: float = PATIENCE_S) -> Manifest:
+    """Read the manifest of a dataset prefix (or at the address of the manifest itself), with `patience_s` for storage.
+
+    Raises ShardError when there is none or it is not one of ours, StorageError when storage cannot be used.
+    """
+    address = manifest_url(url)
+    try:
+        data = storage.read_bytes(address, patience_s)
+    except storage.ObjectMissingError as error:
+        detail = (
+            "there is no manifest here: the prefix is empty or its shards are unfinished; make them with "
+            "jobs/make_shards.py (its `webdataset` command indexes existing shards)"
+        )
+        raise ShardError(address, "missing", detail) from error
+    try:
+        table = pq.read_table(io.BytesIO(data))
+        spec = json.loads((table.schema.metadata or {})[SPEC_KEY])
+        rows = table.select(MANIFEST_SCHEMA.names).cast(MANIFEST_SCHEMA).to_pylist()
+    except (pa.ArrowException, KeyError, OSError, ValueError) as error:
+        raise ShardError(
+            address, "replaced", f"not a manifest of this format ({error}); make the shards anew"
+        ) from error
+    shards = tuple(ShardInfo(**{**row, "members": dict(row["members"])}) for row in rows)
+    return Manifest(address, shards, spec)
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def _body_fault(shard: str, data: bytes, info: ShardInfo) -> ShardError | None:
+    """What is wrong with the bytes of a shard against its row of the manifest; None when they are the ones written."""
+    again = "restore the shard, or make the manifest anew with jobs/make_shards.py"
+    if len(data) == info.bytes and hashlib.sha256(data).hexdigest() == info.sha256:
+        return None
+    if not looks_like_tar(data):
+        return ShardError(shard, "not_a_tar", f"not a tar ({len(data)} bytes that start {data[:16]!r}); {again}")
+    if len(data) < info.bytes:
+        return ShardError(shard, "truncated", f"truncated: {len(data)} of {info.bytes} bytes; {again}")
+    detail = f"replaced after the manifest was written: length {len(data)} (manifest {info.bytes}) or checksum differ"
+    return ShardError(shard, "replaced", f"{detail}; {again}")
+
+
+def read_shard(
+    manifest: str, info: ShardInfo, patience_s: float = PATIENCE_S, pause_s: float = FIRST_PAUSE_S
+) -> list[tuple[str, dict[str, bytes]]]:
+    """The samples of one shard, in order: (key, members by lower-case extension).
+
+    `manifest` is the manifest's URL or its prefix. The object is read whole and compared with the manifest. A fault of
+    storage is met by full re-reads until `patience_s` after the first one. A wrong body, and a missing object, may be a
+    fault on the wire or of a server that just starts: they are believed after AT_REST_READS reads, with pauses from
+    `pause_s` on, doubling.
+
+    Raises ShardError naming the shard and the fault (`unreadable` where storage failed for longer than `patience_s`);
+    StorageError for a missing bucket or refused credentials.
+    """
+    url = shard_url(manifest, info)
+    fault: ShardError | None = None
+    for read in range(AT_REST_READS):
+        if read:
+            time.sleep(pause_s * 2 ** (read - 1))
+        try:
+            data = storage.read_bulk(url, patience_s)
+        except storage.ObjectMissingError:
+            detail = (
+                "missing, but the manifest lists it; restore it, or make the manifest anew with jobs/make_shards.py"
+            )
+            fault = ShardError(url, "missing", detail)
+            continue
+        except storage.TransientStorageError as error:
+            detail = (
+                f"could not be read, though it was tried again for {patience_s:.0f} s (data.read_patience_s); start "
+                f"the same command again when storage answers: {error}"
+            )
+            raise ShardError(url, "unreadable", detail) from error
+        fault = _body_fault(url, data, info)
+        if fault is None:
+            samples = parse_shard(data, url).samples
+            if len(samples) != info.samples:
+                detail = f"{len(samples)} samples, but the manifest says {info.samples}; make the manifest anew"
+                raise ShardError(url, "wrong_count", detail)
+            return samples
+    assert fault is not None
+    raise fault
+
+
+def fetch_shard(
+    manifest: str, info: ShardInfo, patience_s: float = PATIENCE_S, bad_shards: BadShards = "fail"
+) -> list[tuple[str, dict[str, bytes]]]:
+    """What a stream trains on: `read_shard`, and what becomes of a shard that is wrong at rest.
+
+    "fail" raises its ShardError. "drop" gives `info.samples` samples in its place that `parse_sample` refuses with the
+    reason `bad_shard`: they keep their rows, are counted and listed, and fall under the ceiling of faulty samples. A
+    shard that storage does not deliver (`unreadable`) is never dropped. Raises ShardError, StorageError.
+    """
+    try:
+        return read_shard(manifest, info, patience_s)
+    except ShardError as error:
+        if bad_shards == "fail" or error.fault == "unreadable":
+            raise
+        return [(f"{info.path}[{index}]", bad_shard_members(str(error))) for index in range(info.samples)]
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def shard_info(path: str, split: str, data: bytes, contents: ShardContents) -> ShardInfo:
+    """The row of the manifest for the bytes of a shard."""
+    digest = hashlib.sha256(data).hexdigest()
+    return ShardInfo(path, split, len(contents.samples), len(data), digest, contents.member_counts())
+
+
+def write_shards(
+    samples: Iterable[tuple[str, Mapping[str, bytes]]],
+    url: str,
+    split: str,
+    samples_per_shard: int = SAMPLES_PER_SHARD,
+    on_shard: Callable[[ShardInfo], None] = lambda info: None,
+) -> tuple[ShardInfo, ...]:
+    """Write samples as `{split}-000000.tar`, ... under the prefix `url`; the manifest is the caller's last act.
+
+    A shard is packed in memory and written as one object, so a reader sees a whole shard or none. The same samples in
+    the same order give the same bytes. `on_shard` hears of every shard written.
+    Raises ValueError for a bad split name, shard size, key or member, and for a key that occurs twice; StorageError.
+    """
+    if samples_per_shard < 1:
+        raise ValueError(f"samples_per_shard is {samples_per_shard}; it must be at least 1")
+    if not _SPLIT_NAME.match(split):
+        raise ValueError(f"the split name {split!r} cannot be a file name; use lower-case letters, digits and _")
+    infos: list[ShardInfo] = []
+    seen: set[str] = set()
+    batch: list[tuple[str, Members]] = []
+
+    def flush() -> None:
+        path = f"{split}-{len(infos):06d}.tar"
+        data = pack_shard(batch)
+        storage.write_bytes(storage.join(url, path), data)
+        infos.append(shard_info(path, split, data, ShardContents(list(batch), {})))
+        batch.clear()
+        on_shard(infos[-1])
+
+    for key, members in samples:
+        if key in seen:
+            raise ValueError(f"the key {key!r} occurs twice in the split {split!r}; keys must be unique")
+        seen.add(key)
+        batch.append((key, dict(members)))
+        if len(batch) == samples_per_shard:
+            flush()
+    if batch:
+        flush()
+    return tuple(infos)

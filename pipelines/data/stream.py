@@ -1,0 +1,377 @@
+"""The Ray Data graph: from rows of the plan to micro-batches on a Train worker, in one strict order.
+
+1. read: one task a work item fetches the shards of its windows (checked against the manifest), each window when its
+   first row is due, and emits raw members in plan order;
+2. encode: parse -> tokenise -> decode images to uint8; a faulty sample keeps its row and carries its reason;
+3. strict repartition: every block is one micro-batch, so with W workers micro-batch j of the plan goes to worker j % W;
+
+`pipelines.training.batches` takes over on the worker, and refuses a micro-batch that is not the one the plan says.
+
+Read tasks reserve half of what encode tasks do (they mostly wait), and their number at a time is bounded: the raw
+members of a window are in memory while it is emitted, one window of every dataset of a mixture. Unequal reservations
+also keep Ray from fusing the two, which would bundle whole windows into one task.
+
+Shape legend: n images of one sample, S travelling size; `images` holds uint8 (n, 3, S, S) in C order.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+from uuid import uuid4
+
+import pyarrow as pa
+import ray.data
+import ray.train
+from ray.data import DataContext, Dataset, Datasource, ExecutionOptions, ReadTask
+from ray.data.block import BlockMetadata
+
+from meteor_model.chat import IGNORE_INDEX
+from pipelines.data.mixture import Item, Plan
+from pipelines.data.order import VOID_EPOCH, WorkItem, void_item
+from pipelines.data.schema import VOID, SampleError, parse_sample
+from pipelines.data.shards import Manifest, ShardInfo, read_shard
+
+RAW_BLOCK_BYTES = 2**20  # raw members in a block: the grain of the encode tasks
+MAX_READ_TASKS = 4096  # a task costs the driver about 2 ms before the first row; beyond this, items share a task
+SHARD_FETCHES = 4  # shards of one window that are fetched at a time
+
+_PLACE_FIELDS = [(name, pa.int32()) for name in ("dataset", "epoch", "shard", "index")]
+_POSITION_FIELDS = [("row", pa.int64()), *_PLACE_FIELDS]
+RAW_SCHEMA = pa.schema(
+    [*_POSITION_FIELDS, ("key", pa.string()), ("names", pa.list_(pa.string())), ("data", pa.list_(pa.large_binary()))]
+)
+STREAM_SCHEMA = pa.schema(
+    [
+        *_POSITION_FIELDS,
+        ("key", pa.string()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+        ("input_ids", pa.list_(pa.int32())),
+        ("labels", pa.list_(pa.int32())),
+        ("images", pa.large_binary()),
+        ("num_images", pa.int32()),
+    ]
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------- read
+
+
+Samples = list[tuple[str, dict[str, bytes]]]
+"""The samples of a shard in order: (key, members by extension)."""
+Fetch = Callable[[str, ShardInfo], Samples]
+"""Address of the manifest and a row of it -> the samples of that shard, `info.samples` of them; picklable."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadWork:
+    """One work item, and the manifests' rows of the shards of each of its parts."""
+
+    item: Item
+    infos: tuple[tuple[ShardInfo, ...], ...]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the shards that are fetched."""
+        return sum(info.bytes for of_part in self.infos for info in of_part)
+
+
+def fetch_window(manifest_url: str, infos: Sequence[ShardInfo], fetch: Fetch) -> list[Samples]:
+    """The samples of the shards of one window, several shards at a time."""
+    with ThreadPoolExecutor(min(SHARD_FETCHES, len(infos))) as pool:
+        return list(pool.map(partial(fetch, manifest_url), infos))
+
+
+def _samples(
+    manifest_urls: Sequence[str], parts: Sequence[tuple[WorkItem, tuple[ShardInfo, ...]]], fetch: Fetch
+) -> Iterator[tuple[dict[str, int], str, dict[str, bytes]]]:
+    """Position, key and members of the samples of consecutive windows of one dataset.
+
+    A window is fetched when its first sample is due and let go after its last one, so one at a time is in memory.
+    """
+    for part, infos in parts:
+        contents = dict(zip(part.shards, fetch_window(manifest_urls[part.dataset], infos, fetch), strict=True))
+        for dataset, epoch, shard, index in zip(*(c.tolist() for c in part.locations().columns), strict=True):
+            position = {"dataset": dataset, "epoch": epoch, "shard": shard, "index": index}
+            yield (position, *contents[shard][index])
+        del contents
+
+
+def read_item(manifest_urls: Sequence[str], work: ReadWork, fetch: Fetch) -> Iterator[pa.Table]:
+    """The rows of one work item in plan order, as tables of RAW_SCHEMA of about RAW_BLOCK_BYTES.
+
+    `manifest_urls` are by dataset. Void rows have no members. Raises ShardError, StorageError.
+    """
+    item = work.item
+    parts: dict[int, list[tuple[WorkItem, tuple[ShardInfo, ...]]]] = {}
+    for part, infos in zip(item.parts, work.infos, strict=True):
+        parts.setdefault(part.dataset, []).append((part, infos))
+    samples = {dataset: _samples(manifest_urls, of_dataset, fetch) for dataset, of_dataset in parts.items()}
+    samples[VOID_EPOCH] = itertools.repeat(({name: VOID_EPOCH for name, _ in _PLACE_FIELDS}, "", {}))
+    rows: list[dict[str, Any]] = []
+    size = 0
+    for row, dataset in enumerate(item.datasets().tolist(), start=item.first_row):
+        position, key, members = next(samples[dataset])
+        rows.append({"row": row, **position, "key": key, "names": list(members), "data": list(members.values())})
+        size += sum(map(len, members.values()))
+        if size >= RAW_BLOCK_BYTES:
+            yield pa.Table.from_pylist(rows, schema=RAW_SCHEMA)
+            rows, size = [], 0
+    if rows:
+        yield pa.Table.from_pylist(rows, schema=RAW_SCHEMA)
+
+
+def _read_task(manifest_urls: Sequence[str], works: Sequence[ReadWork], fetch: Fetch) -> Iterator[pa.Table]:
+    for work in works:
+        yield from read_item(manifest_urls, work, fetch)
+
+
+class PlannedShards(Datasource):
+    """Ray's view of the rows [start_row, stop_row) of a plan and of `spare_rows` void ones behind them: one read task a
+    work item, each self-contained.
+
+    `sources` are the address of the manifest and its shards, by dataset.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[tuple[str, Sequence[ShardInfo]]],
+        plan: Plan,
+        start_row: int,
+        stop_row: int,
+        spare_rows: int = 0,
+        fetch: Fetch = read_shard,
+    ) -> None:
+        super().__init__()
+        items: list[Item] = list(plan.work(start_row, stop_row))
+        if spare_rows:
+            items.append(void_item(spare_rows, stop_row))
+        works = [
+            ReadWork(item, tuple(tuple(sources[part.dataset][1][s] for s in part.shards) for part in item.parts))
+            for item in items
+        ]
+        per_task = -(-len(works) // MAX_READ_TASKS)
+        self._tasks = [works[first : first + per_task] for first in range(0, len(works), per_task)]
+        self._read = partial(_read_task, tuple(url for url, _ in sources), fetch=fetch)
+
+    @property
+    def num_tasks(self) -> int:
+        """Number of read tasks."""
+        return len(self._tasks)
+
+    def estimate_inmemory_data_size(self) -> int:
+        """Bytes of all shards that will be read, once per item that needs them."""
+        return sum(work.bytes for works in self._tasks for work in works)
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
+    ) -> list[ReadTask]:
+        """The tasks in plan order; their number is the plan's, whatever `parallelism` asks for."""
+        return [
+            ReadTask(
+                partial(self._read, works=works),
+                BlockMetadata(
+                    num_rows=sum(work.item.rows for work in works),
+                    size_bytes=sum(work.bytes for work in works),
+                    input_files=None,
+                    exec_stats=None,
+                ),
+                per_task_row_limit=per_task_row_limit,
+            )
+            for works in self._tasks
+        ]
+
+
+# -------------------------------------------------------------------------------------------------------------- encode
+
+
+class Processor(Protocol):
+    """What encoding needs of a processor; `meteor_model.processing_meteor.MeteorProcessor` is one."""
+
+    image_size: int
+
+    def encode(self, turns: Sequence[tuple[str, str]], num_images: int) -> Any:
+        """(role, text) turns -> an object with `input_ids` and `labels`, lists of equal length."""
+
+
+# One per process: a task's copy of the encoder is new, the tokenizer it needs is not.
+_PROCESSORS: dict[str, Processor] = {}
+
+
+@dataclass(frozen=True)
+class RowEncoder:
+    """Raw members -> one row of STREAM_SCHEMA. Cheap to ship: the processor is built once per process, on first use.
+
+    Args:
+        factory: picklable, makes the processor (e.g. `partial(MeteorProcessor.from_pretrained, folder)`).
+        pad_token_id: the single token of a row that has nothing to train on.
+        max_length: longer samples get the reason `too_long`; their images are not decoded.
+    """
+
+    factory: Callable[[], Processor]
+    pad_token_id: int
+    max_length: int
+    identity: str = field(default_factory=lambda: uuid4().hex, init=False)
+
+    @property
+    def processor(self) -> Processor:
+        """This process's processor."""
+        if self.identity not in _PROCESSORS:
+            _PROCESSORS.clear()  # a process serves one stream at a time
+            _PROCESSORS[self.identity] = self.factory()
+        return _PROCESSORS[self.identity]
+
+    def __call__(self, key: str, members: Mapping[str, bytes]) -> dict[str, Any]:
+        """The columns from `key` on. Faults of the sample end in `reason` and `detail`, nothing else is caught."""
+        from meteor_model.images import ImageError  # here, so that processes which only read never load torch
+
+        try:
+            return {"key": key, "reason": "", "detail": "", **self._encode(key, members)}
+        except (SampleError, ImageError) as fault:
+            return self.without_sample(key, fault.reason, fault.detail)
+
+    def without_sample(self, key: str, reason: str, detail: str) -> dict[str, Any]:
+        """A row that trains nothing: one pad token, no supervised label, no image."""
+        row = {"key": key, "reason": reason, "detail": detail, "input_ids": [self.pad_token_id]}
+        return {**row, "labels": [IGNORE_INDEX], "images": b"", "num_images": 0}
+
+    def _encode(self, key: str, members: Mapping[str, bytes]) -> dict[str, Any]:
+        from meteor_model.images import ImageError, decode_image
+
+        sample = parse_sample(key, members)
+        try:
+            encoded = self.processor.encode([(turn.role, turn.text) for turn in sample.turns], len(sample.images))
+        except ValueError as error:  # no fault that a sample may have: the processor and the schema disagree
+            raise ValueError(f"sample {key!r} is well-formed but cannot be encoded: {error}") from error
+        if len(encoded.input_ids) > self.max_length:
+            raise SampleError("too_long", f"{len(encoded.input_ids)} tokens, the limit is {self.max_length}")
+        pixels = []
+        for position, data in enumerate(sample.images):
+            try:
+                pixels.append(decode_image(data, self.processor.image_size).numpy().tobytes())
+            except ImageError as fault:
+                raise ImageError(fault.reason, f"image {position}: {fault.detail}") from fault
+        row = {"input_ids": encoded.input_ids, "labels": encoded.labels}
+        return {**row, "images": b"".join(pixels), "num_images": len(pixels)}
+
+
+def encode_table(raw: pa.Table, encoder: RowEncoder) -> pa.Table:
+    """A table of RAW_SCHEMA -> the same rows in STREAM_SCHEMA."""
+    rows = []
+    for record in raw.to_pylist():
+        names, data, key = record.pop("names"), record.pop("data"), record.pop("key")
+        if record["epoch"] == VOID_EPOCH:
+            columns = encoder.without_sample("", VOID, "fills up the last step")
+        else:
+            columns = encoder(key, dict(zip(names, data, strict=True)))
+        rows.append({**record, **columns})
+    return pa.Table.from_pylist(rows, schema=STREAM_SCHEMA)
+
+
+# --------------------------------------------------------------------------------------------------------------- graph
+
+
+def build_stream(
+    manifest: Manifest,
+    split: str,
+    plan: Plan,
+    encoder: RowEncoder,
+    micro_batch: int,
+    *,
+    others: Sequence[Manifest] = (),
+    start_row: int = 0,
+    stop_row: int | None = None,
+    spare_rows: int = 0,
+    fetch: Fetch = read_shard,
+    cpus_per_task: float = 0.5,
+    read_concurrency: int = 2,
+    encode_concurrency: int | None = None,
+) -> Dataset:
+    """The rows [start_row, stop_row) of the plan as a Ray dataset of STREAM_SCHEMA, one micro-batch a block.
+
+    Args:
+        manifest: of dataset 0; `split` names the shards that the plan was made from.
+        others: of datasets 1, 2, ... of a mixture; the same split of each.
+        start_row: first row; a resume after optimizer step g starts at `g * plan.global_batch`.
+        spare_rows: void rows behind the last one, numbered on.
+        fetch: reads one shard.
+        cpus_per_task: Ray CPUs that an encode task reserves; may be fractional, so that data tasks still run where the
+            workers hold most CPUs.
+        read_concurrency: items that are read at a time (one window of every dataset in memory for each).
+        encode_concurrency: encode tasks at a time; None: as many as `read_concurrency`. Each is a process that loads
+            torch (some 5 s of CPU time), so more than there are cores to spare delay the first batch.
+
+    Raises ValueError when the plan was not made from these splits, or when no row is left.
+    """
+    sources = [(one.url, one.split(split)) for one in (manifest, *others)]
+    if len(sources) != len(plan.sizes):
+        raise ValueError(f"the plan holds {len(plan.sizes)} datasets, but there are {len(sources)} manifests")
+    for (url, shards), sizes in zip(sources, plan.sizes, strict=True):
+        if [info.samples for info in shards] != sizes.tolist():
+            raise ValueError(
+                f"the plan holds {len(sizes)} shards with {sizes.sum()} samples, but the split {split!r} of {url} has "
+                f"{len(shards)} with {sum(info.samples for info in shards)}: the manifest changed since the plan was "
+                "made"
+            )
+    stop = plan.total_rows if stop_row is None else stop_row
+    if start_row == stop:
+        raise ValueError(f"no row is left from row {start_row} to row {stop}; this plan has {plan.steps} steps")
+    source = PlannedShards(sources, plan, start_row, stop, spare_rows, fetch)
+    raw = ray.data.read_datasource(
+        source,
+        override_num_blocks=source.num_tasks,
+        concurrency=read_concurrency,
+        num_cpus=cpus_per_task / 2,
+    )
+    # The dataset's own copy of the context: what the driver set for its other datasets stays as it was.
+    raw.context.execution_options.preserve_order = True
+    raw.context.target_max_block_size = RAW_BLOCK_BYTES
+    quieten(raw.context)
+    raw.context.raise_original_map_exception = True  # else Ray loses the cause of a fault on its way to the driver
+    encoded = raw.map_batches(
+        encode_table,
+        batch_size=micro_batch,  # a multiple of the block below lets Ray fuse the two
+        batch_format="pyarrow",
+        fn_kwargs={"encoder": encoder},
+        num_cpus=cpus_per_task,
+        concurrency=encode_concurrency or read_concurrency,
+    )
+    stream = encoded.repartition(target_num_rows_per_block=micro_batch, strict=True)
+    # `repartition` takes no reservation and would ask for a whole CPU; with that of the encode tasks Ray fuses the two
+    # into one operator, and neither starves where less than a CPU is free.
+    repartition = stream._logical_plan.dag
+    repartition.ray_remote_args["num_cpus"] = cpus_per_task
+    repartition.compute.size = encode_concurrency or read_concurrency
+    return stream
+
+
+def rows_from(build: Callable[..., Dataset], split: str, plan: Plan, start_row: int) -> Dataset:
+    """A stream by `build_stream`, its other settings bound, from a row on. Here, so that who builds it later imports no
+    more than this module."""
+    return build(split=split, plan=plan, start_row=start_row)
+
+
+def rows_to(build: Callable[..., Dataset], split: str, plan: Plan, stop_row: int) -> Dataset:
+    """The same, from the first row to `stop_row`."""
+    return build(split=split, plan=plan, stop_row=stop_row)
+
+
+def quieten(context: DataContext) -> None:
+    """No progress bars and plans of Ray's own in the job's log: the training's progress lines say how far it is."""
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+
+
+def data_config(train: str = "train") -> ray.train.DataConfig:
+    """How Ray Train splits the dataset named `train`: in strict order, without regard to where blocks lie.
+
+    Other datasets (validation) are not split: each worker that asks gets all of them, and no worker waits for another.
+    """
+    return ray.train.DataConfig(
+        datasets_to_split=[train],
+        execution_options=ExecutionOptions(preserve_order=True),
+        enable_shard_locality=False,
+    )

@@ -1,0 +1,243 @@
+"""How well a model answers a fixed suite of questions: it is asked, and gets a score (`pipelines/evaluation/scores.py`).
+
+A suite is the first question of each sample of one split, in manifest order. For each question, with all three stages
+active as in `generate`:
+
+1. vision     towers and fusion run once, for both measures
+2. answer     greedy generation; right where it equals the expected answer but for case, spaces and a final full stop
+3. likelihood the prompt is prefilled through a cache that prunes it, the expected answer's tokens (its end token too)
+              follow through that cache; the question's NLL is their mean
+
+Legend: B questions, T prompt tokens, A answer tokens, C LLM width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import DynamicCache
+
+from meteor_model.decoder.cache import MeteorCache
+from meteor_model.modeling_meteor import MeteorForConditionalGeneration
+from meteor_model.processing_meteor import MeteorProcessor
+from pipelines.data import shards
+from pipelines.data.schema import RawSample
+from pipelines.evaluation.questions import BATCH, question_of, readable_samples
+from pipelines.evaluation.scores import Record, Score, ScoringError, normalise, summarise
+
+LONGEST_ANSWER = 64
+"""Tokens generated at most. A longer expected answer counts as answered wrongly; its likelihood counts whole."""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Which questions: the first one of each of the first `questions` samples with readable images of a split.
+
+    Attributes:
+        manifest: address of the manifest of the shards.
+        sha256: the manifest's own hash, which covers the hashes of all shards.
+        split: of the manifest.
+        questions: how many.
+    """
+
+    manifest: str
+    sha256: str
+    split: str
+    questions: int
+
+    def __post_init__(self) -> None:
+        if self.questions < 1:
+            raise ScoringError(f"a suite of {self.questions} questions scores nothing; it needs at least 1")
+
+    @classmethod
+    def of(cls, manifest: shards.Manifest, split: str, questions: int) -> Suite:
+        """The suite of a manifest that is loaded."""
+        return cls(manifest.url, manifest.sha256, split, questions)
+
+    @property
+    def digest(self) -> str:
+        """Short hash of the questions: scores with one digest may be compared. The manifest's address is no part."""
+        text = shards.canonical_json({"sha256": self.sha256, "split": self.split, "questions": self.questions})
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def load(self, processor: MeteorProcessor) -> list[RawSample]:
+        """The samples, read and checked against the manifest.
+
+        Raises:
+            ScoringError: where the manifest is not the suite's, or the split has fewer samples that can be asked.
+            ShardError: a shard that is missing or damaged.
+        """
+        manifest = shards.load_manifest(self.manifest)
+        if manifest.sha256 != self.sha256:
+            raise ScoringError(
+                f"{manifest.url} has SHA-256 {manifest.sha256[:12]}, the suite was made of {self.sha256[:12]}: other "
+                "data gives other questions; restore it, or score everything anew"
+            )
+        samples = list(islice(readable_samples(manifest, self.split, processor), self.questions))
+        if len(samples) < self.questions:
+            raise ScoringError(
+                f"split {self.split!r} of {manifest.url} has {len(samples)} samples with readable images, the suite "
+                f"asks {self.questions}: take fewer questions"
+            )
+        return samples
+
+
+# -------------------------------------------------------------------------------------------------------------- scoring
+
+
+@torch.no_grad()
+def score_model(
+    model: MeteorForConditionalGeneration,
+    processor: MeteorProcessor,
+    samples: Sequence[RawSample],
+    suite_digest: str,
+    batch: int = BATCH,
+    report: Callable[[Sequence[Record]], None] | None = None,
+    longest: int | None = None,
+) -> Score:
+    """Ask a model the first question of each sample; the answers that count are the first ones.
+
+    Args:
+        model: in eval mode; stage 3 prunes where its lambda is set.
+        processor: the model's, with its `tokens_per_image`.
+        samples: `Suite.load`.
+        suite_digest: `Suite.digest`, which the score carries.
+        batch: questions at a time. The batches change no result beyond rounding.
+        report: hears the records of all questions so far after every batch (`summarise` makes a score of them); what it
+            raises ends the scoring.
+        longest: tokens that are generated at most; by default `longest_answer` of the samples. Give that of the whole
+            suite where it is asked in portions: an answer that is cut earlier may come out right.
+
+    Raises:
+        ScoringError: for no sample, a sample without a reply, a processor of another pruning, a training model, or
+            stage 3 without its lambda.
+    """
+    _check(model, processor, samples)
+    longest = longest_answer(processor, samples) if longest is None else longest
+    records: list[Record] = []
+    for start in range(0, len(samples), batch):
+        records += _ask(model, processor, samples[start : start + batch], longest)
+        if report is not None:
+            report(tuple(records))
+    return summarise(model.config, records, suite_digest)
+
+
+def longest_answer(processor: MeteorProcessor, samples: Sequence[RawSample]) -> int:
+    """Tokens of the longest expected answer, its end token included, LONGEST_ANSWER at most."""
+    return min(LONGEST_ANSWER, max(len(_tokens(processor, sample)[1]) for sample in samples))
+
+
+# ---------------------------------------------------------------------------------------------------------- the asking
+
+
+def _check(model: MeteorForConditionalGeneration, processor: MeteorProcessor, samples: Sequence[RawSample]) -> None:
+    if not samples:
+        raise ScoringError("there is no question to score: the suite is empty")
+    if model.training:
+        raise ScoringError("the model is in training mode: call .eval() before it is scored")
+    if processor.tokens_per_image != model.config.tokens_per_image:
+        raise ScoringError(
+            f"the processor writes {processor.tokens_per_image} placeholders an image, the model's pruning keeps "
+            f"{model.config.tokens_per_image}: set processor.tokens_per_image"
+        )
+    if model.config.pruning.decode.enabled and model.new_cache() is None:
+        raise ScoringError(
+            "stage 3 is enabled but pruning.decode.lam is not set: solve it (pipelines.evaluation.questions.solve_lambda_on)"
+        )
+
+
+def _expected(sample: RawSample) -> str:
+    for turn in sample.turns:
+        if turn.role == "assistant":
+            return turn.text
+    raise ScoringError(f"sample {sample.key!r} has no reply to score")
+
+
+def _tokens(processor: MeteorProcessor, sample: RawSample) -> tuple[list[int], list[int]]:
+    """Ids of the prompt, and of the expected answer with its end token: the ones that training supervises."""
+    turns = [("user", question_of(sample)), ("assistant", _expected(sample))]
+    whole = processor.encode(turns, len(sample.images))
+    prompt = processor.encode(turns[:1], len(sample.images), add_generation_prompt=True).input_ids
+    answer = [label for label in whole.labels if label >= 0]
+    assert whole.input_ids[: len(prompt) + len(answer)] == prompt + answer, "a template's pieces are encoded apart"
+    return prompt, answer
+
+
+def _ask(
+    model: MeteorForConditionalGeneration, processor: MeteorProcessor, samples: Sequence[RawSample], longest: int
+) -> list[Record]:
+    """The records of one batch."""
+    inputs = processor([question_of(s) for s in samples], [list(s.images) for s in samples]).to(model.device)
+    mask_BT = inputs["attention_mask"]
+    embeds_BTC, is_image_BT = model.embed_prompts(inputs["input_ids"], inputs["pixel_values"])
+    answers = [_tokens(processor, sample)[1] for sample in samples]
+    cache = model.new_cache() or DynamicCache(config=model.config.text_config)
+    nll_B = answer_nll(model, embeds_BTC, mask_BT, is_image_BT, answers, cache)
+    kept_B = is_image_BT.sum(dim=1)
+    if isinstance(cache, MeteorCache):
+        assert cache.decision is not None, "prefill decides"
+        kept_B = cache.decision.kept_counts_B
+    ids_BA = model.generate(
+        inputs_embeds=embeds_BTC,
+        image_mask=is_image_BT,
+        attention_mask=mask_BT,
+        past_key_values=model.new_cache() or DynamicCache(config=model.config.text_config),
+        max_new_tokens=longest,
+        do_sample=False,
+        pad_token_id=processor.tokenizer.pad_token_id,
+        eos_token_id=processor.tokenizer.eos_token_id,
+    )
+    records = []
+    for row, sample in enumerate(samples):
+        answer, expected = processor.decode(ids_BA[row]), _expected(sample)
+        right = normalise(answer) == normalise(expected)
+        records.append(
+            Record(sample.key, expected, answer, right, float(nll_B[row]), int(kept_B[row]), len(sample.images))
+        )
+    return records
+
+
+def answer_nll(
+    model: MeteorForConditionalGeneration,
+    embeds_BTC: Tensor,
+    mask_BT: Tensor,
+    is_image_BT: Tensor,
+    answers: Sequence[Sequence[int]],
+    cache: DynamicCache,
+) -> Tensor:
+    """Mean negative log-likelihood of each answer's tokens after its prompt, (B,) fp32 in nats.
+
+    Args:
+        model: in eval mode.
+        embeds_BTC: left-padded prompts with their visual tokens in place.
+        mask_BT: attention mask of the prompts.
+        is_image_BT: bool, where visual tokens are.
+        answers: token ids of each answer, at least one.
+        cache: a fresh one; a `MeteorCache` prunes the prompt as `generate` does.
+    """
+    device, lengths = embeds_BTC.device, [len(answer) for answer in answers]
+    ids_BA = torch.zeros(len(answers), max(lengths), dtype=torch.long)
+    for row, answer in enumerate(answers):
+        ids_BA[row, : len(answer)] = torch.tensor(answer)
+    ids_BA = ids_BA.to(device)
+    there_BA = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
+    options: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+    prefilled = model(
+        inputs_embeds=embeds_BTC, attention_mask=mask_BT, image_mask=is_image_BT, logits_to_keep=1, **options
+    )
+    logits = [prefilled.logits]
+    if max(lengths) > 1:
+        fed_BA = ids_BA[:, :-1]
+        mask_BL = torch.cat([mask_BT, there_BA[:, :-1].to(mask_BT.dtype)], dim=1)
+        embeds_BAC = model.get_input_embeddings()(fed_BA)
+        logits.append(model(inputs_embeds=embeds_BAC, attention_mask=mask_BL, **options).logits)
+    logits_BAV = torch.cat(logits, dim=1).float()
+    nll_BA = F.cross_entropy(logits_BAV.flatten(0, 1), ids_BA.flatten(), reduction="none").view_as(ids_BA)
+    return (nll_BA * there_BA).sum(dim=1) / there_BA.sum(dim=1)

@@ -1,0 +1,208 @@
+"""Batch inference: the samples of a split to Parquet, each exactly once, on Ray Data actors.
+
+1. plan      the split in manifest order is cut into parts: consecutive samples of one shard, by index arithmetic alone
+2. claim     `_SPEC.json` says what the output is of (model, manifest, prompt, budget); another job's is refused
+3. answer    actors with the model take parts; a part is one Parquet object, written whole under a name that the plan
+             gives it, so a repetition overwrites it and never doubles a row
+4. resume    a part that is there and whole is kept; a job that was killed answers only what is missing
+5. seal      every part is read again and checked against the plan; `_SUCCESS.json` then lists rows and SHA-256 of each
+
+A sample that cannot be used keeps a row with its reason in `error`, and is counted.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray.data
+
+from meteor_model.answering import ROWS_PER_BATCH, Answerer, Budget, Question, RequestError
+from meteor_model.chat import IMAGE_PLACEHOLDER
+from meteor_model.images import ImageError
+from meteor_model.modeling_meteor import MeteorForConditionalGeneration
+from meteor_model.processing_meteor import MeteorProcessor
+from pipelines.config.workers import Workers
+from pipelines.data import shards
+from pipelines.data.schema import SampleError, parse_sample
+from pipelines.data.stream import quieten
+from pipelines.inference.output import (
+    ANSWERS_SCHEMA,
+    FORMAT,
+    SUCCESS_FILE,
+    Asked,
+    Part,
+    PredictError,
+    Questions,
+    claim_output,
+    plan_parts,
+    whole_part,
+)
+from pipelines.io import storage
+from pipelines.registry.folder import model_digest
+from pipelines.registry.open import device_for, open_model
+
+
+def predict_split(
+    model: str,
+    manifest: shards.Manifest,
+    split: str,
+    output: str,
+    budget: Budget,
+    workers: Workers,
+    *,
+    prompt: str = "",
+    questions: Questions = "first",
+    part_samples: int = 1024,
+    bad_shards: shards.BadShards = "fail",
+    uri: str | None = None,
+) -> dict[str, Any]:
+    """Answer a split into `output`, or what is missing of it; what `_SUCCESS.json` then says.
+
+    Args:
+        model: as for `pipelines.registry.open.open_model`, the same for as long as the output is unfinished.
+        manifest, split: the samples.
+        output: folder that all nodes share, or s3:// prefix.
+        budget: of every question.
+        workers: how the cluster is used.
+        prompt: asked of every sample, with all its images; empty: the samples' own questions.
+        questions: which of their own.
+        part_samples: most samples of a part.
+        bad_shards: what becomes of a shard that is wrong at rest.
+        uri: of the tracking server, for a registered model.
+
+    Raises:
+        PredictError: an output that answers something else, or parts that are not what the plan says.
+        ShardError, StorageError, ExportError, TrackingError: of what is read and written.
+    """
+    with open_model(model, uri) as folder:
+        digest = model_digest(folder)
+    asked = Asked(
+        model, digest, manifest.url, manifest.sha256, split, prompt, questions, budget.max_new_tokens,
+        budget.visual_tokens, part_samples, bad_shards,
+    )  # fmt: skip
+    infos = manifest.split(split)
+    parts = plan_parts(infos, part_samples)
+    claim_output(output, asked)
+    there = set(storage.list_files(output))
+    kept: dict[int, dict[str, Any]] = {}
+    for part in parts:
+        found = whole_part(output, part, asked, infos) if part.name in there else None
+        if found is not None:
+            kept[part.number] = found
+    missing = [part for part in parts if part.number not in kept]
+    print(f"{len(parts)} parts of {manifest.samples(split)} samples; {len(kept)} are there, {len(missing)} to answer")
+    if missing:
+        _answer_parts(missing, infos, output, asked, budget, workers, uri)
+    errors: Counter[str] = Counter()
+    for part in parts:
+        found = kept.get(part.number) or whole_part(output, part, asked, infos)
+        if found is None:
+            raise PredictError(f"{output}: {part.name} is not whole after it was written: start the job again")
+        kept[part.number] = found
+        errors.update(found["errors"])
+    facts = [kept[part.number] for part in parts]
+    success = {
+        "asked": {**asdict(asked), "format": FORMAT},
+        "samples": manifest.samples(split),
+        "rows": sum(one["rows"] for one in facts),
+        "errors": dict(sorted(errors.items())),
+        "parts": facts,
+    }
+    storage.write_json(storage.join(output, SUCCESS_FILE), success)
+    return {**success, "answered_now": len(missing)}
+
+
+def _answer_parts(
+    parts: Sequence[Part],
+    infos: Sequence[shards.ShardInfo],
+    output: str,
+    asked: Asked,
+    budget: Budget,
+    workers: Workers,
+    uri: str | None,
+) -> None:
+    rows = [{"part": asdict(part), "info": asdict(infos[part.shard])} for part in parts]
+    items = ray.data.from_items(rows, override_num_blocks=len(rows))
+    items.context.raise_original_map_exception = True
+    quieten(items.context)
+    written = items.map(
+        _PartAnswerer,
+        fn_constructor_args=(asked, budget, output, uri, workers.gpus),
+        compute=ray.data.ActorPoolStrategy(size=workers.actors),
+        num_cpus=workers.cpus,
+        num_gpus=workers.gpus or None,
+    )
+    for done, row in enumerate(written.iter_rows(), start=1):
+        print(f"  {row['name']}: {row['rows']} rows ({done} of {len(parts)} parts)", flush=True)
+
+
+class _PartAnswerer:
+    """Actor: the model; a part comes in as its place in the plan and goes out as an object in storage."""
+
+    def __init__(self, asked: Asked, budget: Budget, output: str, uri: str | None, gpus: float) -> None:
+        device = device_for(gpus)
+        with open_model(asked.model, uri) as folder:
+            if model_digest(folder) != asked.model_sha256:
+                raise PredictError(f"{asked.model} is another one here than where the job was started")
+            processor = MeteorProcessor.from_pretrained(folder)
+            model = MeteorForConditionalGeneration.from_pretrained(folder, use_safetensors=True)
+        self._answerer = Answerer(model.to(device).eval(), processor)
+        self._asked, self._budget, self._output = asked, budget, output
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        part, info = Part(**row["part"]), shards.ShardInfo(**row["info"])
+        samples = shards.fetch_shard(self._asked.manifest, info, bad_shards=self._asked.bad_shards)
+        rows: list[dict[str, Any]] = []
+        waiting: list[tuple[dict[str, Any], Question]] = []
+        for index in range(part.lo, part.hi):
+            key, members = samples[index]
+            place = {"dataset": self._asked.manifest, "shard": info.path, "index": index, "key": key}
+            for answer_row, question in self._ask(place, key, members):
+                rows.append(answer_row)
+                if question is not None:
+                    waiting.append((answer_row, question))
+            if len(waiting) >= ROWS_PER_BATCH:
+                self._answer(waiting)
+        self._answer(waiting)
+        schema = ANSWERS_SCHEMA.with_metadata({b"meteor.asked": self._asked.digest.encode()})
+        stream = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), stream, compression="zstd")
+        storage.write_bytes(storage.join(self._output, part.name), stream.getvalue())
+        return {"name": part.name, "rows": len(rows)}
+
+    def _ask(
+        self, place: dict[str, Any], key: str, members: dict[str, bytes]
+    ) -> Iterator[tuple[dict[str, Any], Question | None]]:
+        """The rows of one sample: a question each, or one with the reason why there is none."""
+        empty = dict.fromkeys(("prompt", "answer", "visual_tokens", "error", "detail"))
+        try:
+            sample = parse_sample(key, members)
+            images = [self._answerer.processor.load_image(image) for image in sample.images]
+        except (SampleError, ImageError) as fault:
+            yield {**place, **empty, "question": 0, "error": fault.reason, "detail": fault.detail}, None
+            return
+        texts = [self._asked.prompt] if self._asked.prompt else [t.text for t in sample.turns if t.role == "user"]
+        for number, text in enumerate(texts[:1] if self._asked.questions == "first" else texts):
+            plain = text.replace(IMAGE_PLACEHOLDER, "").strip()
+            prompt = f"{IMAGE_PLACEHOLDER * len(images)}\n{plain}" if images else plain
+            answer_row = {**place, **empty, "question": number, "prompt": prompt}
+            question = Question(prompt, images)
+            try:
+                self._answerer.require_room([question], self._budget)
+            except RequestError as fault:
+                yield {**answer_row, "error": "too_long", "detail": str(fault).removeprefix("row 0: ")}, None
+                continue
+            yield answer_row, question
+
+    def _answer(self, waiting: list[tuple[dict[str, Any], Question]]) -> None:
+        """Fill in the answers of the rows that wait, and let them go."""
+        answers = self._answerer.answer([question for _, question in waiting], self._budget)
+        for (answer_row, _), answer in zip(waiting, answers, strict=True):
+            answer_row.update(answer=answer.text, visual_tokens=answer.visual_tokens)
+        waiting.clear()

@@ -1,0 +1,168 @@
+"""A Ray Serve application: the requests of the MLflow server, answered in batches that form while requests come in.
+
+1. read     POST /invocations with `{"dataframe_records": [{"image", "prompt"}], "params": {...}}`; a body that is too
+            long is refused before it is read to its end, everything else by `meteor_model.answering`
+2. gather   rows of all requests wait up to `batch_wait_s` for others, at most `batch_rows` together
+3. answer   rows of equal budget are one batch of the model; a request gets its answers in its own order
+4. refuse   requests beyond those in work and those that may wait get a 503 at once, by Serve's proxy
+
+GET /ping and /health say that the replica lives. Answers and refusals have MLflow's form: `{"predictions": [...]}`, and
+`{"error_code", "message"}` with a 4xx.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ray import serve
+from ray.serve import Application
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from meteor_model.answering import Answer, Answerer, Budget, Question, RequestError, read_rows
+from meteor_model.images import MAX_BYTES
+from meteor_model.modeling_meteor import MeteorForConditionalGeneration
+from meteor_model.processing_meteor import MeteorProcessor
+from pipelines.registry.open import device_for, open_model
+
+APP_NAME = "meteor"
+MAX_BODY_BYTES = MAX_BYTES * 4 // 3 + 2**20
+Item = tuple[Question, Budget]
+
+
+class ServingError(ValueError):
+    """A setting of the server that cannot be; the message names it."""
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """How a model is served.
+
+    Attributes:
+        replicas: copies of the model.
+        cpus, gpus: that one of them reserves; without a GPU it runs on CPUs.
+        batch_rows: most rows that the model answers together; 1 batches nothing.
+        batch_wait_s: longest that a row waits for others.
+        ongoing: requests that a replica works on at a time.
+        queued: requests that may wait for a replica; more get a 503.
+    """
+
+    replicas: int = 1
+    cpus: float = 0.5
+    gpus: float = 0.0
+    batch_rows: int = 8
+    batch_wait_s: float = 0.02
+    ongoing: int = 32
+    queued: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("replicas", "batch_rows", "ongoing", "queued"):
+            if self.__dict__[name] < 1:
+                raise ServingError(f"{name} is {self.__dict__[name]}; it must be at least 1")
+        for name in ("cpus", "gpus", "batch_wait_s"):
+            if self.__dict__[name] < 0:
+                raise ServingError(f"{name} is {self.__dict__[name]}; it must not be negative")
+
+
+def build_app(model: str, settings: ServeSettings, uri: str | None = None) -> Application:
+    """The application, for `serve.run`.
+
+    Args:
+        model: as for `pipelines.registry.open.open_model`, readable where the replicas run.
+        settings: how it is served.
+        uri: of the tracking server, for a registered model.
+    """
+    deployment = serve.deployment(
+        _Replica,
+        name="answers",
+        num_replicas=settings.replicas,
+        max_ongoing_requests=settings.ongoing,
+        max_queued_requests=settings.queued,
+        ray_actor_options={"num_cpus": settings.cpus, "num_gpus": settings.gpus},
+    )
+    application: Application = deployment.bind(model, settings, uri)
+    return application
+
+
+class _Replica:
+    """One copy of the model and its queue of rows."""
+
+    def __init__(self, model: str, settings: ServeSettings, uri: str | None) -> None:
+        device = device_for(settings.gpus)
+        with open_model(model, uri) as folder:
+            processor = MeteorProcessor.from_pretrained(folder)
+            loaded = MeteorForConditionalGeneration.from_pretrained(folder, use_safetensors=True)
+        self._answerer = Answerer(loaded.to(device).eval(), processor)
+        self._gather.set_max_batch_size(settings.batch_rows)
+        self._gather.set_batch_wait_timeout_s(settings.batch_wait_s)
+
+    async def __call__(self, request: Request) -> Response:
+        if request.url.path in ("/ping", "/health"):
+            return Response("\n")
+        if request.url.path != "/invocations":
+            return _refusal(404, "ENDPOINT_NOT_FOUND", f"{request.url.path} is unknown; POST to /invocations")
+        if request.method != "POST":
+            return _refusal(405, "BAD_REQUEST", f"{request.method} is not allowed; POST to /invocations")
+        body = await _read_body(request)
+        if body is None:
+            return _refusal(413, "BAD_REQUEST", f"the request is longer than {MAX_BODY_BYTES} bytes")
+        try:
+            items = await asyncio.to_thread(read_request, body, self._answerer)
+        except RequestError as error:
+            return _refusal(400, "INVALID_PARAMETER_VALUE", str(error))
+        answers = await asyncio.gather(*(self._gather(item) for item in items))
+        return JSONResponse({"predictions": [answer.text for answer in answers]})
+
+    @serve.batch  # sizes are set per replica
+    async def _gather(self, items: list[Item]) -> list[Answer]:
+        return await asyncio.to_thread(answer_items, items, self._answerer)
+
+
+def read_request(body: bytes, answerer: Answerer) -> list[Item]:
+    """A request's rows and their budget. Raises RequestError for anything that cannot be served."""
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the request is no JSON: {error}") from None
+    if not isinstance(content, dict) or not {"dataframe_records"} <= set(content) <= {"dataframe_records", "params"}:
+        raise RequestError("the request must be an object with `dataframe_records` and perhaps `params`, nothing else")
+    rows, parameters = content["dataframe_records"], content.get("params", {})
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise RequestError("dataframe_records must be a list of objects with `prompt` and perhaps `image`")
+    if not isinstance(parameters, dict):
+        raise RequestError(f"params must be an object, got {type(parameters).__name__}")
+    budget = answerer.budget(parameters)
+    questions = read_rows(rows, answerer.processor)
+    answerer.require_room(questions, budget)
+    return [(question, budget) for question in questions]
+
+
+def answer_items(items: Sequence[Item], answerer: Answerer) -> list[Answer]:
+    """Answers in the order of the items; those of equal budget are answered together."""
+    answers: dict[int, Answer] = {}
+    for budget in dict.fromkeys(budget for _, budget in items):
+        places = [place for place, (_, wanted) in enumerate(items) if wanted == budget]
+        given = answerer.answer([items[place][0] for place in places], budget)
+        answers.update(zip(places, given, strict=True))
+    return [answers[place] for place in range(len(items))]
+
+
+async def _read_body(request: Request) -> bytes | None:
+    """The body, or None where it is longer than MAX_BODY_BYTES: by what it says, and by what comes."""
+    stated = request.headers.get("content-length", "")
+    if stated.isdigit() and int(stated) > MAX_BODY_BYTES:
+        return None
+    pieces, size = [], 0
+    async for piece in request.stream():
+        size += len(piece)
+        if size > MAX_BODY_BYTES:
+            return None
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+def _refusal(status: int, code: str, message: str) -> JSONResponse:
+    return JSONResponse({"error_code": code, "message": message}, status_code=status)

@@ -1,0 +1,459 @@
+"""The one place that makes filesystems and turns their faults into errors a user can act on.
+
+Addresses come from the standard environment of S3 clients: AWS_ENDPOINT_URL (or AWS_ENDPOINT_URL_S3), AWS_REGION,
+AWS_ACCESS_KEY_ID / AWS_SECRET_ACCESS_KEY or AWS_SHARED_CREDENTIALS_FILE / AWS_PROFILE. URLs are `s3://bucket/prefix` or
+plain local paths.
+
+Two clients, each for what it does well:
+- s3fs (`fsspec_filesystem`): listings, manifests, small objects, writing shards;
+- pyarrow (`arrow_filesystem`, `read_bulk`): whole-shard reads and Ray Train's storage, with the AWS standard retry.
+
+A filesystem holds sockets and threads, so it is made on first use inside the process that uses it (never before a
+fork): the caches below are keyed by the process id.
+
+Faults that may pass are met with patience: each call is made again until `patience_s` after its first fault, so that
+the restart of a server costs time and nothing else. What is wrong for good (a missing bucket, refused credentials, a
+refused request) fails at once. No try may stall either: one that makes no progress for STALL_S is given up.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+import pyarrow.fs
+
+from pipelines.io.retry import PATIENCE_S, Progress, patiently, unless_stalled
+
+T = TypeVar("T")
+
+S3_SCHEME = "s3://"
+DEFAULT_REGION = "us-east-1"
+CONNECT_TIMEOUT_S = 5.0
+REQUEST_TIMEOUT_S = 30.0
+BULK_ATTEMPTS = 2  # of pyarrow within one try of a bulk read, which has a patience of its own
+FILESYSTEM_ATTEMPTS = 12  # of pyarrow for Ray, about a minute: with fewer, Ray's controller dies of a server's restart
+STALL_S = 60.0
+"""Seconds in which PIECE_BYTES of a bulk read must arrive."""
+SMALL_READ_S = 300.0
+"""Seconds in which the whole object of `read_bytes` must arrive."""
+PIECE_BYTES = 16 * 2**20
+
+_ADDRESS_VARIABLES = (
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_SHARED_CREDENTIALS_FILE",
+    "AWS_PROFILE",
+)
+
+# How each client words one kind of fault; matched case-insensitively against the texts of the whole exception chain.
+_BUCKET_WORDS = ("nosuchbucket", "no_such_bucket", "bucket does not exist")
+_CREDENTIAL_WORDS = (
+    "access_denied",
+    "accessdenied",
+    "access denied",
+    "forbidden",
+    "invalidaccesskeyid",
+    "invalid_access_key_id",
+    "invalid_client_token_id",
+    "signaturedoesnotmatch",
+    "signature_does_not_match",
+    "does not match the signature",
+    "unrecognized_client",
+    "unable to locate credentials",
+    "nocredentials",
+    "missing_authentication_token",
+    "expiredtoken",
+    "request_expired",
+    "config profile",
+)
+# Requests that no repetition mends. What is not listed here counts as passing: better to wait in vain than to lose.
+_REFUSED_WORDS = (
+    "invalidargument",
+    "invalidrequest",
+    "invalid_request",
+    "invalidbucketname",
+    "invalid bucket name",
+    "methodnotallowed",
+    "entitytoolarge",
+    "keytoolong",
+    "notimplemented",
+    "paramvalidationerror",
+)
+_PASSING_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
+_UNREACHABLE_WORDS = (
+    "could not connect",
+    "couldn't connect",
+    "cannot connect",
+    "connection refused",
+    "name or service not known",
+    "could not resolve",
+    "couldn't resolve",
+    "connect timeout",
+    "curlcode: 7",
+    "curlcode: 6",
+)
+
+
+class StorageError(ValueError):
+    """Storage could not be used as asked; the message names the address and what to do, never a secret."""
+
+
+class ObjectMissingError(StorageError):
+    """The bucket answers, but there is no object (or file) at this address."""
+
+
+class TransientStorageError(StorageError):
+    """A fault that may pass: a reset, a time-out, a 5xx, an endpoint that is restarting. Worth a bounded retry."""
+
+
+# ---------------------------------------------------------------------------------------------------------- addresses
+
+
+def is_s3(url: str) -> bool:
+    """Whether `url` is an object-storage address (anything else is a local path)."""
+    return url.startswith(S3_SCHEME)
+
+
+def split_s3(url: str) -> tuple[str, str]:
+    """`s3://bucket/a/b` -> ("bucket", "a/b"). Raises StorageError when the bucket is missing."""
+    bucket, _, key = url.removeprefix(S3_SCHEME).partition("/")
+    if not bucket:
+        raise StorageError(f"{url!r} names no bucket; write it as s3://BUCKET/PREFIX")
+    return bucket, key.strip("/")
+
+
+def join(url: str, *parts: str) -> str:
+    """Append path parts to a URL or a local path; a part may hold slashes of its own."""
+    pieces = [part.strip("/") for part in parts]
+    root = url.rstrip("/")
+    return "/".join([root, *(piece for piece in pieces if piece)]) or "/"
+
+
+def endpoint_url() -> str | None:
+    """The S3 endpoint of the environment, or None for AWS itself. Raises StorageError when it has no scheme."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
+    if endpoint is not None and not re.match(r"^https?://[^/]", endpoint):
+        raise StorageError(f"AWS_ENDPOINT_URL={endpoint!r} has no scheme; write it as http://HOST:PORT")
+    return endpoint
+
+
+def region() -> str:
+    """The region of the environment (self-hosted stores take any)."""
+    return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or DEFAULT_REGION
+
+
+def _check_scheme(url: str) -> None:
+    match = re.match(r"^([A-Za-z][A-Za-z0-9+.-]*)://", url)
+    if match and match.group(1) != "s3":
+        raise StorageError(f"{url!r}: the scheme {match.group(1)!r} is not supported; use s3://BUCKET/PREFIX or a path")
+
+
+def _address_fingerprint() -> str:
+    """A hash of the address variables: a changed environment gets a fresh client, and no secret is kept as a key."""
+    values = [f"{name}={os.environ.get(name, '')}" for name in _ADDRESS_VARIABLES]
+    return hashlib.sha256("\n".join(values).encode()).hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------------- filesystems
+
+
+@lru_cache(maxsize=4)
+def _s3fs(pid: int, fingerprint: str) -> Any:
+    return fsspec.filesystem(
+        "s3",
+        endpoint_url=endpoint_url(),
+        client_kwargs={"region_name": region()},
+        config_kwargs={
+            "s3": {"addressing_style": "path"},
+            "connect_timeout": CONNECT_TIMEOUT_S,
+            "read_timeout": REQUEST_TIMEOUT_S,
+            "retries": {"mode": "standard", "max_attempts": 3},
+        },
+        use_listings_cache=False,  # other processes write to the same prefixes
+        skip_instance_cache=True,  # the cache is this function's
+    )
+
+
+@lru_cache(maxsize=8)
+def _arrow_s3(pid: int, fingerprint: str, attempts: int) -> pyarrow.fs.FileSystem:
+    endpoint = endpoint_url()
+    scheme, override = None, None
+    if endpoint is not None:
+        scheme, _, override = endpoint.partition("://")
+    return pyarrow.fs.S3FileSystem(
+        endpoint_override=override.rstrip("/") if override else None,
+        scheme=scheme,
+        region=region(),
+        connect_timeout=CONNECT_TIMEOUT_S,
+        request_timeout=REQUEST_TIMEOUT_S,
+        retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=attempts),
+        force_virtual_addressing=False,
+        allow_bucket_creation=False,
+    )
+
+
+def fsspec_filesystem(url: str) -> tuple[Any, str]:
+    """The fsspec filesystem for `url` and the path inside it (`bucket/key`, or an absolute local path).
+
+    Raises StorageError for an unsupported scheme or a URL without a bucket.
+    """
+    _check_scheme(url)
+    if is_s3(url):
+        bucket, key = split_s3(url)
+        return _s3fs(os.getpid(), _address_fingerprint()), f"{bucket}/{key}".rstrip("/")
+    return fsspec.filesystem("file"), str(Path(url).expanduser().absolute())
+
+
+def arrow_filesystem(url: str, attempts: int = FILESYSTEM_ATTEMPTS) -> tuple[pyarrow.fs.FileSystem, str]:
+    """The pyarrow filesystem for `url` and the path inside it; S3 with the AWS standard retry strategy, which makes
+    each request up to `attempts` times.
+
+    Raises StorageError for an unsupported scheme, a URL without a bucket, or an endpoint without a scheme.
+    """
+    _check_scheme(url)
+    if is_s3(url):
+        bucket, key = split_s3(url)
+        return _arrow_s3(os.getpid(), _address_fingerprint(), attempts), f"{bucket}/{key}".rstrip("/")
+    return pyarrow.fs.LocalFileSystem(), str(Path(url).expanduser().absolute())
+
+
+# -------------------------------------------------------------------------------------------------------------- faults
+
+
+def _chain_text(error: BaseException) -> str:
+    texts: list[str] = []
+    current: BaseException | None = error
+    while current is not None and len(texts) < 8:
+        texts.append(f"{type(current).__name__}: {current}")
+        current = current.__cause__ or current.__context__
+    return " | ".join(texts).lower()
+
+
+def _where() -> str:
+    return endpoint_url() or f"AWS ({region()})"
+
+
+def translate(url: str, error: BaseException) -> StorageError:
+    """The StorageError that says what `error` means for `url`, from the words of s3fs, botocore or pyarrow."""
+    if isinstance(error, StorageError):
+        return error
+    text = _chain_text(error)
+    if not is_s3(url):
+        if isinstance(error, FileNotFoundError):
+            return ObjectMissingError(f"{url}: no such file or directory")
+        passing = isinstance(error, OSError) and error.errno in _PASSING_ERRNOS
+        return (TransientStorageError if passing else StorageError)(f"{url}: {type(error).__name__}: {error}")
+    bucket, _ = split_s3(url)
+    if any(word in text for word in _BUCKET_WORDS):
+        return StorageError(f"{url}: the bucket {bucket!r} does not exist at {_where()}; create it or correct the URL")
+    if isinstance(error, PermissionError) or any(word in text for word in _CREDENTIAL_WORDS):
+        return StorageError(
+            f"{url}: {_where()} refused the credentials for the bucket {bucket!r}; check AWS_SHARED_CREDENTIALS_FILE "
+            "and AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
+    if isinstance(error, FileNotFoundError) or "no_such_key" in text or "path does not exist" in text:
+        return ObjectMissingError(f"{url}: no such object in the bucket {bucket!r} at {_where()}")
+    # Ray repeats on its own what speaks of an "AWS Error", up to ten times, patience included.
+    detail = f"{type(error).__name__}: {error}".replace("AWS Error", "S3 error")
+    if any(word in text for word in _REFUSED_WORDS):
+        return StorageError(f"{url}: {_where()} refused the request: {detail}")
+    if any(word in text for word in _UNREACHABLE_WORDS):
+        return TransientStorageError(
+            f"{url}: the endpoint {_where()} cannot be reached; is the object store up? (AWS_ENDPOINT_URL names it)"
+        )
+    return TransientStorageError(f"{url}: reading or writing failed at {_where()}: {detail}")
+
+
+def _storage_faults() -> tuple[type[BaseException], ...]:
+    from aiohttp import ClientError as AioHttpError  # s3fs lets those of a body through
+    from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+
+    return (OSError, BotoCoreError, ClientError, HTTPClientError, AioHttpError)  # pyarrow's faults are OSErrors
+
+
+@contextmanager
+def storage_errors(url: str) -> Iterator[None]:
+    """Turn the faults of s3fs, botocore and pyarrow inside the block into StorageErrors that name `url`."""
+    try:
+        yield
+    except _storage_faults() as error:
+        raise translate(url, error) from error
+
+
+def require_bucket(url: str) -> None:
+    """Raise StorageError unless the bucket of `url` exists and the credentials may use it; nothing for local paths.
+
+    It has no patience: jobs ask it first, and who mistypes an address wants to know at once.
+    """
+    if not is_s3(url):
+        return
+    bucket, _ = split_s3(url)
+    fs, _ = fsspec_filesystem(url)
+    try:
+        with storage_errors(url):
+            fs.call_s3("head_bucket", Bucket=bucket)
+    except ObjectMissingError as error:  # HEAD carries no body, so a missing bucket says only "404"
+        raise StorageError(
+            f"{url}: the bucket {bucket!r} does not exist at {_where()}; create it or correct the URL"
+        ) from error
+
+
+# ------------------------------------------------------------------------------------------------ reading and writing
+
+
+def _missing(url: str, error: ObjectMissingError) -> StorageError:
+    """Tell a missing bucket from a missing object: S3 answers a plain 404 to a HEAD of either."""
+    try:
+        require_bucket(url)
+    except StorageError as bucket_error:
+        return bucket_error
+    return error
+
+
+def _patiently(url: str, call: Callable[[], T], patience_s: float) -> T:
+    def attempt() -> T:
+        try:
+            with storage_errors(url):
+                return call()
+        except ObjectMissingError as error:
+            raise _missing(url, error) from error
+
+    return patiently(attempt, TransientStorageError, patience_s, url)
+
+
+def read_bytes(url: str, patience_s: float = PATIENCE_S) -> bytes:
+    """The whole object. Raises ObjectMissingError, StorageError, or, after `patience_s`, TransientStorageError."""
+
+    def read(_: Progress) -> bytes:
+        fs, path = fsspec_filesystem(url)
+        return bytes(fs.cat_file(path))
+
+    return _patiently(url, lambda: unless_stalled(read, SMALL_READ_S), patience_s)
+
+
+def read_bulk(url: str, patience_s: float = PATIENCE_S) -> bytes:
+    """The whole object through pyarrow (ranged GETs of PIECE_BYTES); for shards. Errors as read_bytes."""
+
+    def read(progress: Progress) -> bytes:
+        fs, path = arrow_filesystem(url, BULK_ATTEMPTS)
+        with fs.open_input_file(path) as stream:
+            pieces = []
+            while piece := stream.read(PIECE_BYTES):
+                progress.note()
+                pieces.append(piece)
+                if len(piece) < PIECE_BYTES:
+                    break
+            return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    return _patiently(url, lambda: unless_stalled(read, STALL_S), patience_s)
+
+
+def size_of(url: str, patience_s: float = PATIENCE_S) -> int:
+    """Bytes of the object as storage states it. Errors as read_bytes."""
+
+    def ask() -> int:
+        fs, path = fsspec_filesystem(url)
+        return int(fs.info(path)["size"])
+
+    return _patiently(url, ask, patience_s)
+
+
+def write_bytes(url: str, data: bytes, patience_s: float = PATIENCE_S) -> None:
+    """Write the whole object at once: a reader sees all of it or nothing. Raises StorageError."""
+
+    def write() -> None:
+        fs, path = fsspec_filesystem(url)
+        if is_s3(url):
+            fs.pipe_file(path, data)
+            return
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(data)
+            Path(name).chmod(0o644)
+            Path(name).replace(target)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+    _patiently(url, write, patience_s)
+
+
+def delete(url: str, patience_s: float = PATIENCE_S) -> None:
+    """Remove one object; one that is not there is no error. Raises StorageError."""
+
+    def remove() -> None:
+        fs, path = fsspec_filesystem(url)
+        try:
+            fs.rm_file(path)
+        except FileNotFoundError:
+            return
+
+    _patiently(url, remove, patience_s)
+
+
+def exists(url: str, patience_s: float = PATIENCE_S) -> bool:
+    """Whether an object or a prefix with objects is there. A missing bucket is a StorageError, not False."""
+
+    def ask() -> None:
+        fs, path = fsspec_filesystem(url)
+        fs.info(path)
+
+    try:
+        _patiently(url, ask, patience_s)
+    except ObjectMissingError:
+        return False
+    return True
+
+
+def list_sizes(url: str, patience_s: float = PATIENCE_S) -> dict[str, int]:
+    """Bytes of every file below a prefix by its path relative to it, sorted by path; {} where there are none.
+
+    A missing bucket is a StorageError.
+    """
+
+    def find() -> dict[str, int]:
+        fs, path = fsspec_filesystem(url)
+        found = fs.find(path, detail=True)
+        if not found:
+            require_bucket(url)
+        root = path.rstrip("/") + "/"
+        return {name.removeprefix(root): int(found[name]["size"]) for name in sorted(found) if name.startswith(root)}
+
+    return _patiently(url, find, patience_s)
+
+
+def list_files(url: str, patience_s: float = PATIENCE_S) -> list[str]:
+    """Paths of all files below a prefix, relative to it, sorted; [] where there are none. Raises StorageError."""
+    return list(list_sizes(url, patience_s))
+
+
+def read_json(url: str, patience_s: float = PATIENCE_S) -> Any:
+    """Parse the object as JSON. Raises StorageError naming the URL when it is not JSON; else as read_bytes."""
+    data = read_bytes(url, patience_s)
+    try:
+        return json.loads(data)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise StorageError(f"{url}: not JSON: {error}") from error
+
+
+def write_json(url: str, value: Any, patience_s: float = PATIENCE_S) -> None:
+    """Write `value` as indented JSON with sorted keys. Raises StorageError."""
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    write_bytes(url, text.encode(), patience_s)

@@ -1,0 +1,106 @@
+"""Uploads that outlast a storage that fails for a while: of a folder, and of a checkpoint for Ray Train's `report`.
+
+File by file through pyarrow, which sends what is larger than a part in several (an upload that breaks off leaves no
+visible object). After each file the size that storage states is compared. A repetition overwrites with equal bytes, so
+an upload may be started again at any time.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray.train
+
+from pipelines.io import storage
+from pipelines.io.retry import Progress, patiently, unless_stalled
+
+UPLOAD_PATIENCE_S = 300.0
+PIECE_BYTES = 8 * 2**20
+UPLOAD_ATTEMPTS = 2  # of pyarrow within one try, which is repeated as a whole
+
+
+class UploadError(RuntimeError):
+    """A file could not be brought to storage; the message says which, and what was kept. No fault of the settings."""
+
+
+def upload_file(local: Path, url: str, patience_s: float = UPLOAD_PATIENCE_S) -> int:
+    """Bring one file to an address, however often that takes until `patience_s` after the first fault; its bytes.
+
+    Raises:
+        StorageError: for a missing bucket, refused credentials or a refused request, at once.
+        TransientStorageError: storage failed for longer than `patience_s`.
+        FileNotFoundError: there is no such local file.
+    """
+    size = local.stat().st_size
+
+    def send(progress: Progress) -> None:
+        filesystem, path = storage.arrow_filesystem(url, UPLOAD_ATTEMPTS)
+        if not storage.is_s3(url):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with local.open("rb") as source, filesystem.open_output_stream(path) as target:
+            while piece := source.read(PIECE_BYTES):
+                target.write(piece)
+                progress.note()
+        progress.note()
+        stated = filesystem.get_file_info(path).size
+        if stated != size:
+            raise storage.TransientStorageError(f"{url}: storage states {stated} bytes after an upload of {size}")
+
+    def attempt() -> None:
+        with storage.storage_errors(url):
+            unless_stalled(send, storage.STALL_S)
+
+    patiently(attempt, storage.TransientStorageError, patience_s, url)
+    return size
+
+
+def upload_folder(folder: Path, url: str, patience_s: float = UPLOAD_PATIENCE_S) -> dict[str, int]:
+    """Bring every file of a local folder below a URL; bytes by path. `patience_s` counts for each file.
+
+    Raises UploadError naming the file and the address; StorageError where repeating is of no use (see upload_file).
+    """
+    sizes: dict[str, int] = {}
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in paths:
+        name = path.relative_to(folder).as_posix()
+        try:
+            sizes[name] = upload_file(path, storage.join(url, name), patience_s)
+        except storage.TransientStorageError as error:
+            raise UploadError(
+                f"{path} could not be uploaded, though it was tried again for {patience_s:.0f} s; {len(sizes)} of "
+                f"{len(paths)} files of the folder are in {url}: {error}"
+            ) from error
+    return sizes
+
+
+@dataclass(frozen=True)
+class CheckpointUpload:
+    """How a worker brings its files of a checkpoint to the run's storage: `report(checkpoint_upload_fn=...)`.
+
+    Ray's snapshot names a checkpoint once every worker's upload has returned: it is the commit mark, so a folder that
+    is half there is never resumed from.
+
+    Args:
+        folder: address of the folder that Ray Train keeps its checkpoints in.
+        patience_s: seconds for which one file outlasts a storage that fails.
+    """
+
+    folder: str
+    patience_s: float = UPLOAD_PATIENCE_S
+
+    def __call__(self, checkpoint: ray.train.Checkpoint, checkpoint_dir_name: str) -> ray.train.Checkpoint:
+        """The checkpoint in storage, for a local one. Raises UploadError, StorageError."""
+        url = storage.join(self.folder, checkpoint_dir_name)
+        if not storage.is_s3(self.folder) and not Path(self.folder).is_dir():
+            raise storage.StorageError(
+                f"{self.folder}: no such folder on this machine; all must share the run's storage"
+            )
+        try:
+            upload_folder(Path(os.fspath(checkpoint.path)), url, self.patience_s)
+        except UploadError as error:
+            raise UploadError(
+                f"{error}\nThis checkpoint does not count; the one before it is kept and whole. Make room or bring the "
+                "object store back, then start the same command again under the same run name."
+            ) from error
+        filesystem, path = storage.arrow_filesystem(url)
+        return ray.train.Checkpoint(path=path, filesystem=filesystem)

@@ -1,0 +1,94 @@
+"""What one training of a recipe needs: its plan, its data streams, and its logger."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+from meteor_model.modeling_meteor import MeteorForConditionalGeneration
+from meteor_model.processing_meteor import collate
+from pipelines.checkpoint.checkpoint import load_processor
+from pipelines.config.recipe import Recipe
+from pipelines.data import shards
+from pipelines.data.mixture import make_plan
+from pipelines.data.order import StreamPlan
+from pipelines.data.stream import RowEncoder, build_stream, data_config, rows_from, rows_to
+from pipelines.tracking.metric_logger import MetricLogger
+from pipelines.training.batches import iterate_rows
+from pipelines.training.trainer import TrainingJob
+
+
+def assemble_training(
+    recipe: Recipe, manifests: Sequence[shards.Manifest], run_name: str, run_url: str, mlflow_run_id: str | None
+) -> TrainingJob:
+    """The data streams and settings of `fit`; `manifests` are the datasets in their order (`run.ensure_shards`), and
+    `mlflow_run_id` is None while MLflow is away.
+
+    Raises ValueError naming the dataset that gives no sample under its weight.
+    """
+    training, data = recipe.training, recipe.data
+    processor = load_processor(run_url)
+    encoder = RowEncoder(partial(load_processor, run_url), processor.tokenizer.pad_token_id, data.max_length)
+    plan = make_plan(
+        [[info.samples for info in manifest.split(data.train_split)] for manifest in manifests],
+        data.weights,
+        training.seed,
+        training.epochs,
+        training.global_batch,
+        data.window_shards,
+    )
+    heldout = StreamPlan(
+        [info.samples for info in manifests[0].split(data.heldout_split)],
+        seed=0,
+        epochs=1,
+        global_batch=training.micro_batch,
+        window_shards=data.window_shards,
+    )
+    heldout_rows = min(heldout.total_rows, -(-data.heldout_samples // heldout.global_batch) * heldout.global_batch)
+    stream = partial(
+        build_stream,
+        manifests[0],
+        encoder=encoder,
+        micro_batch=training.micro_batch,
+        cpus_per_task=data.data_task_cpus,
+        read_concurrency=data.data_tasks,
+        fetch=partial(shards.fetch_shard, patience_s=data.read_patience_s, bad_shards=data.bad_shards),
+    )
+    train_stream = partial(stream, others=manifests[1:], spare_rows=training.spare_rows)
+    return TrainingJob(
+        storage=recipe.run.storage,
+        run_name=run_name,
+        settings=training,
+        model_class=MeteorForConditionalGeneration,
+        collate=partial(collate, pad_token_id=processor.tokenizer.pad_token_id, image_size=processor.image_size),
+        pad_token_id=processor.tokenizer.pad_token_id,
+        plan=plan,
+        train_data=partial(rows_from, train_stream, data.train_split, plan),
+        heldout_rows=heldout_rows,
+        heldout_data=partial(rows_to, stream, data.heldout_split, heldout, heldout_rows),
+        iterate=iterate_rows,
+        data_config=data_config(),
+        recipe=recipe.to_dict(),
+        recipe_hash=training_hash(recipe, manifests),
+        mlflow_run_id=mlflow_run_id,
+        make_logger=partial(MetricLogger, mlflow_run_id, recipe.tracking.uri, run_url),
+        log_validation=partial(_log_validation, mlflow_run_id, recipe.tracking.uri, run_url),
+    )
+
+
+def manifest_hashes(manifests: Sequence[shards.Manifest]) -> dict[str, str]:
+    """Address -> SHA-256 of each manifest: the identity of the data."""
+    return {manifest.url: manifest.sha256 for manifest in manifests}
+
+
+def training_hash(recipe: Recipe, manifests: Sequence[shards.Manifest]) -> str:
+    """Short hash of all that decides what is trained: the recipe's identity and the data."""
+    text = recipe.digest() + shards.canonical_json([manifest.sha256 for manifest in manifests])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _log_validation(run_id: str | None, uri: str, run_url: str, metrics: Mapping[str, float], step: int) -> None:
+    logger = MetricLogger(run_id, uri, run_url)
+    logger.log(metrics, step)
+    logger.close()

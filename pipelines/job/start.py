@@ -1,0 +1,169 @@
+"""The start model of a run: built or pulled, calibrated, and stored as `init/` before the first step.
+
+A run begins from a stored folder, whatever it began from: workers of any number load the same files, a restart loads
+them again, and pre-training and fine-tuning share everything after this module. `init/READY.json` is written last.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from meteor_model.architectures import LLM_PART, build_config
+from meteor_model.chat import IMAGE_PLACEHOLDER
+from meteor_model.configuration_meteor import MeteorConfig
+from meteor_model.image_processing_meteor import MeteorImageProcessor
+from meteor_model.modeling_meteor import MeteorForConditionalGeneration
+from meteor_model.processing_meteor import MeteorProcessor
+from meteor_model.tokenizer import pretrained_tokenizer, train_tokenizer
+from meteor_model.weights import LoadedPart, load_parts, vocabulary_rows
+from pipelines.calibration.image_plan import Measuring
+from pipelines.calibration.measure import calibrate_ranks
+from pipelines.checkpoint.checkpoint import PROCESSOR_FOLDER, local_copy
+from pipelines.checkpoint.zero3 import save_for_sharding
+from pipelines.config.recipe import Recipe
+from pipelines.data import shards
+from pipelines.data.schema import SampleError, parse_sample
+from pipelines.io import storage
+from pipelines.io.upload import upload_folder
+from pipelines.parts import default_parts_dir, resolve_sources
+from pipelines.registry.publish import pull_model
+
+READY_FILE = "READY.json"
+RANKS_FILE = "ranks.json"
+PARTS_FILE = "parts.json"
+"""In `init/`: source, size and checksum of every pretrained part that was loaded."""
+TOKENIZER_TEXTS = 20_000
+
+
+def prepare_start(recipe: Recipe, manifest: shards.Manifest, run_url: str) -> dict[str, Any]:
+    """Make sure that `init/` and `ranks.json` of a run exist; what an earlier start completed is kept.
+
+    Returns: the content of `ranks.json`.
+
+    Raises:
+        ValueError: where the recipe's pruning does not fit the model, or the start model cannot be pulled.
+    """
+    init_url, ranks_url = storage.join(run_url, "init"), storage.join(run_url, RANKS_FILE)
+    if storage.exists(storage.join(init_url, READY_FILE)):
+        ranks: dict[str, Any] = storage.read_json(ranks_url)
+        return ranks
+    with tempfile.TemporaryDirectory(prefix="meteor-start-") as name:
+        folder = Path(name)
+        loaded: list[LoadedPart] = []
+        if recipe.model.start:
+            model, processor = _pulled(recipe)
+        else:
+            model, processor, loaded = _built(recipe, manifest)
+        parts = [{**asdict(part), "dropped": len(part.dropped)} for part in loaded]
+        if parts:
+            (folder / PARTS_FILE).write_text(json.dumps(parts, indent=2) + "\n")
+        save_for_sharding(model, folder)
+        processor.save_pretrained(folder)
+        upload_folder(folder, init_url)
+        with tempfile.TemporaryDirectory(prefix="meteor-processor-") as small:
+            processor.save_pretrained(small)  # apart from the weights: data tasks on every node need this alone
+            upload_folder(Path(small), storage.join(run_url, PROCESSOR_FOLDER))
+        report = calibrate_ranks(
+            init_url,
+            manifest,
+            recipe.data.train_split,
+            recipe.calibration.samples,
+            Measuring(
+                batch=recipe.calibration.batch,
+                cpus=recipe.data.data_task_cpus,
+                gpus=min(1.0, recipe.training.gpus_per_worker),
+                bad_shards=recipe.data.bad_shards,
+            ),
+        )
+        config = with_pruning(model.config, recipe, report.expected(recipe.pruning.encode.rank_estimator))
+        config.save_pretrained(folder)
+        ranks = {
+            **report.to_dict(),
+            "estimator": recipe.pruning.encode.rank_estimator,
+            "exponent": recipe.pruning.encode.rank_exponent,
+            "budgets": {name: list(budget) for name, budget in config.encode_budgets.items()},
+        }
+        storage.write_json(ranks_url, ranks)
+        storage.write_bytes(storage.join(init_url, "config.json"), (folder / "config.json").read_bytes())
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        storage.write_json(storage.join(init_url, READY_FILE), {"parameters": parameters, "parts": parts})
+    return ranks
+
+
+def loaded_parts(run_url: str) -> list[dict[str, Any]]:
+    """Name, source, size and checksum of the pretrained parts that a prepared run starts from."""
+    parts: list[dict[str, Any]] = storage.read_json(storage.join(run_url, "init", READY_FILE))["parts"]
+    return parts
+
+
+def with_pruning(config: MeteorConfig, recipe: Recipe, ranks: dict[str, list[float]] | None) -> MeteorConfig:
+    """The configuration with the recipe's pruning, and ranks where they are measured."""
+    data = {**config.to_dict(), "pruning": recipe.pruning, "ranks": ranks}
+    return MeteorConfig(**data)
+
+
+def _built(
+    recipe: Recipe, manifest: shards.Manifest
+) -> tuple[MeteorForConditionalGeneration, MeteorProcessor, list[LoadedPart]]:
+    """A model from the architecture: its pretrained parts loaded, the rest random.
+
+    The tokenizer is the LLM's; without a pretrained LLM, one that is trained on the run's own texts.
+    """
+    settings = recipe.model
+    parts = settings.pretrained()
+    sources = resolve_sources(parts.weights, Path(settings.parts_dir or default_parts_dir()), _say)
+    rows = 0
+    if LLM_PART in sources:
+        tokenizer = pretrained_tokenizer(sources[LLM_PART])
+        rows = vocabulary_rows(sources[LLM_PART])  # may be more than the tokenizer's
+    else:
+        texts = islice(_texts(manifest, recipe.data.train_split), TOKENIZER_TEXTS)
+        tokenizer = train_tokenizer(texts, settings.vocab_size)
+    special_ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
+    vocabulary = max(len(tokenizer), rows)
+    config = build_config(settings.architecture, recipe.pruning, vocabulary, special_ids, image_token_id)
+    torch.manual_seed(settings.seed)
+    model = MeteorForConditionalGeneration(config)
+    loaded = load_parts(model, sources)
+    images = MeteorImageProcessor(parts.image_size)
+    return model, MeteorProcessor(images, tokenizer, config.tokens_per_image, template=settings.template), loaded
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _pulled(recipe: Recipe) -> tuple[MeteorForConditionalGeneration, MeteorProcessor]:
+    """A registered or stored model under the recipe's pruning and chat template."""
+    start = recipe.model.start
+    assert start is not None
+    with tempfile.TemporaryDirectory(prefix="meteor-pull-") as name, ExitStack() as stored:
+        if storage.is_s3(start):
+            start = str(stored.enter_context(local_copy(start)))
+        folder = pull_model(start, Path(name) / "model", recipe.tracking.uri)
+        model = MeteorForConditionalGeneration.from_pretrained(folder)
+        processor = MeteorProcessor.from_pretrained(folder)
+    model.config = config = with_pruning(model.config, recipe, None)
+    processor.tokens_per_image, processor.template = config.tokens_per_image, recipe.model.template
+    return model, processor
+
+
+def _texts(manifest: shards.Manifest, split: str) -> Iterator[str]:
+    """The turns of a split's samples, shard by shard; faulty samples are left to the training stream to count."""
+    for info in manifest.split(split):
+        for key, members in shards.read_shard(manifest.url, info):
+            try:
+                sample = parse_sample(key, members)
+            except SampleError:
+                continue
+            yield from (turn.text for turn in sample.turns)

@@ -1,0 +1,137 @@
+"""summary.json: what a run came to, for machines and, printed, for people."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from meteor_model.configuration_meteor import MeteorConfig
+from pipelines.checkpoint.checkpoint import TrainState
+from pipelines.config.recipe import Recipe
+from pipelines.evaluation.questions import Answer
+from pipelines.evaluation.scores import normalise
+from pipelines.io import storage
+from pipelines.registry.publish import RegisteredVersion
+
+SUMMARY_FILE = "summary.json"
+
+
+def visual_tokens(config: MeteorConfig, answers: Sequence[Answer]) -> dict[str, Any]:
+    """Visual tokens per image: each encoder's in and kept per boundary, fusion in and kept, and the mean number kept
+    per sample after stage 3 on the held-out questions."""
+    budgets = config.encode_budgets
+    return {
+        "encode": {
+            name: {"in": config.encoder_tokens[name], "kept_per_boundary": list(budget)}
+            for name, budget in budgets.items()
+        },
+        "fuse": {"in": sum(budget[-1] for budget in budgets.values()), "kept": config.tokens_per_image},
+        "decode_kept_mean": sum(a.visual_tokens_kept for a in answers) / len(answers) if answers else None,
+    }
+
+
+def build_summary(
+    *,
+    run_name: str,
+    mlflow_run_id: str,
+    expected: int,
+    state: TrainState,
+    ranks: Mapping[str, Any],
+    config: MeteorConfig,
+    parity: float,
+    answers: Sequence[Answer],
+    version: RegisteredVersion,
+    samples_per_s: float,
+    wall_s: Mapping[str, float],
+) -> dict[str, Any]:
+    """The content of summary.json; numbers as they were measured."""
+    right = sum(normalise(answer.answer) == normalise(answer.expected) for answer in answers)
+    return {
+        "run_name": run_name,
+        "run_id": mlflow_run_id,
+        "model_uri": version.uri,
+        "model_alias_uri": f"models:/{version.name}@{version.alias}",
+        "world_size": state.world_size,
+        "steps": state.step,
+        "samples_expected": expected,
+        "samples_seen": state.samples_seen,
+        "dropped": dict(state.dropped),
+        "padding_share": state.padding_share,
+        "restarts": state.restarts,
+        "loss_first": state.loss_first,
+        "loss_last": state.loss_last,
+        **state.final,
+        "heldout_answers": len(answers),
+        "heldout_answers_right": right,
+        "visual_tokens": visual_tokens(config, answers),
+        "ranks": {"estimator": ranks["estimator"], "images": ranks["images"]},
+        "lambda": config.pruning.decode.lam,
+        "parity_max_abs_diff": parity,
+        "samples_per_s": samples_per_s,
+        "wall_s": {**wall_s, "total": round(sum(wall_s.values()), 2)},
+    }
+
+
+def store_summary(recipe: Recipe, run_url: str, summary: Mapping[str, Any], pictures: Path) -> None:
+    """Beside the run in storage, and with the pictures in `run.output` where that is set."""
+    storage.write_json(storage.join(run_url, SUMMARY_FILE), summary)
+    if recipe.run.output is not None:
+        output = Path(recipe.run.output)
+        shutil.rmtree(output / "pictures", ignore_errors=True)
+        shutil.copytree(pictures, output / "pictures")
+        storage.write_json(str(output / SUMMARY_FILE), summary)
+
+
+def load_summary(recipe: Recipe, run_url: str) -> dict[str, Any]:
+    """The summary of a finished run; also written to `run.output` where that is set."""
+    summary: dict[str, Any] = storage.read_json(storage.join(run_url, SUMMARY_FILE))
+    if recipe.run.output is not None:
+        storage.write_json(str(Path(recipe.run.output) / SUMMARY_FILE), summary)
+    return summary
+
+
+def readable(summary: Mapping[str, Any], answers: Sequence[Answer] = ()) -> str:
+    """The summary for people."""
+    tokens = summary["visual_tokens"]
+    encoders = "; ".join(
+        f"{name} {part['in']} -> {' -> '.join(map(str, part['kept_per_boundary']))}"
+        for name, part in tokens["encode"].items()
+    )
+    dropped = ", ".join(f"{count} {reason}" for reason, count in summary["dropped"].items()) or "none"
+    gain = 1 - summary["heldout_loss"] / summary["heldout_loss_shuffled_images"]
+    kept = tokens["decode_kept_mean"]
+    lines = [
+        ("run", f"{summary['run_name']} (MLflow run {summary['run_id']})"),
+        ("samples", f"{summary['samples_seen']} of {summary['samples_expected']} trained, dropped: {dropped}"),
+        (
+            "training",
+            f"{summary['steps']} steps, {summary['world_size']} workers, {summary['samples_per_s']:.1f} samples/s, "
+            f"{summary['padding_share']:.0%} padding, {summary['restarts']} restarts",
+        ),
+        ("loss", f"{summary['loss_first']:.3f} -> {summary['loss_last']:.3f}"),
+        (
+            "held out",
+            f"{summary['heldout_loss']:.3f}; with shuffled images "
+            f"{summary['heldout_loss_shuffled_images']:.3f} ({gain:.0%} lower with the true ones)",
+        ),
+        ("answers", f"{summary['heldout_answers_right']} of {summary['heldout_answers']} held-out questions right"),
+        ("encode", encoders),
+        ("fuse", f"{tokens['fuse']['in']} -> {tokens['fuse']['kept']} visual tokens into the LLM"),
+        (
+            "decode",
+            "off"
+            if kept is None
+            else f"{kept:.1f} kept on average, lambda {summary['lambda']:.4g}"
+            if summary["lambda"] is not None
+            else f"{kept:.1f} kept on average",
+        ),
+        ("parity", f"largest logit difference to the training model {summary['parity_max_abs_diff']:.2g}"),
+        ("model", f"{summary['model_uri']} = {summary['model_alias_uri']}"),
+        ("seconds", ", ".join(f"{name} {seconds:.0f}" for name, seconds in summary["wall_s"].items())),
+    ]
+    text = "\n".join(f"  {name:<9} {value}" for name, value in lines)
+    for answer in list(answers)[:4]:
+        text += f"\n  {'asked':<9} {answer.question!r}: {answer.answer!r} (expected {answer.expected!r})"
+    return text

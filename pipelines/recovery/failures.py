@@ -1,0 +1,97 @@
+"""From what Ray Train raises to the error that a user can act on."""
+
+import re
+
+import ray.exceptions
+import ray.train
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+from pipelines.data.tar_format import ShardError
+from pipelines.io.storage import TransientStorageError
+from pipelines.recovery.preemption import Preempted
+
+SHOWN_LINES = 12
+# Ray Data appends to an error's own message what it thinks of retrying it.
+_RETRY_ADVICE = re.compile(r"\nFailed to [^\n]* after \d+/\d+ attempts \(total backoff .*", re.DOTALL)
+
+
+class TrainingError(RuntimeError):
+    """A training stopped for a reason that is no fault of its settings or data; the message says how to go on.
+
+    Args:
+        subject: what failed, e.g. the run.
+        summary: who failed with what.
+        preempted: the machine is taken away; no failure of the training.
+    """
+
+    def __init__(self, subject: str, summary: str, preempted: bool = False) -> None:
+        super().__init__(
+            f"{subject}: {summary}\n"
+            "Start the same command again under the same run name to continue from the last checkpoint."
+        )
+        self.summary = summary
+        self.preempted = preempted
+
+
+def root_cause(error: ray.train.TrainingFailedError, subject: str) -> Exception:
+    """The error to raise instead of `error`.
+
+    When one worker fails, the others fail with it, in their collective operations. The project's own errors are
+    ValueErrors, so the first of those is the cause, and it is returned as it was raised. Anything else becomes a
+    TrainingError, a storage that was away for too long as well.
+    """
+    failures = _failures(error)
+    for _, failure in failures:
+        if isinstance(failure, ValueError) and not may_pass(failure):
+            return failure
+    for who, failure in failures:
+        if isinstance(failure, Preempted):
+            return TrainingError(subject, f"{who} was {failure}", preempted=True)
+    who, failure = min(failures, key=lambda item: _distance(item[1]))
+    return TrainingError(subject, f"{who} {_what_happened(failure)}")
+
+
+def may_pass(failure: ValueError) -> bool:
+    """Whether the same attempt, made again, may succeed: storage was away."""
+    unreadable = isinstance(failure, ShardError) and failure.fault == "unreadable"
+    return unreadable or isinstance(failure, TransientStorageError)
+
+
+def _distance(failure: BaseException) -> int:
+    """How far from the cause: a process that died, then any other error, then what its absence did to the others."""
+    if isinstance(failure, ray.exceptions.RayActorError):
+        return 0
+    return 2 if isinstance(failure, RuntimeError) else 1
+
+
+def _what_happened(failure: BaseException) -> str:
+    if isinstance(failure, ray.exceptions.RayActorError):
+        found = dict(re.findall(r"^\s*(pid|ip): (\S+)", str(failure), re.MULTILINE))
+        where = f" (pid {found['pid']} on {found['ip']})" if len(found) == 2 else ""
+        return f"died{where}: killed from outside, out of memory, or its node is gone"
+    lines = str(failure).splitlines()
+    return f"failed with {type(failure).__name__}: " + "\n".join(lines[:SHOWN_LINES])
+
+
+def _failures(error: ray.train.TrainingFailedError) -> list[tuple[str, BaseException]]:
+    if isinstance(error, ray.train.WorkerGroupError):
+        return [(f"worker {rank}", _unwrap(failure)) for rank, failure in sorted(error.worker_failures.items())]
+    if isinstance(error, ray.train.ControllerError):
+        return [("the start of the workers", _unwrap(error.controller_failure))]
+    return [("the training", error)]
+
+
+def _unwrap(error: BaseException) -> BaseException:
+    """The innermost error that a Ray task, a data operator or a health check wraps."""
+    inner: BaseException | None = None
+    if isinstance(error, ray.exceptions.RayTaskError):
+        inner = error.cause
+    elif isinstance(error, WorkerHealthCheckFailedError):
+        inner = error.health_check_failure
+    elif isinstance(error, ray.exceptions.UserCodeException):
+        inner = error.__cause__
+    if inner is not None and inner is not error:
+        return _unwrap(inner)
+    if error.args and isinstance(error.args[0], str):
+        error.args = (_RETRY_ADVICE.sub("", error.args[0]), *error.args[1:])
+    return error

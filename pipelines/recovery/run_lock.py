@@ -1,0 +1,102 @@
+"""One job at a time for a run: two would overwrite each other's checkpoints.
+
+The claim is an actor, so it also carries the word that an attempt to train has failed from Ray's controller to the
+validations beside it (`pipelines.training.validation`).
+"""
+
+import hashlib
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.exceptions
+import ray.train
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+NAMESPACE = "meteor"
+PATIENCE_S = 60.0  # the claim of a driver that was killed lives on for some seconds
+PAUSE_S = 1.0
+
+
+class RunInUseError(ValueError):
+    """Another job of this Ray cluster trains the run; the message says what to do."""
+
+
+class _ClaimActor:
+    """There as long as its driver."""
+
+    def __init__(self) -> None:
+        self.failed_attempt = -1
+
+    def fail(self, attempt: int) -> None:
+        """Attempts up to this one have failed."""
+        self.failed_attempt = max(self.failed_attempt, attempt)
+
+    def failed(self, attempt: int) -> bool:
+        """Whether this attempt has failed."""
+        return attempt <= self.failed_attempt
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One attempt to train a claimed run; found by name from any process of the cluster."""
+
+    name: str
+    attempt: int = 0
+
+    def fail(self) -> None:
+        """Say that this attempt has failed; waits for nobody."""
+        with suppress(ValueError, ray.exceptions.RayError):
+            ray.get_actor(self.name, NAMESPACE).fail.remote(self.attempt)
+
+    def failed(self) -> bool:
+        """Whether this attempt has failed, or its driver is gone."""
+        try:
+            return bool(ray.get(ray.get_actor(self.name, NAMESPACE).failed.remote(self.attempt)))
+        except (ValueError, ray.exceptions.RayError):
+            return True
+
+
+class TellsOfFailure(ray.train.UserCallback):
+    """In Ray's controller, which imports this module: what runs beside the training learns that it failed."""
+
+    def __init__(self, claim: Claim) -> None:
+        self.claim = claim
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """One or more workers have failed."""
+        self.claim.fail()
+
+
+@contextmanager
+def exclusive(run_url: str, subject: str, patience_s: float = PATIENCE_S) -> Iterator[Claim]:
+    """Hold the run at `run_url` for this driver inside the block; Ray must be initialised.
+
+    It covers the jobs of one Ray cluster, and ends with the driver, however that ends.
+
+    Raises:
+        RunInUseError: if another driver still holds it after `patience_s` seconds.
+    """
+    name = f"run-{hashlib.sha256(run_url.encode()).hexdigest()[:16]}"
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)  # ends with the driver
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            actor = ray.remote(num_cpus=0)(_ClaimActor)
+            claim = actor.options(name=name, namespace=NAMESPACE, scheduling_strategy=here).remote()
+            ray.get(claim.failed.remote(0))
+            break
+        except (ValueError, ray.exceptions.RayActorError) as error:  # the name is taken, or its node went just now
+            if time.monotonic() > deadline:
+                raise RunInUseError(
+                    f"{subject} is being trained by another job: wait for it, stop it (`ray job list`, "
+                    f"`ray job stop`), or use another --run.name ({error})"
+                ) from error
+            time.sleep(PAUSE_S)
+    try:
+        yield Claim(name)
+    finally:
+        ray.kill(claim)

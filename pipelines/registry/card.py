@@ -1,0 +1,173 @@
+"""The model card: what a version is, how well it answers, what it costs, where it comes from, and under which licences.
+
+It is the README.md of the exported folder, sealed with it, and the description of the version in MLflow. Scores that
+are measured later reach the description alone (`with_scores`): the registered folder never changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from meteor_model.configuration_meteor import MeteorConfig
+from meteor_model.flops import TEXT_TOKENS, count_flops
+from pipelines.config.recipe import Recipe
+from pipelines.data import shards
+from pipelines.evaluation.scores import Interval, Score, at_mean
+from pipelines.parts import PARTS
+from pipelines.registry.folder import PARITY_TOLERANCE, USE, introduction
+from pipelines.tracking.mlflow_run import redact
+
+PARITY_TAG = "parity_max_abs_diff"
+BASE_TAG = "base"
+"""Tag of a variant: the version whose weights it has."""
+LICENCE_TAG = "licence."
+"""Prefix of the tags with the licences of a model's parts."""
+SCORES_HEADING = "## Scores"
+
+_ORIGIN = {
+    BASE_TAG: "variant of",
+    "start": "training started from",
+    "job": "job",
+    "recipe": "recipe",
+    "run_name": "run",
+    "run_id": "MLflow run",
+    "manifest": "data manifest",
+    "manifest_sha256": "sha256 of the manifest",
+    "mixture": "further manifests",
+    "git_commit": "commit",
+    "training_commit": "commit of the training",
+    "heldout_loss": "held-out loss at the end of the training",
+}
+"""Tags that say where a version comes from, and what the card calls them."""
+DATA_TAGS = ("manifest", "manifest_sha256", "mixture")
+TRAINING_TAGS = ("recipe", "run_name", "start")
+"""Tags that a variant takes over from its base."""
+
+
+def card(config: MeteorConfig, tags: Mapping[str, str], scores: Mapping[str, Score]) -> str:
+    """The model card of a version.
+
+    Args:
+        config: of the model.
+        tags: of the version: where it comes from (`_ORIGIN`), its parity, the licences of its parts.
+        scores: name of the suite -> score; empty where it is not scored yet.
+    """
+    tags = redact(tags)
+    parts = [introduction(config), scores_section(scores), _cost(config, scores), _calibration(config), _origin(tags)]
+    return "\n".join([*parts, _licences(tags), USE])
+
+
+def with_scores(description: str, scores: Mapping[str, Score]) -> str:
+    """A description with these scores in place of those it had."""
+    before, heading, after = description.partition(SCORES_HEADING + "\n")
+    if not heading:
+        return f"{description.rstrip()}\n\n{scores_section(scores)}".lstrip()
+    _, following, rest = after.partition("\n## ")
+    return before + scores_section(scores) + following + rest
+
+
+def scores_section(scores: Mapping[str, Score]) -> str:
+    """The table of scores with their 95 % intervals."""
+    if not scores:
+        return f"{SCORES_HEADING}\n\nNot scored on a suite yet (`jobs/evaluate.py`).\n"
+    rows = "\n".join(
+        f"| {name} ({score.suite}) | {score.questions} | {_measured(score.accuracy, score.accuracy_interval)} | "
+        f"{_measured(score.answer_nll, score.answer_nll_interval)} | {score.visual_tokens} > "
+        f"{score.visual_tokens_mean:.1f} | {score.tflops:.4g} |"
+        for name, score in scores.items()
+    )
+    return (
+        f"{SCORES_HEADING}\n\nWith 95 % intervals: Wilson's for the accuracy, a bootstrap over questions for the "
+        "negative log-likelihood of the expected answers (nats per token).\n\n"
+        "| suite | questions | accuracy | answer NLL | visual tokens an image, after stage 3 | TFLOPs |\n"
+        f"|---|---|---|---|---|---|\n{rows}\n"
+    )
+
+
+def _measured(value: float, interval: Interval) -> str:
+    return f"{value:.4f} [{interval.low:.4f}, {interval.high:.4f}]"
+
+
+def _cost(config: MeteorConfig, scores: Mapping[str, Score]) -> str:
+    decode = config.pruning.decode
+    if scores:
+        kept = [score.visual_tokens_mean for score in scores.values()][-1]
+        config, where = at_mean(config, kept), f"stage 3 at its measured mean of {kept:.1f} tokens"
+    elif decode.enabled and decode.target_mean is None:
+        return "## Cost\n\nNot counted: stage 3 has no target mean, and no suite has measured its mean yet.\n"
+    else:
+        where = f"stage 3 at its target mean of {decode.target_mean:g} tokens" if decode.enabled else "stage 3 off"
+    report = count_flops(config)
+    rows = "\n".join(
+        f"| {name} | {flops / 1e12:.4g} |"
+        for name, flops in (
+            ("encoders", report.encoding),
+            ("projectors", report.projection),
+            ("fusion scores", report.fusion),
+            ("language model, prefill", report.llm),
+            ("total", report.total),
+        )
+    )
+    return (
+        f"## Cost\n\nOne image and {TEXT_TOKENS} text tokens up to the first answer token, {where}.\n\n"
+        f"| part | TFLOPs |\n|---|---|\n{rows}\n"
+    )
+
+
+def _calibration(config: MeteorConfig) -> str:
+    encode, decode = config.pruning.encode, config.pruning.decode
+    lines = []
+    if encode.enabled:
+        lines.append(f"- rank estimator {encode.rank_estimator}, exponent {encode.rank_exponent:g}")
+        if config.ranks is None:
+            lines.append("- ranks not measured: encoders share by token count alone")
+        else:
+            for name, ranks in config.ranks.items():
+                lines.append(f"- expected ranks of {name}: {', '.join(f'{rank:.4g}' for rank in ranks)}")
+    if decode.enabled:
+        lam = "not solved" if decode.lam is None else f"{decode.lam:.6g}"
+        goal = "none" if decode.target_mean is None else f"{decode.target_mean:g} tokens"
+        lines.append(f"- lambda {lam} for a target mean of {goal}")
+        lines.append(f"- scores of LLM layer {decode.layer}, {config.decode_heads} heads, query {decode.query}")
+    return "## Calibration\n\n" + ("\n".join(lines) or "Nothing is pruned.") + "\n"
+
+
+def _origin(tags: Mapping[str, str]) -> str:
+    rows = [f"| {label} | {tags[tag]} |" for tag, label in _ORIGIN.items() if tags.get(tag)]
+    parity = tags.get(PARITY_TAG)
+    proven = (
+        "not checked" if parity is None else f"{parity} (allowed: {tags.get('parity_tolerance', PARITY_TOLERANCE)})"
+    )
+    rows.append(f"| largest logit difference of this folder, loaded again, to the model it was made of | {proven} |")
+    return "## Where it comes from\n\n| | |\n|---|---|\n" + "\n".join(rows) + "\n"
+
+
+def _licences(tags: Mapping[str, str]) -> str:
+    found = {key.removeprefix(LICENCE_TAG): text for key, text in tags.items() if key.startswith(LICENCE_TAG)}
+    if not found:
+        return "## Licences of the parts\n\nNot recorded.\n"
+    rows = "\n".join(f"| {part} | {text} |" for part, text in sorted(found.items()))
+    return f"## Licences of the parts\n\n| part | licence |\n|---|---|\n{rows}\n"
+
+
+def licence_tags(recipe: Recipe, manifests: Sequence[shards.Manifest], inherited: Mapping[str, str]) -> dict[str, str]:
+    """Licences of what a training was made from, as tags: data, pretrained parts, the code.
+
+    Args:
+        recipe: of the training.
+        manifests: of the data; a manifest names its licence in `spec`.
+        inherited: tags of the version that the training started from; empty where it started from parts.
+    """
+    tags = {key: text for key, text in inherited.items() if key.startswith(LICENCE_TAG)}
+    tags[f"{LICENCE_TAG}code"] = "Apache-2.0"
+    for manifest in manifests:
+        source = manifest.spec.get("source", {})
+        name = source.get("name", "unknown")
+        tags[f"{LICENCE_TAG}data.{name}"] = source.get("license", f"not recorded in {manifest.url}")
+    if recipe.model.start is None:
+        for part, source in recipe.model.pretrained().weights.items():
+            known = PARTS.get(source.removeprefix("parts:")) if source.startswith("parts:") else None
+            tags[f"{LICENCE_TAG}weights.{part}"] = f"{known.licence}: {known.what}" if known else f"that of {source}"
+        if not recipe.model.pretrained().weights:
+            tags[f"{LICENCE_TAG}weights"] = "Apache-2.0: random weights, trained here"
+    return tags

@@ -1,0 +1,47 @@
+"""A model wherever it is kept, on the machine and the device that are to run it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from pipelines.checkpoint.checkpoint import local_copy
+from pipelines.config.settings import SettingsError
+from pipelines.registry.folder import CHECKSUMS_FILE, ExportError, verify_checksums
+
+
+@contextmanager
+def open_model(model: str, uri: str | None = None) -> Iterator[Path]:
+    """The files of a model on this machine; those with checksums are checked byte by byte.
+
+    Args:
+        model: a folder that this machine can read, one in object storage, models:/NAME@ALIAS or models:/NAME/VERSION.
+        uri: of the tracking server, for a registered model; None takes MLFLOW_TRACKING_URI.
+
+    Raises:
+        ExportError: no model there, or files that are missing or changed.
+        TrackingError, StorageError: of what is read.
+    """
+    if model.startswith("models:"):
+        from pipelines.registry.publish import pull_model  # here: it loads MLflow, which actors on a folder do not need
+
+        with TemporaryDirectory(prefix="meteor-pull-") as scratch:
+            yield pull_model(model, Path(scratch) / "model", uri)
+        return
+    with local_copy(model) as folder:
+        if (folder / CHECKSUMS_FILE).is_file():
+            verify_checksums(folder)
+        elif not (folder / "config.json").is_file():
+            raise ExportError(f"{model} holds no model: there is no config.json")
+        yield folder
+
+
+def device_for(gpus: float) -> str:
+    """Where a process that reserves so many GPUs computes. Raises SettingsError where there is none to be had."""
+    if gpus and not torch.cuda.is_available():
+        raise SettingsError(f"gpus is {gpus:g}, but torch finds no CUDA device where the model is to run")
+    return "cuda" if gpus else "cpu"

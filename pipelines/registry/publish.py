@@ -1,0 +1,228 @@
+"""From a trained model to a registered one, and back.
+
+1. `export_model`    config, processor, safetensors and a README in one folder, sealed by `checksums.json`
+2. `check_parity`    the folder alone, loaded again, gives the logits that the training model gave
+3. `register_model`  the folder, with the code that answers, becomes a version of a registered model, under aliases
+4. `pull_model`      `models:/NAME@ALIAS` -> the same folder, every byte checked, through MLflow alone;
+                     `load_registered` loads it
+
+1 and 2 are in `pipelines/registry/folder.py`, which knows nothing of MLflow; versions and aliases in
+`pipelines/registry/versions.py`.
+"""
+
+import base64
+import importlib.metadata
+import io
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModelOutput
+from mlflow.models import Model, ModelSignature
+from mlflow.pyfunc import PythonModelContext
+from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+from PIL import Image
+
+import meteor_model
+from meteor_model.configuration_meteor import MeteorConfig
+from meteor_model.modeling_meteor import MeteorForConditionalGeneration
+from meteor_model.processing_meteor import MeteorProcessor
+from pipelines.registry import pyfunc_model
+from pipelines.registry.folder import (
+    CARD_FILE,
+    CHECKSUMS_FILE,
+    ExportError,
+    ParityError,
+    check_parity,
+    export_model,
+    tokens_by_stage,
+    verify_checksums,
+)
+from pipelines.registry.versions import RegisteredVersion, create_version, move_alias, resolve_model
+from pipelines.tracking.mlflow_run import TrackingError, patiently, redact, require_tracking, use_tracking
+
+__all__ = [
+    "ExportError",
+    "ParityError",
+    "RegisteredVersion",
+    "check_parity",
+    "export_model",
+    "load_registered",
+    "pull_model",
+    "register_model",
+    "resolve_model",
+]
+
+# What answers in another process; meteor_model itself travels as code.
+REQUIREMENTS = (
+    "mlflow",
+    "torch",
+    "torchvision",
+    "transformers",
+    "timm",
+    "tokenizers",
+    "safetensors",
+    "pillow",
+    "numpy",
+    "pandas",
+)
+
+SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec("string", "image", required=False), ColSpec("string", "prompt")]),
+    outputs=Schema([ColSpec("string")]),
+    params=ParamSchema(
+        [
+            ParamSpec("max_new_tokens", "long", pyfunc_model.DEFAULT_NEW_TOKENS),
+            ParamSpec("visual_tokens", "long", None),
+        ]
+    ),
+)
+
+
+def example_input(image_size: int) -> pd.DataFrame:
+    """One small real row of the signature: a picture of `image_size` pixels in base64, and a question."""
+    picture = Image.new("RGB", (image_size, image_size), (200, 30, 30))
+    picture.paste((30, 30, 200), (0, 0, image_size // 2, image_size // 2))
+    stream = io.BytesIO()
+    picture.save(stream, format="PNG")
+    return pd.DataFrame({"image": [base64.b64encode(stream.getvalue()).decode()], "prompt": ["What is this?"]})
+
+
+def register_model(
+    folder: Path, *, uri: str, name: str, aliases: Sequence[str], run_id: str, tags: Mapping[str, str]
+) -> RegisteredVersion:
+    """Log the exported folder as a model of the run and register it as a new version, to which the aliases move.
+
+    Its README.md, the model card, becomes the version's description.
+
+    The model answers its own input example first, so that none is registered that cannot. Nothing is pickled: MLflow
+    gets the folder, the source of `pipelines/registry/pyfunc_model.py` and of meteor_model, and pinned requirements.
+
+    Args:
+        folder: written by `export_model`.
+        uri: of the tracking server, which is the registry too.
+        name: of the registered model; made if there is none.
+        aliases: e.g. latest-pretrain; at least one.
+        run_id: the run that trained it.
+        tags: of the version, beside those of `tokens_by_stage`.
+
+    Raises:
+        ExportError: a folder that is not whole.
+        TrackingError: a server that is away or refuses.
+    """
+    use_tracking(uri)
+    verify_checksums(folder)
+    config = MeteorConfig.from_pretrained(folder)
+    example = example_input(config.image_size)
+    _answer_example(folder, example)
+    client = MlflowClient(uri)
+    all_tags = {**tokens_by_stage(config), **redact(tags)}
+    experiment_id = patiently(f"run {run_id}", lambda: client.get_run(run_id)).info.experiment_id
+    logged = patiently(f"model {name}", lambda: client.create_logged_model(experiment_id, name, run_id, all_tags))
+    with tempfile.TemporaryDirectory(prefix="meteor-register-") as scratch:
+        packed = Path(scratch) / "model"
+        metadata = Model(artifact_path=logged.artifact_location, run_id=run_id, model_id=logged.model_id)
+        _pack(folder, packed, example, metadata)
+        patiently(f"the files of model {name}", lambda: client.log_model_artifacts(logged.model_id, str(packed)))
+    patiently(f"model {name}", lambda: client.finalize_logged_model(logged.model_id, "READY"))
+    patiently(f"run {run_id}", lambda: client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)]))
+    card = (folder / CARD_FILE).read_text()
+    version = create_version(uri, name, run_id=run_id, model_id=logged.model_id, tags=all_tags, description=card)
+    for alias in aliases:
+        move_alias(name, alias, version, uri)
+    return RegisteredVersion(name, version, tuple(aliases), run_id, logged.model_id)
+
+
+def _answer_example(folder: Path, example: pd.DataFrame) -> None:
+    context = PythonModelContext({"model": str(folder)}, None)
+    answering = pyfunc_model.MeteorPyfunc()
+    answering.load_context(context)
+    answering.predict(context, example, {"max_new_tokens": 4})
+
+
+def _pack(folder: Path, target: Path, example: pd.DataFrame, metadata: Model) -> None:
+    """MLflow's form of the model in `target`. Requirements are given, or MLflow would run the model to guess them."""
+    mlflow.pyfunc.save_model(
+        path=str(target),
+        python_model=pyfunc_model.__file__,
+        artifacts={"model": str(folder)},
+        code_paths=[str(Path(meteor_model.__file__).parent)],
+        signature=SIGNATURE,
+        input_example=example,
+        pip_requirements=requirements(),
+        mlflow_model=metadata,
+    )
+    for cache in list(target.rglob("__pycache__")):
+        shutil.rmtree(cache)
+
+
+def requirements() -> list[str]:
+    """The packages that the registered model needs, pinned to what is installed here."""
+    return [f"{package}=={importlib.metadata.version(package).split('+')[0]}" for package in REQUIREMENTS]
+
+
+def pull_model(model: str, destination: Path, uri: str | None = None) -> Path:
+    """The exported folder of a registered model, downloaded through MLflow alone and checked byte by byte.
+
+    Args:
+        model: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, or a folder that `export_model` wrote (used where it is).
+        destination: an empty or new folder.
+        uri: of the tracking server; None takes MLFLOW_TRACKING_URI.
+
+    Raises:
+        TrackingError: an unknown model, alias or version (says which there are), or a server that is away.
+        ExportError: files that are missing or changed, or a model of another kind.
+    """
+    if not model.startswith("models:"):
+        verify_checksums(_existing_folder(model))
+        return Path(model)
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "") if uri is None else uri
+    require_tracking(uri)
+    use_tracking(uri)
+    name, version = resolve_model(model, uri)
+    if destination.exists() and any(destination.iterdir()):
+        raise ExportError(f"{destination} is not empty: pull into a new folder")
+    source = f"models:/{name}/{version}/artifacts"
+    try:
+        patiently(
+            f"the download of {source}",
+            lambda: mlflow.artifacts.download_artifacts(source, dst_path=str(destination), tracking_uri=uri),
+        )
+    except TrackingError as error:
+        raise TrackingError(f"version {version} of {name} cannot be downloaded as a METEOR model: {error}") from error
+    (folder,) = list(destination.rglob(CHECKSUMS_FILE))[:1] or [destination / CHECKSUMS_FILE]
+    verify_checksums(folder.parent)
+    return folder.parent
+
+
+def _existing_folder(model: str) -> Path:
+    if not Path(model).is_dir():
+        raise ExportError(
+            f"{model!r} is neither a folder nor a registered model: write models:/NAME@ALIAS or models:/NAME/VERSION"
+        )
+    return Path(model)
+
+
+def load_registered(
+    model: str, uri: str | None = None, device: str = "cpu"
+) -> tuple[MeteorForConditionalGeneration, MeteorProcessor]:
+    """Model (fp32 as it was exported, eval mode) and processor of a registered model.
+
+    Args:
+        model: as for `pull_model`.
+        uri: of the tracking server; None takes MLFLOW_TRACKING_URI.
+        device: where the model goes.
+
+    Raises:
+        TrackingError, ExportError: as `pull_model`.
+    """
+    with tempfile.TemporaryDirectory(prefix="meteor-pull-") as scratch:
+        folder = pull_model(model, Path(scratch) / "model", uri)
+        processor = MeteorProcessor.from_pretrained(folder)
+        loaded = MeteorForConditionalGeneration.from_pretrained(folder, use_safetensors=True)
+    return loaded.to(device).eval(), processor

@@ -1,0 +1,219 @@
+"""Scores of registered versions: filed with the version, read again, and compared in pairs on one suite.
+
+A score has two places. The whole, question by question, is an artifact of the version's run, in `scores/`; the numbers,
+with the path of the whole, are the version's tag `score.SUITE`, one per suite. The suite that was scored last stands in
+plain tags as well (`suite`, `accuracy`, ...), for people and for MLflow's search.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+
+from pipelines.evaluation.scores import Comparison, Score, ScoringError, compare_scores
+from pipelines.evaluation.scoring import Suite
+from pipelines.registry.card import with_scores
+from pipelines.registry.versions import describe_version, get_version
+from pipelines.tracking.mlflow_run import TrackingError, hide_passwords, log_documents, patiently, use_tracking
+
+SCORE_TAG = "score."
+SUITE_TAG = "suite"
+_SUITE_NAME = re.compile(r"(?P<questions>\d+) x (?P<split>\S+) of (?P<manifest>\S+)")
+
+
+@dataclass(frozen=True)
+class StoredScore:
+    """What a version's tag says of one suite.
+
+    Attributes:
+        suite: name of the suite for people.
+        score: without its questions.
+        artifact: path of the whole among the artifacts of the version's run.
+    """
+
+    suite: str
+    score: Score
+    artifact: str
+
+    def to_json(self) -> str:
+        """The tag's value."""
+        return json.dumps({"suite": self.suite, "score": self.score.to_dict(), "artifact": self.artifact})
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> StoredScore:
+        """The tag's value, read. Raises ScoringError that names `where`."""
+        try:
+            data = json.loads(text)
+            return cls(str(data["suite"]), Score.from_dict(data["score"]), str(data["artifact"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ScoringError(f"{where} holds no score ({error}): evaluate the version again") from None
+
+
+def suite_name(suite: Suite | None) -> str:
+    """A suite for people; None is one of which only the digest is known."""
+    return "suite" if suite is None else f"{suite.questions} x {suite.split} of {hide_passwords(suite.manifest)}"
+
+
+def score_tags(stored: StoredScore) -> dict[str, str]:
+    """The tags of a version that hold a score."""
+    score = stored.score
+    accuracy, nll = score.accuracy_interval, score.answer_nll_interval
+    return {
+        SUITE_TAG: score.suite,
+        "suite_name": stored.suite,
+        "accuracy": f"{score.accuracy:.4f}",
+        "accuracy_interval": f"{accuracy.low:.4f} {accuracy.high:.4f}",
+        "answer_nll": f"{score.answer_nll:.4f}",
+        "answer_nll_interval": f"{nll.low:.4f} {nll.high:.4f}",
+        "visual_tokens_mean": f"{score.visual_tokens_mean:.2f}",
+        "tflops": f"{score.tflops:.6g}",
+        SCORE_TAG + score.suite: stored.to_json(),
+    }
+
+
+def stored_scores(version: ModelVersion) -> dict[str, StoredScore]:
+    """Digest of a suite -> what the version's tags say of it. Raises ScoringError for a tag that holds no score."""
+    return {
+        key.removeprefix(SCORE_TAG): StoredScore.from_json(value, f"tag {key} of {version.name}/{version.version}")
+        for key, value in version.tags.items()
+        if key.startswith(SCORE_TAG)
+    }
+
+
+def file_score(
+    uri: str, name: str, version: int, score: Score, suite: Suite | None, settings: Mapping[str, Any] | None = None
+) -> None:
+    """File a score with a version: the whole as an artifact first, then the tags that name it, then the description.
+
+    Args:
+        uri: of the registry.
+        name: of the registered model.
+        version: which one.
+        score: with its questions.
+        suite: for its name; None where it is not known.
+        settings: what else belongs to the measurement (e.g. commit, device); kept with the whole.
+
+    Raises:
+        ScoringError: a score without its questions, or one that is no number.
+        TrackingError: an unknown version, one without a run, or a server that is away.
+    """
+    if len(score.records) != score.questions:
+        raise ScoringError(f"a score is filed with its {score.questions} questions, this one has {len(score.records)}")
+    for measure in (score.accuracy, score.answer_nll, score.visual_tokens_mean, score.tflops):
+        if not math.isfinite(measure):
+            raise ScoringError(f"{name}/{version}: the score holds {measure}; a model whose answers have no likelihood")
+    use_tracking(uri)
+    found = get_version(name, version, uri)
+    if not found.run_id:
+        raise TrackingError(f"version {version} of {name} belongs to no run, which would hold its score")
+    stored = StoredScore(suite_name(suite), score, f"scores/{name}-{version}-{score.suite}.json")
+    whole = {
+        "model": f"models:/{name}/{version}",
+        "suite": None if suite is None else asdict(suite),
+        "score": score.to_dict(records=True),
+        "settings": dict(settings or {}),
+    }
+    log_documents(uri, found.run_id, {stored.artifact: whole})
+    scores = {**stored_scores(found), score.suite: stored}
+    card = with_scores(found.description or "", {item.suite: item.score for item in scores.values()})
+    describe_version(uri, name, version, tags=score_tags(stored), description=card)
+
+
+def load_score(uri: str, version: ModelVersion, digest: str) -> Score:
+    """The whole score of a version on a suite, with its questions.
+
+    Raises:
+        ScoringError: it has none, or the artifact is another score than the tag's.
+        TrackingError: an artifact that is gone, or a server that is away.
+    """
+    known = stored_scores(version)
+    where = f"version {version.version} of {version.name}"
+    if digest not in known:
+        raise ScoringError(f"{where} has no score on suite {digest}; it has: {', '.join(known) or 'none'}")
+    stored, client = known[digest], MlflowClient(uri)
+    with tempfile.TemporaryDirectory(prefix="meteor-score-") as folder:
+        path = patiently(
+            f"the score of {where}", lambda: client.download_artifacts(version.run_id, stored.artifact, folder)
+        )
+        try:
+            score = Score.from_dict(json.loads(Path(path).read_text())["score"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ScoringError(
+                f"{stored.artifact} of run {version.run_id} is damaged ({error}): evaluate again"
+            ) from None
+    if score.to_dict() != stored.score.to_dict():
+        raise ScoringError(
+            f"{stored.artifact} of run {version.run_id} is not the score that {where} was given: evaluate it again"
+        )
+    return score
+
+
+@dataclass(frozen=True)
+class VersionComparison:
+    """Two versions on one suite, and the paired differences, second minus first."""
+
+    suite: str
+    first: Score
+    second: Score
+    difference: Comparison
+
+
+def compare_versions(
+    uri: str, first: ModelVersion, second: ModelVersion, digest: str | None = None
+) -> VersionComparison:
+    """Two versions on the suite `digest`; by default on the one that both have, that of the first's last score if
+    there are several.
+
+    Raises:
+        ScoringError: where no suite is common to both, with the command that scores one of them.
+    """
+    known, others = stored_scores(first), stored_scores(second)
+    common = [suite for suite in known if suite in others]
+    if digest is None and common:
+        last = first.tags.get(SUITE_TAG, "")
+        digest = last if last in common else common[-1]
+    if digest is None or digest not in common:
+        wanted = "no suite in common" if digest is None else f"no score of both on suite {digest}"
+        lines = [
+            f"  version {version.version}: "
+            + ("; ".join(f"{suite} ({item.suite})" for suite, item in scores.items()) or "none")
+            for version, scores in ((first, known), (second, others))
+        ]
+        raise ScoringError(
+            f"versions {first.version} and {second.version} of {first.name} have {wanted}; their scores:\n"
+            + "\n".join(lines)
+            + "\nother questions cannot be compared: score both on one suite, e.g.\n"
+            + f"  {_command_for_both(first, second, digest)}"
+        )
+    a, b = load_score(uri, first, digest), load_score(uri, second, digest)
+    return VersionComparison(known[digest].suite, a, b, compare_scores(a, b))
+
+
+def _command_for_both(first: ModelVersion, second: ModelVersion, digest: str | None) -> str:
+    """Scores one of two versions on a suite of the other: the one that is asked for, or the other's last."""
+    pairs = [(second, first), (first, second)]
+    for lacking, scored in pairs:
+        if digest is not None and digest in stored_scores(scored):
+            return evaluate_command(lacking, stored_scores(scored)[digest])
+    for lacking, scored in pairs:
+        if found := stored_scores(scored):
+            return evaluate_command(lacking, found.get(scored.tags.get(SUITE_TAG, ""), next(iter(found.values()))))
+    return evaluate_command(first)
+
+
+def evaluate_command(version: ModelVersion, on: StoredScore | None = None) -> str:
+    """The command that scores a version: on the data that it was made with, or on the suite of another's score."""
+    command = f"python jobs/evaluate.py --model models:/{version.name}/{version.version} --manifest "
+    suite = _SUITE_NAME.fullmatch(on.suite) if on is not None else None
+    if suite is None:
+        return command + version.tags.get("manifest", "MANIFEST")
+    return f"{command}{suite['manifest']} --split {suite['split']} --questions {suite['questions']}"

@@ -1,0 +1,208 @@
+"""A variant: a registered model under another pruning, as a version of its own.
+
+Weights stay what they are; budgets, ranks and lambda are the configuration's. So a variant is made without training:
+
+1. `apply_pruning`     the pulled base under the new settings, in memory
+2. `export_model`      written out whole
+3. `check_parity`      the folder, loaded again, gives the logits of the model in memory
+4. card, version, score; the aliases move last, so that none points to a version without its proofs
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from mlflow import MlflowClient
+
+from meteor_model.configuration_meteor import MeteorConfig, PruningConfig
+from meteor_model.flops import count_flops
+from meteor_model.modeling_meteor import MeteorForConditionalGeneration
+from meteor_model.processing_meteor import MeteorProcessor
+from pipelines.checkpoint.checkpoint import PARITY_FILE, latest_checkpoint, local_copy
+from pipelines.evaluation.scores import Score, ScoringError, at_mean
+from pipelines.evaluation.scoring import Suite
+from pipelines.registry.card import BASE_TAG, DATA_TAGS, LICENCE_TAG, PARITY_TAG, TRAINING_TAGS, card
+from pipelines.registry.folder import (
+    PARITY_TOLERANCE,
+    ExportError,
+    ParityError,
+    check_parity,
+    export_model,
+    write_card,
+    write_parity_batch,
+)
+from pipelines.registry.publish import load_registered, pull_model, register_model
+from pipelines.registry.scores import file_score, suite_name
+from pipelines.registry.versions import RegisteredVersion, describe_version, get_version, move_alias, resolve_model
+from pipelines.tracking.mlflow_run import TrackingError, patiently
+
+
+def apply_pruning(
+    model: MeteorForConditionalGeneration,
+    processor: MeteorProcessor,
+    pruning: PruningConfig,
+    ranks: Mapping[str, Sequence[float]] | None,
+) -> None:
+    """Put a model and its processor under another pruning, in place.
+
+    Args:
+        model: any.
+        processor: the model's; it writes as many placeholders as tokens survive fusion.
+        pruning: the three stages.
+        ranks: expected ranks by encoder, one per boundary; None keeps those that the model has.
+
+    Raises:
+        ValueError: settings that contradict the model or one another; nothing is changed then.
+    """
+    kept = model.config.ranks if ranks is None else {name: list(values) for name, values in ranks.items()}
+    model.config = config = MeteorConfig(**{**model.config.to_dict(), "pruning": pruning, "ranks": kept})
+    processor.tokens_per_image = config.tokens_per_image
+
+
+def register_variant(
+    base: str,
+    pruning: PruningConfig,
+    score: Score,
+    *,
+    ranks: dict[str, list[float]] | None,
+    uri: str,
+    name: str,
+    aliases: Sequence[str],
+    run_id: str,
+    tags: Mapping[str, str],
+    suite: Suite | None = None,
+    tolerance: float = PARITY_TOLERANCE,
+) -> RegisteredVersion:
+    """Register a base model under another pruning, with its score.
+
+    Args:
+        base: models:/NAME@ALIAS, models:/NAME/VERSION, or the folder of an exported model.
+        pruning: the three stages; lambda solved where stage 3 is on.
+        score: of the base under this pruning, with its questions.
+        ranks: expected ranks that decide the budgets; None keeps the base's.
+        uri: of the registry.
+        name: of the registered model that gets a version.
+        aliases: that move to it, e.g. budget-64, champion.
+        run_id: the MLflow run that it is filed under, e.g. the trial that found it.
+        tags: of the version, e.g. git_commit; recipe, data and licences are taken over from a registered base, and are
+            to be given for a folder (`pipelines.registry.provenance.training_tags`).
+        suite: that the score is of, for its name in the card.
+        tolerance: largest difference of a logit that parity may show.
+
+    Raises:
+        ValueError: a pruning that contradicts the base, or stage 3 without its lambda.
+        ParityError: the folder, loaded again, does not compute what the variant computes.
+        ScoringError: a score of another pruning, or without its questions.
+        ExportError, TrackingError: base or server cannot be used.
+    """
+    if pruning.decode.enabled and pruning.decode.lam is None:
+        raise ValueError(
+            "pruning.decode.lam is not set: stage 3 of a registered variant needs its lambda; solve it for "
+            "pruning.decode.target_mean first (pipelines.evaluation.questions.solve_lambda_on)"
+        )
+    base_tags = _inherited(base, uri)
+    model, processor = load_registered(base_tags.get(BASE_TAG, base), uri)
+    apply_pruning(model, processor, pruning, ranks)
+    _check_score(score, model.config)
+    with tempfile.TemporaryDirectory(prefix="meteor-variant-") as scratch:
+        folder = export_model(model, processor, Path(scratch) / "model")
+        parity = _parity_of(model.float(), processor, folder, tolerance)
+        all_tags = {
+            **base_tags,
+            "run_id": run_id,
+            PARITY_TAG: f"{parity:.3g}",
+            "parity_tolerance": f"{tolerance:g}",
+            **tags,
+        }
+        write_card(folder, card(model.config, all_tags, {suite_name(suite): score}))
+        version = register_model(folder, uri=uri, name=name, aliases=(), run_id=run_id, tags=all_tags)
+    file_score(uri, name, version.version, score, suite)
+    for alias in aliases:
+        move_alias(name, alias, version.version, uri)
+    return replace(version, aliases=tuple(aliases))
+
+
+def _inherited(base: str, uri: str) -> dict[str, str]:
+    """Tags that a variant takes over from its base, and which that is; none from a folder."""
+    if not base.startswith("models:"):
+        return {}
+    name, number = resolve_model(base, uri)
+    found = get_version(name, number, uri).tags
+    kept = (*DATA_TAGS, *TRAINING_TAGS)  # the same weights: its training is this version's
+    tags = {key: text for key, text in found.items() if key in kept or key.startswith(LICENCE_TAG)}
+    if commit := found.get("training_commit", found.get("git_commit")):
+        tags["training_commit"] = commit
+    return {**tags, BASE_TAG: f"models:/{name}/{number}"}
+
+
+def _check_score(score: Score, config: MeteorConfig) -> None:
+    """Raise ScoringError where the score's tokens or cost are not those of this pruning: it is another variant's."""
+    expected = count_flops(at_mean(config, score.visual_tokens_mean)).total / 1e12
+    same_tokens = score.visual_tokens == config.tokens_per_image
+    if not same_tokens or not math.isclose(score.tflops, expected, rel_tol=1e-9):
+        raise ScoringError(
+            f"the score is of {score.visual_tokens} visual tokens and {score.tflops:.6g} TFLOPs an image, this pruning "
+            f"has {config.tokens_per_image} and {expected:.6g}: score the variant that is registered"
+        )
+
+
+def _parity_of(
+    model: MeteorForConditionalGeneration, processor: MeteorProcessor, folder: Path, tolerance: float
+) -> float:
+    """Largest difference of the folder's logits to the model's, on fresh inputs. Raises ParityError."""
+    written = MeteorConfig.from_pretrained(folder)
+    if written.pruning != model.config.pruning or written.ranks != model.config.ranks:
+        raise ParityError(f"{folder} holds another pruning than the model that was exported: {written.pruning}")
+    with tempfile.TemporaryDirectory(prefix="meteor-parity-") as scratch:
+        batch = Path(scratch) / PARITY_FILE
+        write_parity_batch(model, processor, batch)
+        return check_parity(folder, batch, tolerance)
+
+
+def measure_parity(name: str, version: int, uri: str, tolerance: float = PARITY_TOLERANCE) -> float:
+    """Measure the parity of a version that is registered, and file it in its tags.
+
+    A variant is compared with its base under the variant's settings; what a training made with the logits that the
+    training left in its last checkpoint.
+
+    Returns:
+        The largest difference of a logit.
+
+    Raises:
+        ParityError: a difference above the tolerance; the tag stays as it was.
+        ExportError: a version of which neither base nor checkpoint is known.
+        TrackingError: an unknown version, or a server that is away.
+    """
+    found = get_version(name, version, uri)
+    with tempfile.TemporaryDirectory(prefix="meteor-parity-") as scratch:
+        folder = pull_model(f"models:/{name}/{version}", Path(scratch) / "model", uri)
+        if base := found.tags.get(BASE_TAG):
+            model, processor = load_registered(base, uri)
+            config = MeteorConfig.from_pretrained(folder)
+            apply_pruning(model.float(), processor, config.pruning, config.ranks)
+            parity = _parity_of(model, processor, folder, tolerance)
+        else:
+            with local_copy(_training_checkpoint(found.run_id, name, version, uri)) as checkpoint:
+                parity = check_parity(folder, checkpoint / PARITY_FILE, tolerance)
+    tags = {PARITY_TAG: f"{parity:.3g}", "parity_tolerance": f"{tolerance:g}"}
+    describe_version(uri, name, version, tags=tags, description=None)
+    return parity
+
+
+def _training_checkpoint(run_id: str | None, name: str, version: int, uri: str) -> str:
+    """Address of the last checkpoint of the training that made a version."""
+    unknown = f"version {version} of {name} names neither a base nor a training: register it again from its run"
+    if not run_id:
+        raise ExportError(unknown)
+    run = patiently(f"run {run_id}", lambda: MlflowClient(uri).get_run(run_id))
+    root, separator, run_name = run.data.tags.get("run_url", "").rpartition("/runs/")
+    if not separator:
+        raise ExportError(unknown)
+    checkpoint = latest_checkpoint(root, run_name)
+    if checkpoint is None:
+        raise TrackingError(f"run {run_name} of {root}, which made version {version} of {name}, has no checkpoint")
+    return checkpoint.url

@@ -1,0 +1,347 @@
+"""Metrics to MLflow without ever stopping, slowing or failing what is measured.
+
+`MetricLogger.log` puts points in memory and returns; a background thread delivers them in order, stamped with the time
+of the call, and goes on trying while the server is away. A point leaves memory only once the server has taken its
+batch, so an outage loses nothing; a batch that is sent twice is stored once (MLflow drops equal points).
+
+While the server is away the thread also writes the points to the run's outbox in storage, every `KEEP_EVERY_S`, and
+`close` writes what is left: the driver delivers the outbox at the end of the run (`pipelines.tracking.run_tracker`). A checkpoint
+holds `pending_points`, and the logger of the next start begins with them.
+
+A resumed training makes the steps after its checkpoint again. One value per metric and step is stored, the one that
+reached the server first: a new logger asks once which steps of a metric the run has and leaves those out (`Delivered`).
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import requests
+from mlflow import MlflowClient
+from mlflow.entities import Metric
+from mlflow.exceptions import MlflowException
+from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
+from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+from pipelines.io import storage
+from pipelines.tracking.mlflow_run import RUN_FILE, hide_passwords, is_passing, limit_http_waits
+from pipelines.tracking.points import REFUSED_FOLDER, Point, keep_points
+
+logger = logging.getLogger(__name__)
+
+POINTS_PER_BATCH = 1000
+GATHER_S = 0.5
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
+KEEP_EVERY_S = 30.0
+
+# Errors that sending again cannot mend: they are about the points themselves.
+_REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
+
+
+class NoRunYetError(ValueError):
+    """The driver has not opened the MLflow run: the server has been away since the start."""
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What `MetricLogger.close` can say about the points it was given."""
+
+    delivered: int
+    """Taken by the server."""
+    repeated: int
+    """Left out: the run had a value of that metric and step."""
+    refused: int
+    """Refused by the server for what they are, for example for a bad name."""
+    undelivered: int
+    """Kept in the run's outbox, or lost where storage was away, too (`kept` is False)."""
+    kept: bool
+    """Whether all that was refused or undelivered is in the outbox."""
+
+
+class MetricLogger:
+    """Delivers the metrics of one run. Cheap to make and to pickle: the thread starts at the first `log`.
+
+    Args:
+        run_id: of the MLflow run; None asks `run.json` for it until the driver has opened the run.
+        uri: of the tracking server.
+        run_url: folder of the run in storage.
+        initial: points to deliver first, in their order: the `pending_points` of the checkpoint that is resumed from.
+    """
+
+    def __init__(self, run_id: str | None, uri: str, run_url: str, initial: Sequence[Point] = ()) -> None:
+        self.run_id = run_id
+        self.uri = uri
+        self.run_url = run_url
+        self._points: deque[Point] = deque(initial)
+        self._refused: list[Point] = []
+        self._delivered = 0
+        self._repeated = 0
+        self._kept = 0  # the first points of the queue that are in the outbox, in `_kept_files`
+        self._kept_files: list[str] = []
+        self._kept_at = 0.0
+        self._changed = threading.Condition()  # guards everything above and below
+        self._closing = False
+        self._given_up = False
+        self._thread: threading.Thread | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        assert not self._points, "a logger with undelivered points must not be pickled: they would be sent twice"
+        return MetricLogger, (self.run_id, self.uri, self.run_url)
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Take the metrics of one step. Never waits for the server, never raises; non-finite values go as they are."""
+        now_ms = _now_ms()
+        points = []
+        for name, value in metrics.items():
+            try:
+                points.append(Point(name, float(value), now_ms, int(step)))
+            except (TypeError, ValueError):
+                logger.warning("metric %s at step %s is no number: %.80r; left out", name, step, value)
+        with self._changed:
+            if self._closing:
+                logger.warning("%d metrics came after the logger was closed; left out", len(points))
+                return
+            self._points.extend(points)
+            self._start()
+            self._changed.notify_all()
+
+    def pending_points(self) -> list[Point]:
+        """Points that the server has not taken yet, oldest first, for a checkpoint. Waits for nobody."""
+        with self._changed:
+            return list(self._points)
+
+    def close(self, deadline_s: float = 15.0) -> Delivery:
+        """Deliver what is left, for at most `deadline_s` seconds, and with one last attempt where the server is away;
+        the rest goes to the run's outbox. Never raises."""
+        with self._changed:
+            self._closing = True
+            if self._points:
+                self._start()
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join(deadline_s)
+        with self._changed:
+            self._given_up = True
+            self._changed.notify_all()
+            undelivered, to_keep = len(self._points), list(islice(self._points, self._kept, None))
+            refused, self._refused = self._refused, []
+            self._points.clear()
+        kept = _try_to_keep(self.run_url, refused, REFUSED_FOLDER) is not None if refused else True
+        if to_keep:
+            kept = _try_to_keep(self.run_url, to_keep) is not None and kept
+        if undelivered and kept:
+            logger.warning(
+                "%d metric points did not reach MLflow yet; they are kept with the run, which delivers them at its end",
+                undelivered,
+            )
+        elif not kept:
+            logger.error(
+                "MLflow and storage are away: of %d undelivered metric points those after the last checkpoint are lost",
+                undelivered + len(refused),
+            )
+        return Delivery(self._delivered, self._repeated, len(refused), undelivered, kept)
+
+    def _start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._deliver_all, name="metric-logger", daemon=True)
+            self._thread.start()
+
+    def _deliver_all(self) -> None:
+        """The thread: batch by batch, oldest first, until closed and empty or without a server, or given up."""
+        limit_http_waits()
+        client = MlflowClient(self.uri)
+        known: Delivered | None = None
+        pause_s = 0.0
+        while not self._given_up:
+            batch = self._next_batch()
+            if not batch:
+                return
+            try:
+                known = known or Delivered(client, self._find_run())
+                fresh = known.fresh(batch)
+                refused = send(client, known.run_id, fresh) if fresh else []
+            except (MlflowException, requests.RequestException, OSError, ValueError) as error:
+                if not pause_s:
+                    shown = hide_passwords(str(error))[:200]
+                    logger.warning("MLflow takes no metrics (%s); they are kept and sent later", shown)
+                pause_s = min(max(2 * pause_s, FIRST_PAUSE_S), LONGEST_PAUSE_S)
+                if self._closing:
+                    return
+                self._keep()
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closing, pause_s)
+                continue
+            if pause_s:
+                logger.warning("MLflow takes metrics again; %d points wait", len(self.pending_points()))
+                pause_s = 0.0
+            self._took(len(batch), len(fresh) - len(refused), refused)
+
+    def _find_run(self) -> str:
+        """The run's id, from `run.json` where the driver had not opened the run when this logger was made."""
+        if self.run_id is None:
+            self.run_id = storage.read_json(storage.join(self.run_url, RUN_FILE))["mlflow_run_id"]
+        if self.run_id is None:
+            raise NoRunYetError("the run is not open yet")
+        return self.run_id
+
+    def _next_batch(self) -> list[Point]:
+        """The oldest points, which stay in the queue; waits for some, and for those of the same moment to come along.
+        Empty once closed and all delivered."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._points or self._closing)
+            self._changed.wait_for(lambda: len(self._points) >= POINTS_PER_BATCH or self._closing, GATHER_S)
+            return list(islice(self._points, POINTS_PER_BATCH))
+
+    def _took(self, points: int, delivered: int, refused: Sequence[Point]) -> None:
+        """Let go of the first `points` of the queue."""
+        with self._changed:
+            if self._given_up:
+                return
+            for _ in range(points):
+                self._points.popleft()
+            self._refused += refused
+            self._delivered += delivered
+            self._repeated += points - delivered - len(refused)
+            self._kept = max(0, self._kept - points)
+            emptied, self._kept_files = (self._kept_files, []) if not self._kept else ([], self._kept_files)
+        for url in emptied:
+            try:
+                storage.delete(url)
+            except storage.StorageError as error:  # harmless: the driver leaves out what the run has
+                logger.warning("%s was delivered but cannot be removed: %s", url, error)
+
+    def _keep(self) -> None:
+        """Write the points of the last KEEP_EVERY_S to the outbox, where they survive this process."""
+        if time.monotonic() - self._kept_at < KEEP_EVERY_S:
+            return
+        self._kept_at = time.monotonic()
+        with self._changed:
+            points = list(islice(self._points, self._kept, None))
+        url = _try_to_keep(self.run_url, points) if points else None
+        if url is not None:
+            with self._changed:
+                self._kept += len(points)
+                self._kept_files.append(url)
+
+
+def _try_to_keep(run_url: str, points: Sequence[Point], *folder: str) -> str | None:
+    try:
+        return keep_points(run_url, points, *folder)
+    except storage.StorageError as error:
+        logger.warning("%d metric points cannot be written to the run's outbox: %s", len(points), error)
+        return None
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+class Delivered:
+    """The steps of each metric that an MLflow run had before this process sent any; asked once per metric.
+
+    Equal points collapse in MLflow only with equal times, and the times of a step that is made again differ.
+    """
+
+    def __init__(self, client: MlflowClient, run_id: str) -> None:
+        self.run_id = run_id
+        self._client = client
+        self._names: frozenset[str] | None = None
+        self._steps: dict[str, set[int]] = {}
+
+    def fresh(self, points: Sequence[Point]) -> list[Point]:
+        """The points whose (name, step) the run does not have.
+
+        Raises:
+            MlflowException and requests' errors: when the server is away.
+        """
+        if self._names is None:
+            self._names = frozenset(self._client.get_run(self.run_id).data.metrics)
+        for name in {point.name for point in points} - self._steps.keys():
+            history = self._client.get_metric_history(self.run_id, name) if name in self._names else []
+            self._steps[name] = {metric.step for metric in history}
+        return [point for point in points if point.step not in self._steps[point.name]]
+
+    def add(self, points: Sequence[Point]) -> None:
+        """Count points that `fresh` has returned as delivered."""
+        for point in points:
+            self._steps[point.name].add(point.step)
+
+
+def send(client: MlflowClient, run_id: str, points: Sequence[Point]) -> list[Point]:
+    """Send up to POINTS_PER_BATCH points; the points that the server refuses for what they are.
+
+    Raises:
+        MlflowException and requests' errors: when the server is away.
+    """
+    try:
+        client.log_batch(run_id, [Metric(point.name, point.value, point.time_ms, point.step) for point in points])
+    except MlflowException as error:
+        if is_passing(error) or error.error_code not in _REFUSALS:
+            raise
+        if len(points) == 1:
+            logger.warning("MLflow refuses metric %r: %s", points[0].name, str(error)[:200])
+            return list(points)
+        half = len(points) // 2  # one bad name must not hold back the others
+        return send(client, run_id, points[:half]) + send(client, run_id, points[half:])
+    return []
+
+
+class SystemMetrics:
+    """CPU, memory, disk, network and (where nvidia-ml-py is installed) GPU of this machine, as `system/...` metrics.
+
+    MLflow's probes, but delivered through a `MetricLogger`: MLflow's own monitor ends at the first outage. Steps are
+    seconds since the run began, so that they go on where they were when a run is resumed.
+
+    Args:
+        sink: the logger of the run; it stays open at `stop`.
+        run_start_ms: start of the run, milliseconds since the epoch.
+        interval_s: seconds between two samples.
+    """
+
+    def __init__(self, sink: MetricLogger, run_start_ms: int, interval_s: float = 10.0) -> None:
+        self._sink = sink
+        self._run_start_ms = run_start_ms
+        self._interval_s = interval_s
+        self._probes: list[BaseMetricsMonitor] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+        try:
+            self._probes.append(GPUMonitor())
+        except (ImportError, RuntimeError):
+            logger.debug("no GPU metrics: nvidia-ml-py or a GPU is missing")
+        self._last_step = -1
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample_all, name="system-metrics", daemon=True)
+
+    def start(self) -> None:
+        """Begin sampling."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Take a last sample and end."""
+        self._stop.set()
+        self._thread.join()
+
+    def _sample_all(self) -> None:
+        self._probes[0].collect_metrics()  # CPU use is measured since the last call: the first one says nothing
+        self._probes[0].clear_metrics()
+        while not self._stop.wait(self._interval_s):
+            self._sample()
+        self._sample()
+
+    def _sample(self) -> None:
+        metrics: dict[str, float] = {}
+        for probe in self._probes:
+            probe.collect_metrics()
+            metrics |= {f"system/{name}": value for name, value in probe.aggregate_metrics().items()}
+            probe.clear_metrics()
+        step = (_now_ms() - self._run_start_ms) // 1000
+        if step > self._last_step:  # one value per metric and step
+            self._sink.log(metrics, step)
+        self._last_step = step

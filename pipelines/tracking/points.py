@@ -1,0 +1,61 @@
+"""Metric points as values and as lines of text, and the place in a run's folder where undelivered ones are kept.
+
+Imports no MLflow: checkpoints are written and read with it on every worker.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+from pipelines.io import storage
+
+OUTBOX = "outbox"
+"""Folder of a run with what MLflow has not taken yet; `pipelines.tracking.run_tracker` empties it."""
+POINTS_FOLDER, REFUSED_FOLDER = "points", "refused-points"
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One value of one metric; `time_ms` is milliseconds since the epoch."""
+
+    name: str
+    value: float
+    time_ms: int
+    step: int
+
+
+def points_to_jsonl(points: Iterable[Point]) -> str:
+    """One JSON object a line; values keep every bit, NaN and infinities included."""
+    return "".join(json.dumps(asdict(point)) + "\n" for point in points)
+
+
+def points_from_jsonl(text: str, source: str) -> list[Point]:
+    """The points of `points_to_jsonl`, read from `source`.
+
+    Raises:
+        ValueError: a line that is no metric point, by number.
+    """
+    points = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            fields = json.loads(line)
+            points.append(Point(fields["name"], float(fields["value"]), int(fields["time_ms"]), int(fields["step"])))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{source}, line {number} is no metric point ({error})") from error
+    return points
+
+
+def keep_points(run_url: str, points: Sequence[Point], folder: str = POINTS_FOLDER) -> str:
+    """Write points to a new file of the run's outbox; its URL. Raises StorageError."""
+    url = storage.join(run_url, OUTBOX, folder, f"{unique_name()}.jsonl")
+    storage.write_bytes(url, points_to_jsonl(points).encode())
+    return url
+
+
+def unique_name() -> str:
+    """A name for something in the outbox; names sort by time."""
+    return f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"

@@ -1,0 +1,243 @@
+"""From rows of the stream to batches of the model, and what a micro-batch counts.
+
+A row is one sample of the plan: `row`, `epoch`, `shard`, `index`, `key`, `reason`, `detail`, `input_ids`, `labels`,
+`images` (bytes) and `num_images`. A row with a `reason` takes part in no batch: "void" fills up the last step, any
+other reason is a faulty sample, which is counted.
+
+Legend: B samples, T tokens, M images of all samples in order, S image size.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray.data
+import torch
+from torch import Tensor
+
+from meteor_model.chat import IGNORE_INDEX
+from pipelines.checkpoint.checkpoint import DroppedSample
+from pipelines.config.settings import SettingsError
+from pipelines.data.schema import REASONS, VOID
+
+Row = Mapping[str, Any]
+Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
+"""Examples (`input_ids`, `labels`, `images` uint8 (n, 3, S, S)) to a batch for the model's forward."""
+
+
+class StreamOrderError(ValueError):
+    """The stream delivered other rows than the plan says; the message names both."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampleId:
+    """Which sample a row holds: dataset of the mixture, epoch, shard of the split, index in the shard, and its key."""
+
+    dataset: int
+    epoch: int
+    shard: int
+    index: int
+    key: str
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one worker runs through the model at a time."""
+
+    inputs: dict[str, Tensor]
+    """Arguments of the model's forward."""
+    num_images: tuple[int, ...]
+    """Images of each of the B samples."""
+    supervised: int
+    """Tokens that the loss counts."""
+    tokens: int
+    """Tokens that are no padding, visual ones included."""
+    cells: int
+    """Places of the batch's B x T grid, padding included."""
+    seen: int
+    """Samples in the batch."""
+    samples: tuple[SampleId, ...]
+    """Which samples those are, in the order of the batch."""
+    dropped: tuple[DroppedSample, ...]
+    """Faulty samples among the rows."""
+
+
+def iterate_rows(share: ray.data.DataIterator, micro_batch: int) -> Iterator[Sequence[Row]]:
+    """The rows of one worker's share of a stream, `micro_batch` at a time."""
+    for table in share.iter_batches(batch_size=micro_batch, batch_format="pyarrow", prefetch_batches=2):
+        yield table.to_pylist()
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which micro-batches of a stream belong to one worker: number b, counted from where the stream starts, goes to
+    worker b % world, whatever the world size.
+
+    An optimizer step is `per_step` consecutive micro-batches. Where `world` does not divide them, some workers have one
+    fewer in a step; they run an empty one in its place, so that all workers make the same number of forwards.
+    """
+
+    rank: int
+    world: int
+    per_step: int
+
+    def __post_init__(self) -> None:
+        if self.world > self.per_step:
+            raise SettingsError(
+                f"{self.world} workers share {self.per_step} micro-batches of a step, so some would have none: use at "
+                f"most {self.per_step} workers, a smaller micro_batch, or a larger global_batch"
+            )
+
+    @property
+    def forwards(self) -> int:
+        """Micro-batches that every worker runs in a step, empty ones included."""
+        return -(-self.per_step // self.world)
+
+    def of_step(self, step: int) -> range:
+        """Numbers of this worker's micro-batches in step `step`, counted from where the stream starts."""
+        first, last = step * self.per_step, (step + 1) * self.per_step
+        return range(first + (self.rank - first) % self.world, last, self.world)
+
+
+@dataclass(frozen=True)
+class BatchReader:
+    """Makes the micro-batches of one worker, step by step, and checks their rows against the plan.
+
+    Args:
+        micro_batch: rows of a micro-batch in the stream, and at most as many samples in a batch.
+        by_length: group the worker's samples of a step by their length, the longest first, instead of taking them as
+            they come: less padding, and workers that wait less for each other. The set of a step stays the same.
+    """
+
+    collate: Collate
+    pad_token_id: int
+    micro_batch: int
+    share: Share
+    by_length: bool = False
+
+    def read(self, rows: Iterator[Sequence[Row]], first_row: int, stop_row: int) -> Iterator[list[MicroBatch]]:
+        """The micro-batches of each step from `rows`, this worker's part of a stream of rows [first_row, stop_row).
+
+        Where the stream stops within a step, the rest of that step's micro-batches is empty.
+
+        Raises:
+            StreamOrderError: if the stream delivers other rows, or ends before `stop_row`.
+        """
+        total = (stop_row - first_row) // self.micro_batch
+        for step in range(-(-total // self.share.per_step)):
+            members: list[Row] = []
+            for number in self.share.of_step(step):
+                if number < total:
+                    members += self._next(rows, first_row + number * self.micro_batch)
+            yield self.batches(members)
+
+    def _next(self, rows: Iterator[Sequence[Row]], expected: int) -> Sequence[Row]:
+        who = f"worker {self.share.rank} of {self.share.world} expected rows {expected} to "
+        who += str(expected + self.micro_batch - 1)
+        part = next(rows, None)
+        if part is None:
+            raise StreamOrderError(f"{who}, and the data stream ended: it has fewer rows than the plan")
+        found = [int(row["row"]) for row in part]
+        if found != list(range(expected, expected + self.micro_batch)):
+            raise StreamOrderError(
+                f"{who} and got {found}: the data stream and the checkpoint disagree, or the stream is out of order"
+            )
+        return part
+
+    def batches(self, members: Sequence[Row]) -> list[MicroBatch]:
+        """`share.forwards` micro-batches of the rows of a step, each row in one; the last ones may be empty."""
+        if self.by_length:
+            members = sorted(members, key=_length, reverse=True)  # stable: ties stay in the order of the plan
+        cuts = [number * self.micro_batch for number in range(self.share.forwards)]
+        return [
+            make_micro_batch(members[cut : cut + self.micro_batch], self.collate, self.pad_token_id) for cut in cuts
+        ]
+
+
+def _length(row: Row) -> int:
+    return len(row["input_ids"]) if not row["reason"] else 0
+
+
+def make_micro_batch(rows: Sequence[Row], collate: Collate, pad_token_id: int) -> MicroBatch:
+    """Collate the rows that are samples; without any, a batch of one padding token that no loss counts."""
+    samples = [row for row in rows if not row["reason"]]
+    dropped = tuple(_dropped(row) for row in rows if row["reason"] not in ("", VOID))
+    supervised = sum(int((np.asarray(row["labels"])[1:] != IGNORE_INDEX).sum()) for row in samples)
+    tokens = sum(len(row["input_ids"]) for row in samples)
+    examples = [_example(row) for row in samples] or [_empty_example(pad_token_id)]
+    num_images = tuple(len(example["images"]) for example in examples)
+    inputs = collate(examples)
+    cells = inputs["input_ids"].numel() if samples else 0
+    ids = tuple(_sample_id(row) for row in samples)
+    return MicroBatch(inputs, num_images, supervised, tokens, cells, len(samples), ids, dropped)
+
+
+def _sample_id(row: Row) -> SampleId:
+    return SampleId(
+        int(row.get("dataset", 0)), int(row["epoch"]), int(row["shard"]), int(row["index"]), str(row["key"])
+    )
+
+
+def _empty_example(pad_token_id: int) -> dict[str, Any]:
+    return {"input_ids": [pad_token_id], "labels": [IGNORE_INDEX], "images": torch.empty(0, dtype=torch.uint8)}
+
+
+def _example(row: Row) -> dict[str, Any]:
+    count = int(row["num_images"])
+    images = torch.empty(0, dtype=torch.uint8)
+    if count:
+        flat = torch.frombuffer(bytearray(row["images"]), dtype=torch.uint8)
+        size = int((flat.numel() // (3 * count)) ** 0.5)
+        images = flat.view(count, 3, size, size)
+    return {"input_ids": row["input_ids"], "labels": row["labels"], "images": images}
+
+
+def _dropped(row: Row) -> DroppedSample:
+    if row["reason"] not in REASONS:
+        raise AssertionError(f"row {row['row']} has the unknown reason {row['reason']!r}")
+    return DroppedSample(
+        row=int(row["row"]),
+        dataset=int(row.get("dataset", 0)),
+        epoch=int(row["epoch"]),
+        shard=int(row["shard"]),
+        index=int(row["index"]),
+        key=str(row["key"]),
+        reason=str(row["reason"]),
+        detail=str(row["detail"]),
+    )
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What several micro-batches count together."""
+
+    supervised: int
+    tokens: int
+    cells: int
+    seen: int
+    dropped: dict[str, int]
+    votes: tuple[int, int] = (0, 0)
+    """Of the workers about a preemption notice (`pipelines.recovery.preemption`)."""
+
+    @classmethod
+    def of(cls, batches: Sequence[MicroBatch], votes: tuple[int, int] = (0, 0)) -> "Counts":
+        """The counts of `batches`."""
+        reasons = [sample.reason for batch in batches for sample in batch.dropped]
+        return cls(
+            sum(batch.supervised for batch in batches),
+            sum(batch.tokens for batch in batches),
+            sum(batch.cells for batch in batches),
+            sum(batch.seen for batch in batches),
+            {reason: reasons.count(reason) for reason in REASONS},
+            votes,
+        )
+
+    def summed_over_workers(self, device: torch.device) -> "Counts":
+        """The sum over all workers, in one all-reduce; every worker must call it."""
+        numbers = [self.supervised, self.tokens, self.cells, self.seen, *self.votes]
+        numbers += [self.dropped[reason] for reason in REASONS]
+        total = torch.tensor(numbers, dtype=torch.int64, device=device)
+        torch.distributed.all_reduce(total)
+        supervised, tokens, cells, seen, signalled, due, *dropped = total.tolist()
+        return Counts(supervised, tokens, cells, seen, dict(zip(REASONS, dropped, strict=True)), (signalled, due))

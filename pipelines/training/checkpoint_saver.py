@@ -1,0 +1,142 @@
+"""Saving the checkpoints of one worker: written to local disk while the training waits, uploaded while it goes on.
+
+1. the worker writes its shards, rank 0 the small files beside them
+2. Ray Train uploads the folder in a thread; a checkpoint counts once every worker's upload is reported, so half of one
+   is never resumed from
+3. a new checkpoint waits for the upload of the one before, so that at most one folder lies on the local disk
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import ray.train
+import torch
+from ray.train import Checkpoint, CheckpointUploadMode
+
+from pipelines.checkpoint.checkpoint import (
+    CHECKPOINT_PREFIX,
+    LEDGER_FILE,
+    PARITY_FILE,
+    POINTS_FILE,
+    RECIPE_FILE,
+    STATE_FILE,
+    ZERO3_TAG,
+    TrainState,
+    new_folder,
+)
+from pipelines.data.ledger import Ledger
+from pipelines.recovery.preemption import wait_committed
+from pipelines.tracking.points import Point, points_to_jsonl
+from pipelines.training.batches import MicroBatch
+from pipelines.training.heldout_loss import Parity, save_parity
+
+TOGETHER_S = 10.0
+Upload = Callable[[Checkpoint, str], Checkpoint]
+"""A local checkpoint and the name of its folder -> the uploaded one."""
+
+
+@dataclass
+class Saver:
+    """Writes and uploads the checkpoints of one worker, and keeps the ledger of what they contain.
+
+    Args:
+        ledger: samples of the checkpoint that the training started at; used on rank 0 alone.
+        upload: moves a folder to storage.
+        validate_every: checkpoints between two validations; 0 for none.
+        saved: checkpoints made so far.
+    """
+
+    engine: Any
+    rank: int
+    world: int
+    run_url: str
+    precision: str
+    recipe: Mapping[str, Any]
+    ledger: Ledger
+    upload: Upload
+    validate_every: int
+    saved: int
+    _uploaded: threading.Event = field(default_factory=threading.Event)
+    _consumed: list[tuple[int, int, int, int, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._uploaded.set()
+
+    def consumed(self, members: Sequence[MicroBatch]) -> None:
+        """Note what a step consumed: its samples, trained or dropped."""
+        for batch in members:
+            self._consumed += [(one.dataset, one.epoch, one.shard, one.index, 0) for one in batch.samples]
+            self._consumed += [(one.dataset, one.epoch, one.shard, one.index, 1) for one in batch.dropped]
+
+    def save(self, state: TrainState, pending: Sequence[Point], parity: Parity | None = None) -> str:
+        """Save a checkpoint of `state`; every worker must call it. Returns the name of its folder in storage.
+
+        The last checkpoint of a training is uploaded before it returns.
+        """
+        self._gather()
+        self._await_upload()
+        folder = new_folder(self.run_url)
+        self.engine.save_checkpoint(str(folder), tag=ZERO3_TAG, save_latest=False)
+        if self.rank == 0:
+            (folder / STATE_FILE).write_text(state.to_json())
+            (folder / LEDGER_FILE).write_bytes(self.ledger.to_bytes())
+            (folder / RECIPE_FILE).write_text(json.dumps(self.recipe, indent=1, sort_keys=True) + "\n")
+            (folder / POINTS_FILE).write_text(points_to_jsonl(pending))
+            if parity is not None:
+                save_parity(parity, folder / PARITY_FILE, self.precision)
+        self.saved += 1
+        validate = self.validate_every > 0 and self.saved % self.validate_every == 0 and not state.done
+        # Unique, so that files of an upload that was cut short never mix with those of its repetition; the clock of
+        # rank 0 counts.
+        names = [f"{CHECKPOINT_PREFIX}{state.step:07d}-{time.time_ns():x}"]
+        torch.distributed.broadcast_object_list(names, src=0)
+        ray.train.report(
+            {"step": state.step, "loss": state.losses[-1], **state.final},
+            checkpoint=Checkpoint.from_directory(str(folder)),
+            checkpoint_dir_name=names[0],
+            checkpoint_upload_mode=CheckpointUploadMode.SYNC if state.done else CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=True,
+            checkpoint_upload_fn=self._upload,
+            validation=validate,
+        )
+        return names[0]
+
+    def wait_committed(self, name: str, timeout_s: float) -> bool:
+        """Whether the checkpoint that was saved last, in folder `name`, is committed within `timeout_s` seconds; every
+        worker asks for itself."""
+        return wait_committed(name, timeout_s)
+
+    def _await_upload(self) -> None:
+        """Until the upload of the checkpoint before is through on all workers. They wait together: one that waited
+        alone would let the collective operations of the others time out. A failed upload ends its worker."""
+        while True:
+            waiting = torch.tensor(int(not self._uploaded.wait(TOGETHER_S)), device=self.engine.device)
+            torch.distributed.all_reduce(waiting)
+            if not waiting.item():
+                break
+        self._uploaded.clear()
+
+    def _gather(self) -> None:
+        """What all workers consumed since the last checkpoint goes into rank 0's ledger."""
+        mine = np.asarray(self._consumed, dtype=np.int32).reshape(-1, 5)
+        self._consumed = []
+        everywhere: list[Any] | None = [None] * self.world if self.rank == 0 else None
+        torch.distributed.gather_object(mine, everywhere, dst=0)
+        if everywhere is None:
+            return
+        for dropped in (False, True):
+            rows = np.concatenate(everywhere).astype(np.int64)
+            rows = rows[rows[:, 4] == int(dropped)]
+            self.ledger.add(*rows[:, :4].T, dropped=dropped)
+
+    def _upload(self, checkpoint: Checkpoint, name: str) -> Checkpoint:
+        uploaded = self.upload(checkpoint, name)
+        self._uploaded.set()
+        return uploaded

@@ -1,0 +1,114 @@
+"""Held-out loss, the proof that the model looks at its images, and the batch for the comparison after export.
+
+Every worker runs the same number of micro-batches, since under ZeRO-3 every forward is a collective.
+
+Legend: B samples, T tokens, M images of all samples in order, S image size.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pipelines.training.batches import MicroBatch
+
+Parity = dict[str, Tensor]
+"""The inputs of one batch, and `logits` (B, T, vocabulary) in fp32."""
+
+
+@torch.no_grad()
+def evaluate(engine: Any, batches: Iterator[MicroBatch]) -> tuple[dict[str, float], Parity]:
+    """Run the held-out micro-batches, at least one and as many on every worker (some may be empty).
+
+    Returns:
+        the metrics (`_metrics`) over all workers, the same on every one, and the parity batch: worker 0's first
+        micro-batch.
+    """
+    engine.eval()
+    first = next(batches)
+    parity = _parity(engine, _inputs(first, engine.device))
+    sums = _sums(engine, chain([first], batches), engine.device)
+    torch.distributed.all_reduce(sums)
+    engine.train()
+    return _metrics(sums), parity
+
+
+@torch.no_grad()
+def heldout_loss(model: nn.Module, batches: Iterable[MicroBatch], device: torch.device) -> dict[str, float]:
+    """The metrics of `evaluate`, in one process on a whole model."""
+    return _metrics(_sums(model, batches, device))
+
+
+def _inputs(batch: MicroBatch, device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in batch.inputs.items()}
+
+
+def _sums(model: Any, batches: Iterable[MicroBatch], device: torch.device) -> Tensor:
+    """What `_metrics` is made of, (5,) float64: loss, loss with shuffled images, supervised tokens, samples with
+    images, and those of them that got other ones."""
+    sums = torch.zeros(5, dtype=torch.float64, device=device)
+    for batch in batches:
+        inputs = _inputs(batch, device)
+        shuffled, changed = shuffle_images(inputs["pixel_values"], batch.num_images)
+        true_loss = model(**inputs, num_items_in_batch=1.0).loss
+        other_loss = model(**{**inputs, "pixel_values": shuffled}, num_items_in_batch=1.0).loss
+        with_images = sum(count > 0 for count in batch.num_images)
+        counts = [true_loss.item(), other_loss.item(), batch.supervised, with_images, changed]
+        sums += torch.tensor(counts, dtype=sums.dtype).to(device)
+    return sums
+
+
+def _metrics(sums: Tensor) -> dict[str, float]:
+    """`heldout_loss` and `heldout_loss_shuffled_images` are means over the supervised tokens. For the second, within
+    each micro-batch every image is replaced (`shuffle_images`); `heldout_shuffled_share` is the share of the samples
+    with images that got other ones: the rest has its true images in both losses."""
+    true_sum, other_sum, supervised, with_images, changed = sums.tolist()
+    return {
+        "heldout_loss": true_sum / max(1.0, supervised),
+        "heldout_loss_shuffled_images": other_sum / max(1.0, supervised),
+        "heldout_shuffled_share": changed / max(1.0, with_images),
+    }
+
+
+def shuffle_images(pixel_values: Tensor, num_images: Sequence[int]) -> tuple[Tensor, int]:
+    """Give every sample the images of another sample of the batch that has as many of them.
+
+    Among the samples with the same number of images (above 0) the images move on by one sample; a sample that is the
+    only one with its number keeps its own.
+
+    Args:
+        pixel_values: (M, 3, S, S).
+        num_images: images of each sample, summing to M.
+
+    Returns:
+        (M, 3, S, S), and the number of samples that got other images.
+    """
+    starts = [sum(num_images[:sample]) for sample in range(len(num_images))]
+    source = list(range(len(pixel_values)))
+    changed = 0
+    for count in sorted(set(num_images) - {0}):
+        peers = [sample for sample, images in enumerate(num_images) if images == count]
+        if len(peers) < 2:
+            continue
+        changed += len(peers)
+        for sample, giver in zip(peers, peers[-1:] + peers[:-1], strict=True):
+            source[starts[sample] : starts[sample] + count] = range(starts[giver], starts[giver] + count)
+    return pixel_values[torch.tensor(source, dtype=torch.int64, device=pixel_values.device)], changed
+
+
+def _parity(engine: Any, inputs: dict[str, Tensor]) -> Parity:
+    """Worker 0's inputs, sent to all so that every worker runs the same forward, and the logits."""
+    shared: list[Any] = [{name: tensor.cpu() for name, tensor in inputs.items()}]
+    torch.distributed.broadcast_object_list(shared, src=0)
+    batch: dict[str, Tensor] = shared[0]
+    logits = engine(**{name: tensor.to(engine.device) for name, tensor in batch.items()}).logits
+    return {**batch, "logits": logits.float().cpu()}
+
+
+def save_parity(parity: Parity, path: Path, precision: str) -> None:
+    """Write the parity batch; the metadata says in which precision the training model ran."""
+    save_file({name: tensor.contiguous() for name, tensor in parity.items()}, path, metadata={"precision": precision})

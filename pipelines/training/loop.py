@@ -1,0 +1,326 @@
+"""The optimizer steps of one worker: read, count, forward and backward, update, report.
+
+Under ZeRO-3 every forward, every step and every report is a collective operation, so all workers do the same of them,
+and every decision to stop is made from numbers that all workers have.
+"""
+
+import dataclasses
+import itertools
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from numpy.random import SeedSequence
+
+from pipelines.checkpoint.checkpoint import MAX_LISTED_DROPS, DroppedSample, TrainState
+from pipelines.checkpoint.zero3 import schedule_factor
+from pipelines.config.settings import TrainingSettings
+from pipelines.recovery.preemption import Preemption, preempted
+from pipelines.tracking.points import Point
+from pipelines.training.batches import Counts, MicroBatch, SampleId
+from pipelines.training.checkpoint_saver import Saver
+from pipelines.training.heldout_loss import Parity
+
+FEWEST_JUDGED_SAMPLES = 1000
+NAMED_SAMPLES = 16
+
+
+class TooManyDropped(ValueError):
+    """More samples are faulty than `max_drop_share` allows; the message counts them by reason and names the first."""
+
+
+class DivergedError(ValueError):
+    """The loss or its gradient is no longer a number; the message names the step and, for the loss, the samples."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StepRecord:
+    """What one worker trained in one optimizer step."""
+
+    step: int
+    """Optimizer steps done, this one included."""
+    total_steps: int
+    rank: int
+    world: int
+    loss: float
+    """Mean over the supervised tokens of the global batch; the same on every worker."""
+    samples: tuple[SampleId, ...]
+    """The samples that this worker's forward and backward saw."""
+
+
+Observer = Callable[[StepRecord], None]
+"""Called on every worker right after the optimizer's step, before a checkpoint of it."""
+
+
+class MetricLogger(Protocol):
+    """Where rank 0 sends its metrics."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Log `metrics` of optimizer step `step` (from 1)."""
+
+    def pending_points(self) -> list[Point]:
+        """What is not delivered yet; the logger of the next start begins with it."""
+
+    def close(self, deadline_s: float = ...) -> object:
+        """Send what is still buffered, within `deadline_s` seconds; what it returns is not used."""
+
+
+class Watch(Protocol):
+    """How the workers agree on a preemption notice (`pipelines.recovery.preemption.PreemptionWatch`)."""
+
+    def votes(self) -> tuple[int, int]:
+        """This worker's part; to be summed over all."""
+
+    def agree(self, signalled: int, due: int) -> Preemption | None:
+        """What the sums mean; every worker calls it in every step."""
+
+
+class Loop:
+    """The optimizer steps of one worker, and what it knows about the training so far."""
+
+    def __init__(
+        self,
+        settings: TrainingSettings,
+        expected_samples: int,
+        engine: Any,
+        state: TrainState,
+        rank: int,
+        world: int,
+        saver: Saver,
+        watch: Watch,
+        logger: MetricLogger | None,
+        observe: Observer | None = None,
+    ) -> None:
+        self.settings = settings
+        self.expected_samples = expected_samples
+        self.engine = engine
+        self.state = state
+        self.rank = rank
+        self.world = world
+        self.saver = saver
+        self.watch = watch
+        self.logger = logger
+        self.observe = observe
+        self._new_drops: list[DroppedSample] = []
+        self._clock = _Clock()
+
+    def run(self, steps: Iterator[Sequence[MicroBatch]]) -> None:
+        """Make every remaining step, with a progress line and a checkpoint as often as the settings say.
+
+        Raises:
+            Preempted: after the checkpoint that a notice by SIGTERM asked for.
+        """
+        settings = self.settings
+        while not self.state.done:
+            started = time.perf_counter()
+            members = next(steps)
+            counts = Counts.of(members, self.watch.votes()).summed_over_workers(self.engine.device)
+            self._new_drops += [sample for batch in members for sample in batch.dropped]
+            loss = self._optimizer_step(members, counts)
+            self._count(loss, counts, time.perf_counter() - started)
+            self.saver.consumed(members)
+            step = self.state.step
+            if self.observe is not None:
+                trained = tuple(sample for batch in members for sample in batch.samples)
+                self.observe(StepRecord(step, self.state.total_steps, self.rank, self.world, loss, trained))
+            if step == 1 or step % settings.log_every_steps == 0 or self.state.done:
+                self._log(loss)
+            notice = self.watch.agree(*counts.votes)
+            if self.state.done:
+                continue
+            if notice is not None:
+                self._last_checkpoint(notice)
+            elif step % settings.checkpoint_every_steps == 0:
+                self._checkpoint()
+
+    def _optimizer_step(self, members: Sequence[MicroBatch], counts: Counts) -> float:
+        """Forward, backward and update; returns the mean loss over the supervised tokens of the global batch.
+
+        DeepSpeed averages gradients over workers and micro-batches. Each micro-batch divides its summed loss by
+        tokens / (world * accumulation), so that the average is the sum over all of them, divided by all tokens.
+        """
+        engine, step = self.engine, self.state.step
+        _seed(self.settings.seed, step, self.rank)
+        factor = schedule_factor(step, self.state.total_steps, self.settings.schedule)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        tokens = max(1, counts.supervised)
+        divisor = tokens / (self.world * len(members))
+        losses = torch.zeros(len(members), dtype=torch.float64, device=engine.device)
+        for index, batch in enumerate(members):
+            inputs = {name: tensor.to(engine.device) for name, tensor in batch.inputs.items()}
+            output = engine(**inputs, num_items_in_batch=divisor)
+            engine.backward(output.loss)
+            losses[index] = output.loss.detach().double() * divisor
+            if index < len(members) - 1:
+                engine.step()
+        self._clock.stats = output.pruning_stats
+        total = losses.sum()
+        torch.distributed.all_reduce(total)
+        loss = total.item() / tokens
+        if not math.isfinite(loss):
+            self._raise_diverged(loss, members, losses.tolist())
+        engine.step()
+        return loss
+
+    def _raise_diverged(self, loss: float, members: Sequence[MicroBatch], losses: Sequence[float]) -> None:
+        """All workers know that the loss is no number; together they name the samples of the micro-batches it is in
+        (all of the step, where only the sum is too large)."""
+        mine = [(batch.samples, math.isfinite(own)) for batch, own in zip(members, losses, strict=True)]
+        everywhere: list[list[tuple[tuple[SampleId, ...], bool]]] = [[] for _ in range(self.world)]
+        torch.distributed.all_gather_object(everywhere, mine)
+        batches = list(itertools.chain.from_iterable(everywhere))
+        guilty = [samples for samples, finite in batches if not finite] or [samples for samples, _ in batches]
+        samples = list(itertools.chain.from_iterable(guilty))
+        named = "; ".join(
+            f"{one.key} (dataset {one.dataset}, shard {one.shard}, sample {one.index}, epoch {one.epoch})"
+            for one in samples[:NAMED_SAMPLES]
+        )
+        more = f" and {len(samples) - NAMED_SAMPLES} more" if len(samples) > NAMED_SAMPLES else ""
+        raise DivergedError(
+            f"the loss of step {self.state.step + 1} is {loss}; no weight was touched in that step, and the last "
+            f"checkpoint is from before it. It comes from the micro-batches with the samples {named}{more}. Look at "
+            "them, or lower the learning rates or optimizer.clip_norm, and start under another run name"
+        )
+
+    def _count(self, loss: float, counts: Counts, seconds: float) -> None:
+        state = self.state
+        dropped = {reason: state.dropped.get(reason, 0) + number for reason, number in counts.dropped.items()}
+        self.state = dataclasses.replace(
+            state,
+            step=state.step + 1,
+            rows=state.rows + self.settings.global_batch,
+            samples_seen=state.samples_seen + counts.seen,
+            tokens=state.tokens + counts.tokens,
+            cells=state.cells + counts.cells,
+            dropped={reason: number for reason, number in dropped.items() if number},
+            losses=(*state.losses, loss),
+            step_seconds=state.step_seconds + seconds,
+        )
+        self._clock.add(counts)
+        self._check_norm()
+        self._check_drops()
+
+    def _check_norm(self) -> None:
+        """A finite loss may have a gradient that is not: nothing of such a step is saved."""
+        norm = float(self.engine.get_global_grad_norm())
+        if not math.isfinite(norm):
+            raise DivergedError(
+                f"the gradient of step {self.state.step} has the norm {norm}; nothing of that step was saved, and the "
+                "last checkpoint is from before it. Lower the learning rates, or train with precision fp32, and start "
+                "under another run name"
+            )
+
+    def _check_drops(self) -> None:
+        """All workers know the same counts, so all of them stop, or none."""
+        share, expected = self.settings.max_drop_share, self.expected_samples
+        dropped = sum(self.state.dropped.values())
+        judged = max(self.state.samples_seen + dropped, min(expected, FEWEST_JUDGED_SAMPLES))
+        if dropped <= share * judged:
+            return
+        self._gather_drops()
+        first = "; ".join(
+            f"{sample.key} (shard {sample.shard}, sample {sample.index}): {sample.reason}, {sample.detail}"
+            for sample in self.state.dropped_samples[:5]
+        )
+        raise TooManyDropped(
+            f"{dropped} of {judged} samples are faulty, more than max_drop_share {share} allows. By reason: "
+            f"{self.state.dropped}. First: {first}. Repair the data, or raise max_drop_share."
+        )
+
+    def _gather_drops(self) -> None:
+        """Collect the faulty samples that the workers met since the last time."""
+        everywhere: list[list[DroppedSample]] = [[] for _ in range(self.world)]
+        torch.distributed.all_gather_object(everywhere, self._new_drops)
+        self._new_drops = []
+        listed = sorted({*self.state.dropped_samples, *itertools.chain.from_iterable(everywhere)})
+        self.state = dataclasses.replace(self.state, dropped_samples=tuple(listed[:MAX_LISTED_DROPS]))
+
+    def _log(self, loss: float) -> None:
+        norm = self.engine.get_global_grad_norm()
+        if self.rank != 0:
+            return
+        rates = {f"learning_rate/{group['part']}": group["lr"] for group in self.engine.optimizer.param_groups}
+        metrics = {
+            "loss": loss,
+            "grad_norm": float(norm),
+            **rates,
+            **self._clock.rates(),
+            "samples_seen": float(self.state.samples_seen),
+            "samples_dropped": float(sum(self.state.dropped.values())),
+            "workers": float(self.world),
+        }
+        # Ray Train replaces print by one that shows every line twice.
+        sys.stdout.write(progress_line(self.state, metrics) + "\n")
+        sys.stdout.flush()
+        if self.logger is not None:
+            self.logger.log(metrics, self.state.step)
+
+    def _last_checkpoint(self, notice: Preemption) -> None:
+        """Just in time. After a drain notice the training goes on: its end is up to Ray."""
+        name = self._checkpoint()
+        if notice.kind == "signal":
+            committed = self.saver.wait_committed(name, notice.seconds_left(self.settings.preemption_grace_s))
+            raise preempted(notice, self.state.step, committed)
+        if self.rank == 0:
+            sys.stdout.write(f"  {notice.detail}: checkpoint of step {self.state.step}; the training goes on\n")
+
+    def _checkpoint(self, parity: Parity | None = None) -> str:
+        self._gather_drops()
+        pending = self.logger.pending_points() if self.logger is not None else []
+        return self.saver.save(self.state, pending, parity)
+
+    def finish(self, final: dict[str, float], parity: Parity) -> None:
+        """The last checkpoint, and the held-out metrics to the logger."""
+        self.state = dataclasses.replace(self.state, final=final)
+        if self.logger is not None:
+            self.logger.log(final, self.state.step)
+        self._checkpoint(parity)
+        if self.logger is not None:
+            self.logger.close()
+
+
+class _Clock:
+    """Speed and padding since the last progress line."""
+
+    def __init__(self) -> None:
+        self.stats: Any = None
+        self._start = time.perf_counter()
+        self._samples = 0
+        self._tokens = 0
+        self._cells = 0
+
+    def add(self, counts: Counts) -> None:
+        self._samples += counts.seen
+        self._tokens += counts.tokens
+        self._cells += counts.cells
+
+    def rates(self) -> dict[str, float]:
+        elapsed = time.perf_counter() - self._start
+        speed = {
+            "samples_per_s": self._samples / elapsed,
+            "tokens_per_s": self._tokens / elapsed,
+            "padding_share": 1 - self._tokens / max(1, self._cells),
+        }
+        self._start, self._samples, self._tokens, self._cells = time.perf_counter(), 0, 0, 0
+        return {**speed, **self.stats.as_metrics()}
+
+
+def progress_line(state: TrainState, metrics: Mapping[str, float]) -> str:
+    """One readable line about the step that was just made."""
+    rates = [value for name, value in metrics.items() if name.startswith("learning_rate/")]
+    return (
+        f"step {state.step}/{state.total_steps}  loss {metrics['loss']:.4f}  lr {max(rates):.2e}  "
+        f"grad {metrics['grad_norm']:.2f}  {metrics['samples_per_s']:.1f} samples/s  "
+        f"{metrics['tokens_per_s']:.0f} tokens/s  padding {metrics['padding_share']:.0%}  "
+        f"visual tokens {metrics['visual_tokens/in']:.0f} in, {metrics['visual_tokens/fuse/kept']:.0f} kept  "
+        f"dropped {metrics['samples_dropped']:.0f}"
+    )
+
+
+def _seed(seed: int, step: int, rank: int) -> None:
+    """Random numbers are a function of (seed, step, rank), so a resumed run draws the same ones."""
+    torch.manual_seed(int(SeedSequence([seed, step, rank]).generate_state(1)[0]))
