@@ -1,4 +1,7 @@
-"""Imports run one way: meteor_model <- pipelines <- tune <- jobs; infra stands apart; the model needs no cluster."""
+"""Imports run one way: meteor_model <- pipelines <- tune <- jobs; infra stands apart; the model needs no cluster.
+
+Inside pipelines/ they run down a table of levels: a room may import the rooms named beside it, which all stand lower.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,35 @@ ALLOWED = {
     "jobs": {"meteor_model", "pipelines", "tune", "jobs"},
     "infra": {"infra"},
 }
+LEVELS: tuple[dict[str, set[str]], ...] = (
+    {"io": set(), "parts": set()},
+    {"data": {"io"}, "tracking": {"io"}},
+    {"config": {"data"}, "evaluation": {"data"}, "recovery": {"data", "io"}},
+    {"checkpoint": {"config", "data", "io"}},
+    {
+        "training": {"checkpoint", "config", "data", "io", "recovery", "tracking"},
+        "registry": {"checkpoint", "config", "data", "evaluation", "parts", "tracking"},
+    },
+    {
+        "calibration": {"config", "data", "evaluation", "io", "registry", "tracking"},
+        "inference": {"config", "data", "io", "registry"},
+    },
+    {
+        "job": {
+            "calibration",
+            "checkpoint",
+            "config",
+            "data",
+            "evaluation",
+            "io",
+            "parts",
+            "registry",
+            "tracking",
+            "training",
+        }
+    },
+)
+"""The rooms of pipelines/, lowest first, and what each may import; docs/composability.md draws it."""
 NEVER_IN_THE_MODEL = {"ray", "deepspeed", "mlflow", "pyarrow", "s3fs", "fsspec", "tyro", "webdataset"}
 
 
@@ -42,6 +74,57 @@ def test_imports_run_one_way(package: str) -> None:
     for path in files:
         wrong = (imported(path) & OURS) - ALLOWED[package]
         assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}"
+
+
+def rooms_imported(path: Path, root: Path) -> set[str]:
+    """Rooms of `root` (a folder pipelines/) that a file imports, anywhere in it, its own apart."""
+    rooms: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        if isinstance(node, ast.ImportFrom) and node.module == "pipelines":
+            modules = [f"pipelines.{alias.name}" for alias in node.names]
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        rooms |= {module.split(".")[1] for module in modules if module.startswith("pipelines.")}
+    return rooms - {path.relative_to(root).parts[0]}
+
+
+def wrong_imports(root: Path) -> list[str]:
+    """Imports of a folder pipelines/ that the table of levels does not allow."""
+    allowed = {room: uses for level in LEVELS for room, uses in level.items()}
+    return [
+        f"{path.relative_to(root)} imports {room}"
+        for path in sorted(root.rglob("*.py"))
+        if path.parent != root
+        for room in sorted(rooms_imported(path, root) - allowed[path.relative_to(root).parts[0]])
+    ]
+
+
+def test_rooms_import_downwards_only() -> None:
+    assert wrong_imports(ROOT / "pipelines") == []
+
+
+def test_pipelines_holds_rooms_only_and_every_room_is_in_the_table() -> None:
+    entries = {path.name for path in (ROOT / "pipelines").iterdir() if path.name != "__pycache__"}
+    assert entries == {"__init__.py"} | {room for level in LEVELS for room in level}
+
+
+def test_the_table_has_no_way_up() -> None:
+    lower: set[str] = set()
+    for level in LEVELS:
+        for room, uses in level.items():
+            assert uses <= lower, f"{room} may import {sorted(uses - lower)}, which stand no lower"
+        lower |= set(level)
+
+
+@pytest.mark.parametrize(
+    "line", ["from pipelines.job.run import run_job", "import pipelines.job.run", "from pipelines import job"]
+)
+def test_a_planted_upward_import_is_found(tmp_path: Path, line: str) -> None:
+    planted = tmp_path / "pipelines" / "io" / "storage.py"
+    planted.parent.mkdir(parents=True)
+    planted.write_text(f"def later():\n    {line}\n")
+    assert wrong_imports(tmp_path / "pipelines") == ["io/storage.py imports job"]
 
 
 def test_the_model_imports_no_cluster_library() -> None:

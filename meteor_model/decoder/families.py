@@ -3,7 +3,7 @@
 A decoder is plain when its loop is "embed, layers, norm" and a layer's attention is "project, rotate whole heads by
 halves, scaled dot product". What a family adds to that is one row of `DECODER_FAMILIES`; everything else (weights,
 widths, scaling, rotary frequencies) is read from the decoder's own modules. A new family needs a row here and passes
-tests/decoder/test_loop.py, which compares every row with the library's own forward.
+tests/meteor_model/decoder/test_loop.py, which compares every row with the library's own forward.
 
 Legend: B samples, Q tokens, H heads, C width, d head width.
 """

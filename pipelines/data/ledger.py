@@ -1,7 +1,8 @@
 """The consumption ledger: exactly which samples of a training's data were trained, and which were dropped as faulty.
 
 A sample is (dataset, epoch, shard, index). The ledger is filled from what went through a step, never from the plan, so
-that the two can be compared (`pipelines.data.order`, `pipelines.data.mixture`: `consumed`). Per (dataset, epoch) it holds
+that the two can be compared (`consumed` of `pipelines.data.order` and `pipelines.data.mixture`). Per (dataset, epoch)
+it holds
 
 - one bit a shard: every sample of it is consumed;
 - one bit a sample for the shards that are consumed in part (about the shards of the open windows);

@@ -1,4 +1,4 @@
-"""How well a model answers a fixed suite of questions: it is asked, and gets a score (`pipelines/evaluation/scores.py`).
+"""How well a model answers a fixed suite of questions: it is asked, and gets a score (`pipelines.evaluation.scores`).
 
 A suite is the first question of each sample of one split, in manifest order. For each question, with all three stages
 active as in `generate`:
@@ -149,7 +149,8 @@ def _check(model: MeteorForConditionalGeneration, processor: MeteorProcessor, sa
         )
     if model.config.pruning.decode.enabled and model.new_cache() is None:
         raise ScoringError(
-            "stage 3 is enabled but pruning.decode.lam is not set: solve it (pipelines.evaluation.questions.solve_lambda_on)"
+            "stage 3 is enabled but pruning.decode.lam is not set: solve it "
+            "(pipelines.evaluation.questions.solve_lambda_on)"
         )
 
 

@@ -5,8 +5,8 @@ of the call, and goes on trying while the server is away. A point leaves memory 
 batch, so an outage loses nothing; a batch that is sent twice is stored once (MLflow drops equal points).
 
 While the server is away the thread also writes the points to the run's outbox in storage, every `KEEP_EVERY_S`, and
-`close` writes what is left: the driver delivers the outbox at the end of the run (`pipelines.tracking.run_tracker`). A checkpoint
-holds `pending_points`, and the logger of the next start begins with them.
+`close` writes what is left: the driver delivers the outbox at the end of the run (`pipelines.tracking.run_tracker`). A
+checkpoint holds `pending_points`, and the logger of the next start begins with them.
 
 A resumed training makes the steps after its checkpoint again. One value per metric and step is stored, the one that
 reached the server first: a new logger asks once which steps of a metric the run has and leaves those out (`Delivered`).

@@ -1,4 +1,4 @@
-"""The tracking run of a training: opened and closed on the driver, its metrics logged by `pipelines.tracking.metric_logger`.
+"""The tracking run of a training, opened and closed on the driver; `metric_logger` logs its metrics.
 
 1. `require_tracking`  at the start of a job: the server answers, or an error that says what to do
 2. `open_run`          one run per training; a resumed training opens its own run again
@@ -6,8 +6,8 @@
 4. `finish_run`
 
 Calls on the driver wait out a short absence of the server (`patience_s`) and then fail with a TrackingAwayError; what a
-job does meanwhile is in `pipelines.tracking.run_tracker`. No value of a setting whose name looks like a credential leaves the
-process: everything passes `redact`.
+job does meanwhile is in `pipelines.tracking.run_tracker`. No value of a setting whose name looks like a credential
+leaves the process: everything passes `redact`.
 """
 
 import itertools

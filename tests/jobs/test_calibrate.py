@@ -30,7 +30,7 @@ from pipelines.registry.open import open_model
 from pipelines.registry.publish import ExportError, export_model, register_model
 from pipelines.registry.versions import pin_model
 from pipelines.tracking.mlflow_run import open_run
-from tests.model.builders import model, processor
+from tests.meteor_model.builders import model, processor
 from tests.stack_fixture import applied
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -24,7 +24,7 @@ from pipelines.inference.output import SPEC_FILE, Asked, Part, PredictError, cla
 from pipelines.registry.folder import model_digest, weights_digest
 from pipelines.registry.publish import export_model
 from tests.jobs.killing import ROOT, kill_when, own_environment
-from tests.model.builders import model, processor
+from tests.meteor_model.builders import model, processor
 
 SOURCE = OpenMojiSettings(code_points=16, heldout_code_points=8, variants=2, text_only_share=0.1)
 

@@ -29,7 +29,7 @@ from pipelines.registry.publish import load_registered, register_model
 from pipelines.registry.variants import measure_parity
 from pipelines.tracking.mlflow_run import open_run
 from tests.jobs.killing import ROOT, kill_when, own_environment
-from tests.registry.conftest import Server, free_port
+from tests.pipelines.mlflow_fixture import Server, free_port
 from tests.tune.conftest import Bench, bench
 from tune import sweep as sweep_module
 from tune.prepare import SWEEP_FILE

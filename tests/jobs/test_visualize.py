@@ -13,7 +13,7 @@ from PIL import Image
 
 from jobs.visualize import Visualize, check, main, visualize
 from pipelines.registry.publish import export_model
-from tests.model.builders import PRUNED, model, processor
+from tests.meteor_model.builders import PRUNED, model, processor
 
 ROOT = Path(__file__).resolve().parents[2]
 

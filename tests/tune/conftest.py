@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipelines.data import shards
 from pipelines.registry.publish import export_model
-from tests.model.builders import TEXTS, config, model, processor
+from tests.meteor_model.builders import TEXTS, config, model, processor
 
 
 def pairs(count: int, seed: int) -> Iterator[tuple[str, dict[str, bytes]]]:

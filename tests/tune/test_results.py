@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pipelines.evaluation.scores import Interval, Score
-from tests.model.builders import config
+from tests.meteor_model.builders import config
 from tune.defaults import paper_settings
 from tune.figures import draw_budgets, draw_fronts, draw_importances, draw_trials
 from tune.records import Status, TrialRecord

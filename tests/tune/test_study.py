@@ -13,7 +13,7 @@ from ray.tune.search import Searcher
 
 from meteor_model.configuration_meteor import MeteorConfig
 from pipelines.evaluation.scores import Interval, Score
-from tests.model.builders import config
+from tests.meteor_model.builders import config
 from tune.records import Records, TrialRecord
 from tune.settings import StudyPlan
 from tune.space import Space, SpaceError

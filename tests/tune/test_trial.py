@@ -18,7 +18,7 @@ from pipelines.evaluation.scoring import Suite, longest_answer, score_model
 from pipelines.io import storage
 from pipelines.io.storage import TransientStorageError
 from pipelines.registry.variants import apply_pruning
-from tests.model.builders import PRUNED
+from tests.meteor_model.builders import PRUNED
 from tests.tune.conftest import Bench
 from tune import trial as trial_module
 from tune.settings import SweepSettings

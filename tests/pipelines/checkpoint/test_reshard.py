@@ -1,0 +1,183 @@
+"""A checkpoint of two workers goes on with one, two, three and four, as if nothing had happened.
+
+`universal_worker` trains; its engines start from other weights, weight decays, betas and learning rates than the
+checkpoint has, so what a load leaves out shows.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipelines.checkpoint.checkpoint import ZERO3_TAG, CheckpointError, read_shards
+from pipelines.checkpoint.reshard import (
+    Layout,
+    Shards,
+    check_groups,
+    common_buffers,
+    layout_of,
+    optimizer_state,
+    pieces,
+)
+from tests.pipelines.checkpoint.reshard_worker import BORDER, STEPS, Training, trainings
+
+REPOSITORY = Path(__file__).parents[3]
+RESUMED = [
+    (precision, training)
+    for precision in ("fp32", "bf16")
+    for training in trainings(precision)
+    if training.start is not None
+]
+NAMES = [f"{precision}-{training.name}" for precision, training in RESUMED]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What all trainings left."""
+    folder = tmp_path_factory.mktemp("universal")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.pipelines.checkpoint.reshard_worker", str(folder)],
+        cwd=REPOSITORY,
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return folder
+
+
+def read(folder: Path, training: str, stage: str, rank: int = 0) -> dict[str, Any]:
+    result: dict[str, Any] = torch.load(folder / training / f"{stage}-{rank}.pt", weights_only=False)
+    return result
+
+
+@pytest.mark.parametrize(("precision", "training"), RESUMED, ids=NAMES)
+def test_every_worker_resumes_the_very_state(trained: Path, precision: str, training: Training) -> None:
+    """Bit for bit, before any further step: the state that the workers of the checkpoint had."""
+    assert training.start is not None
+    saved = read(trained / precision, training.start, "saved")
+    step = BORDER if training.start == "whole" else BORDER + 1
+    kinds = {name.split()[0] for name in saved["tensors"]}
+    assert kinds == {"weight", "fp32", "exp_avg", "exp_avg_sq", "buffer"}
+    assert saved["groups"][0]["weight_decay"] != saved["groups"][1]["weight_decay"]
+    assert saved["tensors"]["buffer scale"].item() == 0.75, "the value before the load is 0.5"
+    for rank in range(training.world):
+        loaded = read(trained / precision, training.name, "loaded", rank)
+        assert loaded["tensors"].keys() == saved["tensors"].keys()
+        for name, tensor in saved["tensors"].items():
+            assert torch.equal(loaded["tensors"][name], tensor), name
+        assert loaded["groups"] == saved["groups"]
+        assert loaded["adam_steps"] == [step] * loaded["sub_groups"]
+        assert loaded["own_step_counters"]
+        assert loaded["counters"] == [step, 0, 0]
+        assert loaded["tied"]
+
+
+@pytest.mark.parametrize(("precision", "training"), RESUMED, ids=NAMES)
+def test_the_next_steps_are_those_of_the_uninterrupted_training(
+    trained: Path, precision: str, training: Training
+) -> None:
+    """Bit-equal on two workers; elsewhere up to the order in which gradients are summed."""
+    whole = read(trained / precision, "whole", "end")
+    end = read(trained / precision, training.name, "end")
+    expected = whole["losses"][-len(end["losses"]) :]
+    assert end["groups"] == whole["groups"]
+    assert end["adam_steps"] == [STEPS] * end["sub_groups"]
+    if training.world == 2:
+        assert end["losses"] == expected
+        assert all(torch.equal(end["tensors"][name], tensor) for name, tensor in whole["tensors"].items())
+        return
+    loss_rtol, atol, weight_rtol = {"fp32": (1e-6, 1e-6, 0.0), "bf16": (1e-4, 1e-3, 2**-7)}[precision]
+    assert end["losses"] == pytest.approx(expected, rel=loss_rtol)
+    start = read(trained / precision, "whole", "saved")["tensors"]
+    for name, tensor in whole["tensors"].items():
+        rtol = weight_rtol if name.startswith("weight") else 0.0
+        torch.testing.assert_close(end["tensors"][name], tensor, rtol=rtol, atol=atol, msg=name)
+        if name.startswith("weight encoders"):
+            assert torch.equal(tensor, start[name]), "frozen"
+        elif name.startswith("fp32"):
+            assert (tensor - start[name]).abs().max() > 3 * atol, f"{name} moves too little to tell"
+
+
+def test_worlds_have_other_sub_groups(trained: Path) -> None:
+    """So the trainings above did regroup step counters and flat tensors."""
+    numbers = {name: read(trained / "fp32", name, "loaded")["sub_groups"] for name in ("one", "two", "three", "four")}
+    assert len(set(numbers.values())) == 4, numbers
+
+
+def test_what_is_saved_after_a_resume_is_whole(trained: Path) -> None:
+    """The consolidation of a checkpoint that a resumed training of another world wrote."""
+    weights = read_shards(trained / "fp32" / "three")
+    saved = read(trained / "fp32", "three", "saved")["tensors"]
+    for name, tensor in saved.items():
+        kind, parameter = name.split()
+        if kind == "fp32":
+            assert torch.equal(weights[parameter], tensor), parameter
+
+
+def test_missing_foreign_and_damaged_shards_are_named(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"holds no ZeRO-3 shard of worker 0"):
+        Shards(tmp_path)
+    shards = tmp_path / ZERO3_TAG
+    shutil.copytree(trained / "fp32" / "whole" / ZERO3_TAG, shards)
+    lost = shards / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    content = lost.read_bytes()
+    lost.unlink()
+    with pytest.raises(CheckpointError, match=r"whole checkpoint of 2 workers: optim states of worker 1 are missing"):
+        Shards(tmp_path)
+    lost.write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match=r"rank_1_mp_rank_00_optim_states.pt is damaged"):
+        Shards(tmp_path).optimizer(1)
+    lost.write_bytes(content)
+    shutil.copy(lost, shards / "zero_pp_rank_2_mp_rank_00_optim_states.pt")
+    with pytest.raises(CheckpointError, match=r"2 workers: optim states of worker 2 are too many"):
+        Shards(tmp_path)
+
+
+def test_other_groups_names_shapes_steps_and_buffers_are_refused(trained: Path, tmp_path: Path) -> None:
+    shards = Shards(trained / "fp32" / "whole")
+    layout = layout_of(shards)
+    groups = layout.groups()
+    with pytest.raises(CheckpointError, match="has 2 parameter groups, the training has 1"):
+        check_groups(groups, groups[:1], tmp_path)
+    swapped = [groups[1], groups[0]]
+    with pytest.raises(CheckpointError, match=r"parameter group 0: projectors\.\S+ is not in the model"):
+        check_groups(groups, swapped, tmp_path)
+    name = "projectors.a.weight"
+    with pytest.raises(CheckpointError, match=r"projectors\.a\.weight has shape \(7, 7\) instead of \(7, 8\)"):
+        check_groups(groups, [{**groups[0], name: torch.Size([7, 8])}, groups[1]], tmp_path)
+    state = shards.optimizer(0)["optimizer_state_dict"]["state"]  # mapped privately: the file stays as it is
+    state[1]["step"] += 1
+    one = Layout(1, groups, [0, 1])
+    with pytest.raises(CheckpointError, match="different values of 'step' in sub-groups"):
+        optimizer_state(shards, layout, one, 0)
+    shards.model(1)["module"]["scale"] += 1
+    with pytest.raises(CheckpointError, match="buffer scale of worker 1 differs"):
+        common_buffers(shards)
+
+
+@pytest.mark.parametrize("numel", [0, 1, 2, 3, 5, 7, 12, 97])
+def test_pieces_move_every_element_to_where_its_world_has_it(numel: int) -> None:
+    """Against the literal way: cut the padded vector for both worlds."""
+
+    def cut(world: int) -> list[list[int]]:
+        length = -(-numel // world)
+        padded = [*range(numel), *[-1] * (world * length - numel)]
+        return [padded[rank * length : (rank + 1) * length] for rank in range(world)]
+
+    for old_world in range(1, 9):
+        old = cut(old_world)
+        for new_world in range(1, 9):
+            for rank, expected in enumerate(cut(new_world)):
+                got = [-1] * len(expected)
+                for piece in pieces(numel, old_world, new_world, rank):
+                    taken = old[piece.source][piece.source_start :][: piece.length]
+                    assert len(taken) == piece.length > 0
+                    got[piece.target_start : piece.target_start + piece.length] = taken
+                assert got == expected, (old_world, new_world, rank)

@@ -1,0 +1,194 @@
+"""ZeRO-3 on two processes without Ray: sharded loading of the real model, frozen parts, bf16, consolidation."""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from meteor_model.architectures import build_config
+from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, MeteorConfig, PruningConfig
+from meteor_model.modeling_meteor import MeteorForConditionalGeneration
+from pipelines.checkpoint.checkpoint import ZERO3_TAG, CheckpointError, consolidate
+from pipelines.checkpoint.zero3 import (
+    WeightsError,
+    checkpoint_activations,
+    deepspeed_config,
+    import_deepspeed,
+    load_sharded,
+    parameter_groups,
+    save_for_sharding,
+    weight_dtype,
+)
+from pipelines.config.settings import LearningRates, OptimizerSettings, TrainingSettings
+from tests.meteor_model.towers import TOWERS
+
+IMAGE, VISUAL = 3, 16
+RATES = LearningRates(projector=1e-2, towers=None, llm=1e-3)
+# A large epsilon: AdamW's first steps are otherwise +-lr even where the gradient is rounding noise.
+ADAMW: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-3, "weight_decay": 0.0}
+# Towers that read parameters outside their module's own forward: positions, biases, relative positions, fused qkv.
+MISSING = "projectors.{}.input.bias"
+READERS = ("eva02_det", "eva02_fused", "sam_padded", "dinov2_registers")
+PRUNING = PruningConfig(EncodePruning(totals=(96, 64, 64)), FusePruning(keep=VISUAL), DecodePruning(enabled=False))
+
+
+def make_batch(rank: int) -> dict[str, Tensor]:
+    """Two samples with an image each for worker 0; one text-only sample for worker 1."""
+    random = torch.Generator().manual_seed(rank)
+    text = torch.randint(4, 64, (2 - rank, 12 + rank), generator=random)
+    visual = torch.full((2, VISUAL), IMAGE) if rank == 0 else torch.empty(1, 0, dtype=torch.int64)
+    ids = torch.cat([visual, text], 1)
+    labels = torch.where(ids == IMAGE, -100, ids)
+    pixels = torch.randint(0, 256, (2 if rank == 0 else 0, 3, 64, 64), generator=random, dtype=torch.uint8)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "pixel_values": pixels}
+
+
+def count(batch: dict[str, Tensor]) -> int:
+    return int((batch["labels"][:, 1:] != -100).sum())
+
+
+TOKENS = count(make_batch(0)) + count(make_batch(1))
+
+
+def work(rank: int, folder: Path, precision: Any, rates: LearningRates, recompute: bool) -> None:
+    """One worker: load, two steps, save; and a folder that lacks a weight."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    group = f"file://{folder}/group"
+    torch.distributed.init_process_group("gloo", init_method=group, rank=rank, world_size=2)
+    settings = TrainingSettings(
+        workers=2,
+        micro_batch=2,
+        global_batch=4,
+        precision=precision,
+        gradient_checkpointing=recompute,
+        optimizer=OptimizerSettings(learning_rates=rates),
+    )
+    deepspeed = import_deepspeed(uses_gpu=False)
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    config = deepspeed_config(settings)
+    arguments = (config, weight_dtype(settings), False)
+    with pytest.raises(WeightsError, match=r"holds no weights for projectors\.\w+\.input\.bias"):
+        load_sharded(MeteorForConditionalGeneration, folder / "incomplete", *arguments)
+    model = load_sharded(MeteorForConditionalGeneration, folder / "init", *arguments)
+    if recompute:
+        checkpoint_activations(model)
+    optimizer = torch.optim.AdamW(parameter_groups(model, settings.optimizer), **ADAMW)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    losses = []
+    for _ in range(2):
+        batch = make_batch(rank)
+        loss = engine(**batch, num_items_in_batch=TOKENS / 2).loss
+        engine.backward(loss)
+        engine.step()
+        total = loss.detach().double() / 2
+        torch.distributed.all_reduce(total)
+        losses.append(total.item())
+    target = folder / "checkpoint" if rank == 0 else folder / f"checkpoint-{rank}"
+    engine.save_checkpoint(str(target), tag=ZERO3_TAG, save_latest=False)
+    (folder / f"losses-{rank}.json").write_text(json.dumps(losses))
+    torch.distributed.destroy_process_group()
+
+
+def tiny(towers: Sequence[str] = ()) -> MeteorConfig:
+    """The tiny architecture, on towers of the tests' table where some are named."""
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = build_config("tiny", PRUNING, 64, ids, IMAGE)
+    if not towers:
+        return config
+    return MeteorConfig(**{**config.to_dict(), "encoders": [replace(TOWERS[name], name=name) for name in towers]})
+
+
+def run(
+    folder: Path,
+    precision: str,
+    rates: LearningRates = RATES,
+    recompute: bool = False,
+    towers: Sequence[str] = (),
+) -> tuple[list[float], Path]:
+    """Both workers; returns the losses and the checkpoint, in which both workers' files are together."""
+    torch.manual_seed(0)
+    save_for_sharding(MeteorForConditionalGeneration(tiny(towers)), folder / "init")
+    shutil.copytree(folder / "init", folder / "incomplete")
+    weights = load_file(folder / "init" / "model.safetensors")
+    del weights[MISSING.format(towers[0] if towers else "clip")]
+    save_file(weights, folder / "incomplete" / "model.safetensors", metadata={"format": "pt"})
+    torch.multiprocessing.spawn(work, args=(folder, precision, rates, recompute), nprocs=2)
+    shutil.copytree(folder / "checkpoint-1" / ZERO3_TAG, folder / "checkpoint" / ZERO3_TAG, dirs_exist_ok=True)
+    losses = [json.loads((folder / f"losses-{rank}.json").read_text()) for rank in range(2)]
+    assert losses[0] == losses[1]
+    return losses[0], folder / "checkpoint"
+
+
+def plain(init: Path, rates: LearningRates = RATES) -> tuple[list[float], MeteorForConditionalGeneration]:
+    """The same two steps in this process."""
+    model = MeteorForConditionalGeneration.from_pretrained(init)
+    settings = OptimizerSettings(learning_rates=rates)
+    optimizer = torch.optim.AdamW(parameter_groups(model, settings), **ADAMW)
+    losses = []
+    for _ in range(2):
+        loss = sum(model(**make_batch(rank), num_items_in_batch=TOKENS).loss for rank in range(2))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, model
+
+
+def test_real_model_in_fp32_equals_one_process(tmp_path: Path) -> None:
+    losses, checkpoint = run(tmp_path, "fp32")
+    expected, model = plain(tmp_path / "init")
+    assert losses == pytest.approx(expected, rel=1e-5)
+    whole = consolidate(checkpoint, MeteorForConditionalGeneration, tmp_path / "init")
+    start = load_file(tmp_path / "init" / "model.safetensors")
+    weights = dict(whole.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(weights[name], parameter, rtol=1e-3, atol=2e-5, msg=name)
+        if name.startswith("encoders."):
+            assert torch.equal(weights[name], start[name]), name
+    assert not torch.equal(weights["lm_head.weight"], start["lm_head.weight"])
+    for path in (checkpoint / ZERO3_TAG).glob("*_optim_states.pt"):
+        if "rank_1_" in path.name:
+            path.unlink()
+    with pytest.raises(CheckpointError, match="not a whole ZeRO-3 checkpoint"):
+        consolidate(checkpoint, MeteorForConditionalGeneration, tmp_path / "init")
+
+
+@pytest.mark.parametrize("towers", [(), READERS], ids=["tiny", "readers"])
+def test_recomputed_activations_train_the_same_weights_in_every_part(tmp_path: Path, towers: tuple[str, ...]) -> None:
+    """Towers train too, one rank has no image, and every block is recomputed in the backward pass."""
+    rates = LearningRates(projector=1e-2, towers=1e-3, llm=1e-3)
+    losses, checkpoint = run(tmp_path, "fp32", rates, recompute=True, towers=towers)
+    expected, model = plain(tmp_path / "init", rates)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    whole = consolidate(checkpoint, MeteorForConditionalGeneration, tmp_path / "init")
+    weights, start = dict(whole.named_parameters()), load_file(tmp_path / "init" / "model.safetensors")
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(weights[name], parameter, rtol=1e-3, atol=2e-5, msg=name)
+    moved = {
+        name.split(".")[1]
+        for name in start
+        if name.startswith("encoders.") and name in weights and not torch.equal(weights[name], start[name])
+    }
+    assert moved == set(model.encoders), "every tower trains"
+
+
+def test_real_model_in_bf16_keeps_fp32_masters(tmp_path: Path) -> None:
+    losses, checkpoint = run(tmp_path, "bf16")
+    expected, _ = plain(tmp_path / "init")
+    assert losses == pytest.approx(expected, rel=2e-2)
+    whole = consolidate(checkpoint, MeteorForConditionalGeneration, tmp_path / "init")
+    assert {parameter.dtype for parameter in whole.parameters()} == {torch.float32}
+    trained = whole.get_parameter("lm_head.weight")
+    assert not torch.equal(trained, trained.bfloat16().float()), "the fp32 master weights are lost"
+    loss = whole(**make_batch(0)).loss
+    assert loss.isfinite()

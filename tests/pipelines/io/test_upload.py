@@ -1,0 +1,146 @@
+"""Uploads through a proxy that injects faults, to a real S3 server: all arrives, or an error says what did not."""
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray.train
+from ray.train.v2._internal.constants import AWS_RETRYABLE_TOKENS
+
+from infra.fault_proxy import (
+    DISK_FULL,
+    INSUFFICIENT_STORAGE,
+    SLOW_DOWN,
+    Fault,
+    FaultProxy,
+    Refuse,
+    Reset,
+    Rule,
+)
+from pipelines.io import retry as patience
+from pipelines.io import storage
+from pipelines.io.upload import CheckpointUpload, UploadError, upload_folder
+from tests.pipelines.s3_fixture import BUCKET, S3Server
+
+SIZES = {"a.json": 500, "empty.txt": 0, "deep/er/model.bin": 23_000_000, "z.bin": 3_000_000}
+"""One small file, one without bytes, one that goes in several parts, one in a single large request."""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "local"
+    for name, size in SIZES.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(os.urandom(size))
+    return root
+
+
+@pytest.fixture
+def proxy(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    monkeypatch.setattr(patience, "LONGEST_PAUSE_S", 0.1)
+    with FaultProxy(s3.endpoint) as running:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", running.endpoint)
+        yield running
+
+
+def equal(folder: Path, url: str) -> bool:
+    return storage.list_sizes(url) == SIZES and all(
+        storage.read_bulk(storage.join(url, name)) == (folder / name).read_bytes() for name in SIZES
+    )
+
+
+def test_a_local_folder(folder: Path, tmp_path: Path) -> None:
+    assert upload_folder(folder, str(tmp_path / "stored")) == SIZES
+    assert equal(folder, str(tmp_path / "stored"))
+
+
+UPLOAD_FAULTS: dict[str, tuple[Fault, int]] = {
+    "slow_down": (SLOW_DOWN, 5),
+    "disk_full_for_a_while": (DISK_FULL, 5),
+    "insufficient_storage_for_a_while": (INSUFFICIENT_STORAGE, 5),
+    "reset_in_the_body": (Reset(0.5, "request"), 5),
+    "reset_before_the_answer": (Reset(where="answer"), 5),
+    "server_down": (Refuse(1.0), 2),
+}
+
+
+@pytest.mark.stack
+@pytest.mark.parametrize("name", UPLOAD_FAULTS)
+def test_no_fault_on_the_way_loses_a_byte(folder: Path, proxy: FaultProxy, name: str) -> None:
+    fault, times = UPLOAD_FAULTS[name]
+    url = f"s3://{BUCKET}/up/{name}"
+    proxy.add(Rule(fault, method="PUT", times=times))  # in every file's first requests, whole ones and parts
+    proxy.add(Rule(fault, method="PUT", path="partNumber=2", times=1))
+    proxy.add(Rule(fault, method="POST", path="uploadId", times=1))  # the end of an upload in parts
+    assert upload_folder(folder, url) == SIZES
+    assert equal(folder, url)
+    assert len(proxy.injected) == times + 2
+    proxy.clear()
+    assert upload_folder(folder, url) == SIZES  # again is harmless
+    assert equal(folder, url)
+
+
+@pytest.mark.stack
+@pytest.mark.parametrize("fault", [DISK_FULL, INSUFFICIENT_STORAGE], ids=["500", "507"])
+def test_a_disk_that_stays_full_is_an_error_that_helps(folder: Path, proxy: FaultProxy, fault: Fault) -> None:
+    train = f"s3://{BUCKET}/runs/full{fault.code}/train"  # type: ignore[union-attr]
+    upload = CheckpointUpload(train, patience_s=1.0)
+    proxy.add(Rule(fault, method="PUT", path="model.bin", times=None))
+    with pytest.raises(UploadError) as caught:
+        upload(ray.train.Checkpoint.from_directory(str(folder)), "step-1")
+    text = str(caught.value)
+    for part in (str(folder / "deep/er/model.bin"), f"{train}/step-1/deep/er/model.bin", "1 of 4 files"):
+        assert part in text
+    assert "the one before it is kept" in text
+    assert "the same command again under the same run name" in text
+    assert not any(token in text for token in AWS_RETRYABLE_TOKENS)  # Ray would have patience three times over
+    assert proxy.injected
+    assert storage.list_sizes(f"{train}/step-1") == {"a.json": 500}  # nothing of the file that broke off is visible
+    proxy.clear()
+    stored = upload(ray.train.Checkpoint.from_directory(str(folder)), "step-1")
+    assert stored.path == f"{BUCKET}/runs/full{fault.code}/train/step-1"  # type: ignore[union-attr]
+    assert equal(folder, f"{train}/step-1")
+    with stored.as_directory() as directory:
+        assert {name: Path(directory, name).read_bytes() for name in SIZES} == {
+            name: (folder / name).read_bytes() for name in SIZES
+        }
+
+
+@pytest.mark.stack
+def test_an_object_of_another_size_is_sent_again(
+    folder: Path, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"s3://{BUCKET}/up/short"
+    arrow = storage.arrow_filesystem
+    asked = []
+
+    def lying(address: str, attempts: int) -> object:
+        filesystem, path = arrow(address, attempts)
+        asked.append(path)
+        if len(asked) > 1:
+            return filesystem, path
+
+        class Short:
+            open_output_stream = filesystem.open_output_stream
+
+            def get_file_info(self, path: str) -> object:
+                return filesystem.get_file_info(f"{BUCKET}/nothing")
+
+        return Short(), path
+
+    monkeypatch.setattr(storage, "arrow_filesystem", lying)
+    assert upload_folder(folder, url) == SIZES
+    assert len(asked) == len(SIZES) + 1
+    assert equal(folder, url)
+
+
+@pytest.mark.stack
+def test_what_is_wrong_for_good_fails_at_once(folder: Path, proxy: FaultProxy, tmp_path: Path) -> None:
+    start = time.monotonic()
+    with pytest.raises(storage.StorageError, match="bucket 'nowhere' does not exist"):
+        upload_folder(folder, "s3://nowhere/x")
+    with pytest.raises(storage.StorageError, match="no such folder on this machine"):
+        CheckpointUpload(str(tmp_path / "none"))(ray.train.Checkpoint.from_directory(str(folder)), "step-1")
+    assert time.monotonic() - start < 5

@@ -1,0 +1,83 @@
+"""A job that is started again after MLflow was away does not export, look or register twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from mlflow import MlflowClient
+
+from pipelines.checkpoint.checkpoint import CheckpointRef, TrainState
+from pipelines.config.recipe import Recipe, TrackingSettings
+from pipelines.evaluation.questions import Answer
+from pipelines.io import storage
+from pipelines.job import finish
+from pipelines.registry.folder import ExportError
+from pipelines.registry.publish import RegisteredVersion
+from pipelines.tracking.points import Point, points_to_jsonl
+from tests.pipelines.mlflow_fixture import MODEL_NAME, SUITE, Server, record, score_of
+
+pytestmark = pytest.mark.stack
+
+UNUSED = cast(Any, None)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> CheckpointRef:
+    state = TrainState("hash", 2, 4, step=4, final={"heldout_loss": 1.5})
+    return CheckpointRef(str(tmp_path / "step-4"), state)
+
+
+def test_an_earlier_export_is_brought_whole_or_refused(
+    exported: Path, tmp_path: Path, checkpoint: CheckpointRef
+) -> None:
+    run_url = tmp_path / "run"
+    shutil.copytree(exported, run_url / "export")
+    storage.write_json(str(run_url / "exported.json"), {"checkpoint": checkpoint.url, "parity": 2e-6})
+    assert finish.export(Recipe(), str(run_url), UNUSED, checkpoint, tmp_path / "model") == 2e-6
+    assert (tmp_path / "model" / "config.json").read_bytes() == (exported / "config.json").read_bytes()
+    (run_url / "export" / "config.json").write_text("{}")
+    with pytest.raises(ExportError, match=r"config\.json was changed"):
+        finish.export(Recipe(), str(run_url), UNUSED, checkpoint, tmp_path / "again")
+    other = dataclasses.replace(checkpoint, url=str(tmp_path / "step-5"))
+    with pytest.raises(FileNotFoundError, match="processor"):  # exported anew, for which all is missing here
+        finish.export(Recipe(), str(run_url), UNUSED, other, tmp_path / "third")
+
+
+def test_earlier_answers_and_pictures_are_brought(tmp_path: Path, checkpoint: CheckpointRef) -> None:
+    answer = Answer("a", "q", "e", "e", 3)
+    run_url, pictures = tmp_path / "run", tmp_path / "pictures"
+    storage.write_bytes(str(run_url / "pictures" / "loss.png"), b"png")
+    looked = finish.Looked((answer,), SUITE, score_of([record(0), record(1, right=False, nll=1 / 3)]))
+    storage.write_json(str(run_url / "looked.json"), {"checkpoint": checkpoint.url, **looked.to_dict()})
+    found = finish.look(Recipe(), str(run_url), UNUSED, UNUSED, checkpoint, {}, UNUSED, pictures)
+    assert found == looked
+    assert (pictures / "loss.png").read_bytes() == b"png"
+
+
+def test_the_version_of_an_earlier_start_is_taken(
+    server: Server, registered: RegisteredVersion, checkpoint: CheckpointRef
+) -> None:
+    recipe = Recipe(tracking=TrackingSettings(uri=server.uri, registered_model=MODEL_NAME))
+    client = MlflowClient(server.uri)
+    before = client.search_model_versions(f"name = '{MODEL_NAME}'")
+    trained = finish.Trained(recipe, "adopt", "r", registered.run_id, "abc", checkpoint.state, 0.0, ())
+    again = finish.register(trained, UNUSED, finish.Looked())
+    newest = max(before, key=lambda item: int(item.version))
+    assert again.version == int(newest.version)
+    assert again.model_id == registered.model_id or again.version != registered.version
+    assert len(client.search_model_versions(f"name = '{MODEL_NAME}'")) == len(before)
+    assert int(client.get_model_version_by_alias(MODEL_NAME, "latest-adopt").version) == again.version
+    client.delete_registered_model_alias(MODEL_NAME, "latest-adopt")
+
+
+def test_what_the_last_checkpoint_holds_is_delivered(checkpoint: CheckpointRef) -> None:
+    assert [point.name for point in finish.undelivered_points(checkpoint)] == ["heldout_loss"]
+    kept = [Point("loss", 0.5, 7, 3), Point("loss", 0.25, 8, 4)]
+    storage.write_bytes(storage.join(checkpoint.url, finish.POINTS_FILE), points_to_jsonl(kept).encode())
+    *first, last = finish.undelivered_points(checkpoint)
+    assert first == kept
+    assert (last.name, last.value, last.step) == ("heldout_loss", 1.5, 4)

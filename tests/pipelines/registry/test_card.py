@@ -1,0 +1,224 @@
+"""Model card, what keeps a version from promotion, histories and pruning in place: all that needs no server."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow.entities.model_registry import ModelVersion, ModelVersionTag, RegisteredModel, RegisteredModelTag
+from mlflow.entities.model_registry import RegisteredModelAlias as Alias
+
+from jobs.recipes import recipe
+from meteor_model.configuration_meteor import EncodePruning
+from meteor_model.modeling_meteor import MeteorForConditionalGeneration
+from meteor_model.processing_meteor import MeteorProcessor
+from pipelines.data import shards
+from pipelines.evaluation.scores import summarise
+from pipelines.evaluation.scoring import Suite
+from pipelines.registry.card import card, licence_tags, scores_section, with_scores
+from pipelines.registry.folder import (
+    ExportError,
+    check_parity,
+    export_model,
+    verify_checksums,
+    write_card,
+    write_parity_batch,
+)
+from pipelines.registry.promotion import what_is_lacking
+from pipelines.registry.scores import StoredScore, score_tags, stored_scores
+from pipelines.registry.variants import apply_pruning
+from pipelines.registry.versions import DESCRIPTION_LENGTH, alias_history, shortened
+from pipelines.tracking.mlflow_run import TrackingError
+from tests.pipelines.mlflow_fixture import SUITE, record, score_of, tiny_config, tiny_pruning
+
+RECORDS = [record(0), record(1), record(2, right=False, nll=1.5), record(3, kept=20)]
+
+
+def test_the_card_says_score_cost_calibration_origin_and_licences() -> None:
+    config = tiny_config()
+    config.ranks = {"clip": [20.0, 15.0, 10.5], "pix2struct": [9.0, 8.0, 7.0], "convnext": [5.0, 4.0, 3.0]}
+    tags = {
+        "base": "models:/meteor/3",
+        "recipe": "tiny",
+        "manifest": "s3://user:secret@bucket/manifest.parquet",
+        "manifest_sha256": "ab" * 32,
+        "git_commit": "c" * 40,
+        "parity_max_abs_diff": "2e-06",
+        "licence.data.openmoji": "CC BY-SA 4.0",
+        "accuracy": "not the card's business",
+    }
+    score = summarise(config, RECORDS, SUITE.digest)
+    text = card(config, tags, {"4 x heldout of data": score})
+    low, high = score.accuracy_interval.low, score.accuracy_interval.high
+    for expected in (
+        f"| 4 x heldout of data ({SUITE.digest}) | 4 | 0.7500 [{low:.4f}, {high:.4f}] | 0.7500 [",
+        f"| 32 > 14.0 | {score.tflops:.4g} |",
+        f"| total | {score.tflops:.4g} |",
+        "| visual_tokens.fuse | 64 > 32 |",
+        "- expected ranks of clip: 20, 15, 10.5",
+        "- lambda 20 for a target mean of 16 tokens",
+        "| variant of | models:/meteor/3 |",
+        f"| sha256 of the manifest | {'ab' * 32} |",
+        f"| commit | {'c' * 40} |",
+        "2e-06 (allowed: 0.001)",
+        "| data.openmoji | CC BY-SA 4.0 |",
+    ):
+        assert expected in text
+    assert "secret" not in text
+    assert "not the card's business" not in text
+    pruning = tiny_pruning()
+    unsolved = replace(pruning, decode=replace(pruning.decode, lam=None))
+    unscored = card(tiny_config(unsolved), {}, {})
+    assert "Not scored on a suite yet" in unscored
+    assert "lambda not solved" in unscored
+    assert "| not checked |" in unscored
+
+
+def test_later_scores_replace_the_scores_of_a_description_alone() -> None:
+    text = card(tiny_config(), {"recipe": "tiny"}, {})
+    first = with_scores(text, {"a": score_of(RECORDS)})
+    second = with_scores(first, {"a": score_of(RECORDS), "b": score_of(RECORDS[:2])})
+    assert second.count("## Scores") == 1
+    assert "| a (" in second
+    assert "| b (" in second
+    assert second.replace(scores_section({"a": score_of(RECORDS), "b": score_of(RECORDS[:2])}), "") == text.replace(
+        scores_section({}), ""
+    )
+    assert with_scores("", {"a": score_of(RECORDS)}) == scores_section({"a": score_of(RECORDS)})
+    assert len(shortened(text * 9)) == DESCRIPTION_LENGTH
+    assert shortened(text * 9).endswith("README.md)")
+
+
+def test_licences_of_data_parts_and_code() -> None:
+    manifest = shards.Manifest("m", (), {"source": {"name": "openmoji", "license": "CC BY-SA 4.0"}})
+    unknown = shards.Manifest("other", (), {"source": {"name": "webdataset"}})
+    tags = licence_tags(recipe("pretrain", "small"), [manifest, unknown], {})
+    assert tags["licence.data.openmoji"] == "CC BY-SA 4.0"
+    assert tags["licence.data.webdataset"] == "not recorded in other"
+    assert tags["licence.weights.llm"] == "Apache-2.0: SmolLM2-135M-Instruct"
+    assert tags["licence.code"] == "Apache-2.0"
+    assert "random weights" in licence_tags(recipe("pretrain", "tiny"), [manifest], {})["licence.weights"]
+    inherited = {"licence.weights.llm": "theirs", "recipe": "tiny"}
+    tags = licence_tags(recipe("finetune", "tiny"), [manifest], inherited)
+    assert tags["licence.weights.llm"] == "theirs"
+    assert "recipe" not in tags
+
+
+def version(tags: dict[str, str], status: str = "READY") -> ModelVersion:
+    return ModelVersion(
+        "meteor", "7", 0, status=status, tags=[ModelVersionTag(key, value) for key, value in tags.items()]
+    )
+
+
+SCORED = score_tags(StoredScore("heldout", score_of(RECORDS), "scores/a.json"))
+EVALUATE = "python jobs/evaluate.py --model models:/meteor/7 --manifest s3://m"
+
+
+@pytest.mark.parametrize(
+    ("tags", "expected"),
+    [
+        ({"parity_max_abs_diff": "1e-6", **SCORED}, []),
+        ({**SCORED}, ["parity is missing", "python jobs/register.py parity --model meteor --version 7"]),
+        ({"parity_max_abs_diff": "0.002", **SCORED}, ["parity 0.002 exceeds 0.001", "jobs/register.py parity"]),
+        ({"parity_max_abs_diff": "nan", **SCORED}, ["parity nan exceeds 0.001"]),
+        ({"parity_max_abs_diff": "small", **SCORED}, ["parity small exceeds"]),
+        ({"parity_max_abs_diff": "1e-6", "manifest": "s3://m"}, ["no suite result", EVALUATE]),
+        ({"accuracy": "0.9"}, ["parity is missing", "no suite result", "--manifest MANIFEST"]),
+    ],
+)
+def test_what_keeps_a_version_from_promotion(tags: dict[str, str], expected: list[str]) -> None:
+    lacking = "\n".join(what_is_lacking(version(tags)))
+    assert bool(lacking) == bool(expected)
+    for text in expected:
+        assert text in lacking
+
+
+def test_a_version_without_files_and_a_wider_tolerance() -> None:
+    whole = {"parity_max_abs_diff": "0.002", **SCORED}
+    assert what_is_lacking(version(whole), tolerance=0.01) == []
+    assert "status FAILED_REGISTRATION" in what_is_lacking(version(whole, "FAILED_REGISTRATION"), tolerance=0.01)[0]
+
+
+def test_a_score_in_tags_comes_back_without_its_questions() -> None:
+    score = score_of([*RECORDS, record(4, nll=1 / 3)])
+    tags = score_tags(StoredScore("heldout", score, "scores/a.json"))
+    found = stored_scores(version(tags))
+    assert found == {SUITE.digest: StoredScore("heldout", replace(score, records=()), "scores/a.json")}
+    assert tags["accuracy"] == "0.8000"
+    with pytest.raises(ValueError, match=r"tag score\.x of meteor/7 holds no score"):
+        stored_scores(version({"score.x": "{}"}))
+    assert Suite("elsewhere", SUITE.sha256, "heldout", 4).digest == SUITE.digest
+
+
+@pytest.mark.parametrize(
+    ("tag", "alias", "expected"),
+    [
+        (None, None, []),
+        (None, 3, [3]),
+        ("[1, 3]", 3, [1, 3]),
+        ("[1]", 3, [1, 3]),  # a move that died before it wrote its history, or one by other means
+        ("[1, 3]", 1, [1, 3, 1]),
+        ("[1, 3]", None, [1, 3]),
+    ],
+)
+def test_the_history_of_an_alias_ends_where_it_points(tag: str | None, alias: int | None, expected: list[int]) -> None:
+    tags = [] if tag is None else [RegisteredModelTag("alias_history.champion", tag)]
+    aliases = [] if alias is None else [Alias("champion", str(alias))]
+    assert alias_history(RegisteredModel("meteor", tags=tags, aliases=aliases), "champion") == expected
+
+
+@pytest.mark.parametrize("tag", ["1, 2", '{"1": 2}', '["a"]', "[true]"])
+def test_a_spoilt_history_is_named(tag: str) -> None:
+    model = RegisteredModel("meteor", tags=[RegisteredModelTag("alias_history.champion", tag)], aliases=[])
+    with pytest.raises(TrackingError, match=r"alias_history\.champion of model 'meteor' is no list of versions"):
+        alias_history(model, "champion")
+
+
+@pytest.fixture
+def own_tiny(
+    tiny: tuple[MeteorForConditionalGeneration, MeteorProcessor],
+) -> tuple[MeteorForConditionalGeneration, MeteorProcessor]:
+    """A model that a test may change."""
+    return copy.deepcopy(tiny[0]), copy.deepcopy(tiny[1])
+
+
+def test_another_pruning_in_place_is_exported_with_parity(
+    own_tiny: tuple[MeteorForConditionalGeneration, MeteorProcessor], tmp_path: Path
+) -> None:
+    model, processor = own_tiny
+    ranks = {"clip": [2.0], "pix2struct": [1.0], "convnext": [1.0]}
+    before = dict(model.config.encode_budgets)
+    apply_pruning(model, processor, tiny_pruning(fuse=20), ranks)
+    assert processor.tokens_per_image == 20
+    assert model.config.encode_budgets["clip"][-1] == 32 > before["clip"][-1]
+    apply_pruning(model, processor, tiny_pruning(fuse=24), None)
+    assert model.config.ranks == ranks
+    folder = export_model(model, processor, tmp_path / "model")
+    write_parity_batch(model, processor, tmp_path / "parity")
+    assert check_parity(folder, tmp_path / "parity") <= 1e-5
+    with pytest.raises(ValueError, match=r"fuse\.keep 65 exceeds the 64 tokens"):
+        apply_pruning(model, processor, tiny_pruning(fuse=65), None)
+    with pytest.raises(ValueError, match="ranks"):
+        apply_pruning(model, processor, replace(tiny_pruning(), encode=EncodePruning(totals=(64, 64))), {"clip": [1.0]})
+    assert model.config.tokens_per_image == processor.tokens_per_image == 24
+    with torch.no_grad():
+        model.lm_head.weight[3] += 0.5
+    write_parity_batch(model, processor, tmp_path / "other")
+    with pytest.raises(ValueError, match="differ from the training model's"):
+        check_parity(folder, tmp_path / "other")
+
+
+def test_a_new_card_is_sealed_with_the_folder(
+    own_tiny: tuple[MeteorForConditionalGeneration, MeteorProcessor], tmp_path: Path
+) -> None:
+    folder = export_model(*own_tiny, tmp_path / "model")
+    write_card(folder, "# Mine\n")
+    verify_checksums(folder)
+    assert (folder / "README.md").read_text() == "# Mine\n"
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(ExportError, match=r"config\.json was changed"):
+        write_card(folder, "# Other\n")
+    assert (folder / "README.md").read_text() == "# Mine\n"

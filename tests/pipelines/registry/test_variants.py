@@ -1,0 +1,339 @@
+"""Variants in a real registry: registered with their proofs, compared, promoted, rolled back, refused, pulled."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow import MlflowClient
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from jobs import evaluate, register
+from meteor_model.configuration_meteor import MeteorConfig
+from meteor_model.modeling_meteor import MeteorForConditionalGeneration
+from meteor_model.processing_meteor import MeteorProcessor
+from pipelines.checkpoint.checkpoint import TrainState
+from pipelines.config.recipe import ModelSettings, Recipe, TrackingSettings
+from pipelines.data import shards
+from pipelines.data.schema import build_members
+from pipelines.evaluation.scores import ScoringError
+from pipelines.evaluation.scoring import Suite
+from pipelines.io import storage
+from pipelines.registry.folder import ExportError, ParityError
+from pipelines.registry.promotion import promote
+from pipelines.registry.provenance import training_tags
+from pipelines.registry.publish import RegisteredVersion, load_registered, pull_model, register_model
+from pipelines.registry.scores import file_score, load_score
+from pipelines.registry.variants import measure_parity, register_variant
+from pipelines.registry.versions import alias_history, get_version, move_alias, registered_model, roll_back
+from pipelines.tracking.mlflow_run import TrackingError, open_run, set_tags
+from tests.pipelines.mlflow_fixture import SUITE, Server, record, score_of, tiny_pruning
+from tests.pipelines.registry.test_versions import png
+
+pytestmark = pytest.mark.stack
+
+NAME = "meteor-variants"
+GOOD = [record(number, nll=0.4) for number in range(4)]
+POORER = [record(0, right=False, nll=0.9, kept=6), *[record(number, kept=6) for number in range(1, 4)]]
+
+
+@pytest.fixture(scope="module")
+def run_id(server: Server) -> str:
+    """A run for this module's versions."""
+    return open_run(server.uri, experiment="registry", run_name="variants", settings={}, tags={}, documents={})
+
+
+@pytest.fixture(scope="module")
+def base(server: Server, exported: Path, run_id: str) -> RegisteredVersion:
+    """A version without parity and without a score."""
+    tags = {"git_commit": "abc", "recipe": "tiny", "manifest": "s3://data", "licence.code": "Apache-2.0"}
+    return register_model(exported, uri=server.uri, name=NAME, aliases=("latest-pretrain",), run_id=run_id, tags=tags)
+
+
+@pytest.fixture(scope="module")
+def variants(server: Server, base: RegisteredVersion, run_id: str) -> dict[int, RegisteredVersion]:
+    """Two variants by the tokens that enter their LLM, under aliases."""
+    return {
+        keep: register_variant(
+            f"models:/{NAME}@latest-pretrain", tiny_pruning(keep), score_of(records, tiny_pruning(keep)), ranks=None,
+            uri=server.uri, name=NAME, aliases=(f"budget-{keep}",), run_id=run_id, tags={"git_commit": "def"},
+            suite=SUITE,
+        )
+        for keep, records in ((32, GOOD), (20, POORER))
+    }  # fmt: skip
+
+
+def ask(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], server: Server, *arguments: str
+) -> tuple[int, str]:
+    """Exit status and output of jobs/register.py."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    monkeypatch.setattr("sys.argv", ["register.py", *arguments])
+    status = register.main()
+    captured = capsys.readouterr()
+    return status, captured.out + captured.err
+
+
+def test_a_variant_has_its_pruning_its_proofs_and_its_card(
+    server: Server, base: RegisteredVersion, variants: dict[int, RegisteredVersion], tmp_path: Path
+) -> None:
+    registered = variants[20]
+    version = get_version(NAME, registered.version, server.uri)
+    expected = {
+        "base": base.uri, "training_commit": "abc", "git_commit": "def", "recipe": "tiny", "manifest": "s3://data",
+        "licence.code": "Apache-2.0", "visual_tokens.fuse": "64 > 20", "suite": SUITE.digest, "accuracy": "0.7500",
+    }  # fmt: skip
+    assert {key: version.tags[key] for key in expected} == expected
+    assert float(version.tags["parity_max_abs_diff"]) <= 1e-5
+    folder = pull_model(f"models:/{NAME}@budget-20", tmp_path / "model", server.uri)
+    assert MeteorConfig.from_pretrained(folder).pruning == tiny_pruning(20)
+    readme = (folder / "README.md").read_text()
+    assert version.description == readme
+    assert f"| {SUITE.questions} x heldout of {SUITE.manifest} ({SUITE.digest}) | 4 | 0.7500 [" in readme
+    assert f"| variant of | {base.uri} |" in readme
+    score = score_of(POORER, tiny_pruning(20))
+    assert load_score(server.uri, version, SUITE.digest) == score
+    assert alias_history(registered_model(NAME, server.uri), "budget-20") == [registered.version]
+
+
+def test_what_does_not_hold_is_not_registered(
+    server: Server, variants: dict[int, RegisteredVersion], run_id: str
+) -> None:
+    def attempt(pruning_keep: int, score_keep: int, lam: float | None = 20.0, tolerance: float = 1e-3) -> None:
+        pruning = tiny_pruning(pruning_keep)
+        pruning = replace(pruning, decode=replace(pruning.decode, lam=lam))
+        register_variant(
+            variants[32].uri, pruning, score_of(GOOD, tiny_pruning(score_keep)), ranks=None, uri=server.uri,
+            name="refused", aliases=("champion",), run_id=run_id, tags={}, tolerance=tolerance,
+        )  # fmt: skip
+
+    with pytest.raises(ScoringError, match=r"score is of 32 visual tokens .* this pruning has 24"):
+        attempt(24, 32)
+    with pytest.raises(ValueError, match="needs its lambda"):
+        attempt(24, 24, lam=None)
+    with pytest.raises(ParityError, match="by up to"):
+        attempt(24, 24, tolerance=-1.0)
+    assert "refused" not in [model.name for model in MlflowClient(server.uri).search_registered_models()]
+    with pytest.raises(ScoringError, match="with its 4 questions, this one has 0"):
+        file_score(server.uri, NAME, variants[32].version, replace(score_of(GOOD), records=()), SUITE)
+
+
+def test_a_trained_folder_says_where_its_training_started(
+    server: Server, base: RegisteredVersion, exported: Path, run_id: str
+) -> None:
+    recipe = Recipe(name="mine", model=ModelSettings(start=base.uri), tracking=TrackingSettings(uri=server.uri))
+    spec = {"source": {"name": "drawings", "license": "CC BY-SA 4.0"}}
+    data = (shards.Manifest("s3://new", (), spec), shards.Manifest("s3://more", (), {}))
+    registered = register_variant(
+        str(exported), tiny_pruning(24), score_of(GOOD, tiny_pruning(24)), ranks=None, uri=server.uri,
+        name=NAME, aliases=(), run_id=run_id, tags=training_tags(recipe, data),
+    )  # fmt: skip
+    tags = get_version(NAME, registered.version, server.uri).tags
+    assert tags["start"] == base.uri
+    assert not {"base", "training_commit"} & set(tags)
+    assert (tags["recipe"], tags["manifest"], tags["licence.code"]) == ("mine", "s3://new", "Apache-2.0")
+    assert tags["licence.data.drawings"] == "CC BY-SA 4.0"
+    assert tags["manifest_sha256"] == data[0].sha256
+    assert tags["mixture"] == f"s3://more ({data[1].sha256[:12]})"
+
+
+def test_compare_shows_the_paired_difference_and_refuses_other_suites(
+    server: Server,
+    variants: dict[int, RegisteredVersion],
+    base: RegisteredVersion,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "compared.json"
+    arguments = ("compare", "--model", NAME, "budget-32", str(variants[20].version), "--output", str(output))
+    status, printed = ask(monkeypatch, capsys, server, *arguments)
+    assert status == 0
+    (accuracy,) = (line for line in printed.splitlines() if line.startswith("accuracy"))
+    assert "1.0000 [" in accuracy
+    assert "0.7500 [" in accuracy
+    assert "-0.2500 [" in accuracy
+    (tokens,) = (line for line in printed.splitlines() if line.startswith("visual tokens"))
+    assert "32 > 12.0" in tokens
+    assert "-6.0 after stage 3" in tokens
+    written = json.loads(output.read_text())
+    assert written["second_minus_first"]["accuracy"] == -0.25
+    assert written["second_minus_first"]["answer_nll"] == pytest.approx((0.5 + 3 * 0.1) / 4)
+    assert written["first"]["version"] == variants[32].version
+
+    status, printed = ask(monkeypatch, capsys, server, "compare", "--model", NAME, "budget-32", str(base.version))
+    assert status == 2
+    assert "no suite in common" in printed
+    assert f"jobs/evaluate.py --model {base.uri} --manifest {SUITE.manifest} --split heldout --questions 4" in printed
+    status, printed = ask(monkeypatch, capsys, server, *arguments, "--suite", "0123")
+    assert status == 2
+    assert "no score of both on suite 0123" in printed
+
+
+def test_promote_roll_back_and_list(
+    server: Server,
+    variants: dict[int, RegisteredVersion],
+    base: RegisteredVersion,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    wide, narrow = variants[32].version, variants[20].version
+    status, printed = ask(monkeypatch, capsys, server, "promote", "--model", NAME, "--version", str(base.version))
+    assert status == 2
+    assert f"version {base.version} of {NAME} is not promoted to champion" in printed
+    assert f"python jobs/register.py parity --model {NAME} --version {base.version}" in printed
+    assert f"python jobs/evaluate.py --model {base.uri} --manifest s3://data" in printed
+    assert "champion" not in registered_model(NAME, server.uri).aliases
+
+    for arguments, expected in (
+        (("promote", "--model", NAME, "--version", str(wide)), f"version none -> {wide}"),
+        (("promote", "--model", NAME, "--alias", "budget-20", "--to", "champion"), f"version {wide} -> {narrow}"),
+        (("promote", "--model", NAME, "--alias", "budget-20"), f"points to version {narrow} already"),
+        (("rollback", "--model", NAME, "--alias", "champion"), f"version {narrow} -> {wide}"),
+    ):
+        status, printed = ask(monkeypatch, capsys, server, *arguments)
+        assert (status, expected in printed) == (0, True), printed
+    registered = registered_model(NAME, server.uri)
+    assert int(registered.aliases["champion"]) == wide
+    assert f"to version {wide}" in get_version(NAME, narrow, server.uri).tags["rolled_back.champion"]
+    status, printed = ask(monkeypatch, capsys, server, "rollback", "--model", NAME)
+    assert status == 2
+    assert "there is no version before" in printed
+    status, printed = ask(monkeypatch, capsys, server, "promote", "--model", NAME)
+    assert status == 2
+    assert "either --version NUMBER or --alias ALIAS" in printed
+
+    status, printed = ask(monkeypatch, capsys, server, "list", "--model", NAME)
+    assert status == 0
+    rows = {line.split()[0]: line for line in printed.splitlines()}
+    assert "budget-32, champion" in rows[str(wide)]
+    assert rows[str(wide)].endswith("yes")
+    assert rows[str(base.version)].endswith("no")
+    assert f"champion: {wide}" in printed.splitlines()
+
+
+def test_a_history_survives_moves_by_other_means_and_deleted_versions(
+    server: Server, variants: dict[int, RegisteredVersion], base: RegisteredVersion, exported: Path, run_id: str
+) -> None:
+    client = MlflowClient(server.uri)
+    gone = register_model(exported, uri=server.uri, name=NAME, aliases=("trial",), run_id=run_id, tags={})
+    client.set_registered_model_alias(NAME, "trial", str(variants[32].version))
+    assert move_alias(NAME, "trial", variants[20].version, server.uri).before == variants[32].version
+    path = [gone.version, variants[32].version, variants[20].version]
+    assert alias_history(registered_model(NAME, server.uri), "trial") == path
+    client.delete_model_version(NAME, str(gone.version))
+    assert roll_back(NAME, "trial", server.uri).after == variants[32].version
+    with pytest.raises(ValueError, match="no version before"):
+        roll_back(NAME, "trial", server.uri)
+    client.delete_registered_model_alias(NAME, "trial")
+    assert roll_back(NAME, "trial", server.uri).after == variants[32].version
+
+
+def test_parity_of_a_registered_version_is_measured_again(
+    server: Server, variants: dict[int, RegisteredVersion], base: RegisteredVersion, parity_file: Path, tmp_path: Path
+) -> None:
+    """A variant against its base, a trained version against the logits in its training's last checkpoint."""
+    version = variants[20].version
+    MlflowClient(server.uri).delete_model_version_tag(NAME, str(version), "parity_max_abs_diff")
+    with pytest.raises(ValueError, match="parity is missing"):
+        promote(NAME, version, "champion", server.uri)
+    assert measure_parity(NAME, version, server.uri) <= 1e-5
+    assert float(get_version(NAME, version, server.uri).tags["parity_max_abs_diff"]) <= 1e-5
+    with pytest.raises(ExportError, match="names neither a base nor a training"):
+        measure_parity(NAME, base.version, server.uri)
+
+    run = tmp_path / "runs" / "first"
+    set_tags(server.uri, base.run_id, {"run_url": str(run)})
+    with pytest.raises(TrackingError, match=r"run first of .* has no checkpoint"):
+        measure_parity(NAME, base.version, server.uri)
+    latest = {"latest_checkpoint_result": {"checkpoint_dir_name": "step-4"}}
+    storage.write_json(str(run / "train" / "checkpoint_manager_snapshot.json"), latest)
+    state = TrainState("hash", 2, 4, step=4).to_json()
+    storage.write_bytes(str(run / "train" / "step-4" / "train_state.json"), state.encode())
+    shutil.copy(parity_file, run / "train" / "step-4" / "parity.safetensors")
+    assert measure_parity(NAME, base.version, server.uri) <= 1e-5
+    assert float(get_version(NAME, base.version, server.uri).tags["parity_max_abs_diff"]) <= 1e-5
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> shards.Manifest:
+    """Six samples with pictures, in one held-out shard."""
+    root = str(tmp_path_factory.mktemp("data"))
+    turns = [{"from": "human", "value": "<image>\nwhat is this?"}, {"from": "gpt", "value": "a red square"}]
+    rows = [
+        (f"s{number}", build_members({"id": "s", "conversations": turns}, [("png", png((40 * number, 10, 10)))]))
+        for number in range(6)
+    ]
+    infos = shards.write_shards(rows, root, "heldout", 8)
+    return shards.save_manifest(root, infos, {"source": {"name": "squares"}})
+
+
+def test_evaluate_files_the_score_with_the_version(
+    server: Server,
+    base: RegisteredVersion,
+    exported: Path,
+    manifest: shards.Manifest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    suite = Suite.of(manifest, "heldout", 6)
+    asked = evaluate.Evaluate(model=f"models:/{NAME}@latest-pretrain", manifest=manifest.url, batch=4)
+    score = evaluate.evaluate(asked)
+    version = get_version(NAME, base.version, server.uri)
+    assert version.tags["suite"] == suite.digest
+    assert version.tags["answer_nll"] == f"{score.answer_nll:.4f}"
+    assert load_score(server.uri, version, suite.digest) == score
+    assert f"6 x heldout of {manifest.url} ({suite.digest}) | 6 |" in (version.description or "")
+    assert f"filed with version {base.version} of {NAME}" in capsys.readouterr().out
+
+    alone = dataclasses.replace(asked, model=str(exported), output=tmp_path / "score.json")
+    again = evaluate.evaluate(alone)
+    assert [item.nll for item in again.records] == pytest.approx([item.nll for item in score.records], rel=1e-5)
+    assert json.loads((tmp_path / "score.json").read_text())["score"] == again.to_dict(records=True)
+    with pytest.raises(ValueError, match="manifest is missing"):
+        evaluate.evaluate(dataclasses.replace(alone, manifest=""))
+    with pytest.raises(ValueError, match="no split 'test'"):
+        evaluate.evaluate(dataclasses.replace(asked, split="test"))
+
+
+def test_a_spoilt_artifact_is_no_score(server: Server, variants: dict[int, RegisteredVersion], run_id: str) -> None:
+    version = get_version(NAME, variants[32].version, server.uri)
+    (path,) = server.artifacts.rglob(f"scores/{NAME}-{version.version}-{SUITE.digest}.json")
+    honest = path.read_text()
+    try:
+        path.write_text(honest.replace('"accuracy": 1.0', '"accuracy": 0.9'))
+        with pytest.raises(ScoringError, match="is not the score that version"):
+            load_score(server.uri, version, SUITE.digest)
+        path.write_text(honest[:-20])
+        with pytest.raises(ScoringError, match="is damaged"):
+            load_score(server.uri, version, SUITE.digest)
+    finally:
+        path.write_text(honest)
+
+
+def test_pulled_by_the_helper_and_by_transformers_alone(
+    server: Server,
+    variants: dict[int, RegisteredVersion],
+    tiny: tuple[MeteorForConditionalGeneration, MeteorProcessor],
+    tmp_path: Path,
+) -> None:
+    folder = pull_model(f"models:/{NAME}@budget-20", tmp_path / "model", server.uri)
+    model, processor = load_registered(f"models:/{NAME}@budget-20", server.uri)
+    assert isinstance(AutoConfig.from_pretrained(folder), MeteorConfig)
+    plain, plain_processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    assert not model.training
+    answers = []
+    for loaded, made in ((model, processor), (plain.eval(), plain_processor)):
+        batch = made("what is this?", [png((0, 200, 0))])
+        assert int((batch["input_ids"] == made.image_token_id).sum()) == 20
+        answers.append(loaded.generate(**batch, max_new_tokens=6, do_sample=False))
+    assert torch.equal(*answers)
+    trained = tiny[0].state_dict()
+    assert all(torch.equal(tensor, trained[key]) for key, tensor in model.state_dict().items())

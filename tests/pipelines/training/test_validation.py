@@ -1,0 +1,314 @@
+"""Validation beside the training: its value against the workers' own, what happens when it fails, and the best copy."""
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray.train
+import torch
+from ray.train.torch import TorchTrainer
+
+from meteor_model.processing_meteor import collate
+from pipelines.checkpoint.checkpoint import STATE_FILE, TrainState
+from pipelines.io import storage
+from pipelines.recovery.run_lock import Claim, TellsOfFailure, exclusive
+from pipelines.training.batches import MicroBatch, iterate_rows, make_micro_batch
+from pipelines.training.heldout_loss import heldout_loss
+from pipelines.training.trainer import TrainingResult, fit
+from pipelines.training.validation import (
+    Validation,
+    ValidationError,
+    _watch,
+    best_checkpoint,
+    keep_best,
+    validate,
+    validation_config,
+)
+from tests.pipelines.training.rows import IMAGE_SIZE, PAD, make_row, make_stream
+from tests.pipelines.training.stand_in import HELDOUT, StandInConfig, StandInModel, make_job, write_init
+
+COLLATE = partial(collate, pad_token_id=PAD, image_size=IMAGE_SIZE)
+MICRO = 4
+
+# ---------------------------------------------------------------------------------------------------------- the number
+
+
+def batches() -> Iterator[MicroBatch]:
+    for first in range(0, HELDOUT, MICRO):
+        yield make_micro_batch(
+            [make_row(row, HELDOUT, HELDOUT, ()) for row in range(first, first + MICRO)], COLLATE, PAD
+        )
+
+
+def test_the_loss_is_the_mean_over_supervised_tokens() -> None:
+    torch.manual_seed(1)
+    model = StandInModel(StandInConfig()).eval()
+    total, count = 0.0, 0
+    for row in range(HELDOUT):  # one sample at a time, token by token
+        inputs = make_micro_batch([make_row(row, HELDOUT, HELDOUT, ())], COLLATE, PAD).inputs
+        labels = inputs.pop("labels")[0]
+        with torch.no_grad():
+            log_probs = model(**inputs).logits[0].float().log_softmax(-1)
+        for place in range(1, len(labels)):
+            if labels[place] != -100:
+                total -= log_probs[place - 1, labels[place]].item()
+                count += 1
+    metrics = heldout_loss(model, batches(), torch.device("cpu"))
+    assert metrics["heldout_loss"] == pytest.approx(total / count, rel=1e-6)
+    assert metrics["heldout_loss_shuffled_images"] != metrics["heldout_loss"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> tuple[Path, TrainingResult]:
+    root = tmp_path_factory.mktemp("storage")
+    write_init(root, "whole")
+    return root, fit(make_job(root, "whole"))
+
+
+def make_validation(run: Path) -> Validation:
+    data = partial(make_stream, HELDOUT, HELDOUT, (), MICRO, 0)
+    return Validation(str(run), StandInModel, torch.float32, COLLATE, PAD, MICRO, HELDOUT, data, iterate_rows)
+
+
+@pytest.mark.stack
+def test_it_is_the_value_of_the_workers(trained: tuple[Path, TrainingResult]) -> None:
+    root, result = trained
+    checkpoint = ray.train.Checkpoint.from_directory(result.checkpoint.url)
+    metrics, step = validate(checkpoint, make_validation(root / "runs" / "whole"), use_gpu=False)
+    assert step == result.checkpoint.state.step
+    for name, expected in result.checkpoint.state.final.items():
+        assert metrics[f"validation/{name}"] == pytest.approx(expected, abs=1e-6), name
+
+
+# -------------------------------------------------------------------------------------------------- beside the training
+
+
+def log_to(path: Path, metrics: Mapping[str, float], step: int) -> None:
+    with path.open("a") as stream:
+        stream.write(json.dumps({**metrics, "step": step}) + "\n")
+
+
+def logged(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def killed_once(marker: Path, data: Callable[[], Any]) -> Any:
+    """The first validation's process ends without a word, as if memory had run out."""
+    if not marker.exists():
+        marker.touch()
+        os._exit(9)
+    return data()
+
+
+def train_beside(config: dict[str, str]) -> None:
+    steps = []
+    for number in (1, 2):
+        folder = tempfile.mkdtemp()
+        shutil.copytree(config["source"], folder, dirs_exist_ok=True)
+        checkpoint = ray.train.Checkpoint.from_directory(folder)
+        ray.train.report({"number": number}, checkpoint, f"step-{number}", validation=True)
+        made, end = 0, time.monotonic() + 60
+        while len(logged(Path(config["log"]))) < number and time.monotonic() < end:
+            made += 1
+            time.sleep(0.01)
+        steps.append(made)
+    Path(config["steps"]).write_text(json.dumps(steps))
+
+
+@pytest.mark.stack
+def test_training_goes_on_beside_a_validation_that_is_killed_and_one_that_succeeds(
+    trained: tuple[Path, TrainingResult], tmp_path: Path
+) -> None:
+    root, result = trained
+    run = root / "runs" / "beside"
+    write_init(root, "beside")
+    validation = make_validation(run)
+    validation = replace(validation, data=partial(killed_once, tmp_path / "marker", validation.data))
+    config = {name: str(tmp_path / name) for name in ("log", "steps")} | {"source": result.checkpoint.url}
+    beside = TorchTrainer(
+        train_beside,
+        train_loop_config=config,
+        scaling_config=ray.train.ScalingConfig(num_workers=1, resources_per_worker={"CPU": 1}),
+        validation_config=validation_config(
+            validation, cpus=1.0, gpus=0.0, timeout_s=60.0, log=partial(log_to, tmp_path / "log")
+        ),
+        run_config=ray.train.RunConfig(
+            name="train", storage_path=str(run), logging_config=ray.train.LoggingConfig(log_level="CRITICAL")
+        ),
+    ).fit()
+    step, final = result.checkpoint.state.step, result.checkpoint.state.final
+    killed, succeeded = logged(tmp_path / "log")
+    assert killed == {"validation/failed": 1.0, "step": step}
+    assert succeeded["validation/failed"] == 0.0
+    assert succeeded["step"] == step
+    assert succeeded["validation/heldout_loss"] == pytest.approx(final["heldout_loss"], abs=1e-6)
+    assert min(json.loads((tmp_path / "steps").read_text())) > 20, "steps were made while each validation ran"
+    assert beside.best_checkpoints is not None
+    metrics = {Path(checkpoint.path).name: values for checkpoint, values in beside.best_checkpoints}
+    assert "validation/heldout_loss" not in metrics["step-1"]
+    assert metrics["step-2"]["validation/heldout_loss"] == succeeded["validation/heldout_loss"]
+    best = best_checkpoint(str(root), "beside")
+    assert best is not None
+    assert Path(best.url).name == "step-2"
+    assert best.state == result.checkpoint.state
+
+
+def never(data: Callable[[], Any]) -> Any:
+    time.sleep(600)
+    return data()
+
+
+def fail_beside(config: dict[str, str]) -> None:
+    """Reports one checkpoint, and fails while it is validated; the next time there is nothing to do."""
+    if ray.train.get_checkpoint() is not None:
+        return
+    folder = tempfile.mkdtemp()
+    shutil.copytree(config["source"], folder, dirs_exist_ok=True)
+    ray.train.report({}, ray.train.Checkpoint.from_directory(folder), "step-1", validation=True)
+    time.sleep(3)
+    raise RuntimeError("a worker fails")
+
+
+@pytest.mark.stack
+def test_a_failed_training_waits_for_no_validation_and_the_next_start_makes_it(
+    trained: tuple[Path, TrainingResult], tmp_path: Path
+) -> None:
+    root, result = trained
+    run = root / "runs" / "failed"
+    write_init(root, "failed")
+    whole = make_validation(run)
+
+    def train(claim: Claim, validation: Validation) -> None:
+        TorchTrainer(
+            fail_beside,
+            train_loop_config={"source": result.checkpoint.url},
+            scaling_config=ray.train.ScalingConfig(num_workers=1, resources_per_worker={"CPU": 1}),
+            validation_config=validation_config(
+                validation,
+                cpus=1.0,
+                gpus=0.0,
+                timeout_s=300.0,
+                log=partial(log_to, tmp_path / "log"),
+                abandoned=claim.failed,
+            ),
+            run_config=ray.train.RunConfig(
+                name="train",
+                storage_path=str(run),
+                callbacks=[TellsOfFailure(claim)],
+                logging_config=ray.train.LoggingConfig(log_level="CRITICAL"),
+            ),
+        ).fit()
+
+    with exclusive(str(run), "run 'failed'") as claim:
+        started = time.monotonic()
+        with pytest.raises(ray.train.TrainingFailedError, match="a worker fails"):
+            train(claim, replace(whole, data=partial(never, whole.data)))
+        assert time.monotonic() - started < 200, "the validation would have taken 300 s"
+        assert logged(tmp_path / "log") == []
+        train(replace(claim, attempt=1), whole)
+    assert [entry["validation/failed"] for entry in logged(tmp_path / "log")] == [0.0]
+
+
+@pytest.mark.stack
+def test_a_validation_without_room_is_given_up(trained: tuple[Path, TrainingResult], tmp_path: Path) -> None:
+    root, result = trained
+    asked = validation_config(
+        make_validation(root / "runs" / "whole"),
+        cpus=100.0,
+        gpus=0.0,
+        timeout_s=1.0,
+        log=partial(log_to, tmp_path / "log"),
+    )
+    assert isinstance(asked.fn, partial)
+    assert asked.fn.func is _watch
+    with pytest.raises(ValidationError, match=r"step-.* was given up after 1 s.* 100\.0 CPUs"):
+        asked.fn(ray.train.Checkpoint.from_directory(result.checkpoint.url))
+    assert logged(tmp_path / "log") == [{"validation/failed": 1.0, "step": result.checkpoint.state.step}]
+
+
+def test_rows_that_are_no_whole_batches_are_refused() -> None:
+    with pytest.raises(ValueError, match="15 rows to validate on are no multiple of micro_batch 4"):
+        replace(make_validation(Path("run")), rows=15)
+
+
+# -------------------------------------------------------------------------------------------------- the best checkpoint
+
+
+def write_checkpoint(run: Path, step: int) -> str:
+    folder = run / "train" / f"step-{step}"
+    (folder / "zero3").mkdir(parents=True)
+    (folder / "zero3" / "rank_0.pt").write_text(f"weights of step {step}" * step)
+    (folder / STATE_FILE).write_text(TrainState("hash", 2, 9, step=step).to_json())
+    return str(folder)
+
+
+def test_the_lowest_loss_is_kept(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "name"
+    assert best_checkpoint(str(tmp_path), "name") is None
+    losses = {1: 3.0, 2: float("nan"), 3: 2.0, 4: 2.0, 5: 1.5, 6: float("inf")}
+    kept = {step: keep_best(str(run), write_checkpoint(run, step), step, loss) for step, loss in losses.items()}
+    assert kept == {1: True, 2: False, 3: True, 4: False, 5: True, 6: False}
+    shutil.rmtree(run / "train")  # as Ray deletes old checkpoints
+    best = best_checkpoint(str(tmp_path), "name")
+    assert best is not None
+    assert best.state.step == 5
+    assert {name.partition("/")[0] for name in storage.list_files(str(run / "best"))} == {"step-5", "best.json"}
+    (run / "best" / "step-5" / "zero3" / "rank_0.pt").write_text("short")
+    with pytest.raises(ValueError, match=r"is not what best.json says: zero3/rank_0.pt"):
+        best_checkpoint(str(tmp_path), "name")
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+def test_killed_at_any_point_best_json_names_a_whole_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy_file = shutil.copyfile
+
+    def dying(call: Callable[..., Any], fuse: list[int], half: bool = False) -> Callable[..., Any]:
+        def wrapped(*arguments: Any, **named: Any) -> Any:
+            fuse[0] -= 1
+            if fuse[0] < 0:
+                if half:  # a file that was being copied
+                    Path(arguments[1]).write_text("half")
+                raise Killed
+            return call(*arguments, **named)
+
+        return wrapped
+
+    points = 0
+    seen = set()
+    while True:
+        run = tmp_path / str(points) / "runs" / "name"
+        keep_best(str(run), write_checkpoint(run, 1), 1, 3.0)
+        newer, fuse = write_checkpoint(run, 2), [points]
+        with monkeypatch.context() as patched:
+            for name in ("list_sizes", "list_files", "read_json", "write_json", "delete"):
+                patched.setattr(storage, name, dying(getattr(storage, name), fuse))
+            patched.setattr(shutil, "copyfile", dying(copy_file, fuse, half=True))
+            try:
+                keep_best(str(run), newer, 2, 2.0)
+            except Killed:
+                pass
+            else:
+                break
+        best = best_checkpoint(str(tmp_path / str(points)), "name")  # checks every file's size
+        assert best is not None
+        seen.add(best.state.step)
+        keep_best(str(run), newer, 2, 2.0)
+        after = best_checkpoint(str(tmp_path / str(points)), "name")
+        assert after is not None
+        assert after.state.step == 2
+        left = {name.partition("/")[0] for name in storage.list_files(str(run / "best"))}
+        assert left == {"step-2", "best.json"}
+        points += 1
+    assert points > 6
+    assert seen == {1, 2}
