@@ -16,7 +16,8 @@ from typing import Literal
 @dataclass(frozen=True)
 class Reset:
     """The connection is reset: at a place of the answer's or of the request's body, or when all is done but the
-    answer's first byte is not sent (the client cannot know whether the server did it)."""
+    answer's first byte is not sent (the client cannot know whether the server did it).
+    """
 
     at: int | float = 0.5
     where: Literal["body", "request", "answer"] = "body"

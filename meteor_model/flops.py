@@ -189,7 +189,7 @@ EXTRA_FORMULAS: dict[Any, Any] = {
 
 
 def flop_counter() -> FlopCounterMode:
-    """torch's counter with the products that it leaves out, for meta, CPU and CUDA alike."""
+    """Torch's counter with the products that it leaves out, for meta, CPU and CUDA alike."""
     return FlopCounterMode(display=False, custom_mapping=EXTRA_FORMULAS)
 
 

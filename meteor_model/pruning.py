@@ -274,7 +274,7 @@ def energy_rank(hidden_BND: Tensor, tau: float = 0.99) -> Tensor:
 
 
 def effective_rank(hidden_BND: Tensor) -> Tensor:
-    """exp of the entropy of the singular values normalised to sum 1 (Roy & Vetterli, 2007). (B,) fp32; zero map: 0."""
+    """Exp of the entropy of the singular values normalised to sum 1 (Roy & Vetterli, 2007). (B,) fp32; zero map: 0."""
     return _effective(_spectrum(hidden_BND))
 
 
@@ -308,7 +308,8 @@ def feature_rank(hidden_BND: Tensor, estimator: str, **options: float) -> Tensor
 
 def spectrum_rank(spectrum_BR: Tensor, estimator: str, **options: float) -> Tensor:
     """`feature_rank` of maps whose singular values (B, R), largest first, are known: one decomposition serves every
-    estimator."""
+    estimator.
+    """
     return _SPECTRUM_RANKS[_known_estimator(estimator)](spectrum_BR, **options)
 
 

@@ -46,7 +46,8 @@ class LayerPruner(Protocol):
 @dataclass(frozen=True)
 class FastV:
     """FastV (arXiv 2403.06764): after `layer` layers the `keep` visual tokens stay that the last token attends to most,
-    heads averaged."""
+    heads averaged.
+    """
 
     layer: int = 2
     keep: int = 256

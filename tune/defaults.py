@@ -22,7 +22,8 @@ BELOW_BUDGET = 0.9
 
 def paper_settings(config: MeteorConfig) -> list[MeteorConfig]:
     """The model's own stages 1 and 2 with exponent 1; stage 3 off, then on with the paper's layer, heads and query at
-    falling targets. A model that stage 3 cannot run has the first alone."""
+    falling targets. A model that stage 3 cannot run has the first alone.
+    """
     base = config.pruning
     encode = replace(base.encode, rank_exponent=1.0)
     off = PruningConfig(encode, base.fuse, DecodePruning(enabled=False))

@@ -31,7 +31,8 @@ def front(points: Iterable[Point]) -> list[Point]:
 
 def reference(points: Sequence[Point]) -> tuple[float, float]:
     """A corner (cost, score) that is worse than all points in both, by a tenth of their range: one corner for all sets
-    whose hypervolumes are compared, over all of their points. Raises ValueError for no point."""
+    whose hypervolumes are compared, over all of their points. Raises ValueError for no point.
+    """
     if not points:
         raise ValueError("there is no point to take a reference of")
     costs, scores = [p.cost for p in points], [p.score for p in points]

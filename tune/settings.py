@@ -120,7 +120,8 @@ class SweepSettings:
     @property
     def trial_recipe(self) -> Recipe:
         """The training of a finetune trial, but for its start, its pruning and its name. Nothing is validated on the
-        way: the trial is scored at its end."""
+        way: the trial is scored at its end.
+        """
         return replace(
             self.train,
             training=replace(self.train.training, validate_every_checkpoints=0),

@@ -1,5 +1,6 @@
 """Scenarios that damage the data: the training must end in an error that names the shard; then the shard is restored
-and the same command goes on."""
+and the same command goes on.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def _damaged(stage: Stage, name: str, data: bytes, fault: str, claims: dict[str,
 
 def _damaged_midway(stage: Stage, name: str, data: bytes | None, fault: str) -> None:
     """The same, but the shard is damaged (None: removed) after some steps; it is met when a worker is killed and all
-    read on."""
+    read on.
+    """
     dataset = stage.own_dataset()
     step = stage.random.randint(5, 7)
     config = stage.config(faults=(stage.step_fault(step, "hold"),), settings={"max_failures": 1})

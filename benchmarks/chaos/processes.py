@@ -175,7 +175,8 @@ def preempted_worker(stage: Stage) -> None:
 
 def drained_node(stage: Stage) -> None:
     """Ray's notice that a node goes away: a checkpoint at once, of a step that has none otherwise; then the node goes,
-    and the training goes on from there."""
+    and the training goes on from there.
+    """
     node = stage.cluster.add_node(NODE_CPUS)
     settings = {**ONE_PER_NODE, "max_failures": 1, "checkpoint_every_steps": TOTAL_STEPS}
     config = stage.config(

@@ -64,7 +64,8 @@ class Stage:
 
     def config(self, **changes: Any) -> Config:
         """The run of this scenario. `settings` are fields of TrainingSettings; without `max_failures` among them a
-        failure of a worker ends the command."""
+        failure of a worker ends the command.
+        """
         settings = {"max_failures": 0, **changes.pop("settings", {})}
         base = Config(
             storage=STORAGE,
@@ -153,7 +154,8 @@ class Stage:
 
     def hold(self, config: Config, step: int, name: str = "fault") -> tuple[Command, int]:
         """Start the command and wait until a worker holds after `step`, with the checkpoint before it committed; the
-        command, and the steps that a fault now rolls back."""
+        command, and the steps that a fault now rolls back.
+        """
         command = self.start(config)
         self.wait_marker(command, name)
         return command, step - self.wait_checkpoint(command, before=step)

@@ -108,7 +108,7 @@ def build_masks(
 
 
 def _causal(past: int, hidden_BQC: Tensor, seen_BL: Tensor | None) -> Tensor:
-    """bool (B or 1, 1, Q, L)."""
+    """Bool (B or 1, 1, Q, L)."""
     length = hidden_BQC.shape[1]
     if length == 1:
         if seen_BL is not None:

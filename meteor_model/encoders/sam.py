@@ -299,5 +299,5 @@ def _padding_sink(
 
 
 def _log_sum(terms_MNHS: Tensor, taken: Tensor) -> Tensor:
-    """log of the sum of exp over the cells taken; very low where none is, yet finite: infinity has NaN gradients."""
+    """Log of the sum of exp over the cells taken; very low where none is, yet finite: infinity has NaN gradients."""
     return terms_MNHS.masked_fill(~taken, -1e9).logsumexp(dim=3)

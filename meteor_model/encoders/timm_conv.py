@@ -23,7 +23,8 @@ OWN_SETTINGS = ("model_name", "stage")
 
 class Chain(NamedTuple):
     """The net up to the chosen feature map as a chain of modules, by name; a module that works in place is in the link
-    of the one before it, since a link alone may be recomputed from its input."""
+    of the one before it, since a link alone may be recomputed from its input.
+    """
 
     links: tuple[tuple[str, ...], ...]
     width: int

@@ -93,7 +93,8 @@ def read_with_transformers(
     kind: type[PreTrainedModel], config: PreTrainedConfig, tensors: StateDict, arguments: Mapping[str, Any]
 ) -> Read:
     """The library's own loader maps the names (old ones, and those of larger models) and initialises nothing here that
-    is kept: whatever it could not fill is reported."""
+    is kept: whatever it could not fill is reported.
+    """
     stored = stored_dtype(tensors)
     with quiet():
         loaded, info = kind.from_pretrained(

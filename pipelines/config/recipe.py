@@ -153,7 +153,8 @@ class Recipe:
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide what is trained: all but names, places, and how the cluster is used. Two runs of one
-        name must agree in it."""
+        name must agree in it.
+        """
         plain = self.to_dict()
         for where, keys in {
             "model": ("parts_dir",),

@@ -225,7 +225,8 @@ class TrainingSettings:
     @property
     def accumulation(self) -> int:
         """Micro-batches that every worker runs in one optimizer step; where `workers` does not divide those of a step,
-        some of them are empty."""
+        some of them are empty.
+        """
         return -(-self.micro_batches_per_step // self.workers)
 
     @property
@@ -236,7 +237,8 @@ class TrainingSettings:
 
     def at_world(self, world: int) -> "TrainingSettings":
         """The same for `world` workers; `global_batch` counts the places of empty micro-batches, too, as DeepSpeed's
-        own check of batch sizes wants it."""
+        own check of batch sizes wants it.
+        """
         forwards = -(-self.micro_batches_per_step // world)
         nominal = self.micro_batch * forwards * world
         return replace(self, workers=world, min_workers=None, global_batch=nominal)

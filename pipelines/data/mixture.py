@@ -52,7 +52,8 @@ _BLOCKS = 2**64 - 1
 @dataclass(frozen=True)
 class Merge:
     """Which dataset each row comes from: steps 2 and 3, for datasets that give `quotas` samples and blocks of
-    `block_rows`."""
+    `block_rows`.
+    """
 
     seed: int
     quotas: tuple[int, ...]

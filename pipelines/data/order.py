@@ -34,7 +34,8 @@ VOID_EPOCH = -1
 @dataclass(frozen=True, slots=True, eq=False)
 class Locations:
     """Where rows come from, (R,) int64 each: `dataset` of the mixture, `epoch` (pass of that dataset), `shard`
-    (position in the split), `index` (sample inside the shard). Void rows have -1 in all four."""
+    (position in the split), `index` (sample inside the shard). Void rows have -1 in all four.
+    """
 
     dataset: Int64s
     epoch: Int64s

@@ -350,7 +350,8 @@ def build_stream(
 
 def rows_from(build: Callable[..., Dataset], split: str, plan: Plan, start_row: int) -> Dataset:
     """A stream by `build_stream`, its other settings bound, from a row on. Here, so that who builds it later imports no
-    more than this module."""
+    more than this module.
+    """
     return build(split=split, plan=plan, start_row=start_row)
 
 

@@ -174,7 +174,8 @@ def normalise(answer: str) -> str:
 
 def at_mean(config: MeteorConfig, kept: float) -> MeteorConfig:
     """The configuration with stage 3's target at `kept` visual tokens an image, for `count_flops`; as it is where
-    stage 3 is off."""
+    stage 3 is off.
+    """
     decode = config.pruning.decode
     if not decode.enabled:
         return config

@@ -137,7 +137,8 @@ def look(
     pictures: Path,
 ) -> Looked:
     """Answers to held-out questions with their score, and pictures of the kept tokens, stored with the run and logged
-    to MLflow; the folder `pictures` is filled. What an earlier start has done is brought from storage."""
+    to MLflow; the folder `pictures` is filled. What an earlier start has done is brought from storage.
+    """
     stored = storage.join(run_url, PICTURES_FOLDER)
     if (done := _completed(run_url, LOOKED_FILE, checkpoint)) and "score" in done:
         with local_copy(stored) as earlier:
@@ -199,7 +200,8 @@ def _ask(
 
 def undelivered_points(checkpoint: CheckpointRef) -> list[Point]:
     """The metric points that the last checkpoint holds, and its held-out metrics: what MLflow lacks where rank 0 ended
-    before its logger was done. Points that MLflow has by now are left out when they are delivered."""
+    before its logger was done. Points that MLflow has by now are left out when they are delivered.
+    """
     now_ms = time.time_ns() // 1_000_000
     points = [Point(name, value, now_ms, checkpoint.state.step) for name, value in checkpoint.state.final.items()]
     url = storage.join(checkpoint.url, POINTS_FILE)

@@ -20,7 +20,8 @@ SUMMARY_FILE = "summary.json"
 
 def visual_tokens(config: MeteorConfig, answers: Sequence[Answer]) -> dict[str, Any]:
     """Visual tokens per image: each encoder's in and kept per boundary, fusion in and kept, and the mean number kept
-    per sample after stage 3 on the held-out questions."""
+    per sample after stage 3 on the held-out questions.
+    """
     budgets = config.encode_budgets
     return {
         "encode": {

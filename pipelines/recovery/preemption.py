@@ -69,7 +69,8 @@ class TermNotice:
 
     def listen(self) -> None:
         """Take SIGTERM from Ray's handler, which exits; only the main thread may. The killer's SIGKILL still ends the
-        process, as does the end of Ray's node process."""
+        process, as does the end of Ray's node process.
+        """
         signal.signal(signal.SIGTERM, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
@@ -126,7 +127,8 @@ class PreemptionWatch:
 
     def votes(self) -> tuple[int, int]:
         """Whether this worker got a SIGTERM, and whether it is time to ask Ray for drain notices (only worker 0 says
-        so); to be summed over the workers."""
+        so); to be summed over the workers.
+        """
         due = self._rank == 0 and self._clock() - self._polled >= self._poll_s
         return int(TERM_NOTICE.requested), int(due)
 

@@ -144,7 +144,8 @@ def _sha256(path: Path) -> str:
 
 def model_digest(folder: Path) -> str:
     """One hash of all that decides a model's answers: every file of its folder but card and checksums. Variants of one
-    model differ in it."""
+    model differ in it.
+    """
     return _digest(folder, [name for name in _file_names(folder) if name != CARD_FILE])
 
 

@@ -120,7 +120,8 @@ class MetricLogger:
 
     def close(self, deadline_s: float = 15.0) -> Delivery:
         """Deliver what is left, for at most `deadline_s` seconds, and with one last attempt where the server is away;
-        the rest goes to the run's outbox. Never raises."""
+        the rest goes to the run's outbox. Never raises.
+        """
         with self._changed:
             self._closing = True
             if self._points:
@@ -194,7 +195,8 @@ class MetricLogger:
 
     def _next_batch(self) -> list[Point]:
         """The oldest points, which stay in the queue; waits for some, and for those of the same moment to come along.
-        Empty once closed and all delivered."""
+        Empty once closed and all delivered.
+        """
         with self._changed:
             self._changed.wait_for(lambda: self._points or self._closing)
             self._changed.wait_for(lambda: len(self._points) >= POINTS_PER_BATCH or self._closing, GATHER_S)

@@ -144,7 +144,8 @@ def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
 
 def _entry_name(name: str) -> str:
     """The name as MLflow takes it: only its characters, and, since it may become a file's path there, none that a path
-    would resolve to another one. Over-long names keep their (telling) end."""
+    would resolve to another one. Over-long names keep their (telling) end.
+    """
     name = re.sub(r"[^\w\-. /:]", "_", name, flags=re.ASCII)[-MAX_KEY:]
     if name.startswith(("/", "..")) or posixpath.normpath(name) != name or name == ".":
         name = re.sub(r"^\.+|/", "_", name)
@@ -190,7 +191,8 @@ def require_tracking(uri: str, timeout_s: float = 10.0) -> None:
 
 def _probe(uri: str, timeout_s: float) -> tuple[str | None, bool]:
     """What is wrong with the server, or None, and whether that may pass. The search goes to its database, which
-    /health does not."""
+    /health does not.
+    """
     endpoint = "/api/2.0/mlflow/experiments/search"
     try:
         response = http_request(

@@ -153,7 +153,8 @@ class Tracker:
 
     def fail(self) -> None:
         """Deliver what can be delivered at once and close the run as FAILED; where MLflow is away, only say so: what
-        ended the training must be the error that is seen."""
+        ended the training must be the error that is seen.
+        """
         self.stop()
         if not self._lock.acquire(timeout=1):
             logger.warning("MLflow does not answer: the run is not marked as FAILED there")

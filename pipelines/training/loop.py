@@ -168,7 +168,8 @@ class Loop:
 
     def _raise_diverged(self, loss: float, members: Sequence[MicroBatch], losses: Sequence[float]) -> None:
         """All workers know that the loss is no number; together they name the samples of the micro-batches it is in
-        (all of the step, where only the sum is too large)."""
+        (all of the step, where only the sum is too large).
+        """
         mine = [(batch.samples, math.isfinite(own)) for batch, own in zip(members, losses, strict=True)]
         everywhere: list[list[tuple[tuple[SampleId, ...], bool]]] = [[] for _ in range(self.world)]
         torch.distributed.all_gather_object(everywhere, mine)

@@ -231,7 +231,8 @@ def test_save_and_load_give_the_same_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stage3", [False, True])
 def test_generate_equals_uncached_greedy_decoding(stage3: bool) -> None:
     """Without stage 3 the reference is the plain forward over the growing sequence; with a lambda that keeps every
-    token stage 3 must not change a thing."""
+    token stage 3 must not change a thing.
+    """
     decode = DecodePruning(layer=2, lam=1e6) if stage3 else DecodePruning(enabled=False)
     built = MeteorForConditionalGeneration(config(replace(PRUNED, decode=decode))).eval()
     built.load_state_dict(model(PRUNED).state_dict())

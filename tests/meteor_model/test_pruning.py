@@ -322,7 +322,8 @@ def test_feature_rank_names_the_nearest_estimator_and_passes_options() -> None:
 
 def allocate_literally(ranks: list[float], total: int, capacities: list[int], exponent: float) -> tuple[int, ...]:
     """Another way to the same numbers: the level c at which clamp(c * weight, 1, capacity) sums to the total, found on
-    the pieces between its corners; then largest remainder."""
+    the pieces between its corners; then largest remainder.
+    """
     weights = [Fraction(rank**exponent) for rank in ranks]
 
     def shares(level: Fraction) -> list[Fraction]:

@@ -112,7 +112,7 @@ def _timm(build: Callable[[], torch.nn.Module], rename: Callable[[dict[str, Any]
 
 
 def _detector_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """timm's names as EVA-02's detectron2 checkpoints have them, with the detector around the backbone."""
+    """Timm's names as EVA-02's detectron2 checkpoints have them, with the detector around the backbone."""
     renamed = {}
     for name, tensor in state.items():
         for new, old in (("mlp.fc1_g", "mlp.w1"), ("mlp.fc1_x", "mlp.w2"), ("mlp.fc2", "mlp.w3")):

@@ -192,7 +192,8 @@ def test_killed_driver_and_killed_worker_resume_bit_for_bit(
     trained: tuple[Path, TrainingResult], tmp_path: Path
 ) -> None:
     """Driver, workers and Ray die after step 2; then the same run again, in which a worker dies after step 4, and one
-    fails after the last checkpoint."""
+    fails after the last checkpoint.
+    """
     root, whole = trained
     write_init(root, "killed")
     driver = subprocess.Popen([sys.executable, "-m", "tests.pipelines.training.driver", str(root), "killed"])
