@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from pipelines.checkpoint.checkpoint import local_copy
+from pipelines.checkpoint.local import local_copy
 from pipelines.io import storage
 from pipelines.io.upload import upload_folder
 from pipelines.registry.provenance import training_tags

@@ -16,7 +16,8 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 
-from pipelines.checkpoint.checkpoint import local_copy, run_url
+from pipelines.checkpoint.committed import run_url
+from pipelines.checkpoint.local import local_copy
 from pipelines.io import storage
 from pipelines.tracking.mlflow_run import (
     TrackingError,

@@ -14,7 +14,7 @@ from mlflow.exceptions import MlflowException
 
 from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.processing_meteor import MeteorProcessor
-from pipelines.checkpoint.checkpoint import local_copy
+from pipelines.checkpoint.local import local_copy
 from pipelines.config.settings import SettingsError
 from pipelines.data import shards
 from pipelines.data.build import differences

@@ -29,15 +29,10 @@ from ray.tune.result import DONE
 from meteor_model.configuration_meteor import PruningConfig
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
-from pipelines.checkpoint.checkpoint import (
-    PARITY_FILE,
-    CheckpointRef,
-    consolidate,
-    latest_checkpoint,
-    load_processor,
-    local_copy,
-    run_url,
-)
+from pipelines.checkpoint.committed import CheckpointRef, latest_checkpoint, run_url
+from pipelines.checkpoint.consolidate import consolidate
+from pipelines.checkpoint.local import load_processor, local_copy
+from pipelines.checkpoint.state import PARITY_FILE
 from pipelines.config.recipe import Recipe
 from pipelines.data import shards
 from pipelines.data.schema import RawSample

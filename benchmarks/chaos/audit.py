@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipelines.checkpoint.checkpoint import TrainState
+from pipelines.checkpoint.state import TrainState
 from pipelines.data.ledger import Ledger
 
 Sample = tuple[int, str]

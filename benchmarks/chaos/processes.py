@@ -10,7 +10,7 @@ from benchmarks.chaos.audit import attempts_of
 from benchmarks.chaos.cluster import HEAD_CPUS
 from benchmarks.chaos.stage import COMMIT_POLL_S, STORAGE, TOTAL_STEPS, Stage
 from infra.nodes import Node, drain_node
-from pipelines.checkpoint.checkpoint import latest_checkpoint, run_url
+from pipelines.checkpoint.committed import latest_checkpoint, run_url
 from pipelines.tracking.run_tracker import deliver_points
 
 ONE_PER_NODE = {"cpus_per_worker": HEAD_CPUS / 2 + 1}

@@ -25,7 +25,8 @@ from benchmarks.chaos.cluster import POLL_S, Cluster, Command
 from benchmarks.chaos.data import FAULTY, Dataset, key_of, make_dataset, stored_shards
 from benchmarks.chaos.recorder import Action, StepFault
 from benchmarks.chaos.workload import SETTINGS, Config
-from pipelines.checkpoint.checkpoint import LEDGER_FILE, latest_checkpoint
+from pipelines.checkpoint.committed import latest_checkpoint
+from pipelines.checkpoint.state import LEDGER_FILE
 from pipelines.io import storage
 
 STORAGE = "s3://meteor/chaos"

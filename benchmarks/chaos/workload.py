@@ -14,7 +14,7 @@ from benchmarks.chaos.data import IMAGE_SIZE, PAD, ByteProcessor
 from benchmarks.chaos.model import ChaosConfig, ChaosModel
 from benchmarks.chaos.recorder import KilledInDataStart, Recorder, StepFault
 from meteor_model.processing_meteor import collate
-from pipelines.checkpoint.checkpoint import run_url
+from pipelines.checkpoint.committed import run_url
 from pipelines.checkpoint.zero3 import save_for_sharding
 from pipelines.config.settings import LearningRates, OptimizerSettings, TrainingSettings
 from pipelines.data.order import StreamPlan

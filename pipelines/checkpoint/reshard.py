@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines.checkpoint.checkpoint import ZERO3_TAG, CheckpointError
+from pipelines.checkpoint.state import ZERO3_TAG, CheckpointError
 
 SHARD_NAME = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_(model|optim)_states\.pt")
 

@@ -8,7 +8,7 @@ from functools import partial
 
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import collate
-from pipelines.checkpoint.checkpoint import load_processor
+from pipelines.checkpoint.local import load_processor
 from pipelines.config.recipe import Recipe
 from pipelines.data import shards
 from pipelines.data.mixture import make_plan

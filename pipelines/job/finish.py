@@ -17,15 +17,10 @@ from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from meteor_model.visualize import draw_ranks
-from pipelines.checkpoint.checkpoint import (
-    PARITY_FILE,
-    POINTS_FILE,
-    CheckpointRef,
-    TrainState,
-    consolidate,
-    load_processor,
-    local_copy,
-)
+from pipelines.checkpoint.committed import CheckpointRef
+from pipelines.checkpoint.consolidate import consolidate
+from pipelines.checkpoint.local import load_processor, local_copy
+from pipelines.checkpoint.state import PARITY_FILE, POINTS_FILE, TrainState
 from pipelines.config.recipe import Recipe
 from pipelines.data import shards
 from pipelines.data.schema import RawSample

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from meteor_model.configuration_meteor import MeteorConfig
-from pipelines.checkpoint.checkpoint import latest_checkpoint, run_url
+from pipelines.checkpoint.committed import latest_checkpoint, run_url
 from pipelines.config.recipe import Recipe
 from pipelines.config.settings import SettingsError
 from pipelines.data import shards

@@ -27,7 +27,7 @@ from meteor_model.tokenizer import pretrained_tokenizer, train_tokenizer
 from meteor_model.weights import LoadedPart, load_parts, vocabulary_rows
 from pipelines.calibration.image_plan import Measuring
 from pipelines.calibration.measure import calibrate_ranks
-from pipelines.checkpoint.checkpoint import PROCESSOR_FOLDER, local_copy
+from pipelines.checkpoint.local import PROCESSOR_FOLDER, local_copy
 from pipelines.checkpoint.zero3 import save_for_sharding
 from pipelines.config.recipe import Recipe
 from pipelines.data import shards

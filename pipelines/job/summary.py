@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from meteor_model.configuration_meteor import MeteorConfig
-from pipelines.checkpoint.checkpoint import TrainState
+from pipelines.checkpoint.state import TrainState
 from pipelines.config.recipe import Recipe
 from pipelines.evaluation.questions import Answer
 from pipelines.evaluation.scores import normalise

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from pipelines.checkpoint.checkpoint import local_copy
+from pipelines.checkpoint.local import local_copy
 from pipelines.config.settings import SettingsError
 from pipelines.registry.folder import CHECKSUMS_FILE, ExportError, verify_checksums
 

@@ -22,7 +22,9 @@ from meteor_model.configuration_meteor import MeteorConfig, PruningConfig
 from meteor_model.flops import count_flops
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
-from pipelines.checkpoint.checkpoint import PARITY_FILE, latest_checkpoint, local_copy
+from pipelines.checkpoint.committed import latest_checkpoint
+from pipelines.checkpoint.local import local_copy
+from pipelines.checkpoint.state import PARITY_FILE
 from pipelines.evaluation.scores import Score, ScoringError, at_mean
 from pipelines.evaluation.scoring import Suite
 from pipelines.registry.card import BASE_TAG, DATA_TAGS, LICENCE_TAG, PARITY_TAG, TRAINING_TAGS, card

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from meteor_model.chat import IGNORE_INDEX
-from pipelines.checkpoint.checkpoint import DroppedSample
+from pipelines.checkpoint.state import DroppedSample
 from pipelines.config.settings import SettingsError
 from pipelines.data.schema import REASONS, VOID
 

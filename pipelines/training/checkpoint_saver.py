@@ -20,8 +20,9 @@ import ray.train
 import torch
 from ray.train import Checkpoint, CheckpointUploadMode
 
-from pipelines.checkpoint.checkpoint import (
-    CHECKPOINT_PREFIX,
+from pipelines.checkpoint.committed import CHECKPOINT_PREFIX
+from pipelines.checkpoint.local import new_folder
+from pipelines.checkpoint.state import (
     LEDGER_FILE,
     PARITY_FILE,
     POINTS_FILE,
@@ -29,7 +30,6 @@ from pipelines.checkpoint.checkpoint import (
     STATE_FILE,
     ZERO3_TAG,
     TrainState,
-    new_folder,
 )
 from pipelines.data.ledger import Ledger
 from pipelines.recovery.preemption import wait_committed

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from numpy.random import SeedSequence
 
-from pipelines.checkpoint.checkpoint import MAX_LISTED_DROPS, DroppedSample, TrainState
+from pipelines.checkpoint.state import MAX_LISTED_DROPS, DroppedSample, TrainState
 from pipelines.checkpoint.zero3 import schedule_factor
 from pipelines.config.settings import TrainingSettings
 from pipelines.recovery.preemption import Preemption, preempted

@@ -36,21 +36,17 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution import context as ray_train_context
 from transformers import PreTrainedModel
 
-from pipelines.checkpoint.checkpoint import (
-    POINTS_FILE,
+from pipelines.checkpoint.committed import (
     TRAIN_NAME,
-    CheckpointError,
     CheckpointRef,
-    TrainState,
     latest_checkpoint,
-    load_ledger,
-    load_state,
-    local_copy,
     remaining_stream,
     run_url,
     sweep_uncommitted,
 )
+from pipelines.checkpoint.local import local_copy
 from pipelines.checkpoint.reshard import load_universal
+from pipelines.checkpoint.state import POINTS_FILE, CheckpointError, TrainState, load_ledger, load_state
 from pipelines.checkpoint.zero3 import (
     checkpoint_activations,
     deepspeed_config,

@@ -16,15 +16,14 @@ bytes.
 from __future__ import annotations
 
 import itertools
-import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import ray
 import ray.cloudpickle
@@ -32,16 +31,9 @@ import ray.exceptions
 import ray.train
 from ray.train import ValidationConfig, ValidationTaskConfig
 
-from pipelines.checkpoint.checkpoint import (
-    STATE_FILE,
-    TRAIN_NAME,
-    CheckpointError,
-    CheckpointRef,
-    TrainState,
-    consolidate,
-    load_state,
-    run_url,
-)
+from pipelines.checkpoint.best import keep_best
+from pipelines.checkpoint.committed import TRAIN_NAME
+from pipelines.checkpoint.state import STATE_FILE, TrainState, load_state
 from pipelines.io import storage
 
 if TYPE_CHECKING:
@@ -51,9 +43,6 @@ if TYPE_CHECKING:
 
     from pipelines.training.batches import Collate, Row
 
-BEST_NAME = "best"
-BEST_FILE = "best.json"
-BEST_VERSION = 1
 PREFIX = "validation/"
 FAILED = PREFIX + "failed"
 POLL_S = 1.0
@@ -203,6 +192,7 @@ def validate(checkpoint: ray.train.Checkpoint, validation: Validation, use_gpu: 
     """
     import torch
 
+    from pipelines.checkpoint.consolidate import consolidate
     from pipelines.training.batches import BatchReader, Share
     from pipelines.training.heldout_loss import heldout_loss
 
@@ -230,101 +220,3 @@ def _model_config(run: str) -> Iterator[Path]:
             if "/" not in name and name.endswith(".json"):
                 (Path(folder) / name).write_bytes(storage.read_bytes(storage.join(init, name)))
         yield Path(folder)
-
-
-# ------------------------------------------------------------------------------------------------- the best checkpoint
-
-
-@dataclass(frozen=True)
-class Best:
-    """What `best/best.json` says; only once it is written, the copy that it names counts."""
-
-    version: int
-    step: int
-    loss: float
-    source: str
-    """Address that the checkpoint was copied from; Ray deletes it when newer ones come."""
-    folder: str
-    """Name of the copy, beside the file."""
-    files: dict[str, int]
-    """Bytes of every file of the copy."""
-
-
-def keep_best(run: str, checkpoint_url: str, step: int, loss: float) -> bool:
-    """Keep a copy of the checkpoint if its loss is lower than that of the best one so far; returns whether it is.
-
-    Killed at any point, `best.json` names a whole copy; what a killed call left is removed by the next. One process at
-    a time may call it for a run.
-
-    Raises:
-        StorageError: if storage fails, or the copy is not like the checkpoint.
-        CheckpointError: if `best.json` is damaged.
-    """
-    root = storage.join(run, BEST_NAME)
-    best = _read_best(root)
-    better = math.isfinite(loss) and (best is None or loss < best.loss)
-    if better:
-        folder = PurePosixPath(checkpoint_url).name
-        copied = best is not None and best.folder == folder  # it is whole: do not touch it
-        files = best.files if best is not None and copied else _copy(checkpoint_url, storage.join(root, folder))
-        best = Best(BEST_VERSION, step, loss, checkpoint_url, folder, files)
-        storage.write_json(storage.join(root, BEST_FILE), asdict(best))
-    kept = f"{best.folder}/" if best is not None else None
-    for name in storage.list_files(root):
-        if name != BEST_FILE and not (kept and name.startswith(kept)):
-            storage.delete(storage.join(root, name))
-    return better
-
-
-def best_checkpoint(root: str, run_name: str) -> CheckpointRef | None:
-    """The checkpoint of run `run_name` of storage `root` with the lowest validated loss; None before there is one.
-
-    Raises:
-        CheckpointError: if it is damaged.
-        StorageError: if storage cannot be read.
-    """
-    folder = storage.join(run_url(root, run_name), BEST_NAME)
-    best = _read_best(folder)
-    if best is None:
-        return None
-    url = storage.join(folder, best.folder)
-    found = storage.list_sizes(url)
-    wrong = [name for name in {*found, *best.files} if found.get(name) != best.files.get(name)]
-    if wrong:
-        raise CheckpointError(f"{url} is not what {BEST_FILE} says: {', '.join(sorted(wrong)[:5])}; remove {folder}")
-    state_url = storage.join(url, STATE_FILE)
-    return CheckpointRef(url, TrainState.from_json(storage.read_bytes(state_url).decode(), state_url))
-
-
-def _read_best(root: str) -> Best | None:
-    url = storage.join(root, BEST_FILE)
-    try:
-        values: dict[str, Any] = storage.read_json(url)
-    except storage.ObjectMissingError:
-        return None
-    try:
-        best = Best(**values)
-    except TypeError as error:
-        raise CheckpointError(f"{url} is damaged ({error}); remove {root}") from error
-    if best.version != BEST_VERSION:
-        raise CheckpointError(f"{url} has version {best.version}, this code reads {BEST_VERSION}")
-    return best
-
-
-def _copy(source: str, target: str) -> dict[str, int]:
-    """Copy a folder inside storage, in an object store by the store itself; the bytes of each file."""
-    sizes = storage.list_sizes(source)
-    if not sizes:
-        raise storage.ObjectMissingError(f"{source}: no files to copy")
-    with storage.storage_errors(target):
-        filesystem, from_path = storage.fsspec_filesystem(source)
-        _, to_path = storage.fsspec_filesystem(target)
-        for name in sizes:
-            if not storage.is_s3(target):
-                Path(to_path, name).parent.mkdir(parents=True, exist_ok=True)
-            filesystem.cp_file(f"{from_path}/{name}", f"{to_path}/{name}")
-    copied = storage.list_sizes(target)
-    wrong = [name for name in sizes if copied.get(name) != sizes[name]]
-    if wrong:
-        raise storage.StorageError(f"{target}: the copy of {source} is not like it: {', '.join(wrong[:5])}")
-    return sizes

@@ -19,7 +19,7 @@ from PIL import Image
 from ray.tune.result import DONE
 
 from jobs.sweep import parse
-from pipelines.checkpoint.checkpoint import latest_checkpoint
+from pipelines.checkpoint.committed import latest_checkpoint
 from pipelines.config.recipe import CalibrationSettings, ModelSettings, Recipe, TrackingSettings
 from pipelines.config.settings import DataSettings, SettingsError, TrainingSettings
 from pipelines.evaluation.scoring import Suite, score_model

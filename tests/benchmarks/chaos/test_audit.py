@@ -21,7 +21,7 @@ from benchmarks.chaos.audit import (
     violations,
 )
 from benchmarks.chaos.data import FAULTY, TRAIN_SIZES, ByteProcessor, key_of, keys_in, make_dataset, pack, sample
-from pipelines.checkpoint.checkpoint import DroppedSample, TrainState
+from pipelines.checkpoint.state import DroppedSample, TrainState
 from pipelines.data.ledger import Ledger
 from pipelines.data.schema import SampleError, parse_sample
 from pipelines.data.tar_format import parse_shard

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipelines.checkpoint.checkpoint import ZERO3_TAG
 from pipelines.checkpoint.reshard import load_universal
+from pipelines.checkpoint.state import ZERO3_TAG
 from pipelines.checkpoint.zero3 import deepspeed_config, import_deepspeed, parameter_groups, schedule_factor
 from pipelines.config.settings import LearningRates, OptimizerSettings, TrainingSettings
 

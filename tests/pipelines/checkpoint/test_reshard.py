@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.checkpoint.checkpoint import ZERO3_TAG, CheckpointError, read_shards
+from pipelines.checkpoint.consolidate import read_weights
 from pipelines.checkpoint.reshard import (
     Layout,
     Shards,
@@ -24,6 +24,7 @@ from pipelines.checkpoint.reshard import (
     optimizer_state,
     pieces,
 )
+from pipelines.checkpoint.state import ZERO3_TAG, CheckpointError
 from tests.pipelines.checkpoint.reshard_worker import BORDER, STEPS, Training, trainings
 
 REPOSITORY = Path(__file__).parents[3]
@@ -113,7 +114,7 @@ def test_worlds_have_other_sub_groups(trained: Path) -> None:
 
 def test_what_is_saved_after_a_resume_is_whole(trained: Path) -> None:
     """The consolidation of a checkpoint that a resumed training of another world wrote."""
-    weights = read_shards(trained / "fp32" / "three")
+    weights = read_weights(trained / "fp32" / "three")
     saved = read(trained / "fp32", "three", "saved")["tensors"]
     for name, tensor in saved.items():
         kind, parameter = name.split()

@@ -16,7 +16,8 @@ from torch import Tensor
 from meteor_model.architectures import build_config
 from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, MeteorConfig, PruningConfig
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
-from pipelines.checkpoint.checkpoint import ZERO3_TAG, CheckpointError, consolidate
+from pipelines.checkpoint.consolidate import consolidate
+from pipelines.checkpoint.state import ZERO3_TAG, CheckpointError
 from pipelines.checkpoint.zero3 import (
     WeightsError,
     checkpoint_activations,

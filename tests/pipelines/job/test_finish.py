@@ -10,7 +10,8 @@ from typing import Any, cast
 import pytest
 from mlflow import MlflowClient
 
-from pipelines.checkpoint.checkpoint import CheckpointRef, TrainState
+from pipelines.checkpoint.committed import CheckpointRef
+from pipelines.checkpoint.state import TrainState
 from pipelines.config.recipe import Recipe, TrackingSettings
 from pipelines.evaluation.questions import Answer
 from pipelines.io import storage

@@ -17,7 +17,7 @@ from jobs import evaluate, register
 from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
-from pipelines.checkpoint.checkpoint import TrainState
+from pipelines.checkpoint.state import TrainState
 from pipelines.config.recipe import ModelSettings, Recipe, TrackingSettings
 from pipelines.data import shards
 from pipelines.data.schema import build_members

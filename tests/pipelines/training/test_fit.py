@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from meteor_model.processing_meteor import collate
-from pipelines.checkpoint.checkpoint import PARITY_FILE, consolidate, latest_checkpoint, load_ledger
+from pipelines.checkpoint.committed import latest_checkpoint
+from pipelines.checkpoint.consolidate import consolidate
+from pipelines.checkpoint.state import PARITY_FILE, load_ledger
 from pipelines.checkpoint.zero3 import parameter_groups, schedule_factor
 from pipelines.recovery.failures import TrainingError
 from pipelines.recovery.run_lock import RunInUseError, exclusive

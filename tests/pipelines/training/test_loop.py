@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from meteor_model.processing_meteor import collate
-from pipelines.checkpoint.checkpoint import TrainState
+from pipelines.checkpoint.state import TrainState
 from pipelines.checkpoint.zero3 import parameter_groups
 from pipelines.recovery.preemption import Preempted, Preemption
 from pipelines.training.batches import BatchReader, MicroBatch, Share

@@ -1,4 +1,4 @@
-"""Validation beside the training: its value against the workers' own, what happens when it fails, and the best copy."""
+"""Validation beside the training: its value against the workers' own, and what happens when it fails."""
 
 import json
 import os
@@ -17,8 +17,7 @@ import torch
 from ray.train.torch import TorchTrainer
 
 from meteor_model.processing_meteor import collate
-from pipelines.checkpoint.checkpoint import STATE_FILE, TrainState
-from pipelines.io import storage
+from pipelines.checkpoint.best import best_checkpoint
 from pipelines.recovery.run_lock import Claim, TellsOfFailure, exclusive
 from pipelines.training.batches import MicroBatch, iterate_rows, make_micro_batch
 from pipelines.training.heldout_loss import heldout_loss
@@ -27,8 +26,6 @@ from pipelines.training.validation import (
     Validation,
     ValidationError,
     _watch,
-    best_checkpoint,
-    keep_best,
     validate,
     validation_config,
 )
@@ -237,78 +234,3 @@ def test_a_validation_without_room_is_given_up(trained: tuple[Path, TrainingResu
 def test_rows_that_are_no_whole_batches_are_refused() -> None:
     with pytest.raises(ValueError, match="15 rows to validate on are no multiple of micro_batch 4"):
         replace(make_validation(Path("run")), rows=15)
-
-
-# -------------------------------------------------------------------------------------------------- the best checkpoint
-
-
-def write_checkpoint(run: Path, step: int) -> str:
-    folder = run / "train" / f"step-{step}"
-    (folder / "zero3").mkdir(parents=True)
-    (folder / "zero3" / "rank_0.pt").write_text(f"weights of step {step}" * step)
-    (folder / STATE_FILE).write_text(TrainState("hash", 2, 9, step=step).to_json())
-    return str(folder)
-
-
-def test_the_lowest_loss_is_kept(tmp_path: Path) -> None:
-    run = tmp_path / "runs" / "name"
-    assert best_checkpoint(str(tmp_path), "name") is None
-    losses = {1: 3.0, 2: float("nan"), 3: 2.0, 4: 2.0, 5: 1.5, 6: float("inf")}
-    kept = {step: keep_best(str(run), write_checkpoint(run, step), step, loss) for step, loss in losses.items()}
-    assert kept == {1: True, 2: False, 3: True, 4: False, 5: True, 6: False}
-    shutil.rmtree(run / "train")  # as Ray deletes old checkpoints
-    best = best_checkpoint(str(tmp_path), "name")
-    assert best is not None
-    assert best.state.step == 5
-    assert {name.partition("/")[0] for name in storage.list_files(str(run / "best"))} == {"step-5", "best.json"}
-    (run / "best" / "step-5" / "zero3" / "rank_0.pt").write_text("short")
-    with pytest.raises(ValueError, match=r"is not what best.json says: zero3/rank_0.pt"):
-        best_checkpoint(str(tmp_path), "name")
-
-
-class Killed(BaseException):
-    """The process ends here."""
-
-
-def test_killed_at_any_point_best_json_names_a_whole_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    copy_file = shutil.copyfile
-
-    def dying(call: Callable[..., Any], fuse: list[int], half: bool = False) -> Callable[..., Any]:
-        def wrapped(*arguments: Any, **named: Any) -> Any:
-            fuse[0] -= 1
-            if fuse[0] < 0:
-                if half:  # a file that was being copied
-                    Path(arguments[1]).write_text("half")
-                raise Killed
-            return call(*arguments, **named)
-
-        return wrapped
-
-    points = 0
-    seen = set()
-    while True:
-        run = tmp_path / str(points) / "runs" / "name"
-        keep_best(str(run), write_checkpoint(run, 1), 1, 3.0)
-        newer, fuse = write_checkpoint(run, 2), [points]
-        with monkeypatch.context() as patched:
-            for name in ("list_sizes", "list_files", "read_json", "write_json", "delete"):
-                patched.setattr(storage, name, dying(getattr(storage, name), fuse))
-            patched.setattr(shutil, "copyfile", dying(copy_file, fuse, half=True))
-            try:
-                keep_best(str(run), newer, 2, 2.0)
-            except Killed:
-                pass
-            else:
-                break
-        best = best_checkpoint(str(tmp_path / str(points)), "name")  # checks every file's size
-        assert best is not None
-        seen.add(best.state.step)
-        keep_best(str(run), newer, 2, 2.0)
-        after = best_checkpoint(str(tmp_path / str(points)), "name")
-        assert after is not None
-        assert after.state.step == 2
-        left = {name.partition("/")[0] for name in storage.list_files(str(run / "best"))}
-        assert left == {"step-2", "best.json"}
-        points += 1
-    assert points > 6
-    assert seen == {1, 2}

@@ -1,0 +1,70 @@
+"""One whole model out of the ZeRO-3 shards of a checkpoint."""
+
+import os
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from pipelines.checkpoint.state import ZERO3_TAG, CheckpointError
+from pipelines.checkpoint.zero3 import import_deepspeed
+
+
+def consolidate(
+    directory: Path, model_class: type[PreTrainedModel], init: Path, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """One whole model, on the CPU, from the ZeRO-3 shards of a local checkpoint.
+
+    Args:
+        directory: the checkpoint.
+        model_class: class of the model.
+        init: folder with the model's config (the folder that training started from).
+        dtype: number format of the weights; None keeps the fp32 that the shards hold.
+
+    Raises:
+        CheckpointError: if the shards lack a parameter or buffer of the model, hold one too many, or another shape.
+    """
+    dtype = dtype or torch.float32
+    weights = {name: _cast(tensor, dtype) for name, tensor in read_weights(directory).items()}
+    with no_init_weights():
+        model = model_class(model_class.config_class.from_pretrained(init))
+    expected = model.state_dict()
+    faults = [f"{name} is missing" for name in expected if name not in weights]
+    faults += [f"{name} is not in the model" for name in weights if name not in expected]
+    faults += [
+        f"{name} has shape {tuple(weights[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
+    if faults:
+        raise CheckpointError(f"{directory} does not fit {model_class.__name__}: {'; '.join(faults[:5])}")
+    model.load_state_dict(weights, strict=True, assign=True)
+    model.tie_weights()
+    model.config.dtype = dtype
+    return model.eval()
+
+
+def read_weights(directory: Path) -> dict[str, Tensor]:
+    """All weights in the ZeRO-3 shards of a local checkpoint, fp32 where they were trained.
+
+    Only read checkpoints that this project wrote: DeepSpeed's files are pickles.
+
+    Raises:
+        CheckpointError: if shards are missing.
+    """
+    import_deepspeed(uses_gpu=torch.cuda.is_available())
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    try:
+        with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            weights: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(directory), tag=ZERO3_TAG)
+    except (FileNotFoundError, ValueError) as error:
+        raise CheckpointError(f"{directory} is not a whole ZeRO-3 checkpoint: {error}") from error
+    return weights
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor

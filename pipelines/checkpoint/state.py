@@ -1,0 +1,149 @@
+"""What a checkpoint holds, and the state of a training in it.
+
+A checkpoint is a folder `{storage}/runs/{run}/train/step-...` with
+
+    zero3/                  DeepSpeed's shards of weights and optimizer, the rank in every file's name
+    train_state.json        `TrainState`
+    ledger.bin              which samples were trained (`pipelines.data.ledger`)
+    recipe.json             every setting of the run
+    metrics.jsonl           metrics that MLflow had not taken yet
+    parity.safetensors      only in the last one: a held-out batch and the training model's logits on it
+
+all but the first written by rank 0. Random numbers need no file: they are a function of (seed, step, rank).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipelines.data.ledger import Int64s, Ledger
+
+STATE_FILE = "train_state.json"
+LEDGER_FILE = "ledger.bin"
+RECIPE_FILE = "recipe.json"
+POINTS_FILE = "metrics.jsonl"
+PARITY_FILE = "parity.safetensors"
+ZERO3_TAG = "zero3"
+STATE_VERSION = 2
+MAX_LISTED_DROPS = 200
+SMOOTHED_STEPS = 10
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is damaged, or does not fit the run that wants it; the message names it and what to do."""
+
+
+@dataclass(frozen=True, order=True)
+class DroppedSample:
+    """One faulty sample: where it is and what is wrong with it."""
+
+    row: int
+    """Row of the plan."""
+    dataset: int
+    """Dataset of the mixture."""
+    epoch: int
+    shard: int
+    index: int
+    key: str
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a training stands after optimizer step `step`; all counts are global, over all workers and restarts."""
+
+    recipe_hash: str
+    """Hash of the settings that decide the result; a run is only resumed under the same one."""
+    world_size: int
+    """Workers that wrote the checkpoint."""
+    total_steps: int
+    """Optimizer steps of the whole training."""
+    mlflow_run_id: str | None = None
+    """The MLflow run that the metrics go to."""
+    step: int = 0
+    """Optimizer steps done."""
+    rows: int = 0
+    """Rows of the plan consumed: step * global batch."""
+    samples_seen: int = 0
+    """Samples trained on."""
+    seed: int = 0
+    """Seed of the order of the data and, with step and rank, of every random number."""
+    tokens: int = 0
+    """Tokens trained on, visual ones included."""
+    cells: int = 0
+    """Places of all batches, padding included."""
+    restarts: int = 0
+    """How often the training went on from a checkpoint that this one descends from."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Faulty samples by reason."""
+    dropped_samples: tuple[DroppedSample, ...] = ()
+    """The first faulty samples, in the order of the plan."""
+    losses: tuple[float, ...] = ()
+    """Loss of every step: mean over the supervised tokens of the global batch."""
+    step_seconds: float = 0.0
+    """Wall-clock seconds of all steps, waiting for data included; without the start of workers and checkpoints."""
+    final: dict[str, float] = field(default_factory=dict)
+    """Held-out metrics; only after the last step."""
+    version: int = STATE_VERSION
+    """Version of this format."""
+
+    @property
+    def done(self) -> bool:
+        """Whether every step has been made."""
+        return self.step == self.total_steps
+
+    @property
+    def padding_share(self) -> float:
+        """Share of the batches' places that was padding."""
+        return 1 - self.tokens / self.cells if self.cells else 0.0
+
+    @property
+    def loss_first(self) -> float:
+        """Mean loss of the first 10 steps (all, if fewer; NaN if none)."""
+        return _mean(self.losses[:SMOOTHED_STEPS])
+
+    @property
+    def loss_last(self) -> float:
+        """Mean loss of the last 10 steps (all, if fewer; NaN if none)."""
+        return _mean(self.losses[-SMOOTHED_STEPS:])
+
+    def to_json(self) -> str:
+        """The state as JSON; floats keep every bit."""
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, source: str) -> TrainState:
+        """The state in `text`, read from `source`.
+
+        Raises:
+            CheckpointError: if it is not a state of this version.
+        """
+        try:
+            values: dict[str, Any] = json.loads(text)
+            if values["version"] != STATE_VERSION:
+                raise CheckpointError(f"{source} has version {values['version']}, this code reads {STATE_VERSION}")
+            drops = tuple(DroppedSample(**drop) for drop in values.pop("dropped_samples"))
+            return cls(**{**values, "losses": tuple(values["losses"]), "dropped_samples": drops})
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{source} is not a training state: {error!r}") from error
+
+
+def _mean(values: tuple[float, ...]) -> float:
+    return sum(values) / len(values) if values else float("nan")
+
+
+def load_ledger(directory: Path, sizes: Sequence[Sequence[int] | Int64s]) -> Ledger:
+    """The ledger of a local checkpoint; `sizes` are the samples of every shard, by dataset."""
+    return Ledger.from_bytes((directory / LEDGER_FILE).read_bytes(), sizes)
+
+
+def load_state(directory: Path) -> TrainState:
+    """The training state of a local checkpoint."""
+    path = directory / STATE_FILE
+    return TrainState.from_json(path.read_text(), str(path))
