@@ -74,12 +74,11 @@ def evaluate(settings: Evaluate) -> Score:
 
 def readable(model: str, suite: Suite, score: Score) -> str:
     """The score for people."""
-    accuracy, nll = score.accuracy_interval, score.answer_nll_interval
     lines = [
         ("model", model),
         ("suite", f"{suite.digest}: {suite.questions} questions, split {suite.split} of {suite.manifest}"),
-        ("accuracy", f"{score.accuracy:.4f} [{accuracy.low:.4f}, {accuracy.high:.4f}]"),
-        ("answer NLL", f"{score.answer_nll:.4f} [{nll.low:.4f}, {nll.high:.4f}] nats per token"),
+        ("accuracy", score.accuracy_interval.beside(score.accuracy)),
+        ("answer NLL", f"{score.answer_nll_interval.beside(score.answer_nll)} nats per token"),
         ("visual tokens", f"{score.visual_tokens} > {score.visual_tokens_mean:.1f} an image, after stage 3"),
         ("TFLOPs", f"{score.tflops:.4g} an image and prompt"),
     ]

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tyro
 
 from jobs.command_line import run_command
-from pipelines.evaluation.scores import Interval, Score
+from pipelines.evaluation.scores import Score
 from pipelines.registry.card import PARITY_TAG
 from pipelines.registry.folder import PARITY_TOLERANCE
 from pipelines.registry.promotion import promote, what_is_lacking
@@ -190,13 +190,13 @@ def comparison_table(titles: list[str], compared: VersionComparison) -> str:
         ("", *titles, "difference, paired"),
         row(
             "accuracy",
-            lambda score: _measured(score.accuracy, score.accuracy_interval),
-            _measured(difference.accuracy, difference.accuracy_interval, "+"),
+            lambda score: score.accuracy_interval.beside(score.accuracy),
+            difference.accuracy_interval.beside(difference.accuracy, "+"),
         ),
         row(
             "answer NLL",
-            lambda score: _measured(score.answer_nll, score.answer_nll_interval),
-            _measured(difference.answer_nll, difference.answer_nll_interval, "+"),
+            lambda score: score.answer_nll_interval.beside(score.answer_nll),
+            difference.answer_nll_interval.beside(difference.answer_nll, "+"),
         ),
         row(
             "visual tokens",
@@ -206,10 +206,6 @@ def comparison_table(titles: list[str], compared: VersionComparison) -> str:
         row("TFLOPs", lambda score: f"{score.tflops:.4g}", f"{difference.tflops:+.4g}"),
     ]
     return f"suite {difference.suite}: {compared.suite}\n" + _table(rows)
-
-
-def _measured(value: float, interval: Interval, sign: str = "") -> str:
-    return f"{value:{sign}.4f} [{interval.low:{sign}.4f}, {interval.high:{sign}.4f}]"
 
 
 def _table(rows: list[tuple[str, ...]]) -> str:

@@ -149,16 +149,5 @@ class Logbook:
 def _metrics(record: TrialRecord) -> dict[str, float]:
     found: dict[str, float | None] = {"objective": record.objective, "seconds": record.seconds}
     if record.score is not None:
-        score = record.scored
-        found |= {
-            "accuracy": score.accuracy,
-            "accuracy_low": score.accuracy_interval.low,
-            "accuracy_high": score.accuracy_interval.high,
-            "answer_nll": score.answer_nll,
-            "answer_nll_low": score.answer_nll_interval.low,
-            "answer_nll_high": score.answer_nll_interval.high,
-            "visual_tokens": score.visual_tokens,
-            "visual_tokens_mean": score.visual_tokens_mean,
-            "tflops": score.tflops,
-        }
+        found |= record.scored.numbers()
     return {name: value for name, value in found.items() if value is not None}

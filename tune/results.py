@@ -8,7 +8,7 @@ from typing import Any
 
 import optuna
 
-from pipelines.evaluation.scores import Score
+from pipelines.evaluation.scores import MEASURED, Score
 from tune.pareto import Point, front, hypervolume, reference
 from tune.records import TrialRecord
 from tune.settings import SweepSettings
@@ -97,13 +97,7 @@ def row(record: TrialRecord) -> dict[str, Any]:
         "trial": record.id,
         "status": record.status,
         "objective": record.objective,
-        "answer_nll": score.get("answer_nll"),
-        "answer_nll_interval": score.get("answer_nll_interval"),
-        "accuracy": score.get("accuracy"),
-        "accuracy_interval": score.get("accuracy_interval"),
-        "visual_tokens": score.get("visual_tokens"),
-        "visual_tokens_mean": score.get("visual_tokens_mean"),
-        "tflops": score.get("tflops"),
+        **{name: score.get(name) for name in MEASURED},
         "seconds": record.seconds,
         "error": record.error,
         "choices": record.choices,

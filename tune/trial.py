@@ -37,8 +37,8 @@ from pipelines.config.recipe import Recipe
 from pipelines.data import shards
 from pipelines.data.schema import RawSample
 from pipelines.evaluation.questions import draw_samples, readable_samples, solve_lambda_on
-from pipelines.evaluation.scores import Record, Score, summarise
-from pipelines.evaluation.scoring import Suite, longest_answer, score_model
+from pipelines.evaluation.scores import Record, Score
+from pipelines.evaluation.scoring import Suite, longest_answer, score_model, score_of_records
 from pipelines.io import storage
 from pipelines.io.upload import upload_folder
 from pipelines.job.assemble import assemble_training
@@ -185,7 +185,7 @@ class Trial(tune.Trainable):
         """Keep the score with all questions and the pictures in storage; the last report."""
         context = self.context
         by_place = dict(zip(self.order, self.answers, strict=True))
-        score = summarise(model.config, [by_place[place] for place in sorted(by_place)], context.suite.digest)
+        score = score_of_records(model.config, [by_place[place] for place in sorted(by_place)], context.suite.digest)
         folder = folder_of(context.url, self.id)
         if context.settings.pictures:
             with tempfile.TemporaryDirectory(prefix="meteor-trial-") as name:

@@ -1,23 +1,26 @@
-"""Scores: what a model answered to each question of a suite, the numbers that come of it, and paired differences.
+"""Scores as values: what a model answered to each question of a suite, the numbers of it, and paired differences.
 
 Intervals are 95 %: Wilson's score interval for the accuracy, a percentile bootstrap over questions (fixed seed) for
 means and for paired differences.
+
+Imports no torch: the registry stores and compares scores without a model (`pipelines.evaluation.scoring` makes them).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from meteor_model.configuration_meteor import MeteorConfig
-from meteor_model.flops import count_flops
-
+CONFIDENCE = 0.95
 RESAMPLES = 2000
-Z95 = 1.959963984540054  # standard normal quantile at 0.975
+MEASURED = (
+    *("accuracy", "accuracy_interval", "answer_nll", "answer_nll_interval"),
+    *("visual_tokens", "visual_tokens_mean", "tflops"),
+)
+"""Fields of a score that were measured, in the order in which people read them."""
 
 
 class ScoringError(ValueError):
@@ -30,6 +33,10 @@ class Interval:
 
     low: float
     high: float
+
+    def beside(self, value: float, sign: str = "") -> str:
+        """The value with its interval, for people: `0.7500 [0.3006, 0.9544]`; `sign` "+" shows a plus, too."""
+        return f"{value:{sign}.4f} [{self.low:{sign}.4f}, {self.high:{sign}.4f}]"
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,18 @@ class Score:
             del plain["records"]
         return plain
 
+    def numbers(self) -> dict[str, float]:
+        """Every measured number under a name of its own; the ends of an interval as `NAME_low` and `NAME_high`."""
+        flat: dict[str, float] = {}
+        for name in MEASURED:
+            value = getattr(self, name)
+            if isinstance(value, Interval):
+                measured = name.removesuffix("_interval")
+                flat |= {f"{measured}_low": value.low, f"{measured}_high": value.high}
+            else:
+                flat[name] = value
+        return flat
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Score:
         """What `to_dict` gave. Raises ScoringError where it is something else."""
@@ -114,25 +133,6 @@ class Comparison:
     answer_nll_interval: Interval
     visual_tokens_mean: float
     tflops: float
-
-
-def summarise(config: MeteorConfig, records: Sequence[Record], suite_digest: str) -> Score:
-    """The score of these questions under this configuration."""
-    right = np.array([record.right for record in records], dtype=np.float64)
-    nll = np.array([record.nll for record in records], dtype=np.float64)
-    kept = sum(record.kept for record in records) / sum(record.images for record in records)
-    return Score(
-        suite=suite_digest,
-        questions=len(records),
-        accuracy=float(right.mean()),
-        accuracy_interval=wilson(int(right.sum()), len(right)),
-        answer_nll=float(nll.mean()),
-        answer_nll_interval=bootstrap(nll),
-        visual_tokens=config.tokens_per_image,
-        visual_tokens_mean=kept,
-        tflops=count_flops(at_mean(config, kept)).total / 1e12,
-        records=tuple(records),
-    )
 
 
 def compare_scores(first: Score, second: Score) -> Comparison:
@@ -172,28 +172,30 @@ def normalise(answer: str) -> str:
     return " ".join(answer.casefold().split()).removesuffix(".").rstrip()
 
 
-def at_mean(config: MeteorConfig, kept: float) -> MeteorConfig:
-    """The configuration with stage 3's target at `kept` visual tokens an image, for `count_flops`; as it is where
-    stage 3 is off.
-    """
-    decode = config.pruning.decode
-    if not decode.enabled:
-        return config
-    target = min(max(kept, float(decode.k_min)), float(config.tokens_per_image))
-    pruning = replace(config.pruning, decode=replace(decode, target_mean=target))
-    return MeteorConfig(**{**config.to_dict(), "pruning": pruning})
-
-
 def wilson(successes: int, trials: int) -> Interval:
     """95 % score interval of a share (E. B. Wilson, J. Am. Stat. Assoc. 22, 1927)."""
-    share, z2 = successes / trials, Z95**2
-    middle = (share + z2 / (2 * trials)) / (1 + z2 / trials)
-    half = Z95 / (1 + z2 / trials) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
-    return Interval(max(0.0, middle - half), min(1.0, middle + half))
+    from scipy import stats  # here: its import costs 0.7 s, and who reads stored scores measures none
+
+    found = stats.binomtest(successes, trials).proportion_ci(CONFIDENCE, method="wilson")
+    return Interval(float(found.low), float(found.high))
 
 
 def bootstrap(values: np.ndarray) -> Interval:
-    """95 % percentile bootstrap interval of the mean; the seed is fixed, so equal values give equal intervals."""
-    drawn = np.random.default_rng(0).integers(0, len(values), size=(RESAMPLES, len(values)))
-    low, high = np.quantile(values[drawn].mean(axis=1), [0.025, 0.975])
-    return Interval(float(low), float(high))
+    """95 % percentile bootstrap interval of the mean; the seed is fixed, so equal values give equal intervals.
+
+    Args:
+        values: one number a question; a single one gives an interval without width.
+    """
+    from scipy import stats
+
+    if len(values) == 1:  # scipy refuses to resample it
+        return Interval(float(values[0]), float(values[0]))
+    found = stats.bootstrap(
+        (values,),
+        np.mean,
+        n_resamples=RESAMPLES,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return Interval(float(found.low), float(found.high))

@@ -15,22 +15,25 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
 
+from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.decoder.cache import MeteorCache
+from meteor_model.flops import FlopReport, count_flops
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from pipelines.data import shards
 from pipelines.data.schema import RawSample
 from pipelines.evaluation.questions import BATCH, question_of, readable_samples
-from pipelines.evaluation.scores import Record, Score, ScoringError, normalise, summarise
+from pipelines.evaluation.scores import Record, Score, ScoringError, bootstrap, normalise, wilson
 
 LONGEST_ANSWER = 64
 """Tokens generated at most. A longer expected answer counts as answered wrongly; its likelihood counts whole."""
@@ -110,8 +113,8 @@ def score_model(
         samples: `Suite.load`.
         suite_digest: `Suite.digest`, which the score carries.
         batch: questions at a time. The batches change no result beyond rounding.
-        report: hears the records of all questions so far after every batch (`summarise` makes a score of them); what it
-            raises ends the scoring.
+        report: hears the records of all questions so far after every batch (`score_of_records` makes a score of them);
+            what it raises ends the scoring.
         longest: tokens that are generated at most; by default `longest_answer` of the samples. Give that of the whole
             suite where it is asked in portions: an answer that is cut earlier may come out right.
 
@@ -126,7 +129,36 @@ def score_model(
         records += _ask(model, processor, samples[start : start + batch], longest)
         if report is not None:
             report(tuple(records))
-    return summarise(model.config, records, suite_digest)
+    return score_of_records(model.config, records, suite_digest)
+
+
+def score_of_records(config: MeteorConfig, records: Sequence[Record], suite_digest: str) -> Score:
+    """The score of these questions under this configuration."""
+    right = np.array([record.right for record in records], dtype=np.float64)
+    nll = np.array([record.nll for record in records], dtype=np.float64)
+    kept = sum(record.kept for record in records) / sum(record.images for record in records)
+    return Score(
+        suite=suite_digest,
+        questions=len(records),
+        accuracy=float(right.mean()),
+        accuracy_interval=wilson(int(right.sum()), len(right)),
+        answer_nll=float(nll.mean()),
+        answer_nll_interval=bootstrap(nll),
+        visual_tokens=config.tokens_per_image,
+        visual_tokens_mean=kept,
+        tflops=measured_cost(config, kept).total / 1e12,
+        records=tuple(records),
+    )
+
+
+def measured_cost(config: MeteorConfig, kept: float) -> FlopReport:
+    """FLOPs of one image and prompt where stage 3, if it is on, keeps its measured mean of `kept` visual tokens."""
+    decode = config.pruning.decode
+    if decode.enabled:
+        target = min(max(kept, float(decode.k_min)), float(config.tokens_per_image))
+        pruning = replace(config.pruning, decode=replace(decode, target_mean=target))
+        config = MeteorConfig(**{**config.to_dict(), "pruning": pruning})
+    return count_flops(config)
 
 
 def longest_answer(processor: MeteorProcessor, samples: Sequence[RawSample]) -> int:

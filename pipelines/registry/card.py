@@ -12,7 +12,8 @@ from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.flops import TEXT_TOKENS, count_flops
 from pipelines.config.recipe import Recipe
 from pipelines.data import shards
-from pipelines.evaluation.scores import Interval, Score, at_mean
+from pipelines.evaluation.scores import Score
+from pipelines.evaluation.scoring import measured_cost
 from pipelines.parts import PARTS
 from pipelines.registry.folder import PARITY_TOLERANCE, USE, introduction
 from pipelines.tracking.mlflow_run import redact
@@ -71,8 +72,8 @@ def scores_section(scores: Mapping[str, Score]) -> str:
     if not scores:
         return f"{SCORES_HEADING}\n\nNot scored on a suite yet (`jobs/evaluate.py`).\n"
     rows = "\n".join(
-        f"| {name} ({score.suite}) | {score.questions} | {_measured(score.accuracy, score.accuracy_interval)} | "
-        f"{_measured(score.answer_nll, score.answer_nll_interval)} | {score.visual_tokens} > "
+        f"| {name} ({score.suite}) | {score.questions} | {score.accuracy_interval.beside(score.accuracy)} | "
+        f"{score.answer_nll_interval.beside(score.answer_nll)} | {score.visual_tokens} > "
         f"{score.visual_tokens_mean:.1f} | {score.tflops:.4g} |"
         for name, score in scores.items()
     )
@@ -84,20 +85,16 @@ def scores_section(scores: Mapping[str, Score]) -> str:
     )
 
 
-def _measured(value: float, interval: Interval) -> str:
-    return f"{value:.4f} [{interval.low:.4f}, {interval.high:.4f}]"
-
-
 def _cost(config: MeteorConfig, scores: Mapping[str, Score]) -> str:
     decode = config.pruning.decode
     if scores:
         kept = [score.visual_tokens_mean for score in scores.values()][-1]
-        config, where = at_mean(config, kept), f"stage 3 at its measured mean of {kept:.1f} tokens"
+        report, where = measured_cost(config, kept), f"stage 3 at its measured mean of {kept:.1f} tokens"
     elif decode.enabled and decode.target_mean is None:
         return "## Cost\n\nNot counted: stage 3 has no target mean, and no suite has measured its mean yet.\n"
     else:
+        report = count_flops(config)
         where = f"stage 3 at its target mean of {decode.target_mean:g} tokens" if decode.enabled else "stage 3 off"
-    report = count_flops(config)
     rows = "\n".join(
         f"| {name} | {flops / 1e12:.4g} |"
         for name, flops in (

@@ -63,20 +63,21 @@ def suite_name(suite: Suite | None) -> str:
     return "suite" if suite is None else f"{suite.questions} x {suite.split} of {hide_passwords(suite.manifest)}"
 
 
+_FORMATS = {"accuracy": ".4f", "answer_nll": ".4f", "visual_tokens_mean": ".2f", "tflops": ".6g"}
+
+
 def score_tags(stored: StoredScore) -> dict[str, str]:
     """The tags of a version that hold a score."""
-    score = stored.score
-    accuracy, nll = score.accuracy_interval, score.answer_nll_interval
+    numbers = stored.score.numbers()
     return {
-        SUITE_TAG: score.suite,
+        SUITE_TAG: stored.score.suite,
         "suite_name": stored.suite,
-        "accuracy": f"{score.accuracy:.4f}",
-        "accuracy_interval": f"{accuracy.low:.4f} {accuracy.high:.4f}",
-        "answer_nll": f"{score.answer_nll:.4f}",
-        "answer_nll_interval": f"{nll.low:.4f} {nll.high:.4f}",
-        "visual_tokens_mean": f"{score.visual_tokens_mean:.2f}",
-        "tflops": f"{score.tflops:.6g}",
-        SCORE_TAG + score.suite: stored.to_json(),
+        **{name: f"{numbers[name]:{spec}}" for name, spec in _FORMATS.items()},
+        **{
+            f"{name}_interval": f"{numbers[f'{name}_low']:.4f} {numbers[f'{name}_high']:.4f}"
+            for name in ("accuracy", "answer_nll")
+        },
+        SCORE_TAG + stored.score.suite: stored.to_json(),
     }
 
 

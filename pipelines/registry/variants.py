@@ -19,14 +19,13 @@ from pathlib import Path
 from mlflow import MlflowClient
 
 from meteor_model.configuration_meteor import MeteorConfig, PruningConfig
-from meteor_model.flops import count_flops
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from pipelines.checkpoint.committed import latest_checkpoint
 from pipelines.checkpoint.local import local_copy
 from pipelines.checkpoint.state import PARITY_FILE
-from pipelines.evaluation.scores import Score, ScoringError, at_mean
-from pipelines.evaluation.scoring import Suite
+from pipelines.evaluation.scores import Score, ScoringError
+from pipelines.evaluation.scoring import Suite, measured_cost
 from pipelines.registry.card import BASE_TAG, DATA_TAGS, LICENCE_TAG, PARITY_TAG, TRAINING_TAGS, card
 from pipelines.registry.folder import (
     PARITY_TOLERANCE,
@@ -143,7 +142,7 @@ def _inherited(base: str, uri: str) -> dict[str, str]:
 
 def _check_score(score: Score, config: MeteorConfig) -> None:
     """Raise ScoringError where the score's tokens or cost are not those of this pruning: it is another variant's."""
-    expected = count_flops(at_mean(config, score.visual_tokens_mean)).total / 1e12
+    expected = measured_cost(config, score.visual_tokens_mean).total / 1e12
     same_tokens = score.visual_tokens == config.tokens_per_image
     if not same_tokens or not math.isclose(score.tflops, expected, rel_tol=1e-9):
         raise ScoringError(

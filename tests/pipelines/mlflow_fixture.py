@@ -26,8 +26,8 @@ from meteor_model.image_processing_meteor import MeteorImageProcessor
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from meteor_model.tokenizer import train_tokenizer
-from pipelines.evaluation.scores import Record, Score, summarise
-from pipelines.evaluation.scoring import Suite
+from pipelines.evaluation.scores import Record, Score
+from pipelines.evaluation.scoring import Suite, score_of_records
 from pipelines.registry.publish import RegisteredVersion, export_model, register_model
 from pipelines.tracking.mlflow_run import open_run
 
@@ -54,7 +54,7 @@ def record(number: int, *, right: bool = True, nll: float = 0.5, kept: int = 12)
 
 def score_of(records: Sequence[Record], pruning: PruningConfig | None = None, suite: Suite = SUITE) -> Score:
     """The score of the tiny model under a pruning that gave these answers."""
-    return summarise(tiny_config(pruning), records, suite.digest)
+    return score_of_records(tiny_config(pruning), records, suite.digest)
 
 
 @dataclass

@@ -28,10 +28,9 @@ from pipelines.evaluation.scores import (
     bootstrap,
     compare_scores,
     normalise,
-    summarise,
     wilson,
 )
-from pipelines.evaluation.scoring import Suite, score_model
+from pipelines.evaluation.scoring import Suite, score_model, score_of_records
 from tests.meteor_model.builders import DENSE, PRUNED, model, processor
 
 ANSWERS = ("red", "left", "a grinning face", "left of the red square", "Red.")
@@ -143,7 +142,7 @@ def test_report_hears_growing_scores_and_can_stop() -> None:
     built, made, heard = model(), processor(), []
     final = score_model(built, made, _samples(), "suite", batch=2, report=lambda records: heard.append(records))
     assert [len(records) for records in heard] == [2, 4, 5]
-    assert summarise(built.config, heard[-1], "suite") == final
+    assert score_of_records(built.config, heard[-1], "suite") == final
 
     class Stopped(Exception):
         pass
@@ -218,12 +217,33 @@ def test_what_cannot_be_scored() -> None:
         score_model(built, made, _samples(), "suite")
 
 
+def test_numbers_are_flat_and_lose_nothing() -> None:
+    score = score_model(model(), processor(), _samples(), "suite")
+    numbers = score.numbers()
+    assert Interval(numbers["answer_nll_low"], numbers["answer_nll_high"]) == score.answer_nll_interval
+    assert numbers["tflops"] == score.tflops
+    assert set(numbers) == {
+        *("accuracy", "accuracy_low", "accuracy_high", "answer_nll", "answer_nll_low", "answer_nll_high"),
+        *("visual_tokens", "visual_tokens_mean", "tflops"),
+    }
+    assert Interval(-0.5, 0.25).beside(0.125, "+") == "+0.1250 [-0.5000, +0.2500]"
+
+
 def test_wilson_interval() -> None:
     # Newcombe, Statistics in Medicine 17 (1998), table I: 81 of 263 and 15 of 148.
     assert (round(wilson(81, 263).low, 4), round(wilson(81, 263).high, 4)) == (0.2553, 0.3662)
     assert (round(wilson(15, 148).low, 4), round(wilson(15, 148).high, 4)) == (0.0624, 0.1605)
     assert wilson(0, 20).low == 0.0
     assert wilson(20, 20).high == 1.0
+
+
+@pytest.mark.parametrize("values", [[0.5], [1.0, 1.0, 1.0], [0.1, 0.7, 0.2, 0.4, 0.9, 0.3]])
+def test_bootstrap_is_the_percentile_interval_of_resampled_means(values: list[float]) -> None:
+    given = np.array(values)
+    drawn = np.random.default_rng(0).integers(0, len(given), size=(2000, len(given)))
+    low, high = np.quantile(given[drawn].mean(axis=1), [0.025, 0.975])
+    found = bootstrap(given)
+    assert (found.low, found.high) == pytest.approx((low, high), rel=1e-14)
 
 
 def test_bootstrap_covers_the_mean_about_as_often_as_it_says() -> None:

@@ -16,8 +16,7 @@ from meteor_model.configuration_meteor import EncodePruning
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from pipelines.data import shards
-from pipelines.evaluation.scores import summarise
-from pipelines.evaluation.scoring import Suite
+from pipelines.evaluation.scoring import Suite, score_of_records
 from pipelines.registry.card import card, licence_tags, scores_section, with_scores
 from pipelines.registry.folder import (
     ExportError,
@@ -50,7 +49,7 @@ def test_the_card_says_score_cost_calibration_origin_and_licences() -> None:
         "licence.data.openmoji": "CC BY-SA 4.0",
         "accuracy": "not the card's business",
     }
-    score = summarise(config, RECORDS, SUITE.digest)
+    score = score_of_records(config, RECORDS, SUITE.digest)
     text = card(config, tags, {"4 x heldout of data": score})
     low, high = score.accuracy_interval.low, score.accuracy_interval.high
     for expected in (
