@@ -1,6 +1,6 @@
-"""A proxy before an S3 server that injects faults, so that the real client code meets them.
+r"""A proxy before an S3 server that injects faults, so that the real client code meets them.
 
-    with FaultProxy(server, [Rule(Reset(at=0.5), method="GET", path=r"\\.tar$", times=3)]) as proxy:
+    with FaultProxy(server, [Rule(Reset(at=0.5), method="GET", path=r"\.tar$", times=3)]) as proxy:
         ...  # a client of proxy.endpoint
     assert len(proxy.injected) == 3
 

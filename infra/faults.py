@@ -15,8 +15,10 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Reset:
-    """The connection is reset: at a place of the answer's or of the request's body, or when all is done but the
-    answer's first byte is not sent (the client cannot know whether the server did it).
+    """The connection is reset.
+
+    At a place of the answer's or of the request's body, or when all is done but the answer's first byte is not sent
+    (the client cannot know whether the server did it).
     """
 
     at: int | float = 0.5

@@ -80,14 +80,17 @@ class Stack:
 
     @property
     def credentials_file(self) -> Path:
+        """File that holds the keys of the S3 server."""
         return self.state_dir / "credentials"
 
     @property
     def s3_endpoint(self) -> str:
+        """Address of the S3 server."""
         return f"http://{HOST}:{self.ports['s3']['s3']}"
 
     @property
     def mlflow_uri(self) -> str:
+        """Address of the tracking server."""
         return f"http://{HOST}:{self.ports['mlflow']['http']}"
 
     @property
@@ -101,11 +104,13 @@ class Stack:
         return f"{HOST}:{self.ports['ray']['gcs']}"
 
     def address(self, name: str) -> str:
+        """Address of a service by its name: s3, mlflow or ray."""
         return {"s3": lambda: self.s3_endpoint, "mlflow": lambda: self.mlflow_uri, "ray": lambda: self.ray_dashboard}[
             name
         ]()
 
     def log(self, name: str) -> Path:
+        """Where a service writes its log."""
         return self.state_dir / "logs" / f"{name}.log"
 
 

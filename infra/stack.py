@@ -62,6 +62,7 @@ class ServiceStatus:
 
     @property
     def ok(self) -> bool:
+        """Whether the service runs and answers."""
         return self.health == "ok"
 
 

@@ -1,4 +1,4 @@
-"""Draw what a model does with an image, as PNG files:
+"""Draw what a model does with an image, as PNG files.
 
 python jobs/visualize.py --model MODEL --image FILE --prompt TEXT --prompt TEXT --out FOLDER
 

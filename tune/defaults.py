@@ -21,7 +21,9 @@ BELOW_BUDGET = 0.9
 
 
 def paper_settings(config: MeteorConfig) -> list[MeteorConfig]:
-    """The model's own stages 1 and 2 with exponent 1; stage 3 off, then on with the paper's layer, heads and query at
+    """The paper's settings of this model.
+
+    The model's own stages 1 and 2 with exponent 1; stage 3 off, then on with the paper's layer, heads and query at
     falling targets. A model that stage 3 cannot run has the first alone.
     """
     base = config.pruning
@@ -37,8 +39,10 @@ def paper_settings(config: MeteorConfig) -> list[MeteorConfig]:
 
 
 def paper_choices(space: Space, shares: Sequence[float]) -> list[dict[str, Any]]:
-    """The same settings as choices of a space, one for each share: of the tokens that enter the LLM, or of the space's
-    cap, that stage 3 keeps on average. Empty where lambda itself is chosen: the paper's is unknown.
+    """The same settings as choices of a space, one for each share.
+
+    Of the tokens that enter the LLM, or of the space's cap, that stage 3 keeps on average. Empty where lambda itself is
+    chosen: the paper's is unknown.
 
     What lies outside of the space is moved to its nearest end.
     """

@@ -30,8 +30,12 @@ def front(points: Iterable[Point]) -> list[Point]:
 
 
 def reference(points: Sequence[Point]) -> tuple[float, float]:
-    """A corner (cost, score) that is worse than all points in both, by a tenth of their range: one corner for all sets
-    whose hypervolumes are compared, over all of their points. Raises ValueError for no point.
+    """A corner (cost, score) that is worse than all points in both, by a tenth of their range.
+
+    One corner for all sets whose hypervolumes are compared, over all of their points.
+
+    Raises:
+        ValueError: for no point.
     """
     if not points:
         raise ValueError("there is no point to take a reference of")

@@ -132,8 +132,9 @@ def prepare(settings: SweepSettings) -> Prepared:
 
 
 def _rank_report(model: PinnedModel, uri: str) -> dict[str, Any] | None:
-    """`ranks.json` of the run that made a version; None where it has none (then only the ranks that the model itself
-    holds can be searched).
+    """`ranks.json` of the run that made a version.
+
+    None where it has none (then only the ranks that the model itself holds can be searched).
     """
     run_id = get_version(model.name, model.version, uri).run_id
     if not run_id:

@@ -81,7 +81,7 @@ class SweepSettings:
     train: Recipe = field(default_factory=Recipe)
     """Training of a finetune trial; its model, pruning, name and places are the sweep's."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self) -> None:  # noqa: C901 - one plain check a setting
         if not self.budgets and not self.pareto:
             raise SettingsError("there is nothing to search: give --budgets NUMBER ... or --pareto")
         if any(budget <= 0 for budget in self.budgets) or len(set(self.budgets)) < len(self.budgets):
@@ -119,8 +119,9 @@ class SweepSettings:
 
     @property
     def trial_recipe(self) -> Recipe:
-        """The training of a finetune trial, but for its start, its pruning and its name. Nothing is validated on the
-        way: the trial is scored at its end.
+        """The training of a finetune trial, but for its start, its pruning and its name.
+
+        Nothing is validated on the way: the trial is scored at its end.
         """
         return replace(
             self.train,

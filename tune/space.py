@@ -44,11 +44,14 @@ class SpaceError(ValueError):
 class Chooser(Protocol):
     """Where choices come from: an Optuna trial, or a test."""
 
-    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        """A number of [low, high]."""
 
-    def suggest_int(self, name: str, low: int, high: int) -> int: ...
+    def suggest_int(self, name: str, low: int, high: int) -> int:
+        """A whole number of [low, high]."""
 
-    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any: ...
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        """One of `choices`."""
 
 
 def ranks_of_report(report: Mapping[str, Any]) -> dict[str, dict[str, list[float]]]:

@@ -51,7 +51,7 @@ class StudySearch(Searcher):
         ended: hears the record of every trial that ended.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the settings of a study, by name
         self,
         plan: StudyPlan,
         space: Space,
@@ -137,7 +137,10 @@ class StudySearch(Searcher):
         )
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Record how a trial ended and tell the study. (Of an error Tune says no more here; its log has the rest.)"""
+        """Record how a trial ended and tell the study.
+
+        Of an error Tune says no more here; its log has the rest.
+        """
         if trial_id not in self._live:
             return  # Tune says it twice where it stops a trial that has just ended
         name, trial = self._live.pop(trial_id)

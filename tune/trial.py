@@ -160,8 +160,10 @@ class Trial(tune.Trainable):
 
     @property
     def order(self) -> list[int]:
-        """The suite's places in the order in which they are asked, the same in every trial: shuffled, or the first
-        portions would hold what lies together in the shards, and the scheduler compare trials on that.
+        """The suite's places in the order in which they are asked, the same in every trial.
+
+        Shuffled, or the first portions would hold what lies together in the shards, and the scheduler compare trials on
+        that.
         """
         places = list(range(self.context.suite.questions))
         random.Random(self.context.settings.seed).shuffle(places)

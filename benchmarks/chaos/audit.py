@@ -152,8 +152,9 @@ def audit(
 
 
 def loss_difference(found: Audit, reference: Audit) -> float:
-    """Largest difference between the losses of two trainings, step by step; infinite where steps are missing or
-    a loss is no number.
+    """Largest difference between the losses of two trainings, step by step.
+
+    Infinite where steps are missing or a loss is no number.
     """
     if found.losses.keys() != reference.losses.keys() or not reference.losses:
         return float("inf")
@@ -168,8 +169,9 @@ def moved_steps(found: Audit, reference: Audit) -> list[int]:
 
 
 def seconds_to_resume(lines: Sequence[Line], fault_time: float) -> float | None:
-    """From the fault to the first optimizer step after it: of a later start of the workers where there is one, else of
-    the same. None where no step came after it.
+    """Seconds from the fault to the first optimizer step after it.
+
+    Of a later start of the workers where there is one, else of the same. None where no step came after it.
     """
     starts = [min(line.time for line in attempt) for attempt in attempts_of(lines)]
     later = [start for start in starts if start > fault_time] or [line.time for line in lines if line.time > fault_time]

@@ -1,5 +1,6 @@
-"""Scenarios that damage the data: the training must end in an error that names the shard; then the shard is restored
-and the same command goes on.
+"""Scenarios that damage the data.
+
+The training must end in an error that names the shard; then the shard is restored and the same command goes on.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ def _damaged(stage: Stage, name: str, data: bytes, fault: str, claims: dict[str,
 
 
 def _damaged_midway(stage: Stage, name: str, data: bytes | None, fault: str) -> None:
-    """The same, but the shard is damaged (None: removed) after some steps; it is met when a worker is killed and all
-    read on.
+    """The same, but the shard is damaged (None: removed) after some steps.
+
+    It is met when a worker is killed and all read on.
     """
     dataset = stage.own_dataset()
     step = stage.random.randint(5, 7)
@@ -78,7 +80,10 @@ def duplicated_key(stage: Stage) -> None:
 
 
 def empty_shard(stage: Stage) -> None:
-    """The object has no bytes. (A shard without samples that the manifest knows of is part of every scenario.)"""
+    """The object has no bytes.
+
+    A shard without samples that the manifest knows of is part of every scenario.
+    """
     _damaged(stage, _victim(stage), b"", "not a tar")
 
 

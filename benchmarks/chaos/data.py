@@ -98,8 +98,9 @@ class Dataset:
     claims: Mapping[str, bytes]
 
     def write(self) -> None:
-        """Put the shards and the manifest into storage. Where `claims` has a shard, the manifest describes those
-        bytes.
+        """Put the shards and the manifest into storage.
+
+        Where `claims` has a shard, the manifest describes those bytes.
         """
         infos = []
         for name, data in self.shards.items():
@@ -129,8 +130,9 @@ def make_dataset(url: str) -> Dataset:
 
 
 def stored_shards(url: str, split: str = "train") -> list[list[str]]:
-    """The keys of every shard of a split that lies in storage now, in the order of their names; read with tarfile
-    alone.
+    """The keys of every shard of a split that lies in storage now, in the order of their names.
+
+    They are read with tarfile alone.
     """
     names = [name for name in storage.list_files(url) if name.startswith(f"{split}-") and name.endswith(".tar")]
     return [keys_in(storage.read_bytes(storage.join(url, name))) for name in names]

@@ -1,5 +1,7 @@
-"""The command under test: `python -m benchmarks.chaos.driver`, told on its standard input what to run: a line
-CONFIG.json and a line RESULT.json. It has imported everything by then; no fault is aimed at the imports.
+"""The command under test, `python -m benchmarks.chaos.driver`.
+
+Its standard input tells it what to run: a line CONFIG.json and a line RESULT.json. It has imported everything by then;
+no fault is aimed at the imports.
 
 It trains, or continues, the run of the configuration, and writes what came of it. A killed one writes nothing.
 """

@@ -174,8 +174,9 @@ def preempted_worker(stage: Stage) -> None:
 
 
 def drained_node(stage: Stage) -> None:
-    """Ray's notice that a node goes away: a checkpoint at once, of a step that has none otherwise; then the node goes,
-    and the training goes on from there.
+    """Ray gives notice that a node goes away; then the node goes, and the training goes on from there.
+
+    The notice makes a checkpoint at once, of a step that has none otherwise.
     """
     node = stage.cluster.add_node(NODE_CPUS)
     settings = {**ONE_PER_NODE, "max_failures": 1, "checkpoint_every_steps": TOTAL_STEPS}

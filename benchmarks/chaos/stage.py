@@ -64,8 +64,10 @@ class Stage:
         return self.folder / "steps.jsonl"
 
     def config(self, **changes: Any) -> Config:
-        """The run of this scenario. `settings` are fields of TrainingSettings; without `max_failures` among them a
-        failure of a worker ends the command.
+        """The run of this scenario.
+
+        `settings` are fields of TrainingSettings; without `max_failures` among them a failure of a worker ends the
+        command.
         """
         settings = {"max_failures": 0, **changes.pop("settings", {})}
         base = Config(
@@ -154,8 +156,10 @@ class Stage:
         return step
 
     def hold(self, config: Config, step: int, name: str = "fault") -> tuple[Command, int]:
-        """Start the command and wait until a worker holds after `step`, with the checkpoint before it committed; the
-        command, and the steps that a fault now rolls back.
+        """Start the command and wait until a worker holds after `step`, with the checkpoint before it committed.
+
+        Returns:
+            The command, and the steps that a fault now rolls back.
         """
         command = self.start(config)
         self.wait_marker(command, name)

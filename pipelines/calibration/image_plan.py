@@ -170,6 +170,7 @@ class ReadBatches:
     batch: int
 
     def __call__(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The planned images of the shard in `row`: pixels and keys, a batch at a time."""
         info, places = shards.ShardInfo(**row["info"]), list(row["places"])
         samples = shards.read_shard(self.manifest_url, info)
         for start in range(0, len(places), self.batch):

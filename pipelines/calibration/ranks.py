@@ -40,8 +40,9 @@ Ranks = Mapping[str, Sequence[float]]
 
 
 def measures_of(config: MeteorConfig) -> tuple[Measure, ...]:
-    """What is measured on a model. An encoder that is pruned at its output alone has one boundary, as has every encoder
-    of a model without totals.
+    """What is measured on a model.
+
+    An encoder that is pruned at its output alone has one boundary, as has every encoder of a model without totals.
     """
     segments = len(config.pruning.encode.totals) or 1
     return tuple(
@@ -53,8 +54,9 @@ def measures_of(config: MeteorConfig) -> tuple[Measure, ...]:
 
 
 def as_rows(measured: Mapping[str, Mapping[str, np.ndarray]]) -> np.ndarray:
-    """(M, K) float64 in the order of `measures_of`, from what `MeteorForConditionalGeneration.measure_ranks` gives for
-    ESTIMATORS.
+    """(M, K) float64 in the order of `measures_of`.
+
+    From what `MeteorForConditionalGeneration.measure_ranks` gives for ESTIMATORS.
     """
     parts = [measured[estimator][name] for estimator in ESTIMATORS for name in measured[estimator]]
     return np.concatenate(parts, axis=1).astype(np.float64)
@@ -149,8 +151,10 @@ class RankReport:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str) -> RankReport:
-        """From `to_dict`, also from a `ranks.json` that holds nothing but means and spreads. Raises CalibrationError
-        that names `where`.
+        """From `to_dict`, also from a `ranks.json` that holds nothing but means and spreads.
+
+        Raises:
+            CalibrationError: naming `where`.
         """
         try:
             ranks = {

@@ -69,6 +69,8 @@ def remaining_stream(root: str, run_name: str, stream: Callable[[int], Dataset])
     latest result of the controller's snapshot; `pipelines.training.batches.BatchReader` checks that they agree.
 
     Args:
+        root: storage root, whose `runs/` holds the run.
+        run_name: of the run.
         stream: makes the stream from a given row of the plan on.
     """
     checkpoint = latest_checkpoint(root, run_name)

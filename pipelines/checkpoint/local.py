@@ -43,8 +43,9 @@ def load_processor(url: str) -> MeteorProcessor:
 
 
 def new_folder(run: str) -> Path:
-    """A fresh local folder for one worker's files of one checkpoint of the run at `run`; Ray deletes it after the
-    upload. What killed workers of the run left on this machine is removed first.
+    """A fresh local folder for one worker's files of one checkpoint of the run at `run`.
+
+    Ray deletes it after the upload. What killed workers of the run left on this machine is removed first.
     """
     prefix = f"meteor-checkpoint-{hashlib.sha256(run.encode()).hexdigest()[:12]}-"
     for folder in Path(tempfile.gettempdir()).glob(f"{prefix}*"):

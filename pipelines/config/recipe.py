@@ -152,8 +152,9 @@ class Recipe:
         return plain
 
     def identity(self) -> dict[str, Any]:
-        """The settings that decide what is trained: all but names, places, and how the cluster is used. Two runs of one
-        name must agree in it.
+        """The settings that decide what is trained: all but names, places, and how the cluster is used.
+
+        Two runs of one name must agree in it.
         """
         plain = self.to_dict()
         for where, keys in {

@@ -224,8 +224,9 @@ class TrainingSettings:
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches that every worker runs in one optimizer step; where `workers` does not divide those of a step,
-        some of them are empty.
+        """Micro-batches that every worker runs in one optimizer step.
+
+        Where `workers` does not divide those of a step, some of them are empty.
         """
         return -(-self.micro_batches_per_step // self.workers)
 
@@ -236,8 +237,9 @@ class TrainingSettings:
         return 0 if fixed and self.micro_batches_per_step % self.workers == 0 else self.workers * self.micro_batch
 
     def at_world(self, world: int) -> "TrainingSettings":
-        """The same for `world` workers; `global_batch` counts the places of empty micro-batches, too, as DeepSpeed's
-        own check of batch sizes wants it.
+        """The same for `world` workers.
+
+        `global_batch` counts the places of empty micro-batches, too, as DeepSpeed's own check of batch sizes wants it.
         """
         forwards = -(-self.micro_batches_per_step // world)
         nominal = self.micro_batch * forwards * world

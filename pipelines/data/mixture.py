@@ -51,8 +51,9 @@ _BLOCKS = 2**64 - 1
 
 @dataclass(frozen=True)
 class Merge:
-    """Which dataset each row comes from: steps 2 and 3, for datasets that give `quotas` samples and blocks of
-    `block_rows`.
+    """Which dataset each row comes from: steps 2 and 3.
+
+    For datasets that give `quotas` samples and blocks of `block_rows`.
     """
 
     seed: int

@@ -33,8 +33,13 @@ VOID_EPOCH = -1
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Locations:
-    """Where rows come from, (R,) int64 each: `dataset` of the mixture, `epoch` (pass of that dataset), `shard`
-    (position in the split), `index` (sample inside the shard). Void rows have -1 in all four.
+    """Where rows come from; void rows have -1 everywhere.
+
+    Attributes:
+        dataset: (R,) int64, of the mixture.
+        epoch: (R,) int64, the pass of that dataset.
+        shard: (R,) int64, position in the split.
+        index: (R,) int64, the sample inside the shard.
     """
 
     dataset: Int64s

@@ -130,10 +130,10 @@ def _read_task(manifest_urls: Sequence[str], works: Sequence[ReadWork], fetch: F
 
 
 class PlannedShards(Datasource):
-    """Ray's view of the rows [start_row, stop_row) of a plan and of `spare_rows` void ones behind them: one read task a
-    work item, each self-contained.
+    """Ray's view of the rows [start_row, stop_row) of a plan and of `spare_rows` void ones behind them.
 
-    `sources` are the address of the manifest and its shards, by dataset.
+    One read task a work item, each self-contained. `sources` are the address of the manifest and its shards, by
+    dataset.
     """
 
     def __init__(
@@ -274,7 +274,7 @@ def encode_table(raw: pa.Table, encoder: RowEncoder) -> pa.Table:
 # --------------------------------------------------------------------------------------------------------------- graph
 
 
-def build_stream(
+def build_stream(  # noqa: PLR0913 - the settings of a stream, by name
     manifest: Manifest,
     split: str,
     plan: Plan,
@@ -293,9 +293,14 @@ def build_stream(
     """The rows [start_row, stop_row) of the plan as a Ray dataset of STREAM_SCHEMA, one micro-batch a block.
 
     Args:
-        manifest: of dataset 0; `split` names the shards that the plan was made from.
+        manifest: of dataset 0.
+        split: names the shards that the plan was made from.
+        plan: the order of the rows.
+        encoder: makes a row's tokens and pixels of a sample.
+        micro_batch: rows of a block.
         others: of datasets 1, 2, ... of a mixture; the same split of each.
         start_row: first row; a resume after optimizer step g starts at `g * plan.global_batch`.
+        stop_row: row behind the last one; None: the plan's end.
         spare_rows: void rows behind the last one, numbered on.
         fetch: reads one shard.
         cpus_per_task: Ray CPUs that an encode task reserves; may be fractional, so that data tasks still run where the
@@ -304,7 +309,8 @@ def build_stream(
         encode_concurrency: encode tasks at a time; None: as many as `read_concurrency`. Each is a process that loads
             torch (some 5 s of CPU time), so more than there are cores to spare delay the first batch.
 
-    Raises ValueError when the plan was not made from these splits, or when no row is left.
+    Raises:
+        ValueError: when the plan was not made from these splits, or when no row is left.
     """
     sources = [(one.url, one.split(split)) for one in (manifest, *others)]
     if len(sources) != len(plan.sizes):
@@ -349,8 +355,9 @@ def build_stream(
 
 
 def rows_from(build: Callable[..., Dataset], split: str, plan: Plan, start_row: int) -> Dataset:
-    """A stream by `build_stream`, its other settings bound, from a row on. Here, so that who builds it later imports no
-    more than this module.
+    """A stream by `build_stream`, its other settings bound, from a row on.
+
+    Here, so that who builds it later imports no more than this module.
     """
     return build(split=split, plan=plan, start_row=start_row)
 

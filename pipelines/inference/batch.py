@@ -48,7 +48,7 @@ from pipelines.registry.folder import model_digest
 from pipelines.registry.open import device_for, open_model
 
 
-def predict_split(
+def predict_split(  # noqa: PLR0913 - the settings of a batch prediction, by name
     model: str,
     manifest: shards.Manifest,
     split: str,
@@ -66,7 +66,8 @@ def predict_split(
 
     Args:
         model: as for `pipelines.registry.open.open_model`, the same for as long as the output is unfinished.
-        manifest, split: the samples.
+        manifest: of the samples.
+        split: which of its splits.
         output: folder that all nodes share, or s3:// prefix.
         budget: of every question.
         workers: how the cluster is used.

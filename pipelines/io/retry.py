@@ -27,8 +27,10 @@ def pause_before(attempt: int) -> float:
 
 
 def patiently(call: Callable[[], T], transient: type[Exception], patience_s: float, what: str) -> T:
-    """The result of `call`, which is made again as long as it raises `transient`, until `patience_s` after its first
-    fault; then that error is raised. A pause is never longer than what is left, so the last try is at the very end.
+    """The result of `call`, which is made again as long as it raises `transient`.
+
+    Until `patience_s` after its first fault; then that error is raised. A pause is never longer than what is left, so
+    the last try is at the very end.
 
     `what` names the call for the log.
     """

@@ -219,10 +219,12 @@ def fsspec_filesystem(url: str) -> tuple[Any, str]:
 
 
 def arrow_filesystem(url: str, attempts: int = FILESYSTEM_ATTEMPTS) -> tuple[pyarrow.fs.FileSystem, str]:
-    """The pyarrow filesystem for `url` and the path inside it; S3 with the AWS standard retry strategy, which makes
-    each request up to `attempts` times.
+    """The pyarrow filesystem for `url` and the path inside it.
 
-    Raises StorageError for an unsupported scheme, a URL without a bucket, or an endpoint without a scheme.
+    S3 with the AWS standard retry strategy, which makes each request up to `attempts` times.
+
+    Raises:
+        StorageError: for an unsupported scheme, a URL without a bucket, or an endpoint without a scheme.
     """
     _check_scheme(url)
     if is_s3(url):

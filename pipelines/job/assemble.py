@@ -22,10 +22,12 @@ from pipelines.training.trainer import TrainingJob
 def assemble_training(
     recipe: Recipe, manifests: Sequence[shards.Manifest], run_name: str, run_url: str, mlflow_run_id: str | None
 ) -> TrainingJob:
-    """The data streams and settings of `fit`; `manifests` are the datasets in their order (`run.ensure_shards`), and
-    `mlflow_run_id` is None while MLflow is away.
+    """The data streams and settings of `fit`.
 
-    Raises ValueError naming the dataset that gives no sample under its weight.
+    `manifests` are the datasets in their order (`run.ensure_shards`), and `mlflow_run_id` is None while MLflow is away.
+
+    Raises:
+        ValueError: naming the dataset that gives no sample under its weight.
     """
     training, data = recipe.training, recipe.data
     processor = load_processor(run_url)

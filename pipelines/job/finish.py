@@ -77,11 +77,13 @@ class Looked:
 
 
 def export(recipe: Recipe, run_url: str, manifest: shards.Manifest, checkpoint: CheckpointRef, folder: Path) -> float:
-    """Write the trained model to `folder`, with stage 3's lambda, compare it with the training model, and store it as
-    the run's `export/`; where an earlier start has done that, bring it to `folder`.
+    """Write the trained model to `folder`, with stage 3's lambda, and store it as the run's `export/`.
+
+    It is compared with the training model before. Where an earlier start has done that, the export is brought to
+    `folder`.
 
     Returns:
-        largest difference of the logits of the folder's model, loaded again, to those that training wrote.
+        Largest difference of the logits of the folder's model, loaded again, to those that training wrote.
 
     Raises:
         CheckpointError: shards that do not make a whole model.
@@ -131,8 +133,10 @@ def look(
     folder: Path,
     pictures: Path,
 ) -> Looked:
-    """Answers to held-out questions with their score, and pictures of the kept tokens, stored with the run and logged
-    to MLflow; the folder `pictures` is filled. What an earlier start has done is brought from storage.
+    """Answers to held-out questions with their score, and pictures of the kept tokens.
+
+    Stored with the run and logged to MLflow; the folder `pictures` is filled. What an earlier start has done is brought
+    from storage.
     """
     stored = storage.join(run_url, PICTURES_FOLDER)
     if (done := _completed(run_url, LOOKED_FILE, checkpoint)) and "score" in done:
@@ -194,8 +198,10 @@ def _ask(
 
 
 def undelivered_points(checkpoint: CheckpointRef) -> list[Point]:
-    """The metric points that the last checkpoint holds, and its held-out metrics: what MLflow lacks where rank 0 ended
-    before its logger was done. Points that MLflow has by now are left out when they are delivered.
+    """The metric points that the last checkpoint holds, and its held-out metrics.
+
+    What MLflow lacks where rank 0 ended before its logger was done. Points that MLflow has by now are left out when
+    they are delivered.
     """
     now_ms = time.time_ns() // 1_000_000
     points = [Point(name, value, now_ms, checkpoint.state.step) for name, value in checkpoint.state.final.items()]
@@ -231,8 +237,9 @@ class Trained:
 
 
 def register(trained: Trained, folder: Path, looked: Looked) -> RegisteredVersion:
-    """A version in the registry with its card and its score, under the alias `latest-JOB`: a new one, or the one that
-    an earlier start made of this run. The alias moves last.
+    """A version in the registry with its card and its score, under the alias `latest-JOB`.
+
+    A new one, or the one that an earlier start made of this run. The alias moves last.
 
     Args:
         trained: what is registered.

@@ -54,6 +54,7 @@ class Phases:
 
     @contextmanager
     def __call__(self, name: str, what: str) -> Iterator[None]:
+        """Print what begins and count its time under `name`."""
         print(f"[{name}] {what}", flush=True)
         start = time.monotonic()
         yield
@@ -182,8 +183,9 @@ def _phases(
 
 
 def check_places(recipe: Recipe) -> None:
-    """Storage, its bucket and MLflow answer, before anything is started; with `tracking.when_down` buffer, MLflow may
-    be away, but not misnamed.
+    """Storage, its bucket and MLflow answer, before anything is started.
+
+    With `tracking.when_down` buffer, MLflow may be away, but not misnamed.
 
     Raises:
         SettingsError: for an address that is not set.
@@ -204,8 +206,9 @@ def check_places(recipe: Recipe) -> None:
 
 
 def ensure_shards(recipe: Recipe) -> tuple[shards.Manifest, ...]:
-    """The manifest of `data.manifest`, then those of `data.mixture` by address: the datasets in their order. Where the
-    first is empty, that of the drawings, which are made if they are not there.
+    """The manifest of `data.manifest`, then those of `data.mixture` by address: the datasets in their order.
+
+    Where the first is empty, that of the drawings, which are made if they are not there.
 
     Raises:
         ShardError: a prefix without a manifest, or a damaged one.

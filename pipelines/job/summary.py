@@ -19,8 +19,10 @@ SUMMARY_FILE = "summary.json"
 
 
 def visual_tokens(config: MeteorConfig, answers: Sequence[Answer]) -> dict[str, Any]:
-    """Visual tokens per image: each encoder's in and kept per boundary, fusion in and kept, and the mean number kept
-    per sample after stage 3 on the held-out questions.
+    """Visual tokens per image by stage.
+
+    Each encoder's in and kept per boundary, fusion in and kept, and the mean number kept per sample after stage 3 on
+    the held-out questions.
     """
     budgets = config.encode_budgets
     return {
@@ -33,7 +35,7 @@ def visual_tokens(config: MeteorConfig, answers: Sequence[Answer]) -> dict[str, 
     }
 
 
-def build_summary(
+def build_summary(  # noqa: PLR0913 - one argument a group of entries, by name
     *,
     run_name: str,
     mlflow_run_id: str,

@@ -151,7 +151,9 @@ def _fit(settings: ReaderTraining, say: Callable[[str], None]) -> Reader:
 
 
 def _losses(logits_MNK: torch.Tensor, labels_MNK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Binary cross-entropy per character, in nats per patch; and, where there is ink, the choice among all characters
+    """The two losses of a batch.
+
+    Binary cross-entropy per character, in nats per patch; and, where there is ink, the choice among all characters
     (cross-entropy to the even mixture of those present), which leaves the plateau of "some ink" sooner.
     """
     binary = F.binary_cross_entropy_with_logits(logits_MNK, labels_MNK) * labels_MNK.shape[-1]

@@ -68,8 +68,9 @@ class TermNotice:
         return self.received_at is not None
 
     def listen(self) -> None:
-        """Take SIGTERM from Ray's handler, which exits; only the main thread may. The killer's SIGKILL still ends the
-        process, as does the end of Ray's node process.
+        """Take SIGTERM from Ray's handler, which exits; only the main thread may.
+
+        The killer's SIGKILL still ends the process, as does the end of Ray's node process.
         """
         signal.signal(signal.SIGTERM, self._receive)
 
@@ -126,8 +127,9 @@ class PreemptionWatch:
         self._drained: set[str] = set()
 
     def votes(self) -> tuple[int, int]:
-        """Whether this worker got a SIGTERM, and whether it is time to ask Ray for drain notices (only worker 0 says
-        so); to be summed over the workers.
+        """Whether this worker got a SIGTERM, and whether it is time to ask Ray for drain notices.
+
+        Only worker 0 says the latter. To be summed over the workers.
         """
         due = self._rank == 0 and self._clock() - self._polled >= self._poll_s
         return int(TERM_NOTICE.requested), int(due)

@@ -143,8 +143,9 @@ def _sha256(path: Path) -> str:
 
 
 def model_digest(folder: Path) -> str:
-    """One hash of all that decides a model's answers: every file of its folder but card and checksums. Variants of one
-    model differ in it.
+    """One hash of all that decides a model's answers: every file of its folder but card and checksums.
+
+    Variants of one model differ in it.
     """
     return _digest(folder, [name for name in _file_names(folder) if name != CARD_FILE])
 
@@ -169,8 +170,9 @@ def _digest(folder: Path, names: Sequence[str]) -> str:
 
 @torch.inference_mode()
 def write_parity_batch(model: MeteorForConditionalGeneration, processor: MeteorProcessor, path: Path) -> None:
-    """The file for `check_parity` of a model in memory: four pictures of noise under questions of growing length, and
-    the model's logits on them.
+    """Write the file for `check_parity` of a model in memory.
+
+    It holds four pictures of noise under questions of growing length, and the model's logits on them.
 
     Args:
         model: fp32, in eval mode.

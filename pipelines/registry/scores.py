@@ -171,8 +171,9 @@ class VersionComparison:
 def compare_versions(
     uri: str, first: ModelVersion, second: ModelVersion, digest: str | None = None
 ) -> VersionComparison:
-    """Two versions on the suite `digest`; by default on the one that both have, that of the first's last score if
-    there are several.
+    """Two versions on the suite `digest`.
+
+    By default on the one that both have, that of the first's last score if there are several.
 
     Raises:
         ScoringError: where no suite is common to both, with the command that scores one of them.

@@ -64,7 +64,7 @@ def apply_pruning(
     processor.tokens_per_image = config.tokens_per_image
 
 
-def register_variant(
+def register_variant(  # noqa: PLR0913 - what a version is made of, by name
     base: str,
     pruning: PruningConfig,
     score: Score,

@@ -119,8 +119,9 @@ class MetricLogger:
             return list(self._points)
 
     def close(self, deadline_s: float = 15.0) -> Delivery:
-        """Deliver what is left, for at most `deadline_s` seconds, and with one last attempt where the server is away;
-        the rest goes to the run's outbox. Never raises.
+        """Deliver what is left, for at most `deadline_s` seconds; never raises.
+
+        With one last attempt where the server is away; the rest goes to the run's outbox.
         """
         with self._changed:
             self._closing = True
@@ -194,8 +195,9 @@ class MetricLogger:
         return self.run_id
 
     def _next_batch(self) -> list[Point]:
-        """The oldest points, which stay in the queue; waits for some, and for those of the same moment to come along.
-        Empty once closed and all delivered.
+        """The oldest points, which stay in the queue.
+
+        Waits for some, and for those of the same moment to come along. Empty once closed and all delivered.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._points or self._closing)

@@ -143,8 +143,10 @@ def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
 
 
 def _entry_name(name: str) -> str:
-    """The name as MLflow takes it: only its characters, and, since it may become a file's path there, none that a path
-    would resolve to another one. Over-long names keep their (telling) end.
+    """The name as MLflow takes it.
+
+    Only its characters, and, since it may become a file's path there, none that a path would resolve to another one.
+    Over-long names keep their (telling) end.
     """
     name = re.sub(r"[^\w\-. /:]", "_", name, flags=re.ASCII)[-MAX_KEY:]
     if name.startswith(("/", "..")) or posixpath.normpath(name) != name or name == ".":
@@ -190,8 +192,9 @@ def require_tracking(uri: str, timeout_s: float = 10.0) -> None:
 
 
 def _probe(uri: str, timeout_s: float) -> tuple[str | None, bool]:
-    """What is wrong with the server, or None, and whether that may pass. The search goes to its database, which
-    /health does not.
+    """What is wrong with the server, or None, and whether that may pass.
+
+    The search goes to its database, which /health does not.
     """
     endpoint = "/api/2.0/mlflow/experiments/search"
     try:
@@ -281,7 +284,7 @@ def git_commit(root: Path) -> str:
     return done.stdout.strip() if done.returncode == 0 and done.stdout.strip() else "unknown"
 
 
-def open_run(
+def open_run(  # noqa: PLR0913 - what an MLflow run is opened with, by name
     uri: str,
     *,
     experiment: str,

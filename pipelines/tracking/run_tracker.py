@@ -152,8 +152,9 @@ class Tracker:
         finish_run(self.uri, run_id, patience_s=self._patience_s)
 
     def fail(self) -> None:
-        """Deliver what can be delivered at once and close the run as FAILED; where MLflow is away, only say so: what
-        ended the training must be the error that is seen.
+        """Deliver what can be delivered at once and close the run as FAILED.
+
+        Where MLflow is away, only say so: what ended the training must be the error that is seen.
         """
         self.stop()
         if not self._lock.acquire(timeout=1):

@@ -71,8 +71,9 @@ def iterate_rows(share: ray.data.DataIterator, micro_batch: int) -> Iterator[Seq
 
 @dataclass(frozen=True)
 class Share:
-    """Which micro-batches of a stream belong to one worker: number b, counted from where the stream starts, goes to
-    worker b % world, whatever the world size.
+    """Which micro-batches of a stream belong to one worker.
+
+    Number b, counted from where the stream starts, goes to worker b % world, whatever the world size.
 
     An optimizer step is `per_step` consecutive micro-batches. Where `world` does not divide them, some workers have one
     fewer in a step; they run an empty one in its place, so that all workers make the same number of forwards.

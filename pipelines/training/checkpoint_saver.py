@@ -109,14 +109,17 @@ class Saver:
         return names[0]
 
     def wait_committed(self, name: str, timeout_s: float) -> bool:
-        """Whether the checkpoint that was saved last, in folder `name`, is committed within `timeout_s` seconds; every
-        worker asks for itself.
+        """Whether the checkpoint that was saved last, in folder `name`, is committed within `timeout_s` seconds.
+
+        Every worker asks for itself.
         """
         return wait_committed(name, timeout_s)
 
     def _await_upload(self) -> None:
-        """Until the upload of the checkpoint before is through on all workers. They wait together: one that waited
-        alone would let the collective operations of the others time out. A failed upload ends its worker.
+        """Wait until the upload of the checkpoint before is through on all workers.
+
+        They wait together: one that waited alone would let the collective operations of the others time out. A failed
+        upload ends its worker.
         """
         while True:
             waiting = torch.tensor(int(not self._uploaded.wait(TOGETHER_S)), device=self.engine.device)

@@ -48,8 +48,9 @@ def _inputs(batch: MicroBatch, device: torch.device) -> dict[str, Tensor]:
 
 
 def _sums(model: Any, batches: Iterable[MicroBatch], device: torch.device) -> Tensor:
-    """What `_metrics` is made of, (5,) float64: loss, loss with shuffled images, supervised tokens, samples with
-    images, and those of them that got other ones.
+    """What `_metrics` is made of, (5,) float64.
+
+    Loss, loss with shuffled images, supervised tokens, samples with images, and those of them that got other ones.
     """
     sums = torch.zeros(5, dtype=torch.float64, device=device)
     for batch in batches:
@@ -64,9 +65,11 @@ def _sums(model: Any, batches: Iterable[MicroBatch], device: torch.device) -> Te
 
 
 def _metrics(sums: Tensor) -> dict[str, float]:
-    """`heldout_loss` and `heldout_loss_shuffled_images` are means over the supervised tokens. For the second, within
-    each micro-batch every image is replaced (`shuffle_images`); `heldout_shuffled_share` is the share of the samples
-    with images that got other ones: the rest has its true images in both losses.
+    """The metrics; both losses are means over the supervised tokens.
+
+    For `heldout_loss_shuffled_images`, within each micro-batch every image is replaced (`shuffle_images`);
+    `heldout_shuffled_share` is the share of the samples with images that got other ones: the rest has its true images
+    in both losses.
     """
     true_sum, other_sum, supervised, with_images, changed = sums.tolist()
     return {

@@ -81,7 +81,7 @@ class Watch(Protocol):
 class Loop:
     """The optimizer steps of one worker, and what it knows about the training so far."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all that a worker's loop works with
         self,
         settings: TrainingSettings,
         expected_samples: int,
@@ -167,8 +167,9 @@ class Loop:
         return loss
 
     def _raise_diverged(self, loss: float, members: Sequence[MicroBatch], losses: Sequence[float]) -> None:
-        """All workers know that the loss is no number; together they name the samples of the micro-batches it is in
-        (all of the step, where only the sum is too large).
+        """Raise what ends a training whose loss is no number, which all workers know.
+
+        Together they name the samples of the micro-batches it is in (all of the step, where only the sum is too large).
         """
         mine = [(batch.samples, math.isfinite(own)) for batch, own in zip(members, losses, strict=True)]
         everywhere: list[list[tuple[tuple[SampleId, ...], bool]]] = [[] for _ in range(self.world)]

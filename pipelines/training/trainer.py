@@ -371,8 +371,9 @@ def _steps(job: TrainingJob, loop: Loop, share: Share, state: TrainState) -> Non
 
 @dataclass(frozen=True)
 class Start:
-    """Where a worker begins: the counts, the samples that are consumed (worker 0 alone knows), and metrics that were
-    not delivered.
+    """Where a worker begins.
+
+    The counts, the samples that are consumed (worker 0 alone knows), and metrics that were not delivered.
     """
 
     state: TrainState
@@ -421,8 +422,9 @@ def _saver(job: TrainingJob, engine: Any, start: Start, rank: int, world: int) -
 
 
 def _quieten() -> None:
-    """Leave out what the libraries say in every run: a report's repetition of its metrics, and a deprecation inside
-    DeepSpeed.
+    """Leave out what the libraries say in every run.
+
+    A report's repetition of its metrics, and a deprecation inside DeepSpeed.
     """
     logging.getLogger(ray_train_context.__file__).setLevel(logging.WARNING)
     deprecated = r".*(all_gather_into_tensor|reduce_scatter_tensor).*"

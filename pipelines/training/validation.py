@@ -96,6 +96,7 @@ def validation_config(
     """The argument `validation_config` of `TorchTrainer`.
 
     Args:
+        validation: what is measured on a checkpoint.
         cpus: that a validation reserves; its data tasks reserve their own.
         gpus: that it reserves; above 0 the model runs on a GPU.
         timeout_s: seconds after which a validation is given up, those it waits for resources included.

@@ -100,8 +100,9 @@ def test_system_metrics(server: Server, tmp_path: Path) -> None:
 
 
 def test_every_point_comes_once_over_an_outage(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The server is killed in a stream of points and started again. One logger outlasts that; another is closed in it,
-    and the outbox is delivered afterwards.
+    """The server is killed in a stream of points and started again.
+
+    One logger outlasts that; another is closed in it, and the outbox is delivered afterwards.
     """
     monkeypatch.setattr(metric_log, "KEEP_EVERY_S", 0.0)
     lasting_run, closed_run = new_run(server, "lasting"), new_run(server, "closed")
@@ -166,8 +167,9 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_points_of_a_killed_process_come_from_its_checkpoint_and_replayed_steps_once(
     server: Server, tmp_path: Path
 ) -> None:
-    """Killed at step 40 with a checkpoint of step 30, the server away; steps 1 to 4 and 35 reached it otherwise. The
-    resumed process makes 31 to 50, at another speed.
+    """Killed at step 40 with a checkpoint of step 30, the server away; steps 1 to 4 and 35 reached it otherwise.
+
+    The resumed process makes 31 to 50, at another speed.
     """
     run_id, checkpoint = new_run(server, "killed"), tmp_path / "metrics.jsonl"
     arguments = [run_id, f"http://127.0.0.1:{free_port()}", str(tmp_path / "run"), str(checkpoint)]

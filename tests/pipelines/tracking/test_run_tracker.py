@@ -66,8 +66,9 @@ def wait_for(condition: Callable[[], object], seconds: float = 40) -> None:
 def test_a_training_begins_without_the_server(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Away at the start, there later: the run is opened once, and a worker's logger, a dead worker's points and the
-    documents of the driver get there.
+    """Away at the start, there later.
+
+    The run is opened once, and a worker's logger, a dead worker's points and the documents of the driver get there.
     """
     monkeypatch.setattr("pipelines.tracking.run_tracker.RETRY_EVERY_S", 0.5)
     folder, pictures = tmp_path / "run", tmp_path / "pictures"

@@ -193,8 +193,9 @@ def test_a_run_is_for_one_job_at_a_time(cluster: None) -> None:
 def test_killed_driver_and_killed_worker_resume_bit_for_bit(
     trained: tuple[Path, TrainingResult], tmp_path: Path
 ) -> None:
-    """Driver, workers and Ray die after step 2; then the same run again, in which a worker dies after step 4, and one
-    fails after the last checkpoint.
+    """Driver, workers and Ray die after step 2; then the same run again.
+
+    In it a worker dies after step 4, and one fails after the last checkpoint.
     """
     root, whole = trained
     write_init(root, "killed")
