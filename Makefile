@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help predict-shards serve setup lock up status down pretrain finetune sweep predict calibrate evaluate register shards parts visualize flops bench-prune bench-gpu bench-order bench-ranks bench-serve \
-  chaos check format test test-slow clean
+  chaos check format test test-slow test-versions clean
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -127,6 +127,9 @@ test: $(PARTS_STAMP)  ## All tests but the slow ones; starts and stops its own s
 
 test-slow: $(PARTS_STAMP)  ## The slow tests as well
 	@METEOR_REQUIRE_PARTS=1 $(PY) -m pytest $(ARGS)
+
+test-versions:  ## The model's tests at the lowest, locked and newest releases of its libraries (an environment each; hours for all): make test-versions ARGS="--only transformers-newest"
+	@$(PYTHON) -m tests.versions $(ARGS)
 
 clean:  ## Remove caches and local results; the stack's data stays
 	@rm -rf runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

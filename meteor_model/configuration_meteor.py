@@ -6,11 +6,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from transformers import AutoConfig, PreTrainedConfig
 
 from meteor_model.checks import from_mapping, nearest, whole_number
+from meteor_model.compat import CACHE_NAMES
 from meteor_model.decoder.families import plan_decoder
 from meteor_model.encoders import EncoderConfig, encoder_class
 from meteor_model.pruning import allocate_budgets
@@ -84,7 +85,7 @@ class MeteorConfig(PreTrainedConfig):
 
     model_type = "meteor"
     sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "image_hidden_states", "pruning_stats"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [*CACHE_NAMES, "image_hidden_states", "pruning_stats"]
 
     def __init__(
         self,

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
+from meteor_model.compat import CACHE
 from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.decoder.scores import attention_mass
 from meteor_model.encode import encode_pruned, segment_ends
@@ -382,10 +383,10 @@ def _per_layer(model: MeteorForConditionalGeneration, length: int) -> tuple[list
     cache = DynamicCache(config=model.config.text_config)
     with _layer_counts(llm.layers) as (_, prefill):
         embeds_1TC = torch.empty(1, length, width, device=META)
-        llm(inputs_embeds=embeds_1TC, attention_mask=_full(length), past_key_values=cache, use_cache=True)
+        llm(inputs_embeds=embeds_1TC, attention_mask=_full(length), use_cache=True, **{CACHE: cache})
     with _layer_counts(llm.layers) as (_, step):
         embeds_11C = torch.empty(1, 1, width, device=META)
-        llm(inputs_embeds=embeds_11C, attention_mask=_full(length + 1), past_key_values=cache, use_cache=True)
+        llm(inputs_embeds=embeds_11C, attention_mask=_full(length + 1), use_cache=True, **{CACHE: cache})
     return prefill, step
 
 

@@ -13,6 +13,7 @@ import torch
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.generation import GenerationMode
 
+from meteor_model.compat import CACHE, accepts_either_cache_name
 from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.decoder.cache import Decision, MeteorCache
 from meteor_model.decoder.loop import decode_pruned
@@ -30,7 +31,7 @@ UNMARKED = (
     "stage 3 finds no placeholder in inputs_embeds, so it drops nothing: say with image_mask (B, T) where the visual "
     "tokens are (all False for text alone)"
 )
-STACK = 3  # the caller of `generate`, below its `no_grad`
+STACK = 4  # the caller of `generate`, below its two decorators
 
 
 class MeteorGenerationMixin(GenerationMixin):
@@ -55,6 +56,7 @@ class MeteorGenerationMixin(GenerationMixin):
             inputs_embeds: torch.Tensor | None = None,
         ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
+    @accepts_either_cache_name
     @torch.no_grad()
     def generate(
         self,
@@ -75,7 +77,8 @@ class MeteorGenerationMixin(GenerationMixin):
             inputs: (B, T) prompt ids, left-padded; or `input_ids` by name. `inputs_embeds` without `pixel_values` hold
                 the visual tokens already: say with `image_mask` (B, T) where, or stage 3 sees none and drops none.
             pixel_values: (M, 3, S, S) uint8, the images of all prompts in order.
-            past_key_values: a cache; by default one that prunes, where `config.pruning.decode` says so.
+            past_key_values: a cache, also by the name `cache`; by default one that prunes, where
+                `config.pruning.decode` says so.
             kwargs: what `GenerationMixin.generate` takes.
 
         Raises:
@@ -107,7 +110,7 @@ class MeteorGenerationMixin(GenerationMixin):
             )
         check_padding(kwargs.get("attention_mask"))
         if past_key_values is not None:
-            kwargs["past_key_values"] = past_key_values
+            kwargs[CACHE] = past_key_values
         if assisted:  # guessed tokens and prompt come in one pass, so ids and images go on as they are
             return super().generate(inputs=input_ids, pixel_values=pixel_values, **kwargs)
         used = past_key_values.get_seq_length() if isinstance(past_key_values, Cache) else 0
@@ -124,7 +127,7 @@ class MeteorGenerationMixin(GenerationMixin):
                 # Transformers drops an assistant's embeddings and pixels, so its prompt goes into the cache here.
                 cache = DynamicCache(config=self.config.text_config)
                 self(inputs_embeds=embeds_BTC[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
-                return super().generate(input_ids=input_ids, **{**kwargs, "past_key_values": cache})
+                return super().generate(input_ids=input_ids, **{**kwargs, CACHE: cache})
             # Transformers caches whatever starts from inputs_embeds; without a cache every step gets the prompt again.
             caches = input_ids is None or self._generation_setting(kwargs, "use_cache") is not False
             name = "inputs_embeds" if caches else "prompt_embeds"

@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 from transformers.utils.generic import can_return_tuple
 
 from meteor_model.chat import IGNORE_INDEX
+from meteor_model.compat import CACHE, accepts_either_cache_name, cache_of
 from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.decoder.cache import MeteorCache
 from meteor_model.decoder.families import softcap_logits
@@ -184,6 +185,7 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
 
     # ------------------------------------------------------------------------------------------------------- the model
 
+    @accepts_either_cache_name
     @can_return_tuple
     def forward(
         self,
@@ -211,7 +213,7 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
             pixel_values: (M, 3, S, S) uint8, the images of all samples in order; M = 0 runs the towers on a dummy.
             labels: (B, T) token ids, -100 where not supervised.
             position_ids: (B, T); counted from the attention mask where None.
-            past_key_values: a cache. With a `MeteorCache`, stage 3 prunes at prefill.
+            past_key_values: a cache, also by the name `cache`. With a `MeteorCache`, stage 3 prunes at prefill.
             inputs_embeds: (B, T, C) instead of `input_ids`; `image_mask` then says where visual tokens are.
             image_mask: (B, T) bool, see above; with `pixel_values` by default where the placeholder's embedding is.
             prompt_embeds: (B, P, C) embeddings of the first P of `input_ids`, with the visual tokens in place.
@@ -279,8 +281,8 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=config.use_cache and not self.training if use_cache is None else use_cache,
+                **{CACHE: past_key_values},
                 **wanted,
                 **kwargs,
             )
@@ -289,11 +291,11 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
         return MeteorOutput(
             loss=None if labels is None else token_loss(logits, labels, num_items_in_batch),
             logits=logits,
-            past_key_values=decoded.past_key_values,
             hidden_states=decoded.hidden_states,
             attentions=decoded.attentions,
             image_hidden_states=visual_MKC,
             pruning_stats=stats,
+            **{CACHE: cache_of(decoded)},
         )
 
     def placeholders_of(self, embeds_BTC: torch.Tensor) -> torch.Tensor:

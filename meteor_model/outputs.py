@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast, ModelOutput
 
 
 @dataclass
@@ -64,23 +64,18 @@ class MeteorImageFeatures(_TensorTuple, BaseModelOutputWithPooling):
 
 
 @dataclass
-class MeteorOutput(_TensorTuple):
+class MeteorOutput(_TensorTuple, CausalLMOutputWithPast):
     """Output of `MeteorForConditionalGeneration.forward`.
 
     Attributes:
         loss: scalar, where labels were given.
         logits: (B, T, V), or the last `logits_to_keep` positions.
-        past_key_values: the cache, where one is used.
+        past_key_values: the cache, where one is used; from transformers 5.24 on the field is named `cache`.
         hidden_states: of the LLM: the embeddings and each layer's output, (B, T, C) each, where asked for.
         attentions: of the LLM's layers, where asked for and its kernel is "eager".
         image_hidden_states: (M, K, C) visual tokens as they entered the LLM, where images were run.
         pruning_stats: what stages 1 to 3 kept, where images were run; not part of the tuple form.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Any = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
     pruning_stats: PruningStats | None = None

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
+from meteor_model.compat import CACHE_NAMES
 from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.encoders import ENCODERS
 from meteor_model.fusion import MeteorProjector
@@ -38,7 +39,7 @@ class MeteorPreTrainedModel(PreTrainedModel):
     _no_split_modules: ClassVar[list[str]] = sorted(
         {c.__name__ for c in ENCODERS.values()} | {MeteorProjector.__name__}
     )
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar[list[str]] = list(CACHE_NAMES)
 
     @classmethod
     def from_pretrained(

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
+from meteor_model.compat import CACHE
 from meteor_model.pruning import gather_tokens, select_visual
 
 #: Decoders whose loop is "layers, norm" on the embeddings as given, with one rotary embedding for all layers.
@@ -99,7 +100,7 @@ def prefill(
     hidden_BWC, inputs = embeds_BTC, _layer_inputs(language_model, embeds_BTC, positions_BT)
     for index, layer in enumerate(language_model.layers):
         with _attention_maps(layer.self_attn, index + 1 in schedule) as maps:
-            hidden_BWC = layer(hidden_BWC, past_key_values=cache, use_cache=True, **inputs)
+            hidden_BWC = layer(hidden_BWC, use_cache=True, **{CACHE: cache}, **inputs)
         if index + 1 in schedule:
             counts_B = torch.full((len(hidden_BWC),), schedule[index + 1], device=hidden_BWC.device)
             keep_BT = ~visual_BT | select_visual(pruner.scores(maps[0], visual_BT), visual_BT, counts_B)
@@ -117,7 +118,7 @@ def step(language_model: PreTrainedModel, embeds_B1C: Tensor, state: RivalState)
     hidden_B1C = embeds_B1C
     for layer in language_model.layers:
         hidden_B1C = layer(
-            hidden_B1C, attention_mask=None, position_embeddings=rotary, past_key_values=state.cache, use_cache=True
+            hidden_B1C, attention_mask=None, position_embeddings=rotary, use_cache=True, **{CACHE: state.cache}
         )
     return language_model.norm(hidden_B1C), RivalState(state.cache, state.next_position + 1)
 
@@ -128,8 +129,8 @@ def _layer_inputs(language_model: PreTrainedModel, hidden_BTC: Tensor, positions
         config=language_model.config,
         inputs_embeds=hidden_BTC,
         attention_mask=torch.ones(hidden_BTC.shape[:2], dtype=torch.bool, device=hidden_BTC.device),
-        past_key_values=None,
         position_ids=None,
+        **{CACHE: None},
     )
     return {"attention_mask": mask, "position_embeddings": language_model.rotary_emb(hidden_BTC, positions_BT)}
 

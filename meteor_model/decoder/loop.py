@@ -43,7 +43,7 @@ class DecodedOutput(BaseModelOutputWithPast):
         last_hidden_state: (B, W, C) at prefill, (B, Q, C) afterwards. Index -1 is each sample's last token. Pruned
             positions have no hidden state, hence no logits; `decision.kept_index_BW` says which prompt columns the
             rows of a prefill are.
-        past_key_values: the `MeteorCache`, or None without a cache.
+        past_key_values: the `MeteorCache`, or None without a cache; named `cache` from transformers 5.24 on.
         decision: what stage 3 decided on the prompt.
     """
 
@@ -56,7 +56,7 @@ def decode_pruned(
     attention_mask_BL: Tensor | None,
     position_ids_BQ: Tensor | None,
     visual_mask_BQ: Tensor | None,
-    past_key_values: MeteorCache,
+    cache: MeteorCache,
     use_cache: bool = True,
 ) -> DecodedOutput:
     """One pass of a decoder with stage 3: the prefill on an empty cache, decode steps after it.
@@ -72,20 +72,20 @@ def decode_pruned(
             nothing has been padded before, a single new token is attended whatever the mask says of it.
         position_ids_BQ: the original positions. None: counted up from the length of the cache.
         visual_mask_BQ: which tokens of the prompt are visual; ignored after prefill. None: none.
-        past_key_values: carries settings and decision.
+        cache: carries settings and decision.
         use_cache: without, keys and values are dropped: one pass over a prompt, no decode steps.
 
     Raises:
         ValueError: an unsupported decoder or attention kernel, masks that do not fit, a sample without any token, NaN,
             or a cache that was filled elsewhere.
     """
-    past_length = _check_cache(past_key_values, use_cache)
+    past_length = _check_cache(cache, use_cache)
     if past_length:
-        return _continue(language_model, inputs_embeds_BQC, attention_mask_BL, position_ids_BQ, past_key_values)
-    plan, settings = plan_decoder(language_model.config), past_key_values.settings
+        return _continue(language_model, inputs_embeds_BQC, attention_mask_BL, position_ids_BQ, cache)
+    plan, settings = plan_decoder(language_model.config), cache.settings
     check_kernel(language_model.config, plan)
     prompt = read_prompt(inputs_embeds_BQC, attention_mask_BL, position_ids_BQ, visual_mask_BQ, settings.query)
-    return _prefill(language_model, plan, prompt, past_key_values, use_cache)
+    return _prefill(language_model, plan, prompt, cache, use_cache)
 
 
 # ------------------------------------------------------------------------------------------------------------ the steps

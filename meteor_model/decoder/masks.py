@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedConfig
 from transformers.masking_utils import create_causal_mask
 
+from meteor_model.compat import CACHE
 from meteor_model.decoder.families import DecoderPlan
 
 
@@ -99,7 +100,7 @@ def build_masks(
     else:
         view: Any = None if cache is None else _OneLayer(cache, layer)
         full = create_causal_mask(
-            config=config, inputs_embeds=hidden_BQC, attention_mask=seen_BL, past_key_values=view, position_ids=None
+            config=config, inputs_embeds=hidden_BQC, attention_mask=seen_BL, position_ids=None, **{CACHE: view}
         )
     sliding = full if near_B1QL is None else near_B1QL & _causal(past, hidden_BQC, seen_BL)
     if kernel == "eager":

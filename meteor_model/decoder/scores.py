@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from meteor_model.compat import CACHE
 from meteor_model.configuration_meteor import DecodePruning
 from meteor_model.decoder.cache import MeteorCache
 from meteor_model.decoder.families import (
@@ -113,7 +114,7 @@ def run_layers(
             attention_mask=masks.sliding if plan.slides[index] else masks.full,
             position_embeddings=rotary[plan.rotary[index]],
             position_ids=position_ids_BQ,
-            past_key_values=cache,
+            **{CACHE: cache},
         )
     return hidden_BQC
 
