@@ -1,7 +1,7 @@
 """What differs between the supported releases of transformers (5.17 to 5.24), in one place.
 
-Each entry says since which release, why, and is held by a test in tests/meteor_model/test_compat.py that runs under every
-release of tests/versions.py. An entry goes when the lowest supported release no longer needs it.
+Each entry says since which release and why, and is held by a test in tests/meteor_model/test_compat.py, which
+`make test-versions` runs under every release of its table. An entry goes when the lowest release no longer needs it.
 """
 
 from __future__ import annotations

@@ -271,6 +271,24 @@ class MeteorConfig(PreTrainedConfig):
         chosen = self.pruning.decode.num_heads
         return chosen if chosen is not None else max(1, self.text_config.num_attention_heads // 4)
 
+    def with_pruning(
+        self, pruning: PruningConfig, ranks: Mapping[str, Sequence[float]] | Literal["keep"] | None = "keep"
+    ) -> MeteorConfig:
+        """This model under another pruning, as a new configuration.
+
+        Args:
+            pruning: the three stages.
+            ranks: expected ranks by encoder, one per boundary; "keep" takes those of this configuration, None shares
+                budgets by token count alone.
+
+        Raises:
+            ValueError: naming the setting that contradicts the model, the ranks or another setting.
+        """
+        changes: dict[str, Any] = {"pruning": pruning}
+        if ranks != "keep":
+            changes["ranks"] = ranks
+        return MeteorConfig(**{**self.to_dict(), **changes})
+
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """The LLM's configuration, as `generate` asks for it."""
         return self.text_config

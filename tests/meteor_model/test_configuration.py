@@ -44,6 +44,30 @@ def test_config_survives_json(tmp_path: object) -> None:
     assert loaded.encode_budgets == built.encode_budgets
 
 
+RANKS = {"clip": [3.0, 2.0, 1.0], "pix2struct": [1.0, 1.0, 1.0], "convnext": [2.5]}
+
+
+def test_another_pruning_is_another_configuration() -> None:
+    built = config(PRUNED, ranks=RANKS)
+    fewer = replace(PRUNED, fuse=FusePruning(keep=8), decode=replace(PRUNED.decode, target_mean=4.0))
+    changed = built.with_pruning(fewer)
+    assert changed.pruning == fewer
+    assert changed.ranks == RANKS, "ranks stay"
+    assert changed.tokens_per_image == 8, "and what follows from the settings is worked out anew"
+    assert {**changed.to_dict(), "pruning": None} == {**built.to_dict(), "pruning": None}
+    assert built.pruning == PRUNED
+    assert built.tokens_per_image == 24
+
+
+def test_another_pruning_may_come_with_other_ranks_or_none() -> None:
+    built = config(PRUNED, ranks=RANKS)
+    other = {name: [1.0] for name in RANKS}
+    assert built.with_pruning(PRUNED, ranks=other).ranks == other
+    assert built.with_pruning(PRUNED, ranks=None).encode_budgets == config(PRUNED).encode_budgets
+    with pytest.raises(ValueError, match=r"fuse\.keep 61 exceeds the 60 tokens"):
+        built.with_pruning(replace(PRUNED, fuse=FusePruning(keep=61)))
+
+
 @pytest.mark.parametrize(
     ("pruning", "message"),
     [

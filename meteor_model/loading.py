@@ -1,0 +1,39 @@
+"""A saved model and its processor from a folder, in one call.
+
+Importing this module loads neither torch nor transformers; calling does.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from meteor_model.modeling_meteor import MeteorForConditionalGeneration
+    from meteor_model.processing_meteor import MeteorProcessor
+
+
+def load_model_and_processor(
+    folder: str | Path, dtype: torch.dtype | None = None
+) -> tuple[MeteorForConditionalGeneration, MeteorProcessor]:
+    """The model in eval mode, on the CPU, and its processor.
+
+    Weights are read from safetensors files only: nothing in the folder can run code.
+
+    Args:
+        folder: what `save_pretrained` of both wrote, or an export.
+        dtype: of the weights; None takes them as they are stored.
+
+    Raises:
+        CheckpointLayoutError: where the weights are not the ones that config.json describes, naming the tensors.
+        OSError: where a file is missing, naming it.
+        ValueError: where a weights file is cut short, or a setting is not valid.
+    """
+    from meteor_model.modeling_meteor import MeteorForConditionalGeneration
+    from meteor_model.processing_meteor import MeteorProcessor
+
+    processor = MeteorProcessor.from_pretrained(folder)
+    model = MeteorForConditionalGeneration.from_pretrained(folder, dtype=dtype or "auto", use_safetensors=True)
+    return model.eval(), processor
