@@ -26,7 +26,7 @@ ALLOWED = {
 LEVELS: tuple[dict[str, set[str]], ...] = (
     {"io": set(), "parts": set()},
     {"data": {"io"}, "tracking": {"io"}},
-    {"config": {"data"}, "evaluation": {"data"}, "recovery": {"data", "io"}},
+    {"config": {"data", "io"}, "evaluation": {"data"}, "recovery": {"data", "io"}},
     {"checkpoint": {"config", "data", "io"}},
     {
         "training": {"checkpoint", "config", "data", "io", "recovery", "tracking"},
@@ -52,7 +52,7 @@ LEVELS: tuple[dict[str, set[str]], ...] = (
     },
 )
 """The rooms of pipelines/, lowest first, and what each may import; docs/composability.md draws it."""
-NEVER_IN_THE_MODEL = {"ray", "deepspeed", "mlflow", "pyarrow", "s3fs", "fsspec", "tyro", "webdataset"}
+NEVER_IN_THE_MODEL = {"ray", "deepspeed", "mlflow", "pyarrow", "s3fs", "fsspec", "tyro", "webdataset", "pydantic"}
 
 
 def imported(path: Path) -> set[str]:

@@ -7,15 +7,18 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
 from pipelines.config.recipe import Recipe, TrackingSettings
 from pipelines.config.settings import SettingsError
+from pipelines.io.validation import settings_class
 from tune.space import DecodeBy
 
 Kind = Literal["evaluate", "finetune"]
 Sampler = Literal["tpe", "nsga2", "random", "given"]
 
 
-@dataclass(frozen=True)
+@settings_class(error=SettingsError)
 class SweepSettings:
     """What is searched, on what, and with what."""
 
@@ -24,14 +27,14 @@ class SweepSettings:
     kind: Kind = "evaluate"
     """evaluate: score the model as it is under another pruning. finetune: first train it under that pruning, a short
     run through Ray Train (settings under --train)."""
-    budgets: tuple[float, ...] = ()
+    budgets: tuple[PositiveFloat, ...] = ()
     """Find the best pruning within each of these budgets per image (one study each)."""
     budget_unit: Literal["tokens", "tflops"] = "tokens"
     """What budgets count: visual tokens after stage 3 (mean), or TFLOPs of one image and a short prompt."""
     pareto: bool = False
     """Search the front of score against TFLOPs and visual tokens at once, too (--pareto alone is True, left out it is
     False)."""
-    trials: int = 16
+    trials: PositiveInt = 16
     """Trials of each study."""
     pareto_sampler: Literal["tpe", "nsga2"] = "tpe"
     """Optuna's sampler of the front. NSGA-II needs a few generations of trials before it is more than random."""
@@ -41,15 +44,15 @@ class SweepSettings:
     """The score: likelihood of the expected answers (lower is better), or the share of right answers."""
     decode_by: DecodeBy = "target"
     """Choose stage 3 by a target mean, for which lambda is solved, or by lambda itself (not with token budgets)."""
-    questions: int = 256
+    questions: PositiveInt = 256
     """Questions of the suite, from the held-out split."""
-    portions: int = 4
+    portions: PositiveInt = 4
     """Portions in which a trial of `evaluate` is scored; after each, ASHA may stop it."""
     early_stopping: bool = True
     """Stop the weaker half of a budget's trials early (ASHA). Studies of the front always run to the end."""
-    batch: int = 16
+    batch: PositiveInt = 16
     """Questions at a time."""
-    calibration_samples: int = 64
+    calibration_samples: PositiveInt = 64
     """Prompts of the training split on which lambda is solved."""
     manifest: str = ""
     """Address of the shards; by default those that the model was trained on."""
@@ -57,13 +60,13 @@ class SweepSettings:
     """Split of the prompts on which lambda is solved."""
     heldout_split: str = "heldout"
     """Split of the questions."""
-    max_concurrent: int | None = None
+    max_concurrent: PositiveInt | None = None
     """Trials at a time at most; by default as many as the cluster holds."""
-    cpus_per_trial: float = 1.0
+    cpus_per_trial: NonNegativeFloat = 1.0
     """Ray CPUs that a trial reserves for itself (a finetune trial's workers come on top)."""
-    gpus_per_trial: float = 0.0
+    gpus_per_trial: NonNegativeFloat = 0.0
     """Ray GPUs that a trial reserves for itself, fractions of one too."""
-    pictures: int = 1
+    pictures: NonNegativeInt = 1
     """Questions of each finished trial for which the kept tokens are drawn."""
     seed: int = 0
     """Seed of the samplers."""
@@ -81,19 +84,14 @@ class SweepSettings:
     train: Recipe = field(default_factory=Recipe)
     """Training of a finetune trial; its model, pruning, name and places are the sweep's."""
 
-    def __post_init__(self) -> None:  # noqa: C901 - one plain check a setting
+    def __post_init__(self) -> None:
         if not self.budgets and not self.pareto:
             raise SettingsError("there is nothing to search: give --budgets NUMBER ... or --pareto")
-        if any(budget <= 0 for budget in self.budgets) or len(set(self.budgets)) < len(self.budgets):
-            raise SettingsError(f"budgets are {self.budgets}; they must be above 0 and differ")
-        for name in ("trials", "questions", "portions", "batch", "calibration_samples"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if len(set(self.budgets)) < len(self.budgets):
+            raise SettingsError(f"budgets are {self.budgets}; they must differ")
         if self.portions > self.questions:
             raise SettingsError(f"portions is {self.portions}, but there are only {self.questions} questions")
-        if self.max_concurrent is not None and self.max_concurrent < 1:
-            raise SettingsError(f"max_concurrent is {self.max_concurrent}; it must be at least 1")
-        if self.cpus_per_trial < 0 or self.gpus_per_trial < 0 or self.cpus_per_trial + self.gpus_per_trial == 0:
+        if self.cpus_per_trial + self.gpus_per_trial == 0:
             raise SettingsError(
                 f"a trial reserves {self.cpus_per_trial:g} CPUs and {self.gpus_per_trial:g} GPUs: reserve some of one, "
                 "or trials would run without bound"

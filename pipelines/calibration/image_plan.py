@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from pydantic import PositiveInt
 
 from meteor_model.images import ImageError, decode_image
 from pipelines.config.settings import SettingsError
@@ -22,6 +23,7 @@ from pipelines.config.workers import Workers
 from pipelines.data import shards
 from pipelines.data.schema import RawSample, SampleError, parse_sample
 from pipelines.data.stream import quieten
+from pipelines.io.validation import settings_class
 
 USABLE, TEXT_ONLY = "", "text_only"
 
@@ -30,7 +32,7 @@ class CalibrationError(ValueError):
     """Ranks cannot be measured, read or compared; the message says which and why."""
 
 
-@dataclass(frozen=True)
+@settings_class(error=SettingsError)
 class Measuring(Workers):
     """How the cluster measures; it does not change the result.
 
@@ -39,13 +41,8 @@ class Measuring(Workers):
         bad_shards: what becomes of a shard that is wrong at rest (`shards.fetch_shard`).
     """
 
-    batch: int = 16
+    batch: PositiveInt = 16
     bad_shards: shards.BadShards = "fail"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.batch < 1:
-            raise SettingsError(f"batch is {self.batch}; it must be at least 1")
 
 
 @dataclass(frozen=True)

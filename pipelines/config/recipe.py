@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, field, replace
 from typing import Any, Literal
+
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from meteor_model.architectures import Architecture, architecture, build_config
 from meteor_model.chat import chat_template
 from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, PruningConfig
 from pipelines.config.settings import DataSettings, SettingsError, TrainingSettings
 from pipelines.data.sources.openmoji import OpenMojiSettings
+from pipelines.io.validation import settings_class
 
 OPERATION = (
     *("workers", "min_workers", "resize_interval_s", "micro_batch", "timeout_s", "cpus_per_worker", "gpus_per_worker"),
@@ -23,7 +26,7 @@ OPERATION = (
 """Training settings that may change when a run goes on: what is trained stays the same up to rounding."""
 
 
-@dataclass(frozen=True)
+@settings_class("model", SettingsError)
 class ModelSettings:
     """What the model is made of and where its weights start."""
 
@@ -39,7 +42,7 @@ class ModelSettings:
     """Cache of parts:NAME on the machine that runs the job; by default METEOR_PARTS_DIR, or the stack's local state."""
     template: str = "vicuna_v1"
     """Chat template: plain, vicuna_v1, short or chatml."""
-    vocab_size: int = 512
+    vocab_size: PositiveInt = 512
     """Tokens of the BPE tokenizer that is trained on the run's texts, where none comes with pretrained parts."""
     seed: int = 0
     """Seed of random weights."""
@@ -55,24 +58,19 @@ class ModelSettings:
         return replace(base, weights={**base.weights, **self.weights})
 
 
-@dataclass(frozen=True)
+@settings_class("calibration", SettingsError)
 class CalibrationSettings:
     """What is measured on a few samples: ranks before training, lambda after it."""
 
-    samples: int = 64
+    samples: PositiveInt = 64
     """Images on which the ranks of the feature maps are measured."""
-    batch: int = 16
+    batch: PositiveInt = 16
     """Images that one calibration task runs at a time."""
-    decode_samples: int = 64
+    decode_samples: PositiveInt = 64
     """Prompts on which lambda is solved for pruning.decode.target_mean."""
 
-    def __post_init__(self) -> None:
-        for name in ("samples", "batch", "decode_samples"):
-            if self.__dict__[name] < 1:
-                raise SettingsError(f"calibration.{name} is {self.__dict__[name]}; it must be at least 1")
 
-
-@dataclass(frozen=True)
+@settings_class("tracking", SettingsError)
 class TrackingSettings:
     """MLflow: where runs are tracked and models registered."""
 
@@ -82,23 +80,17 @@ class TrackingSettings:
     """Experiment that the run is filed under."""
     registered_model: str = "meteor"
     """Name under which the trained model is registered."""
-    parity_tolerance: float = 1e-3
+    parity_tolerance: NonNegativeFloat = 1e-3
     """Largest difference between the registered model's logits and the training model's."""
     when_down: Literal["fail", "buffer"] = "fail"
     """What to do where MLflow does not answer at the start. fail: an error before anything starts. buffer: train
     without it; all records are kept with the run in storage and delivered when it answers, at the latest before the
     model is registered. In the middle of a run, records are buffered either way."""
-    patience_s: float = 60.0
+    patience_s: NonNegativeFloat = 60.0
     """Seconds for which a request to MLflow at the start and the end of a run is repeated before the run stops."""
 
-    def __post_init__(self) -> None:
-        if self.when_down not in ("fail", "buffer"):
-            raise SettingsError(f"tracking.when_down is {self.when_down!r}; it must be fail or buffer")
-        if not self.patience_s >= 0:
-            raise SettingsError(f"tracking.patience_s is {self.patience_s}; it must not be negative")
 
-
-@dataclass(frozen=True)
+@settings_class("run", SettingsError)
 class RunSettings:
     """Name and place of one run."""
 
@@ -109,7 +101,7 @@ class RunSettings:
     and recipe, or begins a new one."""
     output: str | None = None
     """Folder of the machine that runs the job where the summary and the pictures are written as well."""
-    pictures: int = 3
+    pictures: NonNegativeInt = 3
     """Held-out images for which the kept tokens are drawn."""
 
 
@@ -119,7 +111,7 @@ def _default_pruning() -> PruningConfig:
     )
 
 
-@dataclass(frozen=True)
+@settings_class(error=SettingsError)
 class Recipe:
     """One run: model, pruning, data, training, calibration, tracking."""
 

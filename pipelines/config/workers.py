@@ -5,12 +5,13 @@ Tasks import this module, so it imports no model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from pydantic import NonNegativeFloat, PositiveInt
 
 from pipelines.config.settings import SettingsError
+from pipelines.io.validation import settings_class
 
 
-@dataclass(frozen=True)
+@settings_class(error=SettingsError)
 class Workers:
     """Copies of a model; how many there are changes no result.
 
@@ -20,13 +21,6 @@ class Workers:
         gpus: that one of them reserves; 0 runs on the CPU.
     """
 
-    actors: int = 1
-    cpus: float = 1.0
-    gpus: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.actors < 1:
-            raise SettingsError(f"actors is {self.actors}; it must be at least 1")
-        for name, amount in (("cpus", self.cpus), ("gpus", self.gpus)):
-            if amount < 0:
-                raise SettingsError(f"{name} is {amount}; it must not be negative")
+    actors: PositiveInt = 1
+    cpus: NonNegativeFloat = 1.0
+    gpus: NonNegativeFloat = 0.0

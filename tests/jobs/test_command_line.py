@@ -38,7 +38,24 @@ def test_an_unknown_setting_names_the_nearest(capsys: pytest.CaptureFixture[str]
 
 def test_a_world_size_that_leaves_workers_idle_names_the_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     message = refused(capsys, "--training.workers", "5")
-    assert "workers is 5, but global_batch 32 has only 2 micro-batches of 16" in message
+    assert "training.workers is 5, but training.global_batch 32 has only 2 micro-batches of 16" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--training.workers", "0"), "training.workers is 0; it must be at least 1"),
+        (("--training.optimizer.beta1", "1"), "training.optimizer.beta1 is 1.0; it must be in [0, 1)"),
+        (("--training.optimizer.learning-rates.llm", "0"), "learning_rates.llm is 0.0; it must be above 0, or None"),
+        (("--data.mixture", "s3://b/a", "0"), "data.mixture.s3://b/a is 0.0; it must be above 0"),
+        (("--source.image-size", "8"), "image_size is 8; it must be in [16, 2048]"),
+        (("--tracking.patience-s", "-1"), "tracking.patience_s is -1.0; it must be at least 0"),
+    ],
+)
+def test_a_value_out_of_range_names_the_setting_and_the_range(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    assert message in refused(capsys, *arguments)
 
 
 def test_a_budget_above_the_tokens_names_both(capsys: pytest.CaptureFixture[str]) -> None:

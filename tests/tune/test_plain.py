@@ -25,8 +25,8 @@ BASE = SweepSettings(budgets=(8.0, 16.0), storage="unused")
     ("changes", "message"),
     [
         ({"budgets": ()}, "nothing to search"),
-        ({"budgets": (0.0,)}, "above 0 and differ"),
-        ({"budgets": (8.0, 8.0)}, "above 0 and differ"),
+        ({"budgets": (0.0,)}, r"budgets\.0 is 0\.0; it must be above 0"),
+        ({"budgets": (8.0, 8.0)}, "must differ"),
         ({"trials": 0}, "trials is 0"),
         ({"portions": 300}, "only 256 questions"),
         ({"max_concurrent": 0}, "max_concurrent is 0"),

@@ -44,9 +44,3 @@ def fraction_of(name: str) -> float:
 def split_of(name: str, heldout_share: float) -> str:
     """The split of an identity: HELDOUT for `heldout_share` of all names, stable when other names come or go."""
     return HELDOUT if fraction_of(f"split:{name}") < heldout_share else TRAIN
-
-
-def check_share(setting: str, value: float) -> None:
-    """Raise SourceError unless `value` is a share in [0, 1)."""
-    if not 0.0 <= value < 1.0:
-        raise SourceError(f"{setting} is {value}; it must be a share from 0 to below 1")

@@ -13,15 +13,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from pydantic import NonNegativeInt
+
 from pipelines.data.schema import IMAGE_EXTENSIONS, SampleError, build_members, check_placeholders, parse_turns
-from pipelines.data.sources import SPLITS, Packed, SourceError, check_share, split_of
+from pipelines.data.sources import SPLITS, Packed, SourceError, split_of
 from pipelines.io import storage
+from pipelines.io.validation import ShareBelowOne, settings_class
 
 GENERATOR_VERSION = 1
 _SHOWN = 5  # faults listed in an error
 
 
-@dataclass(frozen=True)
+@settings_class(error=SourceError)
 class LlavaSettings:
     """Your own conversations about images, in LLaVA's format."""
 
@@ -29,21 +32,16 @@ class LlavaSettings:
     """The JSON list or JSON lines file (a path or s3:// URL); each record has id, conversations and maybe image."""
     images: str
     """The folder (a path or s3:// URL) that the records' image paths are relative to."""
-    heldout_share: float = 0.02
+    heldout_share: ShareBelowOne = 0.02
     """Share of records that is never trained on, chosen by a hash of the id."""
     follow_links: bool = False
     """Whether symbolic links in the image folder may lead out of it."""
-    limit: int = 0
+    limit: NonNegativeInt = 0
     """Take the first so many records only; 0 takes all."""
     faults: Literal["stop", "skip"] = "stop"
     """A faulty record stops the job before anything is written, or is left out and counted."""
     duplicate_ids: Literal["stop", "rename"] = "stop"
     """A second record with an id that was there is a fault, or gets a number appended (both fall in one split)."""
-
-    def __post_init__(self) -> None:
-        check_share("heldout_share", self.heldout_share)
-        if self.limit < 0:
-            raise SourceError(f"limit is {self.limit}; it must be 0 (all) or more")
 
 
 @dataclass(frozen=True)

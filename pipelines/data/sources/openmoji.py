@@ -12,15 +12,17 @@ import io
 import random
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Interval
 from PIL import Image
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from pipelines.data.schema import build_members
-from pipelines.data.sources import HELDOUT, SPLITS, Packed, SourceError, check_share, fraction_of, split_of
+from pipelines.data.sources import HELDOUT, SPLITS, Packed, SourceError, fraction_of, split_of
 from pipelines.data.sources.scenes import (
     ASKED,
     Drawing,
@@ -32,6 +34,7 @@ from pipelines.data.sources.scenes import (
     cut_to_visible,
     main_color,
 )
+from pipelines.io.validation import Share, ShareBelowOne, settings_class
 
 GENERATOR_VERSION = 1  # raise it when the same settings give other samples
 LICENSE = "drawings: OpenMoji 17.0.0, CC BY-SA 4.0, https://openmoji.org"
@@ -41,71 +44,55 @@ _JOINERS = frozenset({"FE0F", "200D", "2640", "2642"})
 _PEOPLE = frozenset({"1F468", "1F469", "1F9D1"})
 
 
-@dataclass(frozen=True)
+@settings_class("questions", SourceError)
 class QuestionWeights:
     """How often each kind of question is asked; any non-negative numbers."""
 
-    background: float = 0.5
+    background: NonNegativeFloat = 0.5
     """The colour of the background: the easiest to learn."""
-    position: float = 0.35
+    position: NonNegativeFloat = 0.35
     """Where the drawing is: left, right, top, bottom or center."""
-    color: float = 0.05
+    color: NonNegativeFloat = 0.05
     """The main colour of the drawing, where it has one."""
-    name: float = 0.1
+    name: NonNegativeFloat = 0.1
     """What the drawing is called, where its name is short."""
 
     def __post_init__(self) -> None:
-        values = asdict(self)
-        assert set(values) == set(ASKED), "one weight for each kind of question"
-        for kind, weight in values.items():
-            if weight < 0:
-                raise SourceError(f"questions.{kind} is {weight}; a weight is 0 or more")
+        assert set(asdict(self)) == set(ASKED), "one weight for each kind of question"
         if self.background + self.position <= 0:
             raise SourceError("questions: background and position are both 0; every drawing needs a kind it answers")
 
 
-@dataclass(frozen=True)
+@settings_class(error=SourceError)
 class OpenMojiSettings:
     """Drawings on plain backgrounds, with questions that their making answers exactly."""
 
-    image_size: int = 64
+    image_size: Annotated[int, Interval(ge=16, le=2048)] = 64
     """Side of the square images in pixels."""
-    variants: int = 4
+    variants: PositiveInt = 4
     """Samples made of each drawing."""
-    code_points: int = 2048
+    code_points: NonNegativeInt = 2048
     """Most drawings for training; 0 takes all there are."""
-    heldout_code_points: int = 128
+    heldout_code_points: NonNegativeInt = 128
     """Most drawings held out; 0 takes all of the held-out share."""
-    heldout_share: float = 0.08
+    heldout_share: ShareBelowOne = 0.08
     """Share of all drawings that is never trained on, chosen by a hash of the code point."""
-    turns: int = 2
+    turns: PositiveInt = 2
     """Questions in a conversation about one image."""
     questions: QuestionWeights = field(default_factory=QuestionWeights)
     """How often each kind of question is asked."""
-    max_name_words: int = 1
+    max_name_words: PositiveInt = 1
     """Drawings with longer names are never asked for their name."""
-    text_only_share: float = 0.03
+    text_only_share: ShareBelowOne = 0.03
     """Share of samples without an image."""
-    two_image_share: float = 0.03
+    two_image_share: ShareBelowOne = 0.03
     """Share of samples with two images."""
-    png_share: float = 0.0
+    png_share: Share = 0.0
     """Share of images stored as PNG with a transparent background, not as JPEG."""
     seed: int = 0
     """Decides backgrounds, places, questions and order; not the split."""
 
     def __post_init__(self) -> None:
-        for name, low in (("image_size", 16), ("variants", 1), ("turns", 1), ("max_name_words", 1)):
-            if getattr(self, name) < low:
-                raise SourceError(f"{name} is {getattr(self, name)}; it must be at least {low}")
-        if self.image_size > 2048:
-            raise SourceError(f"image_size is {self.image_size}; it must be at most 2048")
-        for name in ("code_points", "heldout_code_points"):
-            if getattr(self, name) < 0:
-                raise SourceError(f"{name} is {getattr(self, name)}; it must be 0 (all) or more")
-        for name in ("heldout_share", "text_only_share", "two_image_share"):
-            check_share(name, getattr(self, name))
-        if not 0.0 <= self.png_share <= 1.0:
-            raise SourceError(f"png_share is {self.png_share}; it must be a share from 0 to 1")
         if self.text_only_share + self.two_image_share >= 1.0:
             raise SourceError(
                 f"text_only_share {self.text_only_share} and two_image_share {self.two_image_share} leave nothing for "

@@ -381,9 +381,9 @@ def test_a_run_is_refused_on_other_data_or_weights(tmp_path: Path) -> None:
 
 def test_settings_of_a_mixture_are_checked() -> None:
     for values, message in [
-        ({"manifest": "a", "weight": 0.0}, "the weight of a is 0.0; it must be above 0"),
-        ({"manifest": "a", "mixture": {"b": -1.0}}, "the weight of b is -1.0"),
-        ({"manifest": "a", "mixture": {"b": float("nan")}}, "the weight of b is nan"),
+        ({"manifest": "a", "weight": 0.0}, r"data\.weight is 0\.0; it must be above 0"),
+        ({"manifest": "a", "mixture": {"b": -1.0}}, r"data\.mixture\.b is -1\.0"),
+        ({"manifest": "a", "mixture": {"b": float("nan")}}, r"data\.mixture\.b is nan"),
         ({"manifest": "a", "mixture": {"a": 1.0}}, "holds 'a', which is data.manifest; raise data.weight"),
         ({"manifest": "a", "mixture": {"": 1.0}}, "holds"),
     ]:

@@ -180,11 +180,11 @@ def test_drawings_that_fail_are_counted_and_replaced(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"image_size": 8}, "image_size is 8; it must be at least 16"),
-        ({"image_size": 4096}, "image_size is 4096; it must be at most 2048"),
+        ({"image_size": 8}, r"image_size is 8; it must be in \[16, 2048\]"),
+        ({"image_size": 4096}, r"image_size is 4096; it must be in \[16, 2048\]"),
         ({"variants": 0}, "variants is 0"),
         ({"code_points": -1}, "code_points is -1"),
-        ({"heldout_share": 1.0}, r"heldout_share is 1.0; it must be a share"),
+        ({"heldout_share": 1.0}, r"heldout_share is 1.0; it must be in \[0, 1\)"),
         ({"text_only_share": 0.6, "two_image_share": 0.5}, "leave nothing"),
         ({"png_share": 1.1}, "png_share is 1.1"),
     ],
