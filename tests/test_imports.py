@@ -30,7 +30,7 @@ LEVELS: tuple[dict[str, set[str]], ...] = (
     {"checkpoint": {"config", "data", "io"}},
     {
         "training": {"checkpoint", "config", "data", "io", "recovery", "tracking"},
-        "registry": {"checkpoint", "config", "data", "evaluation", "parts", "tracking"},
+        "registry": {"checkpoint", "config", "data", "evaluation", "io", "parts", "tracking"},
     },
     {
         "calibration": {"config", "data", "evaluation", "io", "registry", "tracking"},

@@ -16,9 +16,9 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 
-from pipelines.checkpoint.committed import run_url
 from pipelines.checkpoint.local import local_copy
 from pipelines.io import storage
+from pipelines.io.run_folder import run_folder
 from pipelines.tracking.mlflow_run import (
     TrackingError,
     finish_run,
@@ -138,7 +138,7 @@ class Logbook:
         """Where the checkpoints of a trial that trained are."""
         if self._settings.kind != "finetune":
             return {}
-        return {"run_url": run_url(self._settings.storage, training_name(self._sweep, record.id))}
+        return {"run_url": run_folder(self._settings.storage, training_name(self._sweep, record.id)).url}
 
     def _log_metrics(self, run_id: str, metrics: Mapping[str, float], patience_s: float) -> None:
         client, now = MlflowClient(self._settings.tracking.uri), time.time_ns() // 1_000_000

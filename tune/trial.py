@@ -29,7 +29,7 @@ from ray.tune.result import DONE
 from meteor_model.configuration_meteor import PruningConfig
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
-from pipelines.checkpoint.committed import CheckpointRef, latest_checkpoint, run_url
+from pipelines.checkpoint.committed import CheckpointRef, latest_checkpoint
 from pipelines.checkpoint.consolidate import consolidate
 from pipelines.checkpoint.local import load_processor, local_copy
 from pipelines.checkpoint.state import PARITY_FILE
@@ -40,6 +40,7 @@ from pipelines.evaluation.questions import draw_samples, readable_samples, solve
 from pipelines.evaluation.scores import Record, Score
 from pipelines.evaluation.scoring import Suite, longest_answer, score_model, score_of_records
 from pipelines.io import storage
+from pipelines.io.run_folder import run_folder
 from pipelines.io.upload import upload_folder
 from pipelines.job.assemble import assemble_training
 from pipelines.job.run import ensure_shards
@@ -278,7 +279,7 @@ class FinetuneTrial(Trial):
         try:
             recipe = self.recipe
             manifests = ensure_shards(recipe)
-            url = run_url(recipe.run.storage, self.run_name)
+            url = run_folder(recipe.run.storage, self.run_name).url
             prepare_start(recipe, manifests[0], url)
             job = assemble_training(recipe, manifests, self.run_name, url, None)
             # What MLflow is told of a trial, the sweep tells it.
@@ -288,10 +289,10 @@ class FinetuneTrial(Trial):
 
     def _score(self, checkpoint: CheckpointRef) -> dict[str, Any]:
         recipe = self.recipe
-        url = run_url(recipe.run.storage, self.run_name)
-        processor = load_processor(url)
+        run = run_folder(recipe.run.storage, self.run_name)
+        processor = load_processor(run.url)
         with (
-            local_copy(storage.join(url, "init")) as init,
+            local_copy(run.init) as init,
             local_copy(checkpoint.url) as directory,
             tempfile.TemporaryDirectory(prefix="meteor-trial-") as scratch,
         ):

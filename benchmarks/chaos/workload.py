@@ -14,13 +14,13 @@ from benchmarks.chaos.data import IMAGE_SIZE, PAD, ByteProcessor
 from benchmarks.chaos.model import ChaosConfig, ChaosModel
 from benchmarks.chaos.recorder import KilledInDataStart, Recorder, StepFault
 from meteor_model.processing_meteor import collate
-from pipelines.checkpoint.committed import run_url
 from pipelines.checkpoint.zero3 import save_for_sharding
 from pipelines.config.settings import LearningRates, OptimizerSettings, TrainingSettings
 from pipelines.data.order import StreamPlan
 from pipelines.data.shards import fetch_shard, load_manifest
 from pipelines.data.stream import RowEncoder, build_stream, data_config, rows_from, rows_to
 from pipelines.io import storage
+from pipelines.io.run_folder import run_folder
 from pipelines.io.upload import upload_folder
 from pipelines.training.batches import iterate_rows
 from pipelines.training.trainer import TrainingJob
@@ -131,17 +131,19 @@ def _logger_maker(config: Config) -> Callable[..., Any] | None:
         MetricLogger,  # it loads MLflow, which most of the commands need not wait for
     )
 
-    return partial(MetricLogger, config.mlflow_run_id, config.mlflow_uri, run_url(config.storage, config.run_name))
+    return partial(
+        MetricLogger, config.mlflow_run_id, config.mlflow_uri, run_folder(config.storage, config.run_name).url
+    )
 
 
 def prepare_init(root: str, run_name: str) -> None:
     """Store the start model of a run, the same for every run; what is there stays."""
     import torch
 
-    url = storage.join(run_url(root, run_name), "init")
-    if storage.exists(storage.join(url, "config.json")):
+    run = run_folder(root, run_name)
+    if storage.exists(run.init_config):
         return
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory(prefix="meteor-chaos-") as folder:
         save_for_sharding(ChaosModel(ChaosConfig()), Path(folder))
-        upload_folder(Path(folder), url)
+        upload_folder(Path(folder), run.init)

@@ -7,12 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pipelines.checkpoint.committed import CheckpointRef, run_url
+from pipelines.checkpoint.committed import CheckpointRef
 from pipelines.checkpoint.state import STATE_FILE, CheckpointError, TrainState
 from pipelines.io import storage
+from pipelines.io.run_folder import RunFolder, run_folder
 
-BEST_NAME = "best"
-BEST_FILE = "best.json"
 BEST_VERSION = 1
 
 
@@ -41,19 +40,20 @@ def keep_best(run: str, checkpoint_url: str, step: int, loss: float) -> bool:
         StorageError: if storage fails, or the copy is not like the checkpoint.
         CheckpointError: if `best.json` is damaged.
     """
-    root = storage.join(run, BEST_NAME)
-    best = _read_best(root)
+    place = RunFolder(run)
+    best = _read_best(place)
     better = math.isfinite(loss) and (best is None or loss < best.loss)
     if better:
         folder = PurePosixPath(checkpoint_url).name
         copied = best is not None and best.folder == folder  # it is whole: do not touch it
-        files = best.files if best is not None and copied else _copy(checkpoint_url, storage.join(root, folder))
+        files = best.files if best is not None and copied else _copy(checkpoint_url, storage.join(place.best, folder))
         best = Best(BEST_VERSION, step, loss, checkpoint_url, folder, files)
-        storage.write_json(storage.join(root, BEST_FILE), asdict(best))
+        storage.write_json(place.best_record, asdict(best))
     kept = f"{best.folder}/" if best is not None else None
-    for name in storage.list_files(root):
-        if name != BEST_FILE and not (kept and name.startswith(kept)):
-            storage.delete(storage.join(root, name))
+    for name in storage.list_files(place.best):
+        url = storage.join(place.best, name)
+        if url != place.best_record and not (kept and name.startswith(kept)):
+            storage.delete(url)
     return better
 
 
@@ -64,21 +64,23 @@ def best_checkpoint(root: str, run_name: str) -> CheckpointRef | None:
         CheckpointError: if it is damaged.
         StorageError: if storage cannot be read.
     """
-    folder = storage.join(run_url(root, run_name), BEST_NAME)
-    best = _read_best(folder)
+    place = run_folder(root, run_name)
+    best = _read_best(place)
     if best is None:
         return None
-    url = storage.join(folder, best.folder)
+    url = storage.join(place.best, best.folder)
     found = storage.list_sizes(url)
     wrong = [name for name in {*found, *best.files} if found.get(name) != best.files.get(name)]
     if wrong:
-        raise CheckpointError(f"{url} is not what {BEST_FILE} says: {', '.join(sorted(wrong)[:5])}; remove {folder}")
+        raise CheckpointError(
+            f"{url} is not what {place.best_record} says: {', '.join(sorted(wrong)[:5])}; remove {place.best}"
+        )
     state_url = storage.join(url, STATE_FILE)
     return CheckpointRef(url, TrainState.from_json(storage.read_bytes(state_url).decode(), state_url))
 
 
-def _read_best(root: str) -> Best | None:
-    url = storage.join(root, BEST_FILE)
+def _read_best(place: RunFolder) -> Best | None:
+    url = place.best_record
     try:
         values: dict[str, Any] = storage.read_json(url)
     except storage.ObjectMissingError:
@@ -86,7 +88,7 @@ def _read_best(root: str) -> Best | None:
     try:
         best = Best(**values)
     except TypeError as error:
-        raise CheckpointError(f"{url} is damaged ({error}); remove {root}") from error
+        raise CheckpointError(f"{url} is damaged ({error}); remove {place.best}") from error
     if best.version != BEST_VERSION:
         raise CheckpointError(f"{url} has version {best.version}, this code reads {BEST_VERSION}")
     return best

@@ -10,22 +10,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from pipelines.checkpoint.state import STATE_FILE, CheckpointError, TrainState
 from pipelines.io import storage
+from pipelines.io.run_folder import run_folder
 
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-TRAIN_NAME = "train"
 CHECKPOINT_PREFIX = "step-"
-SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"
-
-
-def run_url(root: str, run_name: str) -> str:
-    """The folder of a run."""
-    return storage.join(root, "runs", run_name)
 
 
 @dataclass(frozen=True)
@@ -45,18 +40,17 @@ def latest_checkpoint(root: str, run_name: str) -> CheckpointRef | None:
         CheckpointError: if the snapshot or the state in the checkpoint is damaged.
         StorageError: if storage cannot be read.
     """
-    folder = storage.join(run_url(root, run_name), TRAIN_NAME)
-    snapshot_url = storage.join(folder, SNAPSHOT_FILE)
-    if not storage.exists(snapshot_url):
+    folder = run_folder(root, run_name)
+    if not storage.exists(folder.snapshot):
         return None
     try:
-        latest = json.loads(storage.read_bytes(snapshot_url))["latest_checkpoint_result"]
+        latest = json.loads(storage.read_bytes(folder.snapshot))["latest_checkpoint_result"]
         if latest is None:
             return None
-        url = storage.join(folder, latest["checkpoint_dir_name"])
+        url = folder.checkpoint(latest["checkpoint_dir_name"])
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{snapshot_url} is damaged ({error!r}); start again under another run name, or remove {folder}"
+            f"{folder.snapshot} is damaged ({error!r}); start again under another run name, or remove {folder.train}"
         ) from error
     state_url = storage.join(url, STATE_FILE)
     return CheckpointRef(url, TrainState.from_json(storage.read_bytes(state_url).decode(), state_url))
@@ -82,15 +76,16 @@ def sweep_uncommitted(root: str, run_name: str) -> list[str]:
 
     Only while no worker of the run is alive. Returns the names of the folders.
     """
-    folder = storage.join(run_url(root, run_name), TRAIN_NAME)
-    listed = storage.list_files(folder)
+    folder = run_folder(root, run_name)
+    listed = storage.list_files(folder.train)
     files = [path for path in listed if path.startswith(CHECKPOINT_PREFIX)]
     names = {path.partition("/")[0] for path in files}
-    if SNAPSHOT_FILE in listed:  # asked of the same listing, so that a false "not found" cannot cost a checkpoint
-        snapshot = json.loads(storage.read_bytes(storage.join(folder, SNAPSHOT_FILE)))
+    # Asked of the same listing, so that a false "not found" cannot cost a checkpoint.
+    if PurePosixPath(folder.snapshot).name in listed:
+        snapshot = json.loads(storage.read_bytes(folder.snapshot))
         named = [snapshot["latest_checkpoint_result"], *snapshot["checkpoint_results"]]
         names -= {result["checkpoint_dir_name"] for result in named if result is not None}
     for path in files:
         if path.partition("/")[0] in names:
-            storage.delete(storage.join(folder, path))
+            storage.delete(folder.checkpoint(path))
     return sorted(names)

@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING
 import psutil
 
 from pipelines.io import storage
+from pipelines.io.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from meteor_model.processing_meteor import MeteorProcessor
-
-PROCESSOR_FOLDER = "processor"  # beside init/, without its weights: data tasks on every node need this alone
 
 
 @contextmanager
@@ -38,7 +37,7 @@ def load_processor(url: str) -> MeteorProcessor:
     """The processor of the run at `url`, on any machine that reads its storage."""
     from meteor_model.processing_meteor import MeteorProcessor  # here: the controller only passes this function on
 
-    with local_copy(storage.join(url, PROCESSOR_FOLDER)) as folder:
+    with local_copy(RunFolder(url).processor) as folder:
         return MeteorProcessor.from_pretrained(folder)
 
 

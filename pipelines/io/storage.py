@@ -446,6 +446,25 @@ def list_files(url: str, patience_s: float = PATIENCE_S) -> list[str]:
     return list(list_sizes(url, patience_s))
 
 
+def list_folders(url: str, patience_s: float = PATIENCE_S) -> list[str]:
+    """Names of the folders directly below a prefix, sorted; [] where there are none.
+
+    One listing (S3 gives a thousand names a page), whatever the folders hold. Raises StorageError, also for a missing
+    bucket.
+    """
+
+    def find() -> list[str]:
+        fs, path = fsspec_filesystem(url)
+        try:
+            found = fs.ls(path, detail=True)
+        except FileNotFoundError:
+            require_bucket(url)
+            return []
+        return sorted(entry["name"].rstrip("/").rpartition("/")[2] for entry in found if entry["type"] == "directory")
+
+    return _patiently(url, find, patience_s)
+
+
 def read_json(url: str, patience_s: float = PATIENCE_S) -> Any:
     """Parse the object as JSON. Raises StorageError naming the URL when it is not JSON; else as read_bytes."""
     data = read_bytes(url, patience_s)

@@ -35,6 +35,7 @@ from pipelines.evaluation.questions import (
 from pipelines.evaluation.scores import Score
 from pipelines.evaluation.scoring import Suite, score_model
 from pipelines.io import storage
+from pipelines.io.run_folder import RunFolder
 from pipelines.io.upload import upload_folder
 from pipelines.job.pictures import draw_loss
 from pipelines.registry.card import BASE_TAG, PARITY_TAG, card
@@ -46,9 +47,8 @@ from pipelines.registry.versions import list_versions, move_alias
 from pipelines.tracking.points import Point, points_from_jsonl
 from pipelines.tracking.run_tracker import Tracker
 
-EXPORT_FOLDER, PICTURES_FOLDER = "export", "pictures"
-EXPORTED_FILE, LOOKED_FILE = "exported.json", "looked.json"
-"""In a run's folder: written last, with the checkpoint that `export` and `look` are complete for."""
+PICTURES_FOLDER = "pictures"
+"""Of the MLflow run's artifacts."""
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,15 @@ def export(recipe: Recipe, run_url: str, manifest: shards.Manifest, checkpoint: 
         CheckpointError: shards that do not make a whole model.
         ParityError: logits that differ by more than `tracking.parity_tolerance`.
     """
-    if done := _completed(run_url, EXPORTED_FILE, checkpoint):
-        with local_copy(storage.join(run_url, EXPORT_FOLDER)) as exported:
+    run = RunFolder(run_url)
+    if done := _completed(run.exported, checkpoint):
+        with local_copy(run.export) as exported:
             shutil.copytree(exported, folder)
         verify_checksums(folder)
         print("  exported by an earlier start", flush=True)
         return float(done["parity"])
     processor = load_processor(run_url)
-    with local_copy(storage.join(run_url, "init")) as init, local_copy(checkpoint.url) as directory:
+    with local_copy(run.init) as init, local_copy(checkpoint.url) as directory:
         model = consolidate(directory, MeteorForConditionalGeneration, init)
         decode = model.config.pruning.decode
         if decode.enabled and decode.target_mean is not None:
@@ -106,21 +107,21 @@ def export(recipe: Recipe, run_url: str, manifest: shards.Manifest, checkpoint: 
             print(f"  lambda {lam:.4g} for a mean of {decode.target_mean:g} visual tokens", flush=True)
         export_model(model, processor, folder)
         parity = check_parity(folder, directory / PARITY_FILE, recipe.tracking.parity_tolerance)
-    upload_folder(folder, storage.join(run_url, EXPORT_FOLDER))
-    _complete(run_url, EXPORTED_FILE, checkpoint, {"parity": parity})
+    upload_folder(folder, run.export)
+    _complete(run.exported, checkpoint, {"parity": parity})
     return parity
 
 
-def _completed(run_url: str, file: str, checkpoint: CheckpointRef) -> dict[str, Any] | None:
-    url = storage.join(run_url, file)
+def _completed(url: str, checkpoint: CheckpointRef) -> dict[str, Any] | None:
+    """What the file at `url` says of a phase, if that was completed for this checkpoint."""
     if not storage.exists(url):
         return None
     done: dict[str, Any] = storage.read_json(url)
     return done if done["checkpoint"] == checkpoint.url else None
 
 
-def _complete(run_url: str, file: str, checkpoint: CheckpointRef, result: dict[str, Any]) -> None:
-    storage.write_json(storage.join(run_url, file), {**result, "checkpoint": checkpoint.url})
+def _complete(url: str, checkpoint: CheckpointRef, result: dict[str, Any]) -> None:
+    storage.write_json(url, {**result, "checkpoint": checkpoint.url})
 
 
 def look(
@@ -138,9 +139,9 @@ def look(
     Stored with the run and logged to MLflow; the folder `pictures` is filled. What an earlier start has done is brought
     from storage.
     """
-    stored = storage.join(run_url, PICTURES_FOLDER)
-    if (done := _completed(run_url, LOOKED_FILE, checkpoint)) and "score" in done:
-        with local_copy(stored) as earlier:
+    run = RunFolder(run_url)
+    if (done := _completed(run.looked, checkpoint)) and "score" in done:
+        with local_copy(run.pictures) as earlier:
             shutil.copytree(earlier, pictures)
         print("  looked at by an earlier start", flush=True)
         return Looked.from_dict(done)
@@ -159,7 +160,7 @@ def look(
     }
     draw_loss(state.losses, pictures / "loss.png", heldout)
     draw_ranks(ranks).save(pictures / "ranks.png")
-    upload_folder(pictures, stored)
+    upload_folder(pictures, run.pictures)
     tracker.log_files(pictures, PICTURES_FOLDER)
     tracker.log_documents(
         {
@@ -168,7 +169,7 @@ def look(
             "dropped_samples.json": [asdict(sample) for sample in state.dropped_samples],
         }
     )
-    _complete(run_url, LOOKED_FILE, checkpoint, looked.to_dict())
+    _complete(run.looked, checkpoint, looked.to_dict())
     return looked
 
 

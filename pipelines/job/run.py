@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from meteor_model.configuration_meteor import MeteorConfig
-from pipelines.checkpoint.committed import latest_checkpoint, run_url
+from pipelines.checkpoint.committed import latest_checkpoint
 from pipelines.config.recipe import Recipe
 from pipelines.config.settings import SettingsError
 from pipelines.data import shards
@@ -34,12 +34,13 @@ from pipelines.data.build import differences, make_shards
 from pipelines.data.sources.openmoji import OpenMoji
 from pipelines.evaluation.questions import Answer
 from pipelines.io import storage
+from pipelines.io.run_folder import RunFolder, run_folder
 from pipelines.job.assemble import assemble_training, manifest_hashes
-from pipelines.job.finish import EXPORT_FOLDER, Trained, export, look, register, undelivered_points
+from pipelines.job.finish import Trained, export, look, register, undelivered_points
 from pipelines.job.start import loaded_parts, prepare_start
 from pipelines.job.summary import build_summary, load_summary, readable, store_summary
 from pipelines.tracking.metric_logger import MetricLogger, SystemMetrics
-from pipelines.tracking.mlflow_run import RUN_FILE, TrackingAwayError, git_commit, require_tracking
+from pipelines.tracking.mlflow_run import TrackingAwayError, git_commit, require_tracking
 from pipelines.tracking.run_tracker import RunRequest, Tracker
 from pipelines.training.trainer import fit
 
@@ -89,7 +90,7 @@ def run_job(recipe: Recipe, job: JobName) -> dict[str, Any]:
         manifests = ensure_shards(recipe)
         name, finished = choose_run(recipe, job)
         require_same_data(recipe, name, manifests)
-        url = run_url(recipe.run.storage, name)
+        url = run_folder(recipe.run.storage, name).url
         if finished:
             print(f"run {name} is finished; choose another --run.name to train again", flush=True)
             return load_summary(recipe, url)
@@ -124,11 +125,13 @@ def what_is_kept(root: str, name: str) -> str:
     place = (
         f"the checkpoint of step {checkpoint.state.step} of {checkpoint.state.total_steps}" if checkpoint else "no step"
     )
-    return f"kept: run {name} with {place}, in {run_url(root, name)}; the same command goes on (--run.name {name})"
+    return (
+        f"kept: run {name} with {place}, in {run_folder(root, name).url}; the same command goes on (--run.name {name})"
+    )
 
 
 def _how_to_go_on(run: RunHandle, phases: Phases) -> str:
-    model = f"The trained model is in {storage.join(run.url, EXPORT_FOLDER)}. " if "export" in phases.seconds else ""
+    model = f"The trained model is in {RunFolder(run.url).export}. " if "export" in phases.seconds else ""
     return (
         f"{model}Start MLflow and give the same command again with --run.name {run.name}: it goes on with the first "
         "phase that is not complete"
@@ -284,7 +287,7 @@ def require_same_data(recipe: Recipe, name: str, manifests: Sequence[shards.Mani
 
 
 def _stored(recipe: Recipe, name: str) -> dict[str, Any] | None:
-    url = storage.join(run_url(recipe.run.storage, name), RUN_FILE)
+    url = run_folder(recipe.run.storage, name).record
     if not storage.exists(url):
         return None
     stored: dict[str, Any] = storage.read_json(url)
@@ -302,7 +305,7 @@ def _store_run(recipe: Recipe, job: JobName, run: RunHandle, mlflow_run_id: str 
         "mlflow_run_id": mlflow_run_id,
         "finished": finished,
     }
-    storage.write_json(storage.join(run.url, RUN_FILE), record)
+    storage.write_json(RunFolder(run.url).record, record)
 
 
 def _open(recipe: Recipe, job: JobName, name: str, manifests: Sequence[shards.Manifest]) -> tuple[RunHandle, Tracker]:
@@ -314,7 +317,7 @@ def _open(recipe: Recipe, job: JobName, name: str, manifests: Sequence[shards.Ma
     known = {"training_id": uuid.uuid4().hex, "started_ms": time.time_ns() // 1_000_000, **(stored or {})}
     run = RunHandle(
         name,
-        run_url(recipe.run.storage, name),
+        run_folder(recipe.run.storage, name).url,
         git_commit(Path.cwd()),
         known["training_id"],
         known["started_ms"],
@@ -322,7 +325,7 @@ def _open(recipe: Recipe, job: JobName, name: str, manifests: Sequence[shards.Ma
     )
     run_id = stored["mlflow_run_id"] if stored else None
     _store_run(recipe, job, run, run_id, finished=False)
-    storage.write_json(storage.join(run.url, "recipe.json"), recipe.to_dict())
+    storage.write_json(RunFolder(run.url).recipe, recipe.to_dict())
     request = RunRequest(
         experiment=recipe.tracking.experiment,
         run_name=name,

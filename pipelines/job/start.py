@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -27,20 +27,17 @@ from meteor_model.tokenizer import pretrained_tokenizer, train_tokenizer
 from meteor_model.weights import LoadedPart, load_parts, vocabulary_rows
 from pipelines.calibration.image_plan import Measuring
 from pipelines.calibration.measure import calibrate_ranks
-from pipelines.checkpoint.local import PROCESSOR_FOLDER, local_copy
+from pipelines.checkpoint.local import local_copy
 from pipelines.checkpoint.zero3 import save_for_sharding
 from pipelines.config.recipe import Recipe
 from pipelines.data import shards
 from pipelines.data.schema import SampleError, parse_sample
 from pipelines.io import storage
+from pipelines.io.run_folder import RunFolder
 from pipelines.io.upload import upload_folder
 from pipelines.parts import default_parts_dir, resolve_sources
 from pipelines.registry.publish import pull_model
 
-READY_FILE = "READY.json"
-RANKS_FILE = "ranks.json"
-PARTS_FILE = "parts.json"
-"""In `init/`: source, size and checksum of every pretrained part that was loaded."""
 TOKENIZER_TEXTS = 20_000
 
 
@@ -52,9 +49,9 @@ def prepare_start(recipe: Recipe, manifest: shards.Manifest, run_url: str) -> di
     Raises:
         ValueError: where the recipe's pruning does not fit the model, or the start model cannot be pulled.
     """
-    init_url, ranks_url = storage.join(run_url, "init"), storage.join(run_url, RANKS_FILE)
-    if storage.exists(storage.join(init_url, READY_FILE)):
-        ranks: dict[str, Any] = storage.read_json(ranks_url)
+    run = RunFolder(run_url)
+    if storage.exists(run.init_ready):
+        ranks: dict[str, Any] = storage.read_json(run.ranks)
         return ranks
     with tempfile.TemporaryDirectory(prefix="meteor-start-") as name:
         folder = Path(name)
@@ -65,15 +62,15 @@ def prepare_start(recipe: Recipe, manifest: shards.Manifest, run_url: str) -> di
             model, processor, loaded = _built(recipe, manifest)
         parts = [{**asdict(part), "dropped": len(part.dropped)} for part in loaded]
         if parts:
-            (folder / PARTS_FILE).write_text(json.dumps(parts, indent=2) + "\n")
+            (folder / PurePosixPath(run.init_parts).name).write_text(json.dumps(parts, indent=2) + "\n")
         save_for_sharding(model, folder)
         processor.save_pretrained(folder)
-        upload_folder(folder, init_url)
+        upload_folder(folder, run.init)
         with tempfile.TemporaryDirectory(prefix="meteor-processor-") as small:
             processor.save_pretrained(small)  # apart from the weights: data tasks on every node need this alone
-            upload_folder(Path(small), storage.join(run_url, PROCESSOR_FOLDER))
+            upload_folder(Path(small), run.processor)
         report = calibrate_ranks(
-            init_url,
+            run.init,
             manifest,
             recipe.data.train_split,
             recipe.calibration.samples,
@@ -92,16 +89,16 @@ def prepare_start(recipe: Recipe, manifest: shards.Manifest, run_url: str) -> di
             "exponent": recipe.pruning.encode.rank_exponent,
             "budgets": {name: list(budget) for name, budget in config.encode_budgets.items()},
         }
-        storage.write_json(ranks_url, ranks)
-        storage.write_bytes(storage.join(init_url, "config.json"), (folder / "config.json").read_bytes())
+        storage.write_json(run.ranks, ranks)
+        storage.write_bytes(run.init_config, (folder / "config.json").read_bytes())
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        storage.write_json(storage.join(init_url, READY_FILE), {"parameters": parameters, "parts": parts})
+        storage.write_json(run.init_ready, {"parameters": parameters, "parts": parts})
     return ranks
 
 
 def loaded_parts(run_url: str) -> list[dict[str, Any]]:
     """Name, source, size and checksum of the pretrained parts that a prepared run starts from."""
-    parts: list[dict[str, Any]] = storage.read_json(storage.join(run_url, "init", READY_FILE))["parts"]
+    parts: list[dict[str, Any]] = storage.read_json(RunFolder(run_url).init_ready)["parts"]
     return parts
 
 

@@ -13,9 +13,8 @@ from pipelines.config.recipe import Recipe
 from pipelines.evaluation.questions import Answer
 from pipelines.evaluation.scores import normalise
 from pipelines.io import storage
+from pipelines.io.run_folder import RunFolder
 from pipelines.registry.publish import RegisteredVersion
-
-SUMMARY_FILE = "summary.json"
 
 
 def visual_tokens(config: MeteorConfig, answers: Sequence[Answer]) -> dict[str, Any]:
@@ -79,19 +78,19 @@ def build_summary(  # noqa: PLR0913 - one argument a group of entries, by name
 
 def store_summary(recipe: Recipe, run_url: str, summary: Mapping[str, Any], pictures: Path) -> None:
     """Beside the run in storage, and with the pictures in `run.output` where that is set."""
-    storage.write_json(storage.join(run_url, SUMMARY_FILE), summary)
+    storage.write_json(RunFolder(run_url).summary, summary)
     if recipe.run.output is not None:
-        output = Path(recipe.run.output)
-        shutil.rmtree(output / "pictures", ignore_errors=True)
-        shutil.copytree(pictures, output / "pictures")
-        storage.write_json(str(output / SUMMARY_FILE), summary)
+        output = RunFolder(recipe.run.output)  # these two alone, under the same names
+        shutil.rmtree(output.pictures, ignore_errors=True)
+        shutil.copytree(pictures, output.pictures)
+        storage.write_json(output.summary, summary)
 
 
 def load_summary(recipe: Recipe, run_url: str) -> dict[str, Any]:
     """The summary of a finished run; also written to `run.output` where that is set."""
-    summary: dict[str, Any] = storage.read_json(storage.join(run_url, SUMMARY_FILE))
+    summary: dict[str, Any] = storage.read_json(RunFolder(run_url).summary)
     if recipe.run.output is not None:
-        storage.write_json(str(Path(recipe.run.output) / SUMMARY_FILE), summary)
+        storage.write_json(RunFolder(recipe.run.output).summary, summary)
     return summary
 
 

@@ -26,6 +26,8 @@ from pipelines.checkpoint.local import local_copy
 from pipelines.checkpoint.state import PARITY_FILE
 from pipelines.evaluation.scores import Score, ScoringError
 from pipelines.evaluation.scoring import Suite, measured_cost
+from pipelines.io import storage
+from pipelines.io.run_folder import split_run_url
 from pipelines.registry.card import BASE_TAG, DATA_TAGS, LICENCE_TAG, PARITY_TAG, TRAINING_TAGS, card
 from pipelines.registry.folder import (
     PARITY_TOLERANCE,
@@ -200,9 +202,10 @@ def _training_checkpoint(run_id: str | None, name: str, version: int, uri: str) 
     if not run_id:
         raise ExportError(unknown)
     run = patiently(f"run {run_id}", lambda: MlflowClient(uri).get_run(run_id))
-    root, separator, run_name = run.data.tags.get("run_url", "").rpartition("/runs/")
-    if not separator:
-        raise ExportError(unknown)
+    try:
+        root, run_name = split_run_url(run.data.tags.get("run_url", ""))
+    except storage.StorageError as error:
+        raise ExportError(unknown) from error
     checkpoint = latest_checkpoint(root, run_name)
     if checkpoint is None:
         raise TrackingError(f"run {run_name} of {root}, which made version {version} of {name}, has no checkpoint")

@@ -32,8 +32,9 @@ from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
 from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
 from pipelines.io import storage
-from pipelines.tracking.mlflow_run import RUN_FILE, hide_passwords, is_passing, limit_http_waits
-from pipelines.tracking.points import REFUSED_FOLDER, Point, keep_points
+from pipelines.io.run_folder import RunFolder
+from pipelines.tracking.mlflow_run import hide_passwords, is_passing, limit_http_waits
+from pipelines.tracking.points import Point, keep_points
 
 logger = logging.getLogger(__name__)
 
@@ -136,9 +137,9 @@ class MetricLogger:
             undelivered, to_keep = len(self._points), list(islice(self._points, self._kept, None))
             refused, self._refused = self._refused, []
             self._points.clear()
-        kept = _try_to_keep(self.run_url, refused, REFUSED_FOLDER) is not None if refused else True
+        kept = _try_to_keep(RunFolder(self.run_url).outbox_refused, refused) is not None if refused else True
         if to_keep:
-            kept = _try_to_keep(self.run_url, to_keep) is not None and kept
+            kept = _try_to_keep(RunFolder(self.run_url).outbox_points, to_keep) is not None and kept
         if undelivered and kept:
             logger.warning(
                 "%d metric points did not reach MLflow yet; they are kept with the run, which delivers them at its end",
@@ -189,7 +190,7 @@ class MetricLogger:
     def _find_run(self) -> str:
         """The run's id, from `run.json` where the driver had not opened the run when this logger was made."""
         if self.run_id is None:
-            self.run_id = storage.read_json(storage.join(self.run_url, RUN_FILE))["mlflow_run_id"]
+            self.run_id = storage.read_json(RunFolder(self.run_url).record)["mlflow_run_id"]
         if self.run_id is None:
             raise NoRunYetError("the run is not open yet")
         return self.run_id
@@ -229,16 +230,16 @@ class MetricLogger:
         self._kept_at = time.monotonic()
         with self._changed:
             points = list(islice(self._points, self._kept, None))
-        url = _try_to_keep(self.run_url, points) if points else None
+        url = _try_to_keep(RunFolder(self.run_url).outbox_points, points) if points else None
         if url is not None:
             with self._changed:
                 self._kept += len(points)
                 self._kept_files.append(url)
 
 
-def _try_to_keep(run_url: str, points: Sequence[Point], *folder: str) -> str | None:
+def _try_to_keep(folder: str, points: Sequence[Point]) -> str | None:
     try:
-        return keep_points(run_url, points, *folder)
+        return keep_points(folder, points)
     except storage.StorageError as error:
         logger.warning("%d metric points cannot be written to the run's outbox: %s", len(points), error)
         return None

@@ -40,8 +40,6 @@ logger = logging.getLogger(__name__)
 
 PATIENCE_S = 60.0
 """Seconds for which a call on the driver outlasts an absent server, where nothing else is said."""
-RUN_FILE = "run.json"
-"""In a run's folder in storage: what the run belongs to, the id of its MLflow run included once that is open."""
 TRAINING_TAG = "training_id"
 """Tag of an MLflow run with the id that its training had before the run was made."""
 MAX_VALUE = 500

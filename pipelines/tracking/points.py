@@ -13,10 +13,6 @@ from dataclasses import asdict, dataclass
 
 from pipelines.io import storage
 
-OUTBOX = "outbox"
-"""Folder of a run with what MLflow has not taken yet; `pipelines.tracking.run_tracker` empties it."""
-POINTS_FOLDER, REFUSED_FOLDER = "points", "refused-points"
-
 
 @dataclass(frozen=True, slots=True)
 class Point:
@@ -49,9 +45,9 @@ def points_from_jsonl(text: str, source: str) -> list[Point]:
     return points
 
 
-def keep_points(run_url: str, points: Sequence[Point], folder: str = POINTS_FOLDER) -> str:
-    """Write points to a new file of the run's outbox; its URL. Raises StorageError."""
-    url = storage.join(run_url, OUTBOX, folder, f"{unique_name()}.jsonl")
+def keep_points(folder: str, points: Sequence[Point]) -> str:
+    """Write points to a new file of a folder in storage (one of a run's outbox); its URL. Raises StorageError."""
+    url = storage.join(folder, f"{unique_name()}.jsonl")
     storage.write_bytes(url, points_to_jsonl(points).encode())
     return url
 

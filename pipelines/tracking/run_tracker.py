@@ -23,6 +23,7 @@ from typing import Any
 from mlflow import MlflowClient
 
 from pipelines.io import storage
+from pipelines.io.run_folder import RunFolder
 from pipelines.tracking.metric_logger import POINTS_PER_BATCH, Delivered, send
 from pipelines.tracking.mlflow_run import (
     TrackingAwayError,
@@ -36,9 +37,6 @@ from pipelines.tracking.mlflow_run import (
     require_tracking,
 )
 from pipelines.tracking.points import (
-    OUTBOX,
-    POINTS_FOLDER,
-    REFUSED_FOLDER,
     Point,
     keep_points,
     points_from_jsonl,
@@ -47,7 +45,6 @@ from pipelines.tracking.points import (
 
 logger = logging.getLogger(__name__)
 
-ARTIFACTS_FOLDER = "artifacts"
 RETRY_EVERY_S = 5.0
 
 
@@ -126,7 +123,7 @@ class Tracker:
     def log_points(self, points: Sequence[Point]) -> None:
         """Metric points, delivered by `settle`; those whose metric and step the run has are left out there."""
         if points:
-            keep_points(self.run_url, points)
+            keep_points(RunFolder(self.run_url).outbox_points, points)
 
     def settle(self) -> str:
         """Deliver everything that is in the outbox, points included; the run's id.
@@ -139,10 +136,10 @@ class Tracker:
             with self._lock:
                 return self._settle(self._patience_s)
         except TrackingAwayError as error:
-            files = storage.list_files(storage.join(self.run_url, OUTBOX))
+            files = storage.list_files(RunFolder(self.run_url).outbox)
             raise TrackingAwayError(
                 f"{error}. MLflow lacks {len(files)} files of records, which are kept in "
-                f"{storage.join(self.run_url, OUTBOX)}"
+                f"{RunFolder(self.run_url).outbox}"
             ) from error
 
     def finish(self) -> None:
@@ -201,7 +198,7 @@ class Tracker:
         return run_id
 
     def _deliver_artifacts(self, run_id: str, patience_s: float) -> None:
-        root = storage.join(self.run_url, OUTBOX, ARTIFACTS_FOLDER)
+        root = RunFolder(self.run_url).outbox_artifacts
         for part, names in groupby(storage.list_files(root), key=lambda name: name.split("/", 1)[0]):
             with tempfile.TemporaryDirectory(prefix="meteor-outbox-") as folder:
                 urls = []
@@ -216,7 +213,7 @@ class Tracker:
 
     def _keep(self, files: Mapping[str, bytes]) -> None:
         """Needs no lock: every call writes to a folder of its own."""
-        root = storage.join(self.run_url, OUTBOX, ARTIFACTS_FOLDER, unique_name())
+        root = storage.join(RunFolder(self.run_url).outbox_artifacts, unique_name())
         for name, data in files.items():
             storage.write_bytes(storage.join(root, name), data)
         self._wake.set()
@@ -254,7 +251,7 @@ def deliver_points(uri: str, run_id: str, run_url: str) -> tuple[int, int]:
     client = MlflowClient(uri)
     known = Delivered(client, run_id)
     delivered, refused = 0, 0
-    root = storage.join(run_url, OUTBOX, POINTS_FOLDER)
+    root = RunFolder(run_url).outbox_points
     for name in storage.list_files(root):
         url = storage.join(root, name)
         points = known.fresh(points_from_jsonl(storage.read_bytes(url).decode(), url))
@@ -262,7 +259,7 @@ def deliver_points(uri: str, run_id: str, run_url: str) -> tuple[int, int]:
             batch = points[start : start + POINTS_PER_BATCH]
             bad = send(client, run_id, batch)
             if bad:
-                keep_points(run_url, bad, REFUSED_FOLDER)
+                keep_points(RunFolder(run_url).outbox_refused, bad)
             known.add(batch)
             delivered, refused = delivered + len(batch) - len(bad), refused + len(bad)
         storage.delete(url)

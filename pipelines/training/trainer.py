@@ -37,11 +37,9 @@ from ray.train.v2._internal.execution import context as ray_train_context
 from transformers import PreTrainedModel
 
 from pipelines.checkpoint.committed import (
-    TRAIN_NAME,
     CheckpointRef,
     latest_checkpoint,
     remaining_stream,
-    run_url,
     sweep_uncommitted,
 )
 from pipelines.checkpoint.local import local_copy
@@ -58,6 +56,7 @@ from pipelines.checkpoint.zero3 import (
 from pipelines.config.settings import SettingsError, TrainingSettings
 from pipelines.data.ledger import Int64s, Ledger
 from pipelines.io import storage
+from pipelines.io.run_folder import TRAIN_NAME, RunFolder, run_folder
 from pipelines.io.upload import CheckpointUpload
 from pipelines.recovery.failures import TrainingError, root_cause
 from pipelines.recovery.preemption import ListeningTorchConfig, PreemptionWatch
@@ -149,7 +148,7 @@ class TrainingJob:
     @property
     def url(self) -> str:
         """The folder of the run."""
-        return run_url(self.storage, self.run_name)
+        return run_folder(self.storage, self.run_name).url
 
     def start_state(self) -> TrainState:
         """The state before the first step; an elastic training may begin on fewer workers."""
@@ -315,7 +314,7 @@ def train_worker(config: Mapping[str, Any]) -> None:
     share = Share(rank, world, settings.micro_batches_per_step)
     # 2. load
     zero3 = deepspeed_config(settings.at_world(world))
-    with local_copy(storage.join(job.url, "init")) as directory:
+    with local_copy(RunFolder(job.url).init) as directory:
         model = load_sharded(job.model_class, directory, zero3, weight_dtype(settings), settings.uses_gpu)
     if settings.gradient_checkpointing:
         checkpoint_activations(model)
@@ -415,7 +414,7 @@ def _saver(job: TrainingJob, engine: Any, start: Start, rank: int, world: int) -
         precision=settings.precision,
         recipe=job.recipe,
         ledger=start.ledger,
-        upload=CheckpointUpload(storage.join(job.url, TRAIN_NAME), settings.upload_patience_s),
+        upload=CheckpointUpload(RunFolder(job.url).train, settings.upload_patience_s),
         validate_every=settings.validate_every_checkpoints,
         saved=start.state.step // settings.checkpoint_every_steps,
     )

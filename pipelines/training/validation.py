@@ -32,9 +32,9 @@ import ray.train
 from ray.train import ValidationConfig, ValidationTaskConfig
 
 from pipelines.checkpoint.best import keep_best
-from pipelines.checkpoint.committed import TRAIN_NAME
 from pipelines.checkpoint.state import STATE_FILE, TrainState, load_state
 from pipelines.io import storage
+from pipelines.io.run_folder import RunFolder
 
 if TYPE_CHECKING:
     import torch
@@ -176,7 +176,7 @@ def _step_of(checkpoint: ray.train.Checkpoint) -> int:
 def _validate_task(checkpoint: ray.train.Checkpoint, payload: bytes, use_gpu: bool) -> tuple[dict[str, float], int]:
     validation: Validation = ray.cloudpickle.loads(payload)
     metrics, step = validate(checkpoint, validation, use_gpu)
-    url = storage.join(validation.run, TRAIN_NAME, PurePosixPath(checkpoint.path).name)
+    url = RunFolder(validation.run).checkpoint(PurePosixPath(checkpoint.path).name)
     keep_best(validation.run, url, step, metrics[PREFIX + "heldout_loss"])
     return metrics, step
 
@@ -215,7 +215,7 @@ def validate(checkpoint: ray.train.Checkpoint, validation: Validation, use_gpu: 
 @contextmanager
 def _model_config(run: str) -> Iterator[Path]:
     """`init/` without its weights."""
-    init = storage.join(run, "init")
+    init = RunFolder(run).init
     with tempfile.TemporaryDirectory(prefix="meteor-config-") as folder:
         for name in storage.list_files(init):
             if "/" not in name and name.endswith(".json"):

@@ -32,7 +32,7 @@ def test_the_lowest_loss_is_kept(tmp_path: Path) -> None:
     assert best.state.step == 5
     assert {name.partition("/")[0] for name in storage.list_files(str(run / "best"))} == {"step-5", "best.json"}
     (run / "best" / "step-5" / "zero3" / "rank_0.pt").write_text("short")
-    with pytest.raises(ValueError, match=r"is not what best.json says: zero3/rank_0.pt"):
+    with pytest.raises(ValueError, match=r"is not what .*best.json says: zero3/rank_0.pt"):
         best_checkpoint(str(tmp_path), "name")
 
 

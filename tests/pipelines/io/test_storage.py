@@ -57,6 +57,9 @@ def _round_trip(base: str) -> None:
     storage.delete(url)
     assert storage.list_files(base) == ["bad.json", "deep/a.json"]
     assert storage.list_files(storage.join(base, "nothing")) == []
+    storage.write_bytes(storage.join(base, "shallow/x"), b"x")
+    assert storage.list_folders(base) == ["deep", "shallow"]
+    assert storage.list_folders(storage.join(base, "nothing")) == []
 
 
 def test_local_round_trip(tmp_path: Path) -> None:

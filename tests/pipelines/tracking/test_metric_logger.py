@@ -18,9 +18,10 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
 from pipelines.io import storage
+from pipelines.io.run_folder import RunFolder
 from pipelines.tracking import metric_logger as metric_log
 from pipelines.tracking.metric_logger import MetricLogger, SystemMetrics
-from pipelines.tracking.mlflow_run import RUN_FILE, TrackingAwayError, is_passing, open_run, require_tracking
+from pipelines.tracking.mlflow_run import TrackingAwayError, is_passing, open_run, require_tracking
 from pipelines.tracking.points import Point, points_from_jsonl, points_to_jsonl
 from pipelines.tracking.run_tracker import deliver_points
 from tests.pipelines.mlflow_fixture import Server, answering, free_port
@@ -209,11 +210,11 @@ def test_a_logger_learns_its_run_from_storage(server: Server, tmp_path: Path) ->
     """The driver opens the run later than the workers start."""
     metrics = MetricLogger(None, server.uri, str(tmp_path))
     metrics.log({"loss": 1.0}, 1)
-    storage.write_json(str(tmp_path / RUN_FILE), {"mlflow_run_id": None})
+    storage.write_json(RunFolder(str(tmp_path)).record, {"mlflow_run_id": None})
     time.sleep(0.6)
     assert len(metrics.pending_points()) == 1
     run_id = new_run(server, "later")
-    storage.write_json(str(tmp_path / RUN_FILE), {"mlflow_run_id": run_id})
+    storage.write_json(RunFolder(str(tmp_path)).record, {"mlflow_run_id": run_id})
     assert metrics.close(30).delivered == 1
     assert [point.step for point in history(server, run_id, "loss")] == [1]
 

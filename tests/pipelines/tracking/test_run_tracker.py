@@ -19,10 +19,11 @@ from pipelines.config.recipe import Recipe, RunSettings, TrackingSettings
 from pipelines.config.settings import SettingsError
 from pipelines.data.shards import Manifest
 from pipelines.io import storage
+from pipelines.io.run_folder import RunFolder, run_folder
 from pipelines.job import run
 from pipelines.tracking import mlflow_run as tracking
 from pipelines.tracking.metric_logger import MetricLogger
-from pipelines.tracking.mlflow_run import RUN_FILE, TRAINING_TAG, TrackingAwayError, TrackingError
+from pipelines.tracking.mlflow_run import TRAINING_TAG, TrackingAwayError, TrackingError
 from pipelines.tracking.points import Point
 from pipelines.tracking.run_tracker import RunRequest, Tracker
 from tests.pipelines.mlflow_fixture import Server, free_port
@@ -38,7 +39,7 @@ def request(training_id: str) -> RunRequest:
 
 def tracker_of(uri: str, folder: Path, training_id: str, patience_s: float = 30, **changes: Any) -> Tracker:
     def store(run_id: str) -> None:
-        storage.write_json(str(folder / RUN_FILE), {"mlflow_run_id": run_id})
+        storage.write_json(RunFolder(str(folder)).record, {"mlflow_run_id": run_id})
 
     options = {"run_id": None, "store_run_id": store, "patience_s": patience_s, **changes}
     return Tracker(uri, str(folder), request(training_id), **options)
@@ -96,13 +97,13 @@ def test_a_training_begins_without_the_server(
     finally:
         server.start()
 
-    wait_for(lambda: (folder / RUN_FILE).exists())
+    wait_for(lambda: storage.exists(RunFolder(str(folder)).record))
     report = worker.close(30)
     assert (report.delivered, report.undelivered) == (20, 0)
     tracker.finish()
     (opened,) = runs_of(server, "late")
     run_id = opened.info.run_id
-    assert storage.read_json(str(folder / RUN_FILE)) == {"mlflow_run_id": run_id}
+    assert storage.read_json(RunFolder(str(folder)).record) == {"mlflow_run_id": run_id}
     assert (opened.info.status, opened.info.start_time) == ("FINISHED", 1_700_000)
     assert opened.data.params == {"size": "3", "password": "(redacted)"}
     assert opened.data.tags["git_commit"] == "abc"
@@ -196,11 +197,11 @@ def test_what_ends_a_training_is_what_is_seen(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(run, "_phases", fail)
     with pytest.raises(RuntimeError, match=r"^the original$"):
         run.run_job(recipe(absent, tmp_path), "pretrain")
-    first = storage.read_json(str(tmp_path / "runs" / "r" / RUN_FILE))
+    first = storage.read_json(run_folder(str(tmp_path), "r").record)
     assert (first["mlflow_run_id"], first["finished"]) == (None, False)
     with pytest.raises(TrackingAwayError, match=r"model is in .*/runs/r/export\. .* same command .* --run.name r"):
         run.run_job(recipe(absent, tmp_path), "pretrain")
-    again = storage.read_json(str(tmp_path / "runs" / "r" / RUN_FILE))
+    again = storage.read_json(run_folder(str(tmp_path), "r").record)
     assert (again["training_id"], again["started_ms"]) == (first["training_id"], first["started_ms"])
     assert list((tmp_path / "runs" / "r" / "outbox" / "points").iterdir()), "system metrics are kept"
 

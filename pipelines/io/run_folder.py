@@ -1,0 +1,162 @@
+"""The folder of a run in storage: one property for every path in it, so that no other module spells a name.
+
+`docs/run-folder.md` says who writes each, when, and who reads it; a test holds the two together. Imports no more than
+storage: controllers and data tasks use it.
+"""
+
+from dataclasses import dataclass
+
+from pipelines.io import storage
+
+RUNS_FOLDER = "runs"
+TRAIN_NAME = "train"
+"""Name under which Ray Train knows the training of a run; its folder is called like it."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths of one run.
+
+    Attributes:
+        url: address of the folder.
+    """
+
+    url: str
+
+    def _path(self, *parts: str) -> str:
+        return storage.join(self.url, *parts)
+
+    @property
+    def record(self) -> str:
+        """What the run belongs to (job, settings, data, MLflow run once that is open), and whether it is finished."""
+        return self._path("run.json")
+
+    @property
+    def recipe(self) -> str:
+        """Every setting of the last start."""
+        return self._path("recipe.json")
+
+    @property
+    def init(self) -> str:
+        """The model before step 1: config, processor, weights."""
+        return self._path("init")
+
+    @property
+    def init_config(self) -> str:
+        """Configuration of that model; written again once ranks are measured."""
+        return self._path("init", "config.json")
+
+    @property
+    def init_parts(self) -> str:
+        """Source, size and checksum of every pretrained part that was loaded; not there without any."""
+        return self._path("init", "parts.json")
+
+    @property
+    def init_ready(self) -> str:
+        """Written last: `init`, `processor` and `ranks` are complete."""
+        return self._path("init", "READY.json")
+
+    @property
+    def processor(self) -> str:
+        """The processor alone: data tasks on every node need it without the weights."""
+        return self._path("processor")
+
+    @property
+    def ranks(self) -> str:
+        """Measured ranks of the feature maps, and the budgets that follow from them."""
+        return self._path("ranks.json")
+
+    @property
+    def train(self) -> str:
+        """What Ray Train keeps: a folder for each checkpoint."""
+        return self._path(TRAIN_NAME)
+
+    @property
+    def snapshot(self) -> str:
+        """Ray's list of committed checkpoints: what it does not name does not count."""
+        return self._path(TRAIN_NAME, "checkpoint_manager_snapshot.json")
+
+    def checkpoint(self, name: str) -> str:
+        """The folder of the checkpoint `name`."""
+        return self._path(TRAIN_NAME, name)
+
+    @property
+    def best(self) -> str:
+        """A copy of the checkpoint with the lowest validated loss."""
+        return self._path("best")
+
+    @property
+    def best_record(self) -> str:
+        """Which checkpoint that is; the copy counts once this names it."""
+        return self._path("best", "best.json")
+
+    @property
+    def export(self) -> str:
+        """The trained model as a folder of transformers."""
+        return self._path("export")
+
+    @property
+    def exported(self) -> str:
+        """Written last: the checkpoint that `export` is complete for, and its parity."""
+        return self._path("exported.json")
+
+    @property
+    def pictures(self) -> str:
+        """Pictures of the loss, the ranks and the kept tokens."""
+        return self._path("pictures")
+
+    @property
+    def looked(self) -> str:
+        """Written last: the checkpoint that `pictures` is complete for, held-out answers and score."""
+        return self._path("looked.json")
+
+    @property
+    def summary(self) -> str:
+        """What the run came to."""
+        return self._path("summary.json")
+
+    @property
+    def outbox(self) -> str:
+        """What MLflow has not taken yet."""
+        return self._path("outbox")
+
+    @property
+    def outbox_points(self) -> str:
+        """Metric points that wait for MLflow."""
+        return self._path("outbox", "points")
+
+    @property
+    def outbox_refused(self) -> str:
+        """Metric points that MLflow refused for what they are."""
+        return self._path("outbox", "refused-points")
+
+    @property
+    def outbox_artifacts(self) -> str:
+        """Files that wait for MLflow."""
+        return self._path("outbox", "artifacts")
+
+
+def run_folder(root: str, name: str) -> RunFolder:
+    """The folder of run `name` of the storage `root`."""
+    return RunFolder(storage.join(root, RUNS_FOLDER, name))
+
+
+def split_run_url(url: str) -> tuple[str, str]:
+    """Address of a run's folder -> (root of the storage, name of the run).
+
+    Raises:
+        StorageError: if it is no such address.
+    """
+    root, separator, name = url.rstrip("/").rpartition(f"/{RUNS_FOLDER}/")
+    if not separator or not root or "/" in name:
+        raise storage.StorageError(f"{url!r} is no run's folder; those are STORAGE/{RUNS_FOLDER}/NAME")
+    return root, name
+
+
+def list_runs(root: str, prefix: str = "") -> list[str]:
+    """Names of the runs of the storage `root` that begin with `prefix`, sorted, by one listing of storage.
+
+    Raises:
+        StorageError: if storage cannot be read.
+    """
+    return [name for name in storage.list_folders(storage.join(root, RUNS_FOLDER)) if name.startswith(prefix)]
