@@ -58,8 +58,6 @@ PROGRESS = "progress"
 SCORE_FILE = "score.json"
 PICTURES_FOLDER, EXPORT_FOLDER = "pictures", "export"
 POLL_S = 2.0
-RECENT_STEPS = 16
-"""Steps before a checkpoint whose mean loss is the objective until a `finetune` trial is scored."""
 
 
 @dataclass(frozen=True)
@@ -232,7 +230,10 @@ class EvaluateTrial(Trial):
 
 
 class FinetuneTrial(Trial):
-    """A short training under the pruning, from the registered model on; then the score."""
+    """A short training under the pruning, from the registered model on; then the score.
+
+    Until it is scored, its objective is the mean loss of the last steps before a checkpoint (`TrainState.last_losses`).
+    """
 
     def begin(self, config: dict[str, Any]) -> None:
         """The training starts with the first step, in a thread: every checkpoint is a report."""
@@ -252,7 +253,7 @@ class FinetuneTrial(Trial):
             if reached is not None and not reached.state.done and reached.state.step > self.reported:
                 self.reported = reached.state.step
                 progress = 90 * reached.state.step / reached.state.total_steps
-                recent = reached.state.losses[-RECENT_STEPS:]
+                recent = reached.state.last_losses
                 return {"objective": -sum(recent) / len(recent), PROGRESS: progress}
         if isinstance(self.outcome, Exception):
             raise self.outcome

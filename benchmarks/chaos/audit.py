@@ -194,10 +194,12 @@ class Expectation:
     """Keys that this scenario gives up with a notice, in every epoch, and the name each is listed under as dropped."""
 
 
-def violations(found: Audit, reference: Audit, state: TrainState, expected: Expectation) -> list[str]:
+def violations(
+    found: Audit, reference: Audit, state: TrainState, losses: Sequence[float], expected: Expectation
+) -> list[str]:
     """Everything in which a training is not what it must be; [] when it passes.
 
-    The committed state of the training (what it says of itself) is held against the audit, too.
+    The committed state of the training and its stored losses (what it says of itself) are held against the audit, too.
     """
     wrong = list(found.faults)
     given_up = expected.given_up
@@ -217,14 +219,14 @@ def violations(found: Audit, reference: Audit, state: TrainState, expected: Expe
     worlds = tuple(size for step, size in found.worlds.items() if size != found.worlds.get(step - 1))
     if expected.worlds is not None and worlds != expected.worlds:
         wrong.append(f"the steps were made by {worlds} workers instead of {expected.worlds}")
-    return wrong + state_violations(found, state, expected)
+    return wrong + state_violations(found, state, losses, expected)
 
 
-def state_violations(found: Audit, state: TrainState, expected: Expectation) -> list[str]:
-    """Where the committed state of a finished training disagrees with the audit."""
+def state_violations(found: Audit, state: TrainState, losses: Sequence[float], expected: Expectation) -> list[str]:
+    """Where the committed state and losses of a finished training disagree with the audit."""
     wrong = []
-    if list(state.losses) != list(found.losses.values()):
-        wrong.append("the losses in the checkpoint are not those that the workers saw")
+    if list(losses) != list(found.losses.values()):
+        wrong.append("the stored losses are not those that the workers saw")
     trained = sum(map(len, found.samples.values()))
     if state.samples_seen != trained:
         wrong.append(f"the checkpoint counts {state.samples_seen} samples, the workers trained {trained}")

@@ -26,8 +26,10 @@ from benchmarks.chaos.data import FAULTY, Dataset, key_of, make_dataset, stored_
 from benchmarks.chaos.recorder import Action, StepFault
 from benchmarks.chaos.workload import SETTINGS, Config
 from pipelines.checkpoint.committed import latest_checkpoint
+from pipelines.checkpoint.losses import read_losses
 from pipelines.checkpoint.state import LEDGER_FILE
 from pipelines.io import storage
+from pipelines.io.run_folder import run_folder
 
 STORAGE = "s3://meteor/chaos"
 TOTAL_STEPS = 15
@@ -206,7 +208,8 @@ class Stage:
             wrong.append("there is no committed last checkpoint")
             wrong += found.faults
         else:
-            wrong += violations(found, reference, checkpoint.state, expected)
+            losses = read_losses(run_folder(STORAGE, self.name), checkpoint.state)
+            wrong += violations(found, reference, checkpoint.state, losses.tolist(), expected)
             ledger = storage.read_bytes(storage.join(checkpoint.url, LEDGER_FILE))
             wrong += ledger_violations(found, ledger, shards, expected)
         resumed = [seconds_to_resume(self.lines(), moment) for moment in self.fault_times]

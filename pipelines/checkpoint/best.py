@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pipelines.checkpoint.committed import CheckpointRef
-from pipelines.checkpoint.state import STATE_FILE, CheckpointError, TrainState
+from pipelines.checkpoint.committed import CheckpointRef, read_state
+from pipelines.checkpoint.state import CheckpointError
 from pipelines.io import storage
 from pipelines.io.run_folder import RunFolder, run_folder
 
@@ -75,8 +75,7 @@ def best_checkpoint(root: str, run_name: str) -> CheckpointRef | None:
         raise CheckpointError(
             f"{url} is not what {place.best_record} says: {', '.join(sorted(wrong)[:5])}; remove {place.best}"
         )
-    state_url = storage.join(url, STATE_FILE)
-    return CheckpointRef(url, TrainState.from_json(storage.read_bytes(state_url).decode(), state_url))
+    return CheckpointRef(url, read_state(url))
 
 
 def _read_best(place: RunFolder) -> Best | None:

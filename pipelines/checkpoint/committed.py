@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
+from pipelines.checkpoint.losses import remove_uncommitted_losses
 from pipelines.checkpoint.state import STATE_FILE, CheckpointError, TrainState
 from pipelines.io import storage
 from pipelines.io.run_folder import run_folder
@@ -52,8 +53,18 @@ def latest_checkpoint(root: str, run_name: str) -> CheckpointRef | None:
         raise CheckpointError(
             f"{folder.snapshot} is damaged ({error!r}); start again under another run name, or remove {folder.train}"
         ) from error
+    return CheckpointRef(url, read_state(url))
+
+
+def read_state(url: str) -> TrainState:
+    """The training state of the checkpoint at an address.
+
+    Raises:
+        CheckpointError: if it is damaged.
+        StorageError: if storage cannot be read.
+    """
     state_url = storage.join(url, STATE_FILE)
-    return CheckpointRef(url, TrainState.from_json(storage.read_bytes(state_url).decode(), state_url))
+    return TrainState.from_json(storage.read_bytes(state_url).decode(), state_url)
 
 
 def remaining_stream(root: str, run_name: str, stream: Callable[[int], Dataset]) -> Dataset:
@@ -71,11 +82,15 @@ def remaining_stream(root: str, run_name: str, stream: Callable[[int], Dataset])
     return stream(checkpoint.state.rows if checkpoint else 0)
 
 
-def sweep_uncommitted(root: str, run_name: str) -> list[str]:
-    """Remove what an interrupted upload left: folders of checkpoints that Ray's snapshot does not name.
+def remove_uncommitted(root: str, run_name: str) -> list[str]:
+    """Remove what an interrupted upload left; only while no worker of the run is alive.
 
-    Only while no worker of the run is alive. Returns the names of the folders.
+    That is folders of checkpoints that Ray's snapshot does not name, and losses beyond the last one that it names.
+
+    Returns:
+        the names of the folders.
     """
+    committed_step = 0
     folder = run_folder(root, run_name)
     listed = storage.list_files(folder.train)
     files = [path for path in listed if path.startswith(CHECKPOINT_PREFIX)]
@@ -85,7 +100,10 @@ def sweep_uncommitted(root: str, run_name: str) -> list[str]:
         snapshot = json.loads(storage.read_bytes(folder.snapshot))
         named = [snapshot["latest_checkpoint_result"], *snapshot["checkpoint_results"]]
         names -= {result["checkpoint_dir_name"] for result in named if result is not None}
+        if named[0] is not None:
+            committed_step = read_state(folder.checkpoint(named[0]["checkpoint_dir_name"])).step
     for path in files:
         if path.partition("/")[0] in names:
             storage.delete(folder.checkpoint(path))
+    remove_uncommitted_losses(folder, committed_step)
     return sorted(names)

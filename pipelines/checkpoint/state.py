@@ -3,7 +3,7 @@
 A checkpoint is a folder `{storage}/runs/{run}/train/step-...` with
 
     zero3/                  DeepSpeed's shards of weights and optimizer, the rank in every file's name
-    train_state.json        `TrainState`
+    train_state.json        `TrainState`; the loss of every step is in `losses/` (`pipelines.checkpoint.losses`)
     ledger.bin              which samples were trained (`pipelines.data.ledger`)
     recipe.json             every setting of the run
     metrics.jsonl           metrics that MLflow had not taken yet
@@ -29,9 +29,10 @@ RECIPE_FILE = "recipe.json"
 POINTS_FILE = "metrics.jsonl"
 PARITY_FILE = "parity.safetensors"
 ZERO3_TAG = "zero3"
-STATE_VERSION = 2
+STATE_VERSION = 3
 MAX_LISTED_DROPS = 200
 SMOOTHED_STEPS = 10
+KEPT_LAST_LOSSES = 16
 
 
 class CheckpointError(ValueError):
@@ -84,14 +85,16 @@ class TrainState:
     """Faulty samples by reason."""
     dropped_samples: tuple[DroppedSample, ...] = ()
     """The first faulty samples, in the order of the plan."""
-    losses: tuple[float, ...] = ()
-    """Loss of every step: mean over the supervised tokens of the global batch."""
+    first_losses: tuple[float, ...] = ()
+    """Loss of the first `SMOOTHED_STEPS` steps: mean over the supervised tokens of the global batch."""
+    last_losses: tuple[float, ...] = ()
+    """Loss of the last `KEPT_LAST_LOSSES` steps; those of all are in `losses/` (`pipelines.checkpoint.losses`)."""
     step_seconds: float = 0.0
     """Wall-clock seconds of all steps, waiting for data included; without the start of workers and checkpoints."""
     final: dict[str, float] = field(default_factory=dict)
     """Held-out metrics; only after the last step."""
-    version: int = STATE_VERSION
-    """Version of this format."""
+    losses_in_version_2: tuple[float, ...] = ()
+    """Loss of every step, of a state that was read from a checkpoint of version 2, which held them; never written."""
 
     @property
     def done(self) -> bool:
@@ -106,30 +109,44 @@ class TrainState:
     @property
     def loss_first(self) -> float:
         """Mean loss of the first 10 steps (all, if fewer; NaN if none)."""
-        return _mean(self.losses[:SMOOTHED_STEPS])
+        return _mean(self.first_losses)
 
     @property
     def loss_last(self) -> float:
         """Mean loss of the last 10 steps (all, if fewer; NaN if none)."""
-        return _mean(self.losses[-SMOOTHED_STEPS:])
+        return _mean(self.last_losses[-SMOOTHED_STEPS:])
+
+    def with_loss(self, loss: float) -> TrainState:
+        """The state with the loss of one more step."""
+        first = self.first_losses if len(self.first_losses) == SMOOTHED_STEPS else (*self.first_losses, loss)
+        last = (*self.last_losses, loss)[-KEPT_LAST_LOSSES:]
+        return dataclasses.replace(self, first_losses=first, last_losses=last)
 
     def to_json(self) -> str:
         """The state as JSON; floats keep every bit."""
-        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+        values = dataclasses.asdict(self)
+        del values["losses_in_version_2"]
+        return json.dumps({**values, "version": STATE_VERSION}, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str, source: str) -> TrainState:
         """The state in `text`, read from `source`.
 
         Raises:
-            CheckpointError: if it is not a state of this version.
+            CheckpointError: if it is not a state of this version or of the one before.
         """
         try:
             values: dict[str, Any] = json.loads(text)
-            if values["version"] != STATE_VERSION:
-                raise CheckpointError(f"{source} has version {values['version']}, this code reads {STATE_VERSION}")
+            version = values.pop("version")
+            if version == 2:
+                losses = values.pop("losses")
+                values["losses_in_version_2"] = losses
+                values["first_losses"], values["last_losses"] = losses[:SMOOTHED_STEPS], losses[-KEPT_LAST_LOSSES:]
+            elif version != STATE_VERSION:
+                raise CheckpointError(f"{source} has version {version}, this code reads 2 and {STATE_VERSION}")
             drops = tuple(DroppedSample(**drop) for drop in values.pop("dropped_samples"))
-            return cls(**{**values, "losses": tuple(values["losses"]), "dropped_samples": drops})
+            tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+            return cls(**{**values, **tuples, "dropped_samples": drops})
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise CheckpointError(f"{source} is not a training state: {error!r}") from error
 

@@ -81,6 +81,11 @@ class RunFolder:
         return self._path(TRAIN_NAME, name)
 
     @property
+    def losses(self) -> str:
+        """The loss of every step, a file for each checkpoint; not deleted with old checkpoints."""
+        return self._path("losses")
+
+    @property
     def best(self) -> str:
         """A copy of the checkpoint with the lowest validated loss."""
         return self._path("best")

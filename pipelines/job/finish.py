@@ -20,6 +20,7 @@ from meteor_model.visualize import draw_ranks
 from pipelines.checkpoint.committed import CheckpointRef
 from pipelines.checkpoint.consolidate import consolidate
 from pipelines.checkpoint.local import load_processor, local_copy
+from pipelines.checkpoint.losses import read_losses
 from pipelines.checkpoint.state import PARITY_FILE, POINTS_FILE, TrainState
 from pipelines.config.recipe import Recipe
 from pipelines.data import shards
@@ -158,7 +159,7 @@ def look(
         "held out": state.final["heldout_loss"],
         "held out, images shuffled": state.final["heldout_loss_shuffled_images"],
     }
-    draw_loss(state.losses, pictures / "loss.png", heldout)
+    draw_loss(read_losses(run, state), pictures / "loss.png", heldout)
     draw_ranks(ranks).save(pictures / "ranks.png")
     upload_folder(pictures, run.pictures)
     tracker.log_files(pictures, PICTURES_FOLDER)

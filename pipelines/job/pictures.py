@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib
+import numpy as np
+import numpy.typing as npt
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -13,12 +15,13 @@ from matplotlib import pyplot as plt
 from meteor_model.visualize import COLOURS
 
 
-def draw_loss(losses: Sequence[float], path: Path, heldout: Mapping[str, float]) -> None:
+def draw_loss(losses: npt.NDArray[np.float64], path: Path, heldout: Mapping[str, float]) -> None:
     """Loss of every step, its running mean over 10 steps, and the held-out losses as lines."""
     figure, axes = plt.subplots(figsize=(7.5, 4.2), dpi=120)
-    steps = range(1, len(losses) + 1)
+    steps = np.arange(1, len(losses) + 1)
     axes.plot(steps, losses, color=COLOURS[0], alpha=0.25, linewidth=1, label="each step")
-    running = [sum(losses[max(0, i - 10) : i]) / len(losses[max(0, i - 10) : i]) for i in steps]
+    sums, width = np.concatenate([[0.0], np.cumsum(losses)]), np.minimum(steps, 10)
+    running = (sums[steps] - sums[steps - width]) / width
     axes.plot(steps, running, color=COLOURS[0], linewidth=2, label="mean of 10 steps")
     for (name, value), colour in zip(heldout.items(), COLOURS[1:], strict=False):
         axes.axhline(value, color=colour, linestyle="--", linewidth=1.3, label=f"{name} {value:.3f}")

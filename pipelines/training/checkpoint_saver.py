@@ -22,6 +22,7 @@ from ray.train import Checkpoint, CheckpointUploadMode
 
 from pipelines.checkpoint.committed import CHECKPOINT_PREFIX
 from pipelines.checkpoint.local import new_folder
+from pipelines.checkpoint.losses import LossFile, LossLog, write_losses
 from pipelines.checkpoint.state import (
     LEDGER_FILE,
     PARITY_FILE,
@@ -32,6 +33,7 @@ from pipelines.checkpoint.state import (
     TrainState,
 )
 from pipelines.data.ledger import Ledger
+from pipelines.io.run_folder import RunFolder
 from pipelines.recovery.preemption import wait_committed
 from pipelines.tracking.points import Point, points_to_jsonl
 from pipelines.training.batches import MicroBatch
@@ -48,7 +50,9 @@ class Saver:
 
     Args:
         ledger: samples of the checkpoint that the training started at; used on rank 0 alone.
+        losses: of the steps since the last checkpoint; stored by rank 0.
         upload: moves a folder to storage.
+        patience_s: seconds for which the losses' upload outlasts a storage that fails.
         validate_every: checkpoints between two validations; 0 for none.
         saved: checkpoints made so far.
     """
@@ -60,17 +64,21 @@ class Saver:
     precision: str
     recipe: Mapping[str, Any]
     ledger: Ledger
+    losses: LossLog
     upload: Upload
+    patience_s: float
     validate_every: int
     saved: int
     _uploaded: threading.Event = field(default_factory=threading.Event)
     _consumed: list[tuple[int, int, int, int, int]] = field(default_factory=list)
+    _loss_file: tuple[LossFile, bytes] | None = None
 
     def __post_init__(self) -> None:
         self._uploaded.set()
 
-    def consumed(self, members: Sequence[MicroBatch]) -> None:
-        """Note what a step consumed: its samples, trained or dropped."""
+    def trained(self, members: Sequence[MicroBatch], loss: float) -> None:
+        """Note a step: what it consumed (samples, trained or dropped) and its loss."""
+        self.losses.add(loss)
         for batch in members:
             self._consumed += [(one.dataset, one.epoch, one.shard, one.index, 0) for one in batch.samples]
             self._consumed += [(one.dataset, one.epoch, one.shard, one.index, 1) for one in batch.dropped]
@@ -83,6 +91,7 @@ class Saver:
         self._gather()
         self._await_upload()
         folder = new_folder(self.run_url)
+        self._loss_file = self.losses.take()
         self.engine.save_checkpoint(str(folder), tag=ZERO3_TAG, save_latest=False)
         if self.rank == 0:
             (folder / STATE_FILE).write_text(state.to_json())
@@ -98,7 +107,7 @@ class Saver:
         names = [f"{CHECKPOINT_PREFIX}{state.step:07d}-{time.time_ns():x}"]
         torch.distributed.broadcast_object_list(names, src=0)
         ray.train.report(
-            {"step": state.step, "loss": state.losses[-1], **state.final},
+            {"step": state.step, "loss": state.last_losses[-1], **state.final},
             checkpoint=Checkpoint.from_directory(str(folder)),
             checkpoint_dir_name=names[0],
             checkpoint_upload_mode=CheckpointUploadMode.SYNC if state.done else CheckpointUploadMode.ASYNC,
@@ -142,6 +151,8 @@ class Saver:
             self.ledger.add(*rows[:, :4].T, dropped=dropped)
 
     def _upload(self, checkpoint: Checkpoint, name: str) -> Checkpoint:
+        if self.rank == 0 and self._loss_file is not None:  # first: a committed checkpoint has its losses
+            write_losses(RunFolder(self.run_url), *self._loss_file, self.patience_s)
         uploaded = self.upload(checkpoint, name)
         self._uploaded.set()
         return uploaded

@@ -121,7 +121,7 @@ class Loop:
             self._new_drops += [sample for batch in members for sample in batch.dropped]
             loss = self._optimizer_step(members, counts)
             self._count(loss, counts, time.perf_counter() - started)
-            self.saver.consumed(members)
+            self.saver.trained(members, loss)
             step = self.state.step
             if self.observe is not None:
                 trained = tuple(sample for batch in members for sample in batch.samples)
@@ -192,14 +192,13 @@ class Loop:
         state = self.state
         dropped = {reason: state.dropped.get(reason, 0) + number for reason, number in counts.dropped.items()}
         self.state = dataclasses.replace(
-            state,
+            state.with_loss(loss),
             step=state.step + 1,
             rows=state.rows + self.settings.global_batch,
             samples_seen=state.samples_seen + counts.seen,
             tokens=state.tokens + counts.tokens,
             cells=state.cells + counts.cells,
             dropped={reason: number for reason, number in dropped.items() if number},
-            losses=(*state.losses, loss),
             step_seconds=state.step_seconds + seconds,
         )
         self._clock.add(counts)

@@ -40,9 +40,10 @@ from pipelines.checkpoint.committed import (
     CheckpointRef,
     latest_checkpoint,
     remaining_stream,
-    sweep_uncommitted,
+    remove_uncommitted,
 )
 from pipelines.checkpoint.local import local_copy
+from pipelines.checkpoint.losses import LossLog
 from pipelines.checkpoint.reshard import load_universal
 from pipelines.checkpoint.state import POINTS_FILE, CheckpointError, TrainState, load_ledger, load_state
 from pipelines.checkpoint.zero3 import (
@@ -198,7 +199,7 @@ def _train(job: TrainingJob, claim: Claim) -> CheckpointRef:
     subject = f"run {job.run_name!r}"
     policy = RestartPolicy(job.settings.max_failures)
     for attempt in itertools.count():
-        sweep_uncommitted(job.storage, job.run_name)
+        remove_uncommitted(job.storage, job.run_name)
         cause: Exception | None = None
         try:
             _trainer(job, dataclasses.replace(claim, attempt=attempt)).fit()
@@ -370,14 +371,16 @@ def _steps(job: TrainingJob, loop: Loop, share: Share, state: TrainState) -> Non
 
 @dataclass(frozen=True)
 class Start:
-    """Where a worker begins.
-
-    The counts, the samples that are consumed (worker 0 alone knows), and metrics that were not delivered.
-    """
+    """Where a worker begins."""
 
     state: TrainState
+    """The counts."""
     ledger: Ledger
+    """The samples that are consumed; worker 0 alone knows."""
+    losses: LossLog
+    """Losses that no file holds."""
     points: list[Point]
+    """Metrics that were not delivered."""
 
 
 def _resume(engine: Any, job: TrainingJob, rank: int, world: int) -> Start:
@@ -388,7 +391,8 @@ def _resume(engine: Any, job: TrainingJob, rank: int, world: int) -> Start:
     """
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
-        return Start(dataclasses.replace(job.start_state(), world_size=world), Ledger(job.plan.sizes), [])
+        state = dataclasses.replace(job.start_state(), world_size=world)
+        return Start(state, Ledger(job.plan.sizes), LossLog(state), [])
     with checkpoint.as_directory() as name:
         # Ray downloads it once for all workers of a node, and again over the same files for one that comes late.
         torch.distributed.barrier()
@@ -400,8 +404,9 @@ def _resume(engine: Any, job: TrainingJob, rank: int, world: int) -> Start:
             ledger.require_equal(job.plan.consumed(state.rows), f"the checkpoint of step {state.step}")
         load_universal(engine, directory)
         points = points_from_jsonl((directory / POINTS_FILE).read_text(), POINTS_FILE)
-    state = dataclasses.replace(state, world_size=world, restarts=state.restarts + 1)
-    return Start(state, ledger, points)
+    losses = LossLog(state)
+    state = dataclasses.replace(state, world_size=world, restarts=state.restarts + 1, losses_in_version_2=())
+    return Start(state, ledger, losses, points)
 
 
 def _saver(job: TrainingJob, engine: Any, start: Start, rank: int, world: int) -> Saver:
@@ -414,7 +419,9 @@ def _saver(job: TrainingJob, engine: Any, start: Start, rank: int, world: int) -
         precision=settings.precision,
         recipe=job.recipe,
         ledger=start.ledger,
+        losses=start.losses,
         upload=CheckpointUpload(RunFolder(job.url).train, settings.upload_patience_s),
+        patience_s=settings.upload_patience_s,
         validate_every=settings.validate_every_checkpoints,
         saved=start.state.step // settings.checkpoint_every_steps,
     )

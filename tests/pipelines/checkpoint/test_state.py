@@ -1,11 +1,12 @@
 """The state of a training keeps every bit, and says where it is damaged."""
 
 import dataclasses
+import json
 import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.checkpoint.state import CheckpointError, DroppedSample, TrainState
@@ -15,13 +16,41 @@ def state(**changes: object) -> TrainState:
     return dataclasses.replace(TrainState("abc", world_size=2, total_steps=6), **changes)  # type: ignore[arg-type]
 
 
-@given(st.lists(st.floats(allow_nan=False), max_size=30))
+def with_losses(before: TrainState, losses: list[float]) -> TrainState:
+    for loss in losses:
+        before = dataclasses.replace(before.with_loss(loss), step=before.step + 1)
+    return before
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(allow_nan=False), max_size=40))
 def test_state_keeps_every_bit(losses: list[float]) -> None:
     drop = DroppedSample(21, 0, 0, 2, 1, "key21", "too_long", "600 tokens")
-    before = state(step=len(losses), losses=tuple(losses), dropped={"too_long": 1}, dropped_samples=(drop,))
+    before = with_losses(state(dropped={"too_long": 1}, dropped_samples=(drop,)), losses)
     assert TrainState.from_json(before.to_json(), "here") == before
-    expected = math.nan if not losses else sum(losses[:10]) / len(losses[:10])
-    np.testing.assert_equal(before.loss_first, expected)
+    for part, found in ((losses[:10], before.loss_first), (losses[-10:], before.loss_last)):
+        np.testing.assert_equal(found, sum(part) / len(part) if part else math.nan)
+
+
+def test_the_state_s_size_does_not_grow_with_the_steps() -> None:
+    sizes = {len(with_losses(state(), [0.5] * steps).to_json()) for steps in (20, 30)}
+    assert len(sizes) == 1
+
+
+def version_2(before: TrainState, losses: list[float]) -> str:
+    """What the code before version 3 wrote: the loss of every step inside the state."""
+    values = json.loads(before.to_json())
+    del values["first_losses"], values["last_losses"]
+    return json.dumps({**values, "losses": losses, "version": 2})
+
+
+def test_a_state_of_version_2_becomes_one_of_this_version() -> None:
+    losses = [1 / step for step in range(1, 31)]
+    expected = with_losses(state(), losses)
+    found = TrainState.from_json(version_2(expected, losses), "here")
+    assert found.losses_in_version_2 == tuple(losses)
+    assert dataclasses.replace(found, losses_in_version_2=()) == expected
+    assert TrainState.from_json(found.to_json(), "here") == expected
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"version": 1, "dropped_samples": []}', '{"version": 99}'])

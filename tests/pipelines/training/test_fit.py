@@ -19,8 +19,10 @@ from torch import Tensor
 from meteor_model.processing_meteor import collate
 from pipelines.checkpoint.committed import latest_checkpoint
 from pipelines.checkpoint.consolidate import consolidate
+from pipelines.checkpoint.losses import read_losses
 from pipelines.checkpoint.state import PARITY_FILE, load_ledger
 from pipelines.checkpoint.zero3 import parameter_groups, schedule_factor
+from pipelines.io.run_folder import run_folder
 from pipelines.recovery.failures import TrainingError
 from pipelines.recovery.run_lock import RunInUseError, exclusive
 from pipelines.training.batches import make_micro_batch
@@ -74,7 +76,7 @@ def test_two_workers_train_what_one_process_trains(trained: tuple[Path, Training
     root, result = trained
     losses, model = reference(root)
     assert result.steps_trained == len(losses) == 6
-    assert result.checkpoint.state.losses == pytest.approx(losses, rel=1e-6)
+    assert read_losses(run_folder(str(root), "whole"), result.checkpoint.state) == pytest.approx(losses, rel=1e-6)
     weights = consolidated(root, result).state_dict()
     for name, expected in model.state_dict().items():
         torch.testing.assert_close(weights[name], expected, rtol=1e-4, atol=1e-6, msg=name)
@@ -216,7 +218,10 @@ def test_killed_driver_and_killed_worker_resume_bit_for_bit(
     assert flag.exists()
     assert result.steps_trained == 4
     states = [dataclasses.replace(run.checkpoint.state, step_seconds=0.0, restarts=0) for run in (result, whole)]
-    assert states[0] == states[1]  # every loss, to the last bit
+    assert states[0] == states[1]
+    losses = [read_losses(run_folder(str(root), name), states[0]) for name in ("killed", "whole")]
+    assert losses[0].tobytes() == losses[1].tobytes()
+    assert losses[0][-1] == states[0].last_losses[-1]
     assert 1 <= result.checkpoint.state.restarts <= 2  # the second may go on from step 2 again
     weights = consolidated(root, result).state_dict()
     for name, tensor in consolidated(root, whole).state_dict().items():
@@ -255,7 +260,8 @@ def test_another_number_of_workers_trains_the_same(trained: tuple[Path, Training
     result = fit(make_job(root, "moved", dataclasses.replace(SETTINGS, workers=3)))
     state, undisturbed = result.checkpoint.state, whole.checkpoint.state
     assert (state.world_size, state.restarts, result.steps_trained) == (3, 2, 2)
-    assert state.losses == pytest.approx(undisturbed.losses, rel=1e-6)
+    losses = [read_losses(run_folder(str(root), name), state) for name in ("moved", "whole")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert (state.samples_seen, state.dropped) == (undisturbed.samples_seen, undisturbed.dropped)
     assert state.final == pytest.approx(undisturbed.final, rel=1e-5)
     plan = Plan(TOTAL, SAMPLES)
