@@ -1,4 +1,4 @@
-"""What the order of the stream and the ledger cost at a billion samples in 100,000 shards, by simulation.
+"""What order, ledger and training state cost at a billion samples in 100,000 shards, by simulation.
 
 1. plan       seconds to make the order of one dataset, and of a mixture of three with as many samples and shards
 2. start      seconds to the first work item of a start at row 0, and of one near the end (what a resume waits for)
@@ -7,6 +7,9 @@
 5. ledger     one epoch, sample by sample, window by window in plan order, with 0.1% of all samples dropped, and
               `CHECKPOINTS` checkpoints at which it is compared with what the plan says
 6. file       seconds and bytes of the ledger in a checkpoint, and seconds to compare it with the plan
+7. state      what a run of 100,000 to 3,900,000 optimizer steps (the billion samples, four times, 1,024 a step) pays
+              for its training state and losses: a step, a checkpoint (state and losses written), a start (state
+              read), the end (all losses read, from local disk)
 
 No shard exists and nothing is read: all of it is arithmetic on the sizes of shards. Each part runs in a process of its
 own, whose peak of memory is told with and without what the imports take.
@@ -15,6 +18,7 @@ own, whose peak of memory is told with and without what the imports take.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import os
@@ -22,13 +26,16 @@ import platform
 import resource
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pipelines.checkpoint.losses import LossFile, LossLog, read_losses, write_losses
+from pipelines.checkpoint.state import DroppedSample, TrainState
 from pipelines.data.ledger import Ledger
 from pipelines.data.mixture import Plan, make_plan, read_amplification
 from pipelines.data.order import WorkItem
@@ -38,6 +45,8 @@ EPOCHS, SEED, GLOBAL_BATCH, WINDOW_SHARDS = 3, 7, 4096, 4
 CHECKPOINTS = 10
 DROPPED_SHARE = 0.001
 LOCATED_ITEMS = 20
+RUN_STEPS = (100_000, 1_000_000, 3_900_000)
+STEPS_PER_CHECKPOINT = 1000
 
 
 def sizes_of(name: str, shards: int, samples: int) -> tuple[list[np.ndarray], list[float]]:
@@ -56,6 +65,16 @@ def timed(run: Callable[[], Any]) -> tuple[Any, float]:
     start = time.perf_counter()
     value = run()
     return value, round(time.perf_counter() - start, 4)
+
+
+def best_of(run: Callable[[], Any], times: int = 5) -> float:
+    """The shortest wall-clock seconds of some calls: what the work takes where nothing else runs."""
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return round(min(seconds), 7)
 
 
 def make(name: str, shards: int, samples: int) -> Plan:
@@ -139,6 +158,39 @@ def measure_ledger(name: str, shards: int, samples: int) -> dict[str, Any]:
     return out
 
 
+def train_steps(state: TrainState, log: LossLog, losses: Sequence[float]) -> TrainState:
+    """What the loop does with its state and its loss in every step."""
+    for loss in losses:
+        log.add(loss)
+        state = dataclasses.replace(state.with_loss(loss), step=state.step + 1)
+    return state
+
+
+def measure_state(steps: int) -> dict[str, Any]:
+    """Part 7, at the end of a run of `steps` optimizer steps that saved every `STEPS_PER_CHECKPOINT`."""
+    generator = np.random.default_rng(SEED)
+    losses = generator.random(STEPS_PER_CHECKPOINT).tolist()
+    drops = tuple(DroppedSample(row, 0, 0, 0, row, f"{row:09d}", "too_long", "x" * 80) for row in range(200))
+    state = TrainState("0123456789ab", 8, steps, step=steps - STEPS_PER_CHECKPOINT, dropped_samples=drops)
+    log = LossLog(state)
+    out: dict[str, Any] = {"step_s": best_of(lambda: train_steps(state, LossLog(state), losses)) / STEPS_PER_CHECKPOINT}
+    state = train_steps(state, log, losses)
+    with tempfile.TemporaryDirectory(prefix="meteor-order-") as run:
+        for last in range(STEPS_PER_CHECKPOINT, steps, STEPS_PER_CHECKPOINT):
+            file = LossFile(last - STEPS_PER_CHECKPOINT, last)
+            write_losses(run, file, np.array(losses).tobytes(), patience_s=0.0)
+        text, (file, content) = state.to_json(), log.take()
+        out["state_s"] = best_of(state.to_json)
+        out["losses_s"] = best_of(lambda: write_losses(run, file, content, patience_s=0.0))
+        out["checkpoint_bytes"] = len(text) + len(content)
+        again = TrainState.from_json(text, "here")
+        out["start_s"] = best_of(lambda: TrainState.from_json(text, "here"))
+        found, out["read_all_losses_s"] = timed(lambda: read_losses(run, again))
+    if again != state or found.tolist() != losses * (steps // STEPS_PER_CHECKPOINT):
+        raise AssertionError("state or losses are not what was written")
+    return out
+
+
 PARTS = {"plan": measure_plan, "ledger": measure_ledger}
 
 
@@ -149,7 +201,7 @@ def peak_mb() -> float:
 def run_part(part: str, name: str, shards: int, samples: int) -> dict[str, Any]:
     """One part in this process, with its peak of memory."""
     imported = peak_mb()
-    out = PARTS[part](name, shards, samples)
+    out = measure_state(int(name)) if part == "state" else PARTS[part](name, shards, samples)
     return {**out, "peak_mb": peak_mb(), "peak_mb_above_imports": round(peak_mb() - imported, 1)}
 
 
@@ -172,23 +224,33 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shards", type=int, default=100_000)
     parser.add_argument("--samples", type=int, default=1_000_000_000)
     parser.add_argument("--output", type=Path, default=RESULTS / "order.json")
+    parser.add_argument("--only", choices=[*PARTS, "state"], help="measure one part, and keep the file's other numbers")
     parser.add_argument("--part", nargs=2, metavar=("PART", "DATA"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.part:
         print(json.dumps(run_part(*options.part, options.shards, options.samples)))
         return
-    start, results = time.perf_counter(), {"hardware": hardware(), "epochs": EPOCHS, "window_shards": WINDOW_SHARDS}
+    start = time.perf_counter()
     size = ["--shards", str(options.shards), "--samples", str(options.samples)]
-    for part in PARTS:
-        for data in ("one", "mixture"):
-            command = [sys.executable, "-m", "benchmarks.order", "--part", part, data, *size]
-            done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-            results[f"{part}_{data}"] = json.loads(done.stdout.splitlines()[-1])
-            print(f"{part} {data}: {json.dumps(results[f'{part}_{data}'])}", flush=True)
-    results["minutes"] = round((time.perf_counter() - start) / 60, 1)
+    runs = [(part, data) for part in PARTS for data in ("one", "mixture")]
+    runs += [("state", str(steps)) for steps in RUN_STEPS]
+    results: dict[str, Any] = {"hardware": hardware(), "epochs": EPOCHS, "window_shards": WINDOW_SHARDS}
+    if options.only:
+        results = json.loads(options.output.read_text())
+        runs = [(part, data) for part, data in runs if part == options.only]
+    for part, data in runs:
+        command = [sys.executable, "-m", "benchmarks.order", "--part", part, data, *size]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+        results[f"{part}_{data}"] = json.loads(done.stdout.splitlines()[-1])
+        if options.only:
+            results[f"{part}_{data}"]["hardware"] = hardware()
+        print(f"{part} {data}: {json.dumps(results[f'{part}_{data}'])}", flush=True)
+    minutes = round((time.perf_counter() - start) / 60, 1)
+    if not options.only:
+        results["minutes"] = minutes
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"written: {options.output} after {results['minutes']} minutes")
+    print(f"written: {options.output} after {minutes} minutes")
 
 
 if __name__ == "__main__":
