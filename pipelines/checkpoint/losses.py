@@ -1,6 +1,6 @@
 """The loss of every step of a run, in files that are only ever added to.
 
-Each checkpoint adds one file `losses/{first}-{last}.f64` to the run's folder: the losses of the steps since the
+Each checkpoint adds one file `step-losses/{first}-{last}.f64` to the run's folder: the losses of the steps since the
 checkpoint before, `first` excluded, `last` included, as little-endian float64. So a checkpoint costs what its own steps
 cost, however long the run is, and old losses outlive old checkpoints.
 
@@ -97,8 +97,8 @@ def read_losses(run: RunFolder, state: TrainState) -> npt.NDArray[np.float64]:
         reached = file.last
     if reached != state.step or (files and files[-1].last != reached):
         raise CheckpointError(
-            f"{run.losses} holds no unbroken losses of the steps 1 to {state.step}: they end at step {reached}. Restore "
-            f"the files of that folder as the run wrote them"
+            f"{run.losses} holds no unbroken losses of the steps 1 to {state.step}: they end at step {reached}. "
+            "Restore the files of that folder as the run wrote them"
         )
     with ThreadPoolExecutor(READERS) as pool:
         parts = list(pool.map(partial(_read, run.losses), files))

@@ -3,7 +3,7 @@
 A checkpoint is a folder `{storage}/runs/{run}/train/step-...` with
 
     zero3/                  DeepSpeed's shards of weights and optimizer, the rank in every file's name
-    train_state.json        `TrainState`; the loss of every step is in `losses/` (`pipelines.checkpoint.losses`)
+    train_state.json        `TrainState`; the loss of every step is in `step-losses/` (`pipelines.checkpoint.losses`)
     ledger.bin              which samples were trained (`pipelines.data.ledger`)
     recipe.json             every setting of the run
     metrics.jsonl           metrics that MLflow had not taken yet
@@ -88,7 +88,7 @@ class TrainState:
     first_losses: tuple[float, ...] = ()
     """Loss of the first `SMOOTHED_STEPS` steps: mean over the supervised tokens of the global batch."""
     last_losses: tuple[float, ...] = ()
-    """Loss of the last `KEPT_LAST_LOSSES` steps; those of all are in `losses/` (`pipelines.checkpoint.losses`)."""
+    """Loss of the last `KEPT_LAST_LOSSES` steps; all are in `step-losses/` (`pipelines.checkpoint.losses`)."""
     step_seconds: float = 0.0
     """Wall-clock seconds of all steps, waiting for data included; without the start of workers and checkpoints."""
     final: dict[str, float] = field(default_factory=dict)

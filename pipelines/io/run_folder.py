@@ -83,7 +83,7 @@ class RunFolder:
     @property
     def losses(self) -> str:
         """The loss of every step, a file for each checkpoint; not deleted with old checkpoints."""
-        return self._path("losses")
+        return self._path("step-losses")
 
     @property
     def best(self) -> str:

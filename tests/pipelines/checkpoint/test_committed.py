@@ -39,7 +39,7 @@ def test_only_what_no_snapshot_names_is_removed(tmp_path: Path) -> None:
     assert remove_uncommitted(str(tmp_path), "a") == ["step-0000006-c"]
     assert sorted(path.parent.parent.name for path in folder.rglob("file")) == ["step-0000002-a", "step-0000004-b"]
     kept = ["000000000-000000002.f64", "000000002-000000004.f64"]
-    assert sorted(path.name for path in (folder.parent / "losses").iterdir()) == kept
+    assert sorted(path.name for path in (folder.parent / "step-losses").iterdir()) == kept
     assert remove_uncommitted(str(tmp_path), "a") == []
     assert remove_uncommitted(str(tmp_path), "never started") == []
 

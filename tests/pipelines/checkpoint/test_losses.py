@@ -102,7 +102,7 @@ def test_a_file_that_is_gone_or_cut_off_is_named(tmp_path: Path) -> None:
     for loss in (3.0, 2.0, 1.0):
         run.train([loss, loss])
         run.save(committed=True)
-    middle = tmp_path / "losses" / LossFile(2, 4).name
+    middle = tmp_path / "step-losses" / LossFile(2, 4).name
     content = middle.read_bytes()
     middle.write_bytes(content[:-1])
     with pytest.raises(CheckpointError, match=r"000000002-000000004.f64 has 15 bytes, not 8 for each of its 2 steps"):
