@@ -26,7 +26,7 @@ ALLOWED = {
 LEVELS: tuple[dict[str, set[str]], ...] = (
     {"io": set(), "parts": set()},
     {"data": {"io"}, "tracking": {"io"}},
-    {"config": {"data", "io"}, "evaluation": {"data"}, "recovery": {"data", "io"}},
+    {"config": {"data", "io"}, "evaluation": {"data", "io"}, "recovery": {"data", "io"}},
     {"checkpoint": {"config", "data", "io"}},
     {
         "training": {"checkpoint", "config", "data", "io", "recovery", "tracking"},

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from meteor_model.configuration_meteor import PruningConfig
 from pipelines.evaluation.scores import Score
-from pipelines.io import storage
+from pipelines.io import codec, storage
 
 FOLDER = "trials"
 Status = Literal["started", "completed", "stopped", "failed"]
@@ -52,7 +52,7 @@ class TrialRecord:
     def scored(self) -> Score:
         """The score of a completed trial."""
         assert self.score is not None, f"trial {self.id} is {self.status}"
-        return Score.from_dict(self.score)
+        return Score.from_dict(self.score, f"the record of trial {self.id}")
 
     @property
     def pruning_config(self) -> PruningConfig:
@@ -66,7 +66,7 @@ class Records:
     def __init__(self, sweep_url: str) -> None:
         self._url = storage.join(sweep_url, FOLDER)
         names = [name for name in storage.list_files(self._url) if name.endswith(".json") and "/" not in name]
-        loaded = [TrialRecord(**storage.read_json(storage.join(self._url, name))) for name in names]
+        loaded = [_load(storage.join(self._url, name)) for name in names]
         self._by_id = {record.id: record for record in loaded}
 
     def save(self, record: TrialRecord) -> None:
@@ -91,6 +91,10 @@ class Records:
     def all(self) -> list[TrialRecord]:
         """Every trial, by name."""
         return sorted(self._by_id.values(), key=lambda record: record.id)
+
+
+def _load(url: str) -> TrialRecord:
+    return codec.decode(TrialRecord, storage.read_bytes(url), url)
 
 
 def folder_of(sweep_url: str, trial_id: str) -> str:

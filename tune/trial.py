@@ -312,4 +312,5 @@ TRIALS: dict[str, type[Trial]] = {"evaluate": EvaluateTrial, "finetune": Finetun
 
 def load_score(sweep_url: str, trial_id: str) -> Score:
     """The score of a completed trial with all its questions. Raises StorageError."""
-    return Score.from_dict(storage.read_json(storage.join(folder_of(sweep_url, trial_id), SCORE_FILE)))
+    url = storage.join(folder_of(sweep_url, trial_id), SCORE_FILE)
+    return Score.from_dict(storage.read_json(url), url)

@@ -4,7 +4,6 @@ A training is made of attempts (one start of all workers each). A step that was 
 again by a later attempt; only its last execution is in the final weights, and only that one counts.
 """
 
-import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from pipelines.checkpoint.state import TrainState
 from pipelines.data.ledger import Ledger
+from pipelines.io import codec
 
 Sample = tuple[int, str]
 """Epoch and key."""
@@ -77,12 +77,7 @@ def read_lines(path: Path) -> list[Line]:
     """
     lines = []
     for number, text in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
-        try:
-            values = json.loads(text)
-            samples = tuple((int(epoch), str(key)) for epoch, key in values.pop("samples"))
-            lines.append(Line(**values, samples=samples))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise AuditError(f"{path}, line {number} is no record of a step: {error!r}") from error
+        lines.append(codec.decode(Line, text, f"{path}, line {number}", AuditError))
     return lines
 
 

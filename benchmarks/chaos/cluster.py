@@ -22,6 +22,7 @@ from infra.fault_proxy import FaultProxy
 from infra.nodes import Node, alive_nodes, start_node, stop_node
 from infra.services import Stack
 from infra.stack import crash, down, up
+from pipelines.io import codec
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD_CPUS = 8
@@ -51,7 +52,7 @@ class Command:
 
     def run(self, config: Config, config_file: Path, result_file: Path) -> None:
         """Tell it what to run; `result_file` appears when it ends by itself."""
-        config_file.write_text(config.to_json())
+        config_file.write_text(codec.encode(config, indent=1))
         self.result_file = result_file
         assert self.process.stdin is not None
         self.process.stdin.write(f"{config_file}\n{result_file}\n".encode())

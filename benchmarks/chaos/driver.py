@@ -14,12 +14,13 @@ from pathlib import Path
 import ray
 
 from benchmarks.chaos.workload import Config, make_job, prepare_init
+from pipelines.io import codec
 from pipelines.training.trainer import fit
 
 
 def main(config_file: str, result_file: str) -> int:
     """Exit status 0 when the training is done."""
-    config = Config.from_json(Path(config_file).read_text())
+    config = codec.decode(Config, Path(config_file).read_text(), config_file)
     started = time.time()
     result: dict[str, object] = {}
     try:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -65,16 +64,6 @@ class Config:
     bad_shards: Literal["fail", "drop"] = "fail"
     mlflow_uri: str | None = None
     mlflow_run_id: str | None = None
-
-    def to_json(self) -> str:
-        """The configuration as JSON."""
-        return json.dumps(asdict(self), indent=1)
-
-    @classmethod
-    def from_json(cls, text: str) -> Config:
-        """The inverse of `to_json`."""
-        values = json.loads(text)
-        return cls(**{**values, "faults": tuple(StepFault(**fault) for fault in values["faults"])})
 
 
 def make_job(config: Config) -> TrainingJob:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from pipelines.checkpoint.committed import CheckpointRef, read_state
 from pipelines.checkpoint.state import CheckpointError
-from pipelines.io import storage
+from pipelines.io import codec, storage
 from pipelines.io.run_folder import RunFolder, run_folder
 
 BEST_VERSION = 1
@@ -81,13 +80,13 @@ def best_checkpoint(root: str, run_name: str) -> CheckpointRef | None:
 def _read_best(place: RunFolder) -> Best | None:
     url = place.best_record
     try:
-        values: dict[str, Any] = storage.read_json(url)
+        text = storage.read_bytes(url)
     except storage.ObjectMissingError:
         return None
     try:
-        best = Best(**values)
-    except TypeError as error:
-        raise CheckpointError(f"{url} is damaged ({error}); remove {place.best}") from error
+        best = codec.decode(Best, text, url)
+    except ValueError as error:
+        raise CheckpointError(f"{error}; remove {place.best}") from error
     if best.version != BEST_VERSION:
         raise CheckpointError(f"{url} has version {best.version}, this code reads {BEST_VERSION}")
     return best

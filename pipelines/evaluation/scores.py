@@ -8,11 +8,12 @@ Imports no torch: the registry stores and compares scores without a model (`pipe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
+
+from pipelines.io import codec
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
@@ -111,14 +112,9 @@ class Score:
         return flat
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Score:
-        """What `to_dict` gave. Raises ScoringError where it is something else."""
-        try:
-            intervals = {name: Interval(**data[name]) for name in ("accuracy_interval", "answer_nll_interval")}
-            records = tuple(Record(**record) for record in data.get("records", ()))
-            return cls(**{**data, **intervals, "records": records})
-        except (KeyError, TypeError) as error:
-            raise ScoringError(f"this is no stored score: {error}") from None
+    def from_dict(cls, data: Any, where: str = "this document") -> Score:
+        """What `to_dict` gave. Raises ScoringError that names `where` and the field, where it is something else."""
+        return codec.from_plain(cls, data, where, ScoringError)
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,9 @@ def _message(fault: Any, cls: type, section: str) -> str:
         return str(fault["ctx"]["error"])
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
         known = [item.name for item in _fields(_at(cls, where[:-1]))]
-        return f"{name} is no setting; known: {', '.join(known)}{nearest(str(where[-1]), known)}"
+        return f"{name} is unknown; known: {', '.join(known)}{nearest(str(where[-1]), known)}"
+    if kind == "json_invalid":
+        return f"it is not JSON ({fault['ctx']['error']})"
     if kind in ("missing", "missing_argument"):
         return f"{name} is missing; give its value"
     return f"{name} is {_shown(value)}; it must be {_wanted(fault, cls, where)}"

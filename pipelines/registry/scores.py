@@ -21,6 +21,7 @@ from mlflow.entities.model_registry import ModelVersion
 
 from pipelines.evaluation.scores import Comparison, Score, ScoringError, compare_scores
 from pipelines.evaluation.scoring import Suite
+from pipelines.io import codec
 from pipelines.registry.card import with_scores
 from pipelines.registry.versions import describe_version, get_version
 from pipelines.tracking.mlflow_run import TrackingError, hide_passwords, log_documents, patiently, use_tracking
@@ -52,10 +53,9 @@ class StoredScore:
     def from_json(cls, text: str, where: str) -> StoredScore:
         """The tag's value, read. Raises ScoringError that names `where`."""
         try:
-            data = json.loads(text)
-            return cls(str(data["suite"]), Score.from_dict(data["score"]), str(data["artifact"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ScoringError(f"{where} holds no score ({error}): evaluate the version again") from None
+            return codec.decode(cls, text, where)
+        except ValueError as error:
+            raise ScoringError(f"{error}; evaluate the version again") from None
 
 
 def suite_name(suite: Suite | None) -> str:

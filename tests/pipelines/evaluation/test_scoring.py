@@ -177,7 +177,7 @@ def test_a_score_survives_its_dictionary() -> None:
     score = score_model(model(), processor(), _samples(), "suite")
     assert Score.from_dict(score.to_dict(records=True)) == score
     assert Score.from_dict(score.to_dict()) == replace(score, records=())
-    with pytest.raises(ScoringError, match="no stored score"):
+    with pytest.raises(ScoringError, match="this document holds no score: questions is missing"):
         Score.from_dict({"suite": "x"})
 
 

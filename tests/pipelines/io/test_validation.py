@@ -59,7 +59,7 @@ class Outer:
         ({"limit": 3}, "part.inner.limit is 3, above part.inner.count 2"),
         (
             {"coutn": 1},
-            "part.inner.coutn is no setting; known: count, limit, share, kind, on, text, weights, budgets; "
+            "part.inner.coutn is unknown; known: count, limit, share, kind, on, text, weights, budgets; "
             "did you mean 'count'?",
         ),
         (

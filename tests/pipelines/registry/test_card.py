@@ -147,7 +147,7 @@ def test_a_score_in_tags_comes_back_without_its_questions() -> None:
     found = stored_scores(version(tags))
     assert found == {SUITE.digest: StoredScore("heldout", replace(score, records=()), "scores/a.json")}
     assert tags["accuracy"] == "0.8000"
-    with pytest.raises(ValueError, match=r"tag score\.x of meteor/7 holds no score"):
+    with pytest.raises(ValueError, match=r"tag score\.x of meteor/7 holds no stored score"):
         stored_scores(version({"score.x": "{}"}))
     assert Suite("elsewhere", SUITE.sha256, "heldout", 4).digest == SUITE.digest
 
