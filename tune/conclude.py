@@ -12,18 +12,18 @@ from typing import Any
 from pipelines.checkpoint.local import local_copy
 from pipelines.io import storage
 from pipelines.io.upload import upload_folder
+from pipelines.job.answers import PICTURES_FOLDER
 from pipelines.registry.provenance import training_tags
 from pipelines.registry.variants import register_variant
 from pipelines.tracking.mlflow_run import git_commit
 from tune.figures import draw_budgets, draw_fronts, draw_importances, draw_trials
 from tune.prepare import Prepared
-from tune.records import TrialRecord, folder_of, training_name
+from tune.records import TrialRecord, export_of, training_name
 from tune.results import best_within, fronts, importances, row, table
 from tune.settings import SweepSettings
 from tune.study import StudySearch
-from tune.trial import EXPORT_FOLDER, load_score
+from tune.trial import load_score
 
-PICTURES_FOLDER = "pictures"
 COMPARED = ("front", "random", "defaults")
 """Studies whose fronts are drawn and compared."""
 
@@ -107,7 +107,7 @@ def register(settings: SweepSettings, prepared: Prepared) -> dict[str, Any]:
                 recipe = settings.trial_recipe
                 recipe = replace(recipe, model=replace(recipe.model, start=prepared.model))
                 tags |= {"run_name": training_name(prepared.name, trial), **training_tags(recipe, prepared.trained)}
-                with local_copy(storage.join(folder_of(prepared.url, trial), EXPORT_FOLDER)) as exported:
+                with local_copy(export_of(prepared.url, trial)) as exported:
                     shutil.copytree(exported, source)
             version = register_variant(
                 source,

@@ -19,6 +19,7 @@ from mlflow.entities import Metric
 from pipelines.checkpoint.local import local_copy
 from pipelines.io import storage
 from pipelines.io.run_folder import run_folder
+from pipelines.job.answers import PICTURES_FOLDER
 from pipelines.tracking.mlflow_run import (
     TrackingError,
     finish_run,
@@ -29,7 +30,6 @@ from pipelines.tracking.mlflow_run import (
 )
 from tune.records import Records, TrialRecord, folder_of, training_name
 from tune.settings import SweepSettings
-from tune.trial import PICTURES_FOLDER
 
 logger = logging.getLogger(__name__)
 

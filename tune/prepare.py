@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from pipelines.evaluation.questions import readable_samples
 from pipelines.evaluation.scoring import Suite
 from pipelines.io import storage
 from pipelines.io.upload import upload_folder
-from pipelines.job.run import ensure_shards
+from pipelines.job.datasets import ensure_shards
+from pipelines.job.names import last_number, numbered
 from pipelines.registry.publish import pull_model
 from pipelines.registry.versions import PinnedModel, get_version, pin_model, trained_on
 from pipelines.tracking.mlflow_run import TrackingAwayError, TrackingError, git_commit, require_tracking
@@ -39,13 +41,51 @@ BASE_FOLDER = "base"
 
 
 @dataclass(frozen=True)
+class SweepFacts:
+    """What a sweep was begun with, and how far it is: `sweep.json`.
+
+    Attributes:
+        settings: `SweepSettings.identity`.
+        model: models:/NAME/VERSION.
+        suite: the questions.
+        mlflow_run_id: of its run; None until it is opened.
+        finished: whether its results are complete.
+    """
+
+    settings: dict[str, Any]
+    model: str
+    suite: dict[str, Any]
+    mlflow_run_id: str | None = None
+    finished: bool = False
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the results: two starts of one sweep must agree in it."""
+        return {"settings": self.settings, "model": self.model, "suite": self.suite}
+
+
+@dataclass(frozen=True)
 class Prepared:
-    """What all studies of a sweep share."""
+    """What all studies of a sweep share.
+
+    Attributes:
+        name: of the sweep.
+        url: its folder in storage.
+        facts: what is stored of it.
+        model: models:/NAME/VERSION: an alias may move while the sweep runs.
+        config: of the model.
+        ranks: by estimator.
+        context: of its trials.
+        records: of its trials.
+        logbook: its runs in MLflow.
+        concurrent: trials at a time.
+        trained: data of finetune trials.
+    """
 
     name: str
     url: str
+    facts: SweepFacts
     model: str
-    """models:/NAME/VERSION: an alias may move while the sweep runs."""
     config: MeteorConfig
     ranks: Ranks
     context: TrialContext
@@ -53,7 +93,16 @@ class Prepared:
     logbook: Logbook
     concurrent: int
     trained: tuple[shards.Manifest, ...]
-    """Data of finetune trials."""
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """The model that is pruned, and the data that it is asked about."""
+
+    model: str
+    rank_report: dict[str, Any] | None
+    manifest: shards.Manifest
+    suite: Suite
 
 
 def prepare(settings: SweepSettings) -> Prepared:
@@ -65,10 +114,52 @@ def prepare(settings: SweepSettings) -> Prepared:
     if not settings.storage:
         raise SettingsError("storage is not set: give --storage s3://BUCKET/PREFIX or set METEOR_STORAGE")
     storage.require_bucket(settings.storage)
-    uri = settings.tracking.uri
-    require_tracking(uri)
+    require_tracking(settings.tracking.uri)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     concurrent = concurrent_trials(bundles_of_trial(settings), nodes, settings.max_concurrent)
+    subject = _find_subject(settings)
+    # Made once, before trials that begin together would each make them.
+    trained = ensure_shards(settings.trial_recipe) if settings.kind == "finetune" else ()
+    name, facts, continued = choose_sweep(
+        settings, SweepFacts(settings.identity(), subject.model, asdict(subject.suite))
+    )
+    url = storage.join(settings.storage, "sweeps", name)
+    base = storage.join(url, BASE_FOLDER)
+    if not continued:
+        with tempfile.TemporaryDirectory(prefix="meteor-sweep-") as scratch:
+            upload_folder(pull_model(subject.model, Path(scratch) / "model", settings.tracking.uri), base)
+        store_facts(url, facts)
+    config = _require_questions(settings, subject, base)
+    report = subject.rank_report
+    records = Records(url)
+    logbook = Logbook(
+        settings,
+        name,
+        url,
+        records,
+        run_id=facts.mlflow_run_id,
+        tags={
+            "base": subject.model,
+            "suite": subject.suite.digest,
+            "manifest_sha256": subject.suite.sha256,
+            "git_commit": git_commit(Path.cwd()),
+        },
+    )
+    facts = replace(facts, mlflow_run_id=logbook.run_id, finished=False)
+    store_facts(url, facts)
+    ranks = ranks_of_report(report) if report is not None else ranks_of_config(config)
+    print(
+        f"sweep {name} ({'continued' if continued else 'new'}) on {subject.model}, suite {subject.suite.digest} of "
+        f"{subject.suite.questions} questions, ranks by {', '.join(sorted(ranks)) or 'none'}, {concurrent} trials at a "
+        f"time, MLflow run {logbook.run_id}",
+        flush=True,
+    )
+    context = TrialContext(name, url, base, subject.suite, subject.manifest.url, settings)
+    return Prepared(name, url, facts, subject.model, config, ranks, context, records, logbook, concurrent, trained)
+
+
+def _find_subject(settings: SweepSettings) -> _Subject:
+    uri = settings.tracking.uri
     try:
         pinned = pin_model(settings.model, uri)
     except TrackingAwayError:
@@ -79,56 +170,31 @@ def prepare(settings: SweepSettings) -> Prepared:
         ) from None
     if not pinned.name:
         raise SettingsError(f"--model is {settings.model!r}; a sweep wants a registered model: models:/NAME@ALIAS")
-    model = pinned.address
     report = _rank_report(pinned, uri)
     address = settings.manifest or trained_on(pinned, uri)
     if not address:
-        raise SettingsError(f"the run of {model} does not say which data it was trained on: give --manifest ADDRESS")
+        raise SettingsError(
+            f"the run of {pinned.address} does not say which data it was trained on: give --manifest ADDRESS"
+        )
     manifest = shards.load_manifest(address)
-    # Made once, before trials that begin together would each make them.
-    trained = ensure_shards(settings.trial_recipe) if settings.kind == "finetune" else ()
     suite = Suite.of(manifest, settings.heldout_split, settings.questions)
-    facts = {
-        "settings": settings.identity(),
-        "model": model,
-        "suite": asdict(suite),
-        "mlflow_run_id": None,
-        "finished": False,
-    }
-    sweep, stored = _choose_name(settings, facts)
-    url = storage.join(settings.storage, "sweeps", sweep)
-    base = storage.join(url, BASE_FOLDER)
-    if stored is None:
-        with tempfile.TemporaryDirectory(prefix="meteor-sweep-") as scratch:
-            upload_folder(pull_model(model, Path(scratch) / "model", uri), base)
-        storage.write_json(storage.join(url, SWEEP_FILE), facts)
+    return _Subject(pinned.address, report, manifest, suite)
+
+
+def _require_questions(settings: SweepSettings, subject: _Subject, base: str) -> MeteorConfig:
+    """The configuration of the base model.
+
+    Raises:
+        ValueError: for what is lacking and would fail every trial: questions of the suite, or prompts for lambda.
+    """
     with local_copy(base) as folder:
         config = MeteorConfig.from_pretrained(folder)
         processor = MeteorProcessor.from_pretrained(folder)
-    suite.load(processor)  # what is lacking there would fail every trial
-    if next(readable_samples(manifest, settings.train_split, processor), None) is None:
-        raise SettingsError(f"split {settings.train_split!r} of {manifest.url} has no prompt with images for lambda")
-    ranks = ranks_of_report(report) if report is not None else ranks_of_config(config)
-    records = Records(url)
-    commit = git_commit(Path.cwd())
-    logbook = Logbook(
-        settings,
-        sweep,
-        url,
-        records,
-        run_id=stored["mlflow_run_id"] if stored else None,
-        tags={"base": model, "suite": suite.digest, "manifest_sha256": suite.sha256, "git_commit": commit},
-    )
-    context = TrialContext(sweep, url, base, suite, manifest.url, settings)
-    prepared = Prepared(sweep, url, model, config, ranks, context, records, logbook, concurrent, trained)
-    mark(settings, prepared, finished=False)
-    print(
-        f"sweep {sweep} ({'continued' if stored else 'new'}) on {model}, suite {suite.digest} of {suite.questions} "
-        f"questions, ranks by {', '.join(sorted(ranks)) or 'none'}, {concurrent} trials at a time, MLflow run "
-        f"{logbook.run_id}",
-        flush=True,
-    )
-    return prepared
+    subject.suite.load(processor)
+    manifest, split = subject.manifest, settings.train_split
+    if next(readable_samples(manifest, split, processor), None) is None:
+        raise SettingsError(f"split {split!r} of {manifest.url} has no prompt with images for lambda")
+    return config
 
 
 def _rank_report(model: PinnedModel, uri: str) -> dict[str, Any] | None:
@@ -148,43 +214,45 @@ def _rank_report(model: PinnedModel, uri: str) -> dict[str, Any] | None:
     return report
 
 
-def _choose_name(settings: SweepSettings, facts: dict[str, Any]) -> tuple[str, dict[str, Any] | None]:
-    """Name of the sweep to begin or to continue, and what is stored of it.
+# ------------------------------------------------------------------------------------------------------ name and facts
+
+
+def choose_sweep(settings: SweepSettings, begun: SweepFacts) -> tuple[str, SweepFacts, bool]:
+    """Name of the sweep to begin or to go on with, what is stored of it, and whether an earlier start has begun it.
+
+    Without `name` that is the last sweep of the same settings, model and suite where it is unfinished, or the next
+    number.
 
     Raises:
-        SettingsError: where a sweep of the given name is of other settings, another model or other data.
+        SettingsError: where the sweep of the given name is of other settings, another model or another suite.
     """
-
-    def stored(name: str) -> dict[str, Any] | None:
-        url = storage.join(settings.storage, "sweeps", name, SWEEP_FILE)
-        found: dict[str, Any] | None = storage.read_json(url) if storage.exists(url) else None
-        return found
-
-    alike = ("settings", "model", "suite")
-    if settings.name is not None:
-        found = stored(settings.name)
-        if found and (changed := differences({k: found[k] for k in alike}, {k: facts[k] for k in alike})):
-            raise SettingsError(
-                f"sweep {settings.name!r} was begun with other settings; use them, or another --name:\n  "
-                + "\n  ".join(changed)
-            )
-        return settings.name, found
-    number = 1
-    while True:
-        name = f"sweep-{settings.digest()}-{number:03d}"
-        found = stored(name)
-        if found is None or (not found["finished"] and all(found[k] == facts[k] for k in alike)):
-            return name, found
-        number += 1
+    if settings.name is None:
+        stem = f"sweep-{hashlib.sha256(shards.canonical_json(begun.identity).encode()).hexdigest()[:6]}"
+        last = last_number(storage.list_folders(storage.join(settings.storage, "sweeps")), stem)
+        name = numbered(stem, last)
+        stored = load_facts(settings.storage, name) if last else None
+        if stored is None or stored.finished:
+            return numbered(stem, last + 1), begun, False
+    else:
+        name = settings.name
+        stored = load_facts(settings.storage, name)
+        if stored is None:
+            return name, begun, False
+    if changed := differences(stored.identity, begun.identity):
+        raise SettingsError(
+            f"sweep {name!r} was begun with other settings; use them, or another --name:\n  " + "\n  ".join(changed)
+        )
+    return name, stored, True
 
 
-def mark(settings: SweepSettings, prepared: Prepared, *, finished: bool) -> None:
-    """Keep in storage what the sweep belongs to, and whether it is finished."""
-    facts = {
-        "settings": settings.identity(),
-        "model": prepared.model,
-        "suite": asdict(prepared.context.suite),
-        "mlflow_run_id": prepared.logbook.run_id,
-        "finished": finished,
-    }
-    storage.write_json(storage.join(prepared.url, SWEEP_FILE), facts)
+def load_facts(root: str, name: str) -> SweepFacts | None:
+    """What is stored of a sweep; None where nothing is. Raises StorageError."""
+    try:
+        return SweepFacts(**storage.read_json(storage.join(root, "sweeps", name, SWEEP_FILE)))
+    except storage.ObjectMissingError:
+        return None
+
+
+def store_facts(url: str, facts: SweepFacts) -> None:
+    """Write `sweep.json` of the sweep at `url`. Raises StorageError."""
+    storage.write_json(storage.join(url, SWEEP_FILE), asdict(facts))

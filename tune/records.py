@@ -102,6 +102,11 @@ def folder_of(sweep_url: str, trial_id: str) -> str:
     return storage.join(sweep_url, FOLDER, trial_id)
 
 
+def export_of(sweep_url: str, trial_id: str) -> str:
+    """Where a `finetune` trial keeps the model that it trained."""
+    return storage.join(folder_of(sweep_url, trial_id), "export")
+
+
 def training_name(sweep: str, trial_id: str) -> str:
     """Name of the run that a `finetune` trial trains."""
     return f"{sweep}-{trial_id}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
@@ -110,10 +109,6 @@ class SweepSettings:
             plain.pop(key)
         plain["train"] = self.train.identity() if self.kind == "finetune" else None
         return plain
-
-    def digest(self) -> str:
-        """Short hash of `identity()`."""
-        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:6]
 
     @property
     def trial_recipe(self) -> Recipe:

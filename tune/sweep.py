@@ -14,6 +14,7 @@ import logging
 import os
 import time
 import uuid
+from dataclasses import replace
 from typing import Any
 
 from ray import tune
@@ -25,7 +26,7 @@ from pipelines.config.settings import SettingsError
 from pipelines.io import storage
 from tune.conclude import conclude, readable, register, write_output
 from tune.defaults import BELOW_BUDGET, TARGET_SHARES, paper_choices, paper_settings
-from tune.prepare import Prepared, mark, prepare
+from tune.prepare import Prepared, prepare, store_facts
 from tune.records import TrialRecord
 from tune.results import cost_of
 from tune.settings import StudyPlan, SweepSettings
@@ -60,7 +61,7 @@ def run_sweep(settings: SweepSettings) -> dict[str, Any]:
         print(f"\n  kept: the trials of sweep {prepared.name}; the same command goes on (--name {prepared.name})")
         raise
     prepared.logbook.finish()
-    mark(settings, prepared, finished=True)
+    store_facts(prepared.url, replace(prepared.facts, finished=True))
     print(f"\n{readable(settings, prepared, result)}", flush=True)
     return result
 

@@ -30,33 +30,30 @@ from meteor_model.configuration_meteor import PruningConfig
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from pipelines.checkpoint.committed import CheckpointRef, latest_checkpoint
-from pipelines.checkpoint.consolidate import consolidate
-from pipelines.checkpoint.local import load_processor, local_copy
-from pipelines.checkpoint.state import PARITY_FILE
+from pipelines.checkpoint.local import local_copy
 from pipelines.config.recipe import Recipe
 from pipelines.data import shards
 from pipelines.data.schema import RawSample
-from pipelines.evaluation.questions import draw_samples, readable_samples, solve_lambda_on
+from pipelines.evaluation.questions import draw_samples, readable_samples, solve_for_target
 from pipelines.evaluation.scores import Record, Score
 from pipelines.evaluation.scoring import Suite, longest_answer, score_model, score_of_records
 from pipelines.io import storage
 from pipelines.io.run_folder import run_folder
 from pipelines.io.upload import upload_folder
-from pipelines.job.assemble import assemble_training
-from pipelines.job.run import ensure_shards
+from pipelines.job.answers import PICTURES_FOLDER
+from pipelines.job.datasets import ensure_shards
+from pipelines.job.export import export_checkpoint
 from pipelines.job.start import prepare_start
+from pipelines.job.train import train
 from pipelines.recovery.failures import may_pass
-from pipelines.registry.folder import check_parity, export_model
 from pipelines.registry.open import device_for
 from pipelines.registry.variants import apply_pruning
-from pipelines.training.trainer import fit
-from tune.records import folder_of, training_name
+from tune.records import export_of, folder_of, training_name
 from tune.settings import SweepSettings
 
 PROGRESS = "progress"
 """Per cent of a trial that is done: what the scheduler compares trials at."""
 SCORE_FILE = "score.json"
-PICTURES_FOLDER, EXPORT_FOLDER = "pictures", "export"
 POLL_S = 2.0
 
 
@@ -137,18 +134,13 @@ class Trial(tune.Trainable):
         """Where the trial computes."""
         return device_for(self.context.settings.gpus_per_trial)
 
-    def solve(self, model: MeteorForConditionalGeneration, processor: MeteorProcessor) -> None:
-        """Lambda for the trial's target mean, where it has one."""
-        settings, decode = self.context.settings, self.pruning.decode
-        if not decode.enabled or decode.target_mean is None:
-            return
+    def prompts(self, processor: MeteorProcessor) -> list[RawSample]:
+        """The samples that lambda is solved on, read once an actor."""
         if not self._prompts:
-            manifest = shards.load_manifest(self.context.manifest)
+            manifest, settings = shards.load_manifest(self.context.manifest), self.context.settings
             available = readable_samples(manifest, settings.train_split, processor)
             self._prompts = list(islice(available, settings.calibration_samples))
-        lam = solve_lambda_on(model, processor, self._prompts)
-        self.pruning = replace(self.pruning, decode=replace(decode, lam=lam))
-        apply_pruning(model, processor, self.pruning, self.ranks)
+        return self._prompts
 
     def questions(self, processor: MeteorProcessor) -> list[RawSample]:
         """The suite, read once an actor."""
@@ -196,7 +188,7 @@ class Trial(tune.Trainable):
                     picture.save(Path(name) / file)
                 upload_folder(Path(name), storage.join(folder, PICTURES_FOLDER))
         storage.write_json(storage.join(folder, SCORE_FILE), score.to_dict(records=True))
-        ended = {"score": score.to_dict(), "pruning": asdict(self.pruning)}
+        ended = {"score": score.to_dict(), "pruning": asdict(model.config.pruning)}  # with the lambda that was solved
         return {
             "objective": objective_of(context.settings, self.answers),
             PROGRESS: 100,
@@ -220,7 +212,7 @@ class EvaluateTrial(Trial):
         settings = self.context.settings
         if not self.ready:
             apply_pruning(self.model, self.processor, self.pruning, self.ranks)
-            self.solve(self.model, self.processor)
+            solve_for_target(self.model, self.processor, lambda: self.prompts(self.processor))
             self.ready = True
         self.ask(self.model, self.processor, -(-settings.questions // settings.portions))
         if len(self.answers) >= settings.questions:
@@ -280,31 +272,26 @@ class FinetuneTrial(Trial):
         try:
             recipe = self.recipe
             manifests = ensure_shards(recipe)
-            url = run_folder(recipe.run.storage, self.run_name).url
-            prepare_start(recipe, manifests[0], url)
-            job = assemble_training(recipe, manifests, self.run_name, url, None)
+            prepare_start(recipe, manifests[0], run_folder(recipe.run.storage, self.run_name).url)
             # What MLflow is told of a trial, the sweep tells it.
-            self.outcome = fit(replace(job, make_logger=None, log_validation=None)).checkpoint
+            self.outcome = train(recipe, manifests, self.run_name, metrics_run=None).checkpoint
         except Exception as error:  # the step raises it
             self.outcome = error
 
     def _score(self, checkpoint: CheckpointRef) -> dict[str, Any]:
         recipe = self.recipe
-        run = run_folder(recipe.run.storage, self.run_name)
-        processor = load_processor(run.url)
-        with (
-            local_copy(run.init) as init,
-            local_copy(checkpoint.url) as directory,
-            tempfile.TemporaryDirectory(prefix="meteor-trial-") as scratch,
-        ):
-            model = consolidate(directory, MeteorForConditionalGeneration, init).eval().to(self.device)
-            self.ranks = model.config.ranks  # measured anew, before the training
-            self.solve(model, processor)
-            folder = export_model(model, processor, Path(scratch) / "model")
-            check_parity(folder, directory / PARITY_FILE, recipe.tracking.parity_tolerance)
-            upload_folder(folder, storage.join(folder_of(self.context.url, self.id), EXPORT_FOLDER))
-        self.ask(model, processor, self.context.settings.questions)
-        return self.end(model, processor)
+        with tempfile.TemporaryDirectory(prefix="meteor-trial-") as scratch:
+            exported = export_checkpoint(
+                run_folder(recipe.run.storage, self.run_name),
+                checkpoint.url,
+                self.prompts,
+                Path(scratch) / "model",
+                export_of(self.context.url, self.id),
+                tolerance=recipe.tracking.parity_tolerance,
+                device=self.device,
+            )
+        self.ask(exported.model, exported.processor, self.context.settings.questions)
+        return self.end(exported.model, exported.processor)
 
 
 TRIALS: dict[str, type[Trial]] = {"evaluate": EvaluateTrial, "finetune": FinetuneTrial}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 
 import torch
@@ -19,17 +19,6 @@ from pipelines.data import shards
 from pipelines.data.schema import RawSample, SampleError, parse_sample
 
 BATCH = 16
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One held-out question, what the data says and what the model said; visual tokens kept after stage 3."""
-
-    key: str
-    question: str
-    expected: str
-    answer: str
-    visual_tokens_kept: int
 
 
 def readable_samples(manifest: shards.Manifest, split: str, processor: MeteorProcessor) -> Iterator[RawSample]:
@@ -64,6 +53,21 @@ def solve_lambda_on(
     assert decode.target_mean is not None
     mass_B, num_visual_B = attention_masses(model, processor, samples)
     return solve_lambda(mass_B, num_visual_B, decode.target_mean, decode.k_min)
+
+
+def solve_for_target(
+    model: MeteorForConditionalGeneration, processor: MeteorProcessor, samples: Callable[[], Sequence[RawSample]]
+) -> None:
+    """Give a model, in place, stage 3's lambda for its target mean on these samples.
+
+    One without a target is left as it is, and the samples are not asked for.
+
+    Raises:
+        ValueError: where the target cannot be reached.
+    """
+    decode = model.config.pruning.decode
+    if decode.enabled and decode.target_mean is not None:
+        model.config = with_lambda(model.config, solve_lambda_on(model, processor, samples()))
 
 
 def attention_masses(

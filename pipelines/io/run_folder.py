@@ -111,9 +111,9 @@ class RunFolder:
         return self._path("pictures")
 
     @property
-    def looked(self) -> str:
-        """Written last: the checkpoint that `pictures` is complete for, held-out answers and score."""
-        return self._path("looked.json")
+    def answers(self) -> str:
+        """Written last: held-out answers and score of a checkpoint, for which `pictures` is complete."""
+        return self._path("answers.json")
 
     @property
     def summary(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import collate
@@ -14,24 +15,37 @@ from pipelines.data import shards
 from pipelines.data.mixture import make_plan
 from pipelines.data.order import StreamPlan
 from pipelines.data.stream import RowEncoder, build_stream, data_config, rows_from, rows_to
+from pipelines.io.run_folder import run_folder
 from pipelines.tracking.metric_logger import MetricLogger
 from pipelines.training.batches import iterate_rows
 from pipelines.training.trainer import TrainingJob
 
 
+class MetricsRun(NamedTuple):
+    """The MLflow run that a training's metrics go to; its id is None while MLflow is away."""
+
+    uri: str
+    run_id: str | None
+
+
 def assemble_training(
-    recipe: Recipe, manifests: Sequence[shards.Manifest], run_name: str, run_url: str, mlflow_run_id: str | None
+    recipe: Recipe, manifests: Sequence[shards.Manifest], run_name: str, metrics_run: MetricsRun | None
 ) -> TrainingJob:
     """The data streams and settings of `fit`.
 
-    `manifests` are the datasets in their order (`run.ensure_shards`), and `mlflow_run_id` is None while MLflow is away.
+    Args:
+        recipe: of the run.
+        manifests: of the datasets in their order (`datasets.ensure_shards`).
+        run_name: of the run, whose start model is there.
+        metrics_run: where metrics go; None logs nothing.
 
     Raises:
         ValueError: naming the dataset that gives no sample under its weight.
     """
     training, data = recipe.training, recipe.data
-    processor = load_processor(run_url)
-    encoder = RowEncoder(partial(load_processor, run_url), processor.tokenizer.pad_token_id, data.max_length)
+    url = run_folder(recipe.run.storage, run_name).url
+    processor = load_processor(url)
+    encoder = RowEncoder(partial(load_processor, url), processor.tokenizer.pad_token_id, data.max_length)
     plan = make_plan(
         [[info.samples for info in manifest.split(data.train_split)] for manifest in manifests],
         data.weights,
@@ -73,15 +87,10 @@ def assemble_training(
         data_config=data_config(),
         recipe=recipe.to_dict(),
         recipe_hash=training_hash(recipe, manifests),
-        mlflow_run_id=mlflow_run_id,
-        make_logger=partial(MetricLogger, mlflow_run_id, recipe.tracking.uri, run_url),
-        log_validation=partial(_log_validation, mlflow_run_id, recipe.tracking.uri, run_url),
+        mlflow_run_id=metrics_run.run_id if metrics_run else None,
+        make_logger=partial(MetricLogger, metrics_run.run_id, metrics_run.uri, url) if metrics_run else None,
+        log_validation=partial(_log_validation, metrics_run, url) if metrics_run else None,
     )
-
-
-def manifest_hashes(manifests: Sequence[shards.Manifest]) -> dict[str, str]:
-    """Address -> SHA-256 of each manifest: the identity of the data."""
-    return {manifest.url: manifest.sha256 for manifest in manifests}
 
 
 def training_hash(recipe: Recipe, manifests: Sequence[shards.Manifest]) -> str:
@@ -90,7 +99,7 @@ def training_hash(recipe: Recipe, manifests: Sequence[shards.Manifest]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _log_validation(run_id: str | None, uri: str, run_url: str, metrics: Mapping[str, float], step: int) -> None:
-    logger = MetricLogger(run_id, uri, run_url)
+def _log_validation(metrics_run: MetricsRun, run_url: str, metrics: Mapping[str, float], step: int) -> None:
+    logger = MetricLogger(metrics_run.run_id, metrics_run.uri, run_url)
     logger.log(metrics, step)
     logger.close()

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from meteor_model.configuration_meteor import MeteorConfig
-from pipelines.checkpoint.state import TrainState
 from pipelines.config.recipe import Recipe
-from pipelines.evaluation.questions import Answer
 from pipelines.evaluation.scores import normalise
 from pipelines.io import storage
 from pipelines.io.run_folder import RunFolder
+from pipelines.job.answers import HeldoutAnswer, HeldoutAnswers
+from pipelines.job.register import TrainedRun
 from pipelines.registry.publish import RegisteredVersion
 
 
-def visual_tokens(config: MeteorConfig, answers: Sequence[Answer]) -> dict[str, Any]:
+def visual_tokens(config: MeteorConfig, answers: Sequence[HeldoutAnswer]) -> dict[str, Any]:
     """Visual tokens per image by stage.
 
     Each encoder's in and kept per boundary, fusion in and kept, and the mean number kept per sample after stage 3 on
@@ -34,30 +34,37 @@ def visual_tokens(config: MeteorConfig, answers: Sequence[Answer]) -> dict[str, 
     }
 
 
-def build_summary(  # noqa: PLR0913 - one argument a group of entries, by name
+def build_summary(
+    trained: TrainedRun,
+    answers: HeldoutAnswers,
+    version: RegisteredVersion,
     *,
-    run_name: str,
-    mlflow_run_id: str,
-    expected: int,
-    state: TrainState,
+    planned_samples: int,
     ranks: Mapping[str, Any],
     config: MeteorConfig,
-    parity: float,
-    answers: Sequence[Answer],
-    version: RegisteredVersion,
-    samples_per_s: float,
     wall_s: Mapping[str, float],
 ) -> dict[str, Any]:
-    """The content of summary.json; numbers as they were measured."""
-    right = sum(normalise(answer.answer) == normalise(answer.expected) for answer in answers)
+    """The content of summary.json; numbers as they were measured.
+
+    Args:
+        trained: the run.
+        answers: to held-out questions.
+        version: in the registry.
+        planned_samples: of all epochs.
+        ranks: content of `ranks.json`.
+        config: of the exported model.
+        wall_s: seconds of each phase.
+    """
+    state, given = trained.state, answers.answers
+    right = sum(normalise(answer.answer) == normalise(answer.expected) for answer in given)
     return {
-        "run_name": run_name,
-        "run_id": mlflow_run_id,
+        "run_name": trained.run_name,
+        "run_id": trained.run_id,
         "model_uri": version.uri,
         "model_alias_uri": f"models:/{version.name}@{version.alias}",
         "world_size": state.world_size,
         "steps": state.step,
-        "samples_expected": expected,
+        "samples_expected": planned_samples,
         "samples_seen": state.samples_seen,
         "dropped": dict(state.dropped),
         "padding_share": state.padding_share,
@@ -65,20 +72,20 @@ def build_summary(  # noqa: PLR0913 - one argument a group of entries, by name
         "loss_first": state.loss_first,
         "loss_last": state.loss_last,
         **state.final,
-        "heldout_answers": len(answers),
+        "heldout_answers": len(given),
         "heldout_answers_right": right,
-        "visual_tokens": visual_tokens(config, answers),
+        "visual_tokens": visual_tokens(config, given),
         "ranks": {"estimator": ranks["estimator"], "images": ranks["images"]},
         "lambda": config.pruning.decode.lam,
-        "parity_max_abs_diff": parity,
-        "samples_per_s": samples_per_s,
+        "parity_max_abs_diff": trained.parity,
+        "samples_per_s": state.samples_seen / state.step_seconds,
         "wall_s": {**wall_s, "total": round(sum(wall_s.values()), 2)},
     }
 
 
-def store_summary(recipe: Recipe, run_url: str, summary: Mapping[str, Any], pictures: Path) -> None:
+def store_summary(recipe: Recipe, run: RunFolder, summary: Mapping[str, Any], pictures: Path) -> None:
     """Beside the run in storage, and with the pictures in `run.output` where that is set."""
-    storage.write_json(RunFolder(run_url).summary, summary)
+    storage.write_json(run.summary, summary)
     if recipe.run.output is not None:
         output = RunFolder(recipe.run.output)  # these two alone, under the same names
         shutil.rmtree(output.pictures, ignore_errors=True)
@@ -86,15 +93,15 @@ def store_summary(recipe: Recipe, run_url: str, summary: Mapping[str, Any], pict
         storage.write_json(output.summary, summary)
 
 
-def load_summary(recipe: Recipe, run_url: str) -> dict[str, Any]:
+def load_summary(recipe: Recipe, run: RunFolder) -> dict[str, Any]:
     """The summary of a finished run; also written to `run.output` where that is set."""
-    summary: dict[str, Any] = storage.read_json(RunFolder(run_url).summary)
+    summary: dict[str, Any] = storage.read_json(run.summary)
     if recipe.run.output is not None:
         storage.write_json(RunFolder(recipe.run.output).summary, summary)
     return summary
 
 
-def readable(summary: Mapping[str, Any], answers: Sequence[Answer] = ()) -> str:
+def readable(summary: Mapping[str, Any], answers: Sequence[HeldoutAnswer] = ()) -> str:
     """The summary for people."""
     tokens = summary["visual_tokens"]
     encoders = "; ".join(

@@ -56,7 +56,7 @@ def test_the_summary_says_what_happened(pretrained: dict[str, Any]) -> None:
     assert sum(part["kept_per_boundary"][-1] for part in tokens["encode"].values()) == tokens["fuse"]["in"] == 64
     assert tokens["fuse"]["kept"] == 32
     assert 1 <= tokens["decode_kept_mean"] <= 64
-    for phase in ("prepare", "calibrate", "train", "export", "look", "register", "total"):
+    for phase in ("prepare", "calibrate", "train", "export", "answer", "register", "total"):
         assert pretrained["wall_s"][phase] > 0
     assert pretrained["heldout_loss"] > 0
     assert pretrained["heldout_loss_shuffled_images"] > 0
@@ -120,15 +120,18 @@ def test_a_fresh_process_with_the_registry_s_address_alone_answers(
 
 def test_a_finished_run_is_not_trained_again(in_stack: Stack, pretrained: dict[str, Any]) -> None:
     from jobs.recipes import parse_recipe
-    from pipelines.job.run import choose_run
+    from pipelines.job.datasets import ensure_shards
+    from pipelines.job.names import choose_run
 
     same = parse_recipe("pretrain", "", ["--run.name", "first", *SMALL])
-    assert choose_run(same, "pretrain") == ("first", True)
+    manifests = ensure_shards(same)
+    chosen = choose_run(same, "pretrain", manifests)
+    assert (chosen.name, chosen.facts.finished) == ("first", True)
     other = parse_recipe("pretrain", "", ["--run.name", "first", *SMALL, "--training.seed", "5"])
     with pytest.raises(ValueError, match=r"training\.seed: 0 -> 5"):
-        choose_run(other, "pretrain")
+        choose_run(other, "pretrain", manifests)
     with pytest.raises(ValueError, match="job: 'pretrain' -> 'finetune'"):
-        choose_run(same, "finetune")
+        choose_run(same, "finetune", manifests)
 
 
 def test_finetune_goes_on_from_the_registered_model(stack: Stack, pretrained: dict[str, Any], tmp_path: Path) -> None:
@@ -152,7 +155,8 @@ def test_wrong_places_fail_at_once_and_are_named(in_stack: Stack, arguments: tup
     """Before anything is started, on the driver: no need to go through a submitted job."""
     from jobs.recipes import parse_recipe
     from pipelines.config.recipe import Recipe
-    from pipelines.job.run import check_places, ensure_shards
+    from pipelines.job.datasets import ensure_shards
+    from pipelines.job.run import check_places
 
     def prepare(recipe: Recipe) -> None:
         check_places(recipe)

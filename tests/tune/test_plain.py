@@ -14,6 +14,7 @@ from mlflow.utils.validation import _validate_model_alias_name
 
 from pipelines.config.settings import SettingsError, TrainingSettings
 from tune.pareto import Point, front, hypervolume, reference
+from tune.prepare import SweepFacts, choose_sweep, store_facts
 from tune.records import Records, TrialRecord
 from tune.resources import bundles_of_trial, concurrent_trials
 from tune.settings import SweepSettings
@@ -54,11 +55,11 @@ def test_studies() -> None:
 
 def test_places_and_room_are_no_part_of_the_identity() -> None:
     other = replace(BASE, storage="elsewhere", max_concurrent=1, output="x.json", register=True, name="n")
-    assert other.digest() == BASE.digest()
-    assert replace(BASE, trials=3).digest() != BASE.digest()
+    assert other.identity() == BASE.identity()
+    assert replace(BASE, trials=3).identity() != BASE.identity()
     trained = replace(BASE.train, training=TrainingSettings(epochs=3))
-    assert replace(BASE, train=trained).digest() == BASE.digest(), "evaluate trains nothing"
-    assert replace(BASE, kind="finetune", train=trained).digest() != replace(BASE, kind="finetune").digest()
+    assert replace(BASE, train=trained).identity() == BASE.identity(), "evaluate trains nothing"
+    assert replace(BASE, kind="finetune", train=trained).identity() != replace(BASE, kind="finetune").identity()
 
 
 @pytest.mark.parametrize(("budget", "alias"), [(64.0, "64"), (12.5, "12_5"), (0.00011, "0_00011"), (2e6, "2e06")])
@@ -147,3 +148,28 @@ def test_a_reference_is_worse_than_everything() -> None:
     assert hypervolume(drawn, (min(p.cost for p in drawn), score)) == 0
     with pytest.raises(ValueError, match="no point"):
         reference([])
+
+
+# ------------------------------------------------------------------------------------------------------------- its name
+
+
+def test_the_last_sweep_goes_on_until_it_is_finished(tmp_path: Path) -> None:
+    settings = replace(BASE, storage=str(tmp_path))
+
+    def facts(model: str) -> SweepFacts:
+        return SweepFacts(settings.identity(), model, {"sha256": "0", "questions": 8})
+
+    def store(name: str, facts: SweepFacts) -> None:
+        store_facts(str(tmp_path / "sweeps" / name), facts)
+
+    first, begun, continued = choose_sweep(settings, facts("models:/m/1"))
+    assert (first[-4:], begun, continued) == ("-001", facts("models:/m/1"), False)
+    store(first, replace(begun, mlflow_run_id="run"))
+    assert choose_sweep(settings, facts("models:/m/1")) == (first, replace(begun, mlflow_run_id="run"), True)
+    other, _, continued = choose_sweep(settings, facts("models:/m/2"))
+    assert other != first, "another model is another sweep"
+    assert not continued
+    store(first, replace(begun, finished=True))
+    assert choose_sweep(settings, facts("models:/m/1"))[0] == first.replace("-001", "-002")
+    with pytest.raises(SettingsError, match="model: 'models:/m/1' -> 'models:/m/2'"):
+        choose_sweep(replace(settings, name=first), facts("models:/m/2"))

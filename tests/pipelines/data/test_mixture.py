@@ -338,9 +338,9 @@ def write_manifest(folder: Path, samples: int) -> None:
 
 def test_a_run_is_refused_on_other_data_or_weights(tmp_path: Path) -> None:
     from pipelines.config.recipe import Recipe, RunSettings
-    from pipelines.io import storage
-    from pipelines.job.assemble import manifest_hashes, training_hash
-    from pipelines.job.run import choose_run, ensure_shards, require_same_data
+    from pipelines.job.assemble import training_hash
+    from pipelines.job.datasets import ensure_shards
+    from pipelines.job.names import RunFacts, choose_run, store_facts
 
     folders = [tmp_path / name for name in ("first", "b", "a")]
     for folder in folders:
@@ -354,25 +354,20 @@ def test_a_run_is_refused_on_other_data_or_weights(tmp_path: Path) -> None:
     manifests = ensure_shards(begun)
     assert [manifest.url for manifest in manifests] == [f"{one}/manifest.parquet" for one in (first, a, b)]
     assert begun.data.weights == (1.0, 2.0, 0.5)
-    record = {
-        "job": "pretrain",
-        "settings": begun.identity(),
-        "manifests": manifest_hashes(manifests),
-        "finished": False,
-    }
-    storage.write_json(f"{tmp_path}/runs/r/run.json", record)
+    facts = RunFacts.begun(begun, "pretrain", manifests)
+    store_facts(str(tmp_path), "r", facts)
 
     again = recipe({a: 2.0, b: 0.5})
-    assert choose_run(again, "pretrain") == ("r", False)
-    require_same_data(again, "r", ensure_shards(again))
+    chosen = choose_run(again, "pretrain", ensure_shards(again))
+    assert (chosen.name, chosen.facts, chosen.continued) == ("r", facts, True)
     assert training_hash(again, manifests) == training_hash(begun, manifests)
     with pytest.raises(SettingsError, match=f"data.mixture.{b}: 0.5 -> 0.75"):
-        choose_run(recipe({b: 0.75, a: 2.0}), "pretrain")
+        choose_run(recipe({b: 0.75, a: 2.0}), "pretrain", manifests)
     write_manifest(folders[1], 8)
     changed = ensure_shards(again)
     old, new = manifests[2].sha256, changed[2].sha256
     with pytest.raises(SettingsError, match=f"(?s)other data.*{b}/manifest.parquet: '{old}' -> '{new}'") as caught:
-        require_same_data(again, "r", changed)
+        choose_run(again, "pretrain", changed)
     assert f"{a}/" not in str(caught.value), "only what differs is named"
     assert training_hash(again, changed) != training_hash(begun, manifests)
     with pytest.raises(SettingsError, match="whose manifest is there already"):

@@ -1,4 +1,4 @@
-"""A job that is started again after MLflow was away does not export, look or register twice."""
+"""A job that is started again after MLflow was away does not export, answer or register twice."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from mlflow import MlflowClient
 from pipelines.checkpoint.committed import CheckpointRef
 from pipelines.checkpoint.state import TrainState
 from pipelines.config.recipe import Recipe, TrackingSettings
-from pipelines.evaluation.questions import Answer
 from pipelines.io import storage
-from pipelines.job import finish
+from pipelines.io.run_folder import RunFolder
+from pipelines.job.answers import HeldoutAnswer, HeldoutAnswers, answer_heldout
+from pipelines.job.export import export_run
+from pipelines.job.register import POINTS_FILE, TrainedRun, register_run, undelivered_points
 from pipelines.registry.folder import ExportError
 from pipelines.registry.publish import RegisteredVersion
 from pipelines.tracking.points import Point, points_to_jsonl
@@ -38,24 +40,24 @@ def test_an_earlier_export_is_brought_whole_or_refused(
     run_url = tmp_path / "run"
     shutil.copytree(exported, run_url / "export")
     storage.write_json(str(run_url / "exported.json"), {"checkpoint": checkpoint.url, "parity": 2e-6})
-    assert finish.export(Recipe(), str(run_url), UNUSED, checkpoint, tmp_path / "model") == 2e-6
+    assert export_run(Recipe(), RunFolder(str(run_url)), UNUSED, checkpoint, tmp_path / "model") == 2e-6
     assert (tmp_path / "model" / "config.json").read_bytes() == (exported / "config.json").read_bytes()
     (run_url / "export" / "config.json").write_text("{}")
     with pytest.raises(ExportError, match=r"config\.json was changed"):
-        finish.export(Recipe(), str(run_url), UNUSED, checkpoint, tmp_path / "again")
+        export_run(Recipe(), RunFolder(str(run_url)), UNUSED, checkpoint, tmp_path / "again")
     other = dataclasses.replace(checkpoint, url=str(tmp_path / "step-5"))
     with pytest.raises(FileNotFoundError, match="processor"):  # exported anew, for which all is missing here
-        finish.export(Recipe(), str(run_url), UNUSED, other, tmp_path / "third")
+        export_run(Recipe(), RunFolder(str(run_url)), UNUSED, other, tmp_path / "third")
 
 
 def test_earlier_answers_and_pictures_are_brought(tmp_path: Path, checkpoint: CheckpointRef) -> None:
-    answer = Answer("a", "q", "e", "e", 3)
+    answer = HeldoutAnswer("a", "q", "e", "e", 3)
     run_url, pictures = tmp_path / "run", tmp_path / "pictures"
     storage.write_bytes(str(run_url / "pictures" / "loss.png"), b"png")
-    looked = finish.Looked((answer,), SUITE, score_of([record(0), record(1, right=False, nll=1 / 3)]))
-    storage.write_json(str(run_url / "looked.json"), {"checkpoint": checkpoint.url, **looked.to_dict()})
-    found = finish.look(Recipe(), str(run_url), UNUSED, UNUSED, checkpoint, {}, UNUSED, pictures)
-    assert found == looked
+    answers = HeldoutAnswers((answer,), SUITE, score_of([record(0), record(1, right=False, nll=1 / 3)]))
+    storage.write_json(str(run_url / "answers.json"), {"checkpoint": checkpoint.url, **answers.to_dict()})
+    found = answer_heldout(Recipe(), RunFolder(str(run_url)), UNUSED, UNUSED, checkpoint, {}, UNUSED, pictures)
+    assert found == answers
     assert (pictures / "loss.png").read_bytes() == b"png"
 
 
@@ -65,8 +67,8 @@ def test_the_version_of_an_earlier_start_is_taken(
     recipe = Recipe(tracking=TrackingSettings(uri=server.uri, registered_model=MODEL_NAME))
     client = MlflowClient(server.uri)
     before = client.search_model_versions(f"name = '{MODEL_NAME}'")
-    trained = finish.Trained(recipe, "adopt", "r", registered.run_id, "abc", checkpoint.state, 0.0, ())
-    again = finish.register(trained, UNUSED, finish.Looked())
+    trained = TrainedRun(recipe, "adopt", "r", registered.run_id, "abc", checkpoint.state, 0.0, ())
+    again = register_run(trained, UNUSED, HeldoutAnswers())
     newest = max(before, key=lambda item: int(item.version))
     assert again.version == int(newest.version)
     assert again.model_id == registered.model_id or again.version != registered.version
@@ -76,9 +78,9 @@ def test_the_version_of_an_earlier_start_is_taken(
 
 
 def test_what_the_last_checkpoint_holds_is_delivered(checkpoint: CheckpointRef) -> None:
-    assert [point.name for point in finish.undelivered_points(checkpoint)] == ["heldout_loss"]
+    assert [point.name for point in undelivered_points(checkpoint)] == ["heldout_loss"]
     kept = [Point("loss", 0.5, 7, 3), Point("loss", 0.25, 8, 4)]
-    storage.write_bytes(storage.join(checkpoint.url, finish.POINTS_FILE), points_to_jsonl(kept).encode())
-    *first, last = finish.undelivered_points(checkpoint)
+    storage.write_bytes(storage.join(checkpoint.url, POINTS_FILE), points_to_jsonl(kept).encode())
+    *first, last = undelivered_points(checkpoint)
     assert first == kept
     assert (last.name, last.value, last.step) == ("heldout_loss", 1.5, 4)

@@ -1,0 +1,154 @@
+"""What a trained model says to held-out questions, with its score, and pictures of the tokens that it keeps."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from meteor_model.configuration_meteor import MeteorConfig
+from meteor_model.modeling_meteor import MeteorForConditionalGeneration
+from meteor_model.processing_meteor import MeteorProcessor
+from meteor_model.visualize import draw_ranks
+from pipelines.checkpoint.committed import CheckpointRef
+from pipelines.checkpoint.local import local_copy
+from pipelines.checkpoint.losses import read_losses
+from pipelines.checkpoint.state import TrainState
+from pipelines.config.recipe import Recipe
+from pipelines.data import shards
+from pipelines.data.schema import RawSample
+from pipelines.evaluation.questions import draw_samples, question_of, readable_samples
+from pipelines.evaluation.scores import Score
+from pipelines.evaluation.scoring import Suite, score_model
+from pipelines.io.run_folder import RunFolder
+from pipelines.io.upload import upload_folder
+from pipelines.job.export import complete, completed
+from pipelines.job.pictures import draw_loss
+from pipelines.tracking.run_tracker import Tracker
+
+PICTURES_FOLDER = "pictures"
+"""Of a run's or a trial's artifacts in MLflow, and of a trial's folder."""
+
+
+@dataclass(frozen=True)
+class HeldoutAnswer:
+    """One held-out question, what the data says and what the model said; visual tokens kept after stage 3."""
+
+    key: str
+    question: str
+    expected: str
+    answer: str
+    visual_tokens_kept: int
+
+
+@dataclass(frozen=True)
+class HeldoutAnswers:
+    """The answers to held-out questions; no score where there was no question."""
+
+    answers: tuple[HeldoutAnswer, ...] = ()
+    suite: Suite | None = None
+    score: Score | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionary."""
+        return {
+            "answers": [asdict(answer) for answer in self.answers],
+            "suite": None if self.suite is None else asdict(self.suite),
+            "score": None if self.score is None else self.score.to_dict(records=True),
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> HeldoutAnswers:
+        """What `to_dict` gave."""
+        answers = tuple(HeldoutAnswer(**answer) for answer in data["answers"])
+        if data["score"] is None:
+            return cls(answers)
+        return cls(answers, Suite(**data["suite"]), Score.from_dict(data["score"]))
+
+
+def answer_heldout(
+    recipe: Recipe,
+    run: RunFolder,
+    tracker: Tracker,
+    manifest: shards.Manifest,
+    checkpoint: CheckpointRef,
+    ranks: dict[str, Any],
+    folder: Path,
+    pictures: Path,
+) -> HeldoutAnswers:
+    """Ask the exported model held-out questions and draw what it keeps.
+
+    Both are stored with the run and logged to MLflow. What an earlier start has done is brought from storage.
+
+    Args:
+        recipe: of the run.
+        run: its folder in storage.
+        tracker: of its MLflow run.
+        manifest: of its first dataset.
+        checkpoint: that was exported.
+        ranks: content of `ranks.json`.
+        folder: the export.
+        pictures: a new folder, which is filled.
+    """
+    if done := completed(run.answers, checkpoint):
+        with local_copy(run.pictures) as earlier:
+            shutil.copytree(earlier, pictures)
+        print("  answered by an earlier start", flush=True)
+        return HeldoutAnswers.from_dict(done)
+    model = MeteorForConditionalGeneration.from_pretrained(folder).eval()
+    processor = MeteorProcessor.from_pretrained(folder)
+    available = readable_samples(manifest, recipe.data.heldout_split, processor)
+    samples = list(islice(available, recipe.data.heldout_samples))
+    answers = _ask(model, processor, manifest, recipe.data.heldout_split, samples)
+    pictures.mkdir(parents=True)
+    for name, picture in draw_samples(model, processor, samples, recipe.run.pictures):
+        picture.save(pictures / name)
+    _draw_training(run, checkpoint.state, ranks, pictures)
+    upload_folder(pictures, run.pictures)
+    tracker.log_files(pictures, PICTURES_FOLDER)
+    tracker.log_documents(
+        {
+            "ranks.json": ranks,
+            "heldout_answers.json": [asdict(answer) for answer in answers.answers],
+            "dropped_samples.json": [asdict(sample) for sample in checkpoint.state.dropped_samples],
+        }
+    )
+    complete(run.answers, checkpoint, answers.to_dict())
+    return answers
+
+
+def _draw_training(run: RunFolder, state: TrainState, ranks: dict[str, Any], pictures: Path) -> None:
+    heldout = {
+        "held out": state.final["heldout_loss"],
+        "held out, images shuffled": state.final["heldout_loss_shuffled_images"],
+    }
+    draw_loss(read_losses(run, state), pictures / "loss.png", heldout)
+    draw_ranks(ranks).save(pictures / "ranks.png")
+
+
+def _ask(
+    model: MeteorForConditionalGeneration,
+    processor: MeteorProcessor,
+    manifest: shards.Manifest,
+    split: str,
+    samples: Sequence[RawSample],
+) -> HeldoutAnswers:
+    if not samples:
+        return HeldoutAnswers()
+    config, decode = model.config, model.config.pruning.decode
+    if decode.enabled and decode.lam is None:  # without a target there is no lambda: the model answers unpruned
+        pruning = replace(config.pruning, decode=replace(decode, enabled=False))
+        model.config = MeteorConfig(**{**config.to_dict(), "pruning": pruning})
+    suite = Suite.of(manifest, split, len(samples))
+    score = score_model(model, processor, samples, suite.digest)
+    model.config = config
+    answers = [
+        HeldoutAnswer(
+            record.key, question_of(sample).replace("<image>", "").strip(), record.expected, record.answer, record.kept
+        )
+        for sample, record in zip(samples, score.records, strict=True)
+    ]
+    return HeldoutAnswers(tuple(answers), suite, score)

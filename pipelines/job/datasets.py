@@ -1,0 +1,57 @@
+"""The datasets of a recipe: their manifests, loaded and checked; the drawings are made where they are missing."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+from pipelines.config.recipe import Recipe
+from pipelines.config.settings import SettingsError
+from pipelines.data import shards
+from pipelines.data.build import make_shards
+from pipelines.data.sources.openmoji import OpenMoji
+from pipelines.io import storage
+
+
+def ensure_shards(recipe: Recipe) -> tuple[shards.Manifest, ...]:
+    """The manifest of `data.manifest`, then those of `data.mixture` by address: the datasets in their order.
+
+    Where the first is empty, that of the drawings, which are made if they are not there.
+
+    Raises:
+        ShardError: a prefix without a manifest, or a damaged one.
+        ValueError: a split that is missing or empty; a manifest that is given twice.
+    """
+    url = recipe.data.manifest
+    if url:
+        manifest = shards.load_manifest(url)
+    else:
+        source = OpenMoji(recipe.source)
+        url = storage.join(recipe.run.storage, "data", f"openmoji-{_digest(source.spec())}")
+        made = make_shards(source, url)
+        manifest = made.manifest
+        print(f"  shards: {url} ({'already there' if made.reused else f'made in {made.seconds:.1f} s'})", flush=True)
+    for split in (recipe.data.train_split, recipe.data.heldout_split):
+        if not sum(info.samples for info in manifest.split(split)):
+            raise SettingsError(f"{manifest.url} has no sample in the split {split!r}")
+    manifests = [manifest]
+    for address, _ in recipe.data.others:
+        other = shards.load_manifest(address)
+        if other.url in [known.url for known in manifests]:
+            raise SettingsError(
+                f"data.mixture holds {address}, whose manifest is there already; raise its weight instead"
+            )
+        if not other.samples(recipe.data.train_split):
+            raise SettingsError(f"{other.url} has no sample in the split {recipe.data.train_split!r}")
+        manifests.append(other)
+    return tuple(manifests)
+
+
+def manifest_hashes(manifests: Sequence[shards.Manifest]) -> dict[str, str]:
+    """Address -> SHA-256 of each manifest: the identity of the data."""
+    return {manifest.url: manifest.sha256 for manifest in manifests}
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(shards.canonical_json(value).encode()).hexdigest()[:8]

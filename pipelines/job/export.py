@@ -1,0 +1,129 @@
+"""From the checkpoint of a training to one whole model, proven equal: for pretrain, finetune and a sweep's trials.
+
+1. consolidate  one model from the ZeRO-3 shards
+2. lambda       stage 3's, for its target mean on prompts
+3. export       a folder that stands alone
+4. parity       the folder, loaded again, gives the logits that the training left in the checkpoint
+5. upload       to where the run or the sweep keeps it
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from meteor_model.modeling_meteor import MeteorForConditionalGeneration
+from meteor_model.processing_meteor import MeteorProcessor
+from pipelines.checkpoint.committed import CheckpointRef
+from pipelines.checkpoint.consolidate import consolidate
+from pipelines.checkpoint.local import load_processor, local_copy
+from pipelines.checkpoint.state import PARITY_FILE
+from pipelines.config.recipe import Recipe
+from pipelines.data import shards
+from pipelines.data.schema import RawSample
+from pipelines.evaluation.questions import readable_samples, solve_for_target
+from pipelines.io import storage
+from pipelines.io.run_folder import RunFolder
+from pipelines.io.upload import upload_folder
+from pipelines.registry.folder import check_parity, export_model, verify_checksums
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported model, still in memory.
+
+    Attributes:
+        model: in eval mode, with its lambda.
+        processor: its own.
+        parity: largest difference of a logit between the folder, loaded again, and the training model.
+    """
+
+    model: MeteorForConditionalGeneration
+    processor: MeteorProcessor
+    parity: float
+
+
+def export_checkpoint(
+    run: RunFolder,
+    checkpoint_url: str,
+    prompts: Callable[[MeteorProcessor], Sequence[RawSample]],
+    folder: Path,
+    to_url: str,
+    *,
+    tolerance: float,
+    device: str = "cpu",
+) -> Exported:
+    """Write the model of a run's checkpoint to `folder`, prove it and store it.
+
+    Args:
+        run: folder of the run, which holds the start model's configuration and processor.
+        checkpoint_url: of the checkpoint.
+        prompts: gives the samples that lambda is solved on; asked only where stage 3 has a target mean.
+        folder: is made, or empty.
+        to_url: where the folder is stored.
+        tolerance: largest difference of a logit that is allowed.
+        device: where lambda is solved, and the model stays.
+
+    Raises:
+        CheckpointError: shards that do not make a whole model.
+        ParityError: logits that differ by more than the tolerance.
+        ValueError: a target mean that no lambda reaches.
+    """
+    processor = load_processor(run.url)
+    with local_copy(run.init) as init, local_copy(checkpoint_url) as directory:
+        model = consolidate(directory, MeteorForConditionalGeneration, init).eval().to(device)
+        solve_for_target(model, processor, lambda: prompts(processor))
+        export_model(model, processor, folder)
+        parity = check_parity(folder, directory / PARITY_FILE, tolerance)
+    upload_folder(folder, to_url)
+    return Exported(model, processor, parity)
+
+
+def export_run(
+    recipe: Recipe, run: RunFolder, manifest: shards.Manifest, checkpoint: CheckpointRef, folder: Path
+) -> float:
+    """Export a run's checkpoint as its `export/` and to `folder`; where an earlier start has done that, bring it.
+
+    Returns:
+        Its parity (`Exported`).
+
+    Raises:
+        ExportError: an earlier export that is not whole.
+        CheckpointError, ParityError, ValueError: as `export_checkpoint`.
+    """
+    if done := completed(run.exported, checkpoint):
+        with local_copy(run.export) as exported:
+            shutil.copytree(exported, folder)
+        verify_checksums(folder)
+        print("  exported by an earlier start", flush=True)
+        return float(done["parity"])
+
+    def prompts(processor: MeteorProcessor) -> list[RawSample]:
+        available = readable_samples(manifest, recipe.data.train_split, processor)
+        return list(islice(available, recipe.calibration.decode_samples))
+
+    exported_now = export_checkpoint(
+        run, checkpoint.url, prompts, folder, run.export, tolerance=recipe.tracking.parity_tolerance
+    )
+    decode = exported_now.model.config.pruning.decode
+    if decode.enabled and decode.target_mean is not None:
+        print(f"  lambda {decode.lam:.4g} for a mean of {decode.target_mean:g} visual tokens", flush=True)
+    complete(run.exported, checkpoint, {"parity": exported_now.parity})
+    return exported_now.parity
+
+
+def completed(url: str, checkpoint: CheckpointRef) -> dict[str, Any] | None:
+    """What the file at `url` says of a phase after training, if that was completed for this checkpoint."""
+    if not storage.exists(url):
+        return None
+    done: dict[str, Any] = storage.read_json(url)
+    return done if done["checkpoint"] == checkpoint.url else None
+
+
+def complete(url: str, checkpoint: CheckpointRef, result: dict[str, Any]) -> None:
+    """Keep the result of a phase after training: the last that it does."""
+    storage.write_json(url, {**result, "checkpoint": checkpoint.url})

@@ -1,0 +1,106 @@
+"""A trained run in MLflow's registry, and the metrics that MLflow still lacks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from meteor_model.configuration_meteor import MeteorConfig
+from pipelines.checkpoint.committed import CheckpointRef
+from pipelines.checkpoint.state import POINTS_FILE, TrainState
+from pipelines.config.recipe import Recipe
+from pipelines.data import shards
+from pipelines.io import storage
+from pipelines.job.answers import HeldoutAnswers
+from pipelines.registry.card import BASE_TAG, PARITY_TAG, card
+from pipelines.registry.folder import write_card
+from pipelines.registry.provenance import training_tags
+from pipelines.registry.publish import RegisteredVersion, register_model
+from pipelines.registry.scores import file_score, stored_scores, suite_name
+from pipelines.registry.versions import list_versions, move_alias
+from pipelines.tracking.points import Point, points_from_jsonl
+
+
+def undelivered_points(checkpoint: CheckpointRef) -> list[Point]:
+    """The metric points that the last checkpoint holds, and its held-out metrics.
+
+    What MLflow lacks where rank 0 ended before its logger was done. Points that MLflow has by now are left out when
+    they are delivered.
+    """
+    now_ms = time.time_ns() // 1_000_000
+    points = [Point(name, value, now_ms, checkpoint.state.step) for name, value in checkpoint.state.final.items()]
+    url = storage.join(checkpoint.url, POINTS_FILE)
+    if storage.exists(url):
+        points = points_from_jsonl(storage.read_bytes(url).decode(), url) + points
+    return points
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A finished training, as its version in the registry tells of it.
+
+    Attributes:
+        recipe: of the training.
+        job: pretrain or finetune.
+        run_name: of the run.
+        run_id: its run in MLflow.
+        commit: of the code.
+        state: of the last checkpoint.
+        parity: largest difference of a logit between export and training.
+        manifests: of the data.
+    """
+
+    recipe: Recipe
+    job: str
+    run_name: str
+    run_id: str
+    commit: str
+    state: TrainState
+    parity: float
+    manifests: Sequence[shards.Manifest]
+
+
+def register_run(trained: TrainedRun, folder: Path, answers: HeldoutAnswers) -> RegisteredVersion:
+    """A version in the registry with its card and its score, under the alias `latest-JOB`.
+
+    A new one, or the one that an earlier start made of this run. The alias moves last.
+
+    Args:
+        trained: what is registered.
+        folder: its export.
+        answers: with its score.
+    """
+    tracking, run_id, commit = trained.recipe.tracking, trained.run_id, trained.commit
+    name, uri, alias = tracking.registered_model, tracking.uri, f"latest-{trained.job}"
+    # Variants may be filed under the training's run, too.
+    found = [item for item in list_versions(name, uri, run_id=run_id) if BASE_TAG not in item.tags]
+    scores = stored_scores(found[-1]) if found else {}
+    if found:
+        model_id = str(found[-1].source).removeprefix("models:/")
+        version = RegisteredVersion(name, int(found[-1].version), (), run_id, model_id)
+        print(f"  registered by an earlier start as version {version.version}", flush=True)
+    else:
+        tags = _version_tags(trained)
+        whole = {} if answers.score is None else {suite_name(answers.suite): answers.score}
+        write_card(folder, card(MeteorConfig.from_pretrained(folder), tags, whole))
+        version = register_model(folder, uri=uri, name=name, aliases=(), run_id=run_id, tags=tags)
+    if answers.score is not None and answers.score.suite not in scores:
+        file_score(uri, name, version.version, answers.score, answers.suite, {"git_commit": commit})
+    move_alias(name, alias, version.version, uri)
+    return replace(version, aliases=(alias,))
+
+
+def _version_tags(trained: TrainedRun) -> dict[str, str]:
+    recipe = trained.recipe
+    return {
+        "job": trained.job,
+        "run_name": trained.run_name,
+        "run_id": trained.run_id,
+        "git_commit": trained.commit,
+        PARITY_TAG: f"{trained.parity:.3g}",
+        "parity_tolerance": f"{recipe.tracking.parity_tolerance:g}",
+        "heldout_loss": f"{trained.state.final['heldout_loss']:.4f}",
+        **training_tags(recipe, trained.manifests),
+    }
