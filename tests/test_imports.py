@@ -24,9 +24,9 @@ ALLOWED = {
     "infra": {"infra"},
 }
 LEVELS: tuple[dict[str, set[str]], ...] = (
-    {"io": set(), "parts": set()},
-    {"data": {"io"}, "tracking": {"io"}},
-    {"config": {"data", "io"}, "evaluation": {"data", "io"}, "recovery": {"data", "io"}},
+    {"io": set()},
+    {"data": {"io"}, "parts": {"io"}, "recovery": {"io"}, "tracking": {"io"}},
+    {"config": {"data", "io"}, "evaluation": {"data", "io"}},
     {"checkpoint": {"config", "data", "io"}},
     {
         "training": {"checkpoint", "config", "data", "io", "recovery", "tracking"},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +21,7 @@ from pipelines.data.build import differences
 from pipelines.evaluation.questions import readable_samples
 from pipelines.evaluation.scoring import Suite
 from pipelines.io import storage
+from pipelines.io.fingerprint import sha256_of_json
 from pipelines.io.upload import upload_folder
 from pipelines.job.datasets import ensure_shards
 from pipelines.job.names import last_number, numbered
@@ -227,7 +227,7 @@ def choose_sweep(settings: SweepSettings, begun: SweepFacts) -> tuple[str, Sweep
         SettingsError: where the sweep of the given name is of other settings, another model or another suite.
     """
     if settings.name is None:
-        stem = f"sweep-{hashlib.sha256(shards.canonical_json(begun.identity).encode()).hexdigest()[:6]}"
+        stem = f"sweep-{sha256_of_json(begun.identity)[:6]}"
         last = last_number(storage.list_folders(storage.join(settings.storage, "sweeps")), stem)
         name = numbered(stem, last)
         stored = load_facts(settings.storage, name) if last else None

@@ -38,6 +38,7 @@ from pipelines.evaluation.questions import draw_samples, readable_samples, solve
 from pipelines.evaluation.scores import Record, Score
 from pipelines.evaluation.scoring import Suite, longest_answer, score_model, score_of_records
 from pipelines.io import storage
+from pipelines.io.errors import TransientError
 from pipelines.io.run_folder import run_folder
 from pipelines.io.upload import upload_folder
 from pipelines.job.answers import PICTURES_FOLDER
@@ -45,7 +46,6 @@ from pipelines.job.datasets import ensure_shards
 from pipelines.job.export import export_checkpoint
 from pipelines.job.start import prepare_start
 from pipelines.job.train import train
-from pipelines.recovery.failures import may_pass
 from pipelines.registry.open import device_for
 from pipelines.registry.variants import apply_pruning
 from tune.records import export_of, folder_of, training_name
@@ -117,9 +117,9 @@ class Trial(tune.Trainable):
         """One report."""
         try:
             return self.advance()
+        except TransientError:
+            raise
         except ValueError as error:
-            if may_pass(error):
-                raise
             # Tune wants the objective in every result; its scheduler passes over what is not a number.
             return {"objective": math.nan, "failed": f"{type(error).__name__}: {error}", PROGRESS: 100, DONE: True}
 

@@ -5,7 +5,6 @@ decoded (about 1%), and one shard is empty. Shards are made here with Python's o
 back with it, so that what is counted in the end does not rest on the project's readers.
 """
 
-import hashlib
 import io
 import json
 import tarfile
@@ -19,6 +18,7 @@ from PIL import Image
 
 from pipelines.data.shards import ShardInfo, save_manifest
 from pipelines.io import storage
+from pipelines.io.fingerprint import sha256
 
 IMAGE_SIZE = 8
 PAD, IMAGE, VOCABULARY = 256, 257, 258
@@ -143,7 +143,7 @@ def _info(name: str, data: bytes) -> ShardInfo:
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
         extensions = Counter(member.split(".", 1)[1] for member in archive.getnames())
     split = name.partition("-")[0]
-    return ShardInfo(name, split, len(keys), len(data), hashlib.sha256(data).hexdigest(), dict(extensions))
+    return ShardInfo(name, split, len(keys), len(data), sha256(data), dict(extensions))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ Data tasks import this module, so what needs torch or transformers is imported w
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import tempfile
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from pipelines.io import storage
+from pipelines.io.fingerprint import sha256
 from pipelines.io.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def new_folder(run: str) -> Path:
 
     Ray deletes it after the upload. What killed workers of the run left on this machine is removed first.
     """
-    prefix = f"meteor-checkpoint-{hashlib.sha256(run.encode()).hexdigest()[:12]}-"
+    prefix = f"meteor-checkpoint-{sha256(run)[:12]}-"
     for folder in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
         owner = folder.name.removeprefix(prefix).partition("-")[0]
         if owner.isdigit() and not psutil.pid_exists(int(owner)):

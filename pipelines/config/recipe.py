@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from dataclasses import asdict, field, replace
@@ -15,6 +14,7 @@ from meteor_model.chat import chat_template
 from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, PruningConfig
 from pipelines.config.settings import DataSettings, SettingsError, TrainingSettings
 from pipelines.data.sources.openmoji import OpenMojiSettings
+from pipelines.io.fingerprint import sha256
 from pipelines.io.validation import settings_class
 
 OPERATION = (
@@ -162,5 +162,4 @@ class Recipe:
 
     def digest(self) -> str:
         """Short hash of `identity()`."""
-        text = json.dumps(self.identity(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return sha256(json.dumps(self.identity(), sort_keys=True))[:12]  # not canonical JSON: stored runs hold it

@@ -6,7 +6,6 @@ lies in the prefix, so that what a killed run left is told apart from a user's o
 """
 
 import fnmatch
-import hashlib
 import json
 import time
 from collections import Counter
@@ -20,7 +19,6 @@ from pipelines.data.shards import (
     Manifest,
     ShardError,
     ShardInfo,
-    canonical_json,
     dataset_url,
     load_manifest,
     manifest_url,
@@ -31,6 +29,7 @@ from pipelines.data.shards import (
 from pipelines.data.sources import HELDOUT, SPLITS, TRAIN, Source
 from pipelines.data.tar_format import parse_shard
 from pipelines.io import storage
+from pipelines.io.fingerprint import canonical_json, sha256_of_json
 
 MARKER_NAME = "_WRITING.json"
 INDEX_SOURCE = "webdataset"
@@ -157,7 +156,7 @@ def index_shards(
     sizes = {path: size for path, size in storage.list_sizes(root).items() if fnmatch.fnmatchcase(path, pattern)}
     if not sizes:
         raise ShardError(root, "missing", f"no object matches {pattern!r} here; is the prefix right, and not empty?")
-    listing = hashlib.sha256(canonical_json(sizes).encode()).hexdigest()
+    listing = sha256_of_json(sizes)
     settings = {"pattern": pattern, "heldout": heldout, "listing_sha256": listing}
     spec = {"format": FORMAT_VERSION, "source": {"name": INDEX_SOURCE, "settings": settings}}
     existing = _existing(url, spec, overwrite)

@@ -13,7 +13,6 @@ Equal sets have equal bytes. Ray Train's controller and every worker import this
 Length legend: N samples given, S shards of a dataset.
 """
 
-import hashlib
 import io
 import struct
 import zlib
@@ -23,6 +22,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from pipelines.io.fingerprint import sha256_bytes
 
 Int64s = NDArray[np.int64]
 Bits = NDArray[np.bool_]
@@ -324,7 +325,7 @@ class Ledger:
             _write(body, np.packbits(np.concatenate([np.zeros(0, dtype=np.bool_), *(one.partial[s] for s in partial)])))
             _write(body, np.diff(one.dropped_numbers(), prepend=0))  # gaps compress better than numbers
         packed = zlib.compress(body.getvalue(), 1)
-        return _HEADER.pack(MAGIC, VERSION, self._data_digest(), hashlib.sha256(packed).digest()) + packed
+        return _HEADER.pack(MAGIC, VERSION, self._data_digest(), sha256_bytes(packed)) + packed
 
     @classmethod
     def from_bytes(cls, data: bytes, sizes: Sequence[Sequence[int] | Int64s]) -> "Ledger":
@@ -341,7 +342,7 @@ class Ledger:
                 f"the ledger has version {version}, this code reads {VERSION}; use the code that wrote it"
             )
         packed = data[_HEADER.size :]
-        if hashlib.sha256(packed).digest() != digest:
+        if sha256_bytes(packed) != digest:
             raise LedgerError(f"the ledger is damaged: its checksum does not fit its {len(data)} bytes{damaged}")
         ledger = cls(sizes)
         if data_digest != ledger._data_digest():
@@ -355,10 +356,8 @@ class Ledger:
         return ledger
 
     def _data_digest(self) -> bytes:
-        digest = hashlib.sha256()
-        for sizes in self.sizes:
-            digest.update(struct.pack("<q", len(sizes)) + sizes.astype("<i8").tobytes())
-        return digest.digest()
+        counted = (struct.pack("<q", len(sizes)) + sizes.astype("<i8").tobytes() for sizes in self.sizes)
+        return sha256_bytes(b"".join(counted))
 
 
 def _read_pass(body: io.BytesIO, sizes: Int64s) -> _Pass:

@@ -20,7 +20,6 @@ all datasets last about equally many rows: one that is asked for rarely has smal
 Length legend: R rows asked for, D datasets.
 """
 
-import hashlib
 import heapq
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -42,6 +41,7 @@ from pipelines.data.order import (
     require_rows,
     void_item,
 )
+from pipelines.io.fingerprint import sha256_bytes
 
 BLOCK = 1024
 ITEM_WINDOWS = 8
@@ -318,4 +318,4 @@ def _seed(seed: int, dataset: int) -> int:
     """The seed of a dataset's stream: that of the mixture for the first one."""
     if not dataset:
         return seed
-    return int.from_bytes(hashlib.sha256(f"{seed}/{dataset}".encode()).digest()[:8], "little") >> 1
+    return int.from_bytes(sha256_bytes(f"{seed}/{dataset}".encode())[:8], "little") >> 1

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from meteor_model.chat import IMAGE_PLACEHOLDER
+from pipelines.io.fingerprint import canonical_json
 
 VOID = "void"  # the reason of a row that only fills up the last step
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif")
@@ -182,7 +183,7 @@ def build_members(record: Mapping[str, Any], images: Sequence[tuple[str, bytes]]
 
     The JSON is canonical (sorted keys, no spaces), so equal records give equal bytes.
     """
-    text = json.dumps(record, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    text = canonical_json(record)
     members = {RECORD_EXTENSION: text.encode()}
     for position, (extension, data) in enumerate(images):
         members[extension if len(images) == 1 else f"{position}.{extension}"] = data

@@ -5,7 +5,6 @@ samples, bytes, sha256, members (extension -> count). The manifest is written la
 without one is unfinished. Every read checks length, checksum and sample count against it.
 """
 
-import hashlib
 import io
 import json
 import re
@@ -19,8 +18,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.data.schema import bad_shard_members
-from pipelines.data.tar_format import Members, ShardContents, ShardError, looks_like_tar, pack_shard, parse_shard
+from pipelines.data.tar_format import (
+    Members,
+    ShardContents,
+    ShardError,
+    ShardUnreadableError,
+    looks_like_tar,
+    pack_shard,
+    parse_shard,
+)
 from pipelines.io import storage
+from pipelines.io.fingerprint import canonical_json, sha256, sha256_of_json
 from pipelines.io.retry import FIRST_PAUSE_S, PATIENCE_S
 
 MANIFEST_NAME = "manifest.parquet"
@@ -71,7 +79,7 @@ class Manifest:
     def sha256(self) -> str:
         """Identity of the data: hash of the spec and of all rows (not of the parquet file, whose bytes may vary)."""
         rows = [asdict(shard) for shard in self.shards]
-        return hashlib.sha256(canonical_json({"spec": self.spec, "shards": rows}).encode()).hexdigest()
+        return sha256_of_json({"spec": self.spec, "shards": rows})
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -88,11 +96,6 @@ class Manifest:
     def samples(self, name: str) -> int:
         """Number of samples of one split. Raises ValueError for an unknown split."""
         return sum(shard.samples for shard in self.split(name))
-
-
-def canonical_json(value: Any) -> str:
-    """One text for equal values: sorted keys, no spaces."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def manifest_url(url: str) -> str:
@@ -155,7 +158,7 @@ def load_manifest(url: str, patience_s: float = PATIENCE_S) -> Manifest:
 def _body_fault(shard: str, data: bytes, info: ShardInfo) -> ShardError | None:
     """What is wrong with the bytes of a shard against its row of the manifest; None when they are the ones written."""
     again = "restore the shard, or make the manifest anew with jobs/make_shards.py"
-    if len(data) == info.bytes and hashlib.sha256(data).hexdigest() == info.sha256:
+    if len(data) == info.bytes and sha256(data) == info.sha256:
         return None
     if not looks_like_tar(data):
         return ShardError(shard, "not_a_tar", f"not a tar ({len(data)} bytes that start {data[:16]!r}); {again}")
@@ -196,7 +199,7 @@ def read_shard(
                 f"could not be read, though it was tried again for {patience_s:.0f} s (data.read_patience_s); start "
                 f"the same command again when storage answers: {error}"
             )
-            raise ShardError(url, "unreadable", detail) from error
+            raise ShardUnreadableError(url, "unreadable", detail) from error
         fault = _body_fault(url, data, info)
         if fault is None:
             samples = parse_shard(data, url).samples
@@ -220,7 +223,7 @@ def fetch_shard(
     try:
         return read_shard(manifest, info, patience_s)
     except ShardError as error:
-        if bad_shards == "fail" or error.fault == "unreadable":
+        if bad_shards == "fail" or isinstance(error, ShardUnreadableError):
             raise
         return [(f"{info.path}[{index}]", bad_shard_members(str(error))) for index in range(info.samples)]
 
@@ -230,8 +233,7 @@ def fetch_shard(
 
 def shard_info(path: str, split: str, data: bytes, contents: ShardContents) -> ShardInfo:
     """The row of the manifest for the bytes of a shard."""
-    digest = hashlib.sha256(data).hexdigest()
-    return ShardInfo(path, split, len(contents.samples), len(data), digest, contents.member_counts())
+    return ShardInfo(path, split, len(contents.samples), len(data), sha256(data), contents.member_counts())
 
 
 def write_shards(

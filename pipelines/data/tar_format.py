@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from pipelines.io.errors import TransientError
+
 ShardFault = Literal[
     "missing", "unreadable", "truncated", "not_a_tar", "replaced", "wrong_count", "duplicate_key", "refused_member"
 ]
@@ -39,6 +41,10 @@ class ShardError(ValueError):
 
     def __reduce__(self) -> tuple[type["ShardError"], tuple[str, ShardFault, str]]:
         return type(self), (self.shard, self.fault, self.detail)  # survives the way between Ray processes
+
+
+class ShardUnreadableError(ShardError, TransientError):
+    """Storage did not deliver a shard, however often it was asked: no fault of the data."""
 
 
 @dataclass(frozen=True)

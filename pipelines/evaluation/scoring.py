@@ -13,7 +13,6 @@ Legend: B questions, T prompt tokens, A answer tokens, C LLM width, V vocabulary
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -34,6 +33,7 @@ from pipelines.data import shards
 from pipelines.data.schema import RawSample
 from pipelines.evaluation.questions import BATCH, question_of, readable_samples
 from pipelines.evaluation.scores import Record, Score, ScoringError, bootstrap, normalise, wilson
+from pipelines.io.fingerprint import sha256_of_json
 
 LONGEST_ANSWER = 64
 """Tokens generated at most. A longer expected answer counts as answered wrongly; its likelihood counts whole."""
@@ -67,8 +67,8 @@ class Suite:
     @property
     def digest(self) -> str:
         """Short hash of the questions: scores with one digest may be compared. The manifest's address is no part."""
-        text = shards.canonical_json({"sha256": self.sha256, "split": self.split, "questions": self.questions})
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        identity = {"sha256": self.sha256, "split": self.split, "questions": self.questions}
+        return sha256_of_json(identity)[:12]
 
     def load(self, processor: MeteorProcessor) -> list[RawSample]:
         """The samples, read and checked against the manifest.

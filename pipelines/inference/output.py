@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ import pyarrow.parquet as pq
 
 from pipelines.data import shards
 from pipelines.io import storage
+from pipelines.io.fingerprint import sha256, sha256_of_json
 
 SPEC_FILE, SUCCESS_FILE = "_SPEC.json", "_SUCCESS.json"  # readers of Parquet folders pass over names with "_"
 FORMAT = 2
@@ -75,7 +75,7 @@ class Asked:
     @property
     def digest(self) -> str:
         """Of the identity; every part carries it."""
-        return hashlib.sha256(shards.canonical_json(self.identity).encode()).hexdigest()
+        return sha256_of_json(self.identity)
 
 
 @dataclass(frozen=True)
@@ -147,5 +147,5 @@ def whole_part(output: str, part: Part, asked: Asked, infos: Sequence[shards.Sha
         "rows": table.num_rows,
         "errors": dict(sorted(errors.items())),
         "bytes": len(data),
-        "sha256": hashlib.sha256(data).hexdigest(),
+        "sha256": sha256(data),
     }

@@ -17,7 +17,6 @@ refused request) fails at once. No try may stall either: one that makes no progr
 """
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -31,6 +30,8 @@ from typing import Any, TypeVar
 import fsspec
 import pyarrow.fs
 
+from pipelines.io.errors import TransientError
+from pipelines.io.fingerprint import sha256
 from pipelines.io.retry import PATIENCE_S, Progress, patiently, unless_stalled
 
 T = TypeVar("T")
@@ -116,7 +117,7 @@ class ObjectMissingError(StorageError):
     """The bucket answers, but there is no object (or file) at this address."""
 
 
-class TransientStorageError(StorageError):
+class TransientStorageError(StorageError, TransientError):
     """A fault that may pass: a reset, a time-out, a 5xx, an endpoint that is restarting. Worth a bounded retry."""
 
 
@@ -165,7 +166,7 @@ def _check_scheme(url: str) -> None:
 def _address_fingerprint() -> str:
     """A hash of the address variables: a changed environment gets a fresh client, and no secret is kept as a key."""
     values = [f"{name}={os.environ.get(name, '')}" for name in _ADDRESS_VARIABLES]
-    return hashlib.sha256("\n".join(values).encode()).hexdigest()
+    return sha256("\n".join(values))
 
 
 # --------------------------------------------------------------------------------------------------------- filesystems

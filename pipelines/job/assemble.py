@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -15,6 +14,7 @@ from pipelines.data import shards
 from pipelines.data.mixture import make_plan
 from pipelines.data.order import StreamPlan
 from pipelines.data.stream import RowEncoder, build_stream, data_config, rows_from, rows_to
+from pipelines.io.fingerprint import canonical_json, sha256
 from pipelines.io.run_folder import run_folder
 from pipelines.tracking.metric_logger import MetricLogger
 from pipelines.training.batches import iterate_rows
@@ -95,8 +95,8 @@ def assemble_training(
 
 def training_hash(recipe: Recipe, manifests: Sequence[shards.Manifest]) -> str:
     """Short hash of all that decides what is trained: the recipe's identity and the data."""
-    text = recipe.digest() + shards.canonical_json([manifest.sha256 for manifest in manifests])
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    text = recipe.digest() + canonical_json([manifest.sha256 for manifest in manifests])
+    return sha256(text)[:12]
 
 
 def _log_validation(metrics_run: MetricsRun, run_url: str, metrics: Mapping[str, float], step: int) -> None:

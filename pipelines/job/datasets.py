@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from typing import Any
 
 from pipelines.config.recipe import Recipe
 from pipelines.config.settings import SettingsError
@@ -12,6 +10,7 @@ from pipelines.data import shards
 from pipelines.data.build import make_shards
 from pipelines.data.sources.openmoji import OpenMoji
 from pipelines.io import storage
+from pipelines.io.fingerprint import sha256_of_json
 
 
 def ensure_shards(recipe: Recipe) -> tuple[shards.Manifest, ...]:
@@ -28,7 +27,7 @@ def ensure_shards(recipe: Recipe) -> tuple[shards.Manifest, ...]:
         manifest = shards.load_manifest(url)
     else:
         source = OpenMoji(recipe.source)
-        url = storage.join(recipe.run.storage, "data", f"openmoji-{_digest(source.spec())}")
+        url = storage.join(recipe.run.storage, "data", f"openmoji-{sha256_of_json(source.spec())[:8]}")
         made = make_shards(source, url)
         manifest = made.manifest
         print(f"  shards: {url} ({'already there' if made.reused else f'made in {made.seconds:.1f} s'})", flush=True)
@@ -51,7 +50,3 @@ def ensure_shards(recipe: Recipe) -> tuple[shards.Manifest, ...]:
 def manifest_hashes(manifests: Sequence[shards.Manifest]) -> dict[str, str]:
     """Address -> SHA-256 of each manifest: the identity of the data."""
     return {manifest.url: manifest.sha256 for manifest in manifests}
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(shards.canonical_json(value).encode()).hexdigest()[:8]

@@ -18,12 +18,12 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
 from meteor_model.checks import nearest
 from meteor_model.weights.checkpoints import PARTS_PREFIX
+from pipelines.io.fingerprint import sha256_of_file
 from pipelines.parts.dinov2 import DISTRIBUTIONS as DINOV2_DISTRIBUTIONS
 from pipelines.parts.dinov2 import make_dinov2
 from pipelines.parts.efficientnet import DISTRIBUTIONS as EFFICIENTNET_DISTRIBUTIONS
@@ -117,7 +117,7 @@ def make_part(name: str, parts_dir: Path, say: Say) -> Part:
             "packages": packages,
             "recipe": maker.recipe,
             **details,
-            "files": {path.name: _sha256(path) for path in sorted(scratch.iterdir())},
+            "files": {path.name: sha256_of_file(path) for path in sorted(scratch.iterdir())},
         }
         (scratch / METADATA_FILE).write_text(json.dumps(metadata, indent=2) + "\n")
         scratch.chmod(0o755)
@@ -160,16 +160,11 @@ def _whole(folder: Path, maker: PartMaker) -> dict[str, Any] | None:
         metadata: dict[str, Any] = json.loads((folder / METADATA_FILE).read_text())
         files: dict[str, str] = metadata["files"]
         whole = metadata["recipe"] == maker.recipe and all(
-            _sha256(folder / name) == checksum for name, checksum in files.items()
+            sha256_of_file(folder / name) == checksum for name, checksum in files.items()
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return metadata if whole else None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return file_digest(file, "sha256").hexdigest()
 
 
 __all__ = [

@@ -6,8 +6,7 @@ import ray.exceptions
 import ray.train
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
-from pipelines.data.tar_format import ShardError
-from pipelines.io.storage import TransientStorageError
+from pipelines.io.errors import TransientError
 from pipelines.recovery.preemption import Preempted
 
 SHOWN_LINES = 12
@@ -42,19 +41,13 @@ def root_cause(error: ray.train.TrainingFailedError, subject: str) -> Exception:
     """
     failures = _failures(error)
     for _, failure in failures:
-        if isinstance(failure, ValueError) and not may_pass(failure):
+        if isinstance(failure, ValueError) and not isinstance(failure, TransientError):
             return failure
     for who, failure in failures:
         if isinstance(failure, Preempted):
             return TrainingError(subject, f"{who} was {failure}", preempted=True)
     who, failure = min(failures, key=lambda item: _distance(item[1]))
     return TrainingError(subject, f"{who} {_what_happened(failure)}")
-
-
-def may_pass(failure: ValueError) -> bool:
-    """Whether the same attempt, made again, may succeed: storage was away."""
-    unreadable = isinstance(failure, ShardError) and failure.fault == "unreadable"
-    return unreadable or isinstance(failure, TransientStorageError)
 
 
 def _distance(failure: BaseException) -> int:

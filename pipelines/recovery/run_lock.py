@@ -4,7 +4,6 @@ The claim is an actor, so it also carries the word that an attempt to train has 
 validations beside it (`pipelines.training.validation`).
 """
 
-import hashlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +14,8 @@ import ray
 import ray.exceptions
 import ray.train
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pipelines.io.fingerprint import sha256
 
 NAMESPACE = "meteor"
 PATIENCE_S = 60.0  # the claim of a driver that was killed lives on for some seconds
@@ -80,7 +81,7 @@ def exclusive(run_url: str, subject: str, patience_s: float = PATIENCE_S) -> Ite
     Raises:
         RunInUseError: if another driver still holds it after `patience_s` seconds.
     """
-    name = f"run-{hashlib.sha256(run_url.encode()).hexdigest()[:16]}"
+    name = f"run-{sha256(run_url)[:16]}"
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)  # ends with the driver
     deadline = time.monotonic() + patience_s
     while True:

@@ -1,6 +1,5 @@
 """The exported model: one folder that stands alone, sealed by checksums, and proven to compute what was trained."""
 
-import hashlib
 import json
 import shutil
 import tempfile
@@ -13,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
+from pipelines.io.fingerprint import sha256, sha256_of_file
 
 CHECKSUMS_FILE = "checksums.json"
 CARD_FILE = "README.md"
@@ -103,7 +103,7 @@ def write_card(folder: Path, card: str) -> None:
 
 def write_checksums(folder: Path) -> None:
     """Seal a folder: `checksums.json` with the sha256 of every file."""
-    checksums = {name: _sha256(folder / name) for name in _file_names(folder)}
+    checksums = {name: sha256_of_file(folder / name) for name in _file_names(folder)}
     (folder / CHECKSUMS_FILE).write_text(json.dumps(checksums, indent=2, sort_keys=True) + "\n")
 
 
@@ -128,18 +128,13 @@ def verify_checksums(folder: Path) -> None:
     if foreign := sorted(present - set(expected)):
         raise ExportError(f"{folder} holds {', '.join(foreign)}, which the export did not write: do not use this copy")
     for name in sorted(present):
-        if _sha256(folder / name) != expected[name]:
+        if sha256_of_file(folder / name) != expected[name]:
             raise ExportError(f"{folder / name} was changed after the export (other sha256): do not use this copy")
 
 
 def _file_names(folder: Path) -> list[str]:
     names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
     return sorted(name for name in names if name != CHECKSUMS_FILE)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def model_digest(folder: Path) -> str:
@@ -159,10 +154,7 @@ def weights_digest(folder: Path) -> str:
 
 
 def _digest(folder: Path, names: Sequence[str]) -> str:
-    whole = hashlib.sha256()
-    for name in names:
-        whole.update(f"{name} {_sha256(folder / name)}\n".encode())
-    return whole.hexdigest()
+    return sha256("".join(f"{name} {sha256_of_file(folder / name)}\n" for name in names))
 
 
 # ------------------------------------------------------------------------------------------------------------- parity

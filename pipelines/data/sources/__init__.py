@@ -4,9 +4,10 @@ A source knows its settings (`spec`), its splits, and yields each split's sample
 module here and one subcommand in jobs/make_shards.py.
 """
 
-import hashlib
 from collections.abc import Iterator
 from typing import Any, Protocol
+
+from pipelines.io.fingerprint import sha256_bytes
 
 TRAIN = "train"
 HELDOUT = "heldout"
@@ -38,7 +39,7 @@ class Source(Protocol):
 
 def fraction_of(name: str) -> float:
     """A number in [0, 1) that belongs to `name` for ever, whatever the machine and the Python: for stable splits."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48
+    return int.from_bytes(sha256_bytes(name.encode())[:6], "big") / 2**48
 
 
 def split_of(name: str, heldout_share: float) -> str:

@@ -4,7 +4,6 @@ Everything that can be wrong with a record is found before the first shard is wr
 Image bytes are copied as they are; they are decoded, and judged, when they are read for training.
 """
 
-import hashlib
 import json
 import re
 from collections import Counter
@@ -18,6 +17,7 @@ from pydantic import NonNegativeInt
 from pipelines.data.schema import IMAGE_EXTENSIONS, SampleError, build_members, check_placeholders, parse_turns
 from pipelines.data.sources import SPLITS, Packed, SourceError, split_of
 from pipelines.io import storage
+from pipelines.io.fingerprint import sha256
 from pipelines.io.validation import ShareBelowOne, settings_class
 
 GENERATOR_VERSION = 1
@@ -59,7 +59,7 @@ def key_of(identity: str) -> str:
     safe = re.sub(r"[^A-Za-z0-9_-]", "_", identity)[:48]
     if safe == identity and not safe.startswith("__"):
         return safe
-    return f"r{safe}-{hashlib.sha256(identity.encode(errors='surrogatepass')).hexdigest()[:12]}"
+    return f"r{safe}-{sha256(identity.encode(errors='surrogatepass'))[:12]}"
 
 
 def safe_path(path: Any) -> str:
@@ -115,7 +115,7 @@ class Llava:
         self._faults: list[str] = []
         self._seen: Counter[str] = Counter()
         data = storage.read_bytes(settings.records)
-        self._sha256 = hashlib.sha256(data).hexdigest()
+        self._sha256 = sha256(data)
         self._root = None if storage.is_s3(settings.images) else Path(settings.images).expanduser().resolve()
         if self._root is not None and not self._root.is_dir():
             raise SourceError(f"images={settings.images!r} is not a folder")

@@ -6,7 +6,6 @@ and drawings that differ from another in skin tone alone are left out.
 """
 
 import functools
-import hashlib
 import importlib.util
 import io
 import random
@@ -34,6 +33,7 @@ from pipelines.data.sources.scenes import (
     cut_to_visible,
     main_color,
 )
+from pipelines.io.fingerprint import sha256_bytes
 from pipelines.io.validation import Share, ShareBelowOne, settings_class
 
 GENERATOR_VERSION = 1  # raise it when the same settings give other samples
@@ -130,7 +130,7 @@ def short_name(code_point: str, max_words: int) -> str | None:
 
 
 def _rng(*parts: object) -> random.Random:
-    digest = hashlib.sha256("|".join(str(part) for part in parts).encode()).digest()
+    digest = sha256_bytes("|".join(str(part) for part in parts).encode())
     return random.Random(int.from_bytes(digest[:8], "big"))
 
 

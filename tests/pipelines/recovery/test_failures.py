@@ -4,7 +4,7 @@ import pytest
 import ray.exceptions
 import ray.train
 
-from pipelines.data.tar_format import ShardError
+from pipelines.data.tar_format import ShardError, ShardUnreadableError
 from pipelines.io.storage import TransientStorageError
 from pipelines.recovery.failures import TrainingError, root_cause
 from pipelines.recovery.preemption import Preempted
@@ -40,7 +40,8 @@ def test_a_preempted_worker_is_no_failure() -> None:
 
 
 @pytest.mark.parametrize(
-    "fault", [TransientStorageError("no answer for 120 s"), ShardError("s3://b/x.tar", "unreadable", "no answer")]
+    "fault",
+    [TransientStorageError("no answer for 120 s"), ShardUnreadableError("s3://b/x.tar", "unreadable", "no answer")],
 )
 def test_a_storage_that_was_away_is_no_fault_of_the_data(fault: ValueError) -> None:
     assert isinstance(root_cause(ray.train.WorkerGroupError("...", {0: fault}), "run 'a'"), TrainingError)
