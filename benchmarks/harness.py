@@ -25,7 +25,7 @@ from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.rivals import FastV, LayerPruner, prefill, step
 
 DENSE = PruningConfig(EncodePruning(enabled=False), FusePruning(enabled=False), DecodePruning(enabled=False))
-SPECIAL_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SPECIAL_IDS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 IMAGE_TOKEN = 3
 
 

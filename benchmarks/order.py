@@ -21,6 +21,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import operator
 import os
 import platform
 import resource
@@ -39,6 +40,7 @@ from pipelines.checkpoint.state import DroppedSample, TrainState
 from pipelines.data.ledger import Ledger
 from pipelines.data.mixture import Plan, make_plan, read_amplification
 from pipelines.data.order import WorkItem
+from pipelines.io.run_folder import RunFolder
 
 RESULTS = Path(__file__).parent / "results"
 EPOCHS, SEED, GLOBAL_BATCH, WINDOW_SHARDS = 3, 7, 4096, 4
@@ -60,10 +62,10 @@ def sizes_of(name: str, shards: int, samples: int) -> tuple[list[np.ndarray], li
     return [generator.integers(mean * 9 // 10, mean * 11 // 10 + 1, part) for part in parts], weights
 
 
-def timed(run: Callable[[], Any]) -> tuple[Any, float]:
-    """What `run` returns, and its wall-clock seconds."""
+def timed(run: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
+    """What `run` returns for the arguments, and its wall-clock seconds."""
     start = time.perf_counter()
-    value = run()
+    value = run(*arguments)
     return value, round(time.perf_counter() - start, 4)
 
 
@@ -91,7 +93,7 @@ def measure_plan(name: str, shards: int, samples: int) -> dict[str, Any]:
     late = plan.total_rows * 99 // 100
     for start, row in (("first", 0), ("late", late)):
         fresh = make_plan(sizes, weights, SEED, EPOCHS, GLOBAL_BATCH, WINDOW_SHARDS)
-        item, out[f"{start}_item_s"] = timed(lambda fresh=fresh, row=row: next(fresh.work(row)))
+        item, out[f"{start}_item_s"] = timed(lambda plan, row: next(plan.work(row)), fresh, row)
         _, out[f"{start}_item_locations_s"] = timed(item.locations)
     items, out["all_items_s"] = timed(lambda: list(plan.work(0)))
     out["items"] = len(items)
@@ -102,7 +104,7 @@ def measure_plan(name: str, shards: int, samples: int) -> dict[str, Any]:
         sum(item.rows for item in some) / sum(timed(item.locations)[1] for item in some)
     )
     for end, row in (("first", GLOBAL_BATCH), ("late", late)):
-        _, out[f"consumed_{end}_s"] = timed(lambda row=row: plan.consumed(row))
+        _, out[f"consumed_{end}_s"] = timed(plan.consumed, row)
     return out
 
 
@@ -142,9 +144,9 @@ def measure_ledger(name: str, shards: int, samples: int) -> dict[str, Any]:
     for ledger, row in additions(plan, rows):
         mark = time.perf_counter()
         data, write_s = timed(ledger.to_bytes)
-        again, read_s = timed(lambda data=data, ledger=ledger: Ledger.from_bytes(data, ledger.sizes))
-        planned, planned_s = timed(lambda row=row: plan.consumed(row))
-        same, compare_s = timed(lambda again=again, planned=planned: again == planned)
+        again, read_s = timed(Ledger.from_bytes, data, ledger.sizes)
+        planned, planned_s = timed(plan.consumed, row)
+        same, compare_s = timed(operator.eq, again, planned)
         if not same or again.counts != ledger.counts:
             raise AssertionError(f"the ledger at row {row} is not what the plan says")
         one = {"row": row, "bytes": len(data), "write_s": write_s, "read_s": read_s}
@@ -175,7 +177,8 @@ def measure_state(steps: int) -> dict[str, Any]:
     log = LossLog(state)
     out: dict[str, Any] = {"step_s": best_of(lambda: train_steps(state, LossLog(state), losses)) / STEPS_PER_CHECKPOINT}
     state = train_steps(state, log, losses)
-    with tempfile.TemporaryDirectory(prefix="meteor-order-") as run:
+    with tempfile.TemporaryDirectory(prefix="meteor-order-") as folder:
+        run = RunFolder(folder)
         for last in range(STEPS_PER_CHECKPOINT, steps, STEPS_PER_CHECKPOINT):
             file = LossFile(last - STEPS_PER_CHECKPOINT, last)
             write_losses(run, file, np.array(losses).tobytes(), patience_s=0.0)
@@ -228,7 +231,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--part", nargs=2, metavar=("PART", "DATA"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.part:
-        print(json.dumps(run_part(*options.part, options.shards, options.samples)))
+        part, data = options.part
+        print(json.dumps(run_part(part, data, options.shards, options.samples)))
         return
     start = time.perf_counter()
     size = ["--shards", str(options.shards), "--samples", str(options.samples)]

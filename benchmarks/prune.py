@@ -135,7 +135,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps({"peak_mib": probe(setup, *options.probe)}))
         return
     chosen = options.only or ("realised", "overhead", "growth", "memory")
-    start, results = time.perf_counter(), {"hardware": hardware(CPU, DTYPE), "sizes": describe(setup)}
+    start = time.perf_counter()
+    results: dict[str, Any] = {"hardware": hardware(CPU, DTYPE), "sizes": describe(setup)}
     print(json.dumps(results["hardware"]), flush=True)
     counts = (64, 128, 256) if options.tiny else (1024, 2048, 4096, 8192, 16384)
     if "realised" in chosen:

@@ -52,8 +52,10 @@ def test_variants_share_weights_and_keep_as_many_tokens(variants: dict[str, Work
         work = variants[name]
         assert work.model.language_model is variants["dense"].model.language_model
         cache = work.model.new_cache()
+        assert cache is not None
         prompt: dict[str, Tensor] = work.prompt()
         work.model.generate(**prompt, past_key_values=cache, max_new_tokens=1, do_sample=False)
+        assert cache.decision is not None
         kept[name] = cache.decision.kept_counts_B.tolist()
     rival = variants["fastv"].rival
     assert rival is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 import optuna
 import pytest
@@ -17,7 +17,7 @@ from meteor_model.architectures import build_config
 from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, MeteorConfig, PruningConfig
 from meteor_model.pruning import RANK_ESTIMATORS
 from tune.defaults import TARGET_SHARES, paper_choices, paper_settings
-from tune.space import Ranks, Space, SpaceError, ranks_of_config, ranks_of_report
+from tune.space import DecodeBy, Ranks, Space, SpaceError, ranks_of_config, ranks_of_report
 
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 DENSE = PruningConfig(EncodePruning(enabled=False), FusePruning(enabled=False), DecodePruning(enabled=False))
@@ -78,7 +78,7 @@ def ranks_for(draw: st.DrawFn, config: MeteorConfig, segments: int) -> Ranks:
 def test_every_choice_is_a_valid_configuration(name: str, dense: bool, data: st.DataObject) -> None:
     """MeteorConfig itself raises where anything contradicts; what it does not know of is looked at here."""
     base = model_config(name, dense)
-    decode_by = data.draw(st.sampled_from(["target", "lambda"]))
+    decode_by: DecodeBy = data.draw(st.sampled_from(get_args(DecodeBy)))
     most = sum(base.encoder_tokens.values())
     cap = None if decode_by == "lambda" else data.draw(st.one_of(st.none(), st.floats(1.0, 2.0 * most)))
     ranks = data.draw(ranks_for(base, len(base.pruning.encode.totals) or 3))

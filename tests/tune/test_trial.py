@@ -119,9 +119,9 @@ def test_an_answer_is_cut_in_a_portion_as_in_the_whole_suite(
 ) -> None:
     given: list[int | None] = []
 
-    def noted(*arguments: Any, longest: int | None = None) -> Score:
-        given.append(longest)
-        return score_model(*arguments, longest=longest)
+    def noted(*arguments: Any, **settings: Any) -> Score:
+        given.append(settings.get("longest"))
+        return score_model(*arguments, **settings)
 
     monkeypatch.setattr(trial_module, "score_model", noted)
     running = trial(context, config("t-0", UNSOLVED))

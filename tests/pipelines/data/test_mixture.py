@@ -7,6 +7,7 @@ from collections import Counter
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -308,7 +309,7 @@ def test_a_billion_samples_start_anywhere_at_once() -> None:
     ],
 )
 def test_settings_out_of_range_are_named(changes: dict, message: str) -> None:
-    good = {
+    good: dict[str, Any] = {
         "sizes": [[3, 4], [5]],
         "weights": [1.0, 1.0],
         "seed": 0,
@@ -375,13 +376,14 @@ def test_a_run_is_refused_on_other_data_or_weights(tmp_path: Path) -> None:
 
 
 def test_settings_of_a_mixture_are_checked() -> None:
-    for values, message in [
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"manifest": "a", "weight": 0.0}, r"data\.weight is 0\.0; it must be above 0"),
         ({"manifest": "a", "mixture": {"b": -1.0}}, r"data\.mixture\.b is -1\.0"),
         ({"manifest": "a", "mixture": {"b": float("nan")}}, r"data\.mixture\.b is nan"),
         ({"manifest": "a", "mixture": {"a": 1.0}}, "holds 'a', which is data.manifest; raise data.weight"),
         ({"manifest": "a", "mixture": {"": 1.0}}, "holds"),
-    ]:
+    ]
+    for values, message in wrong:
         with pytest.raises(SettingsError, match=message):
             DataSettings(**values)
 

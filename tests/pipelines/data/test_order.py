@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from itertools import islice, pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -223,7 +224,7 @@ def test_a_hundred_thousand_shards_cost_milliseconds_and_a_resume_no_more() -> N
     ],
 )
 def test_settings_out_of_range_are_named(changes: dict, message: str) -> None:
-    good = {"shard_samples": [3, 4], "seed": 0, "epochs": 1, "global_batch": 4, "window_shards": 2}
+    good: dict[str, Any] = {"shard_samples": [3, 4], "seed": 0, "epochs": 1, "global_batch": 4, "window_shards": 2}
     StreamPlan(**good)
     with pytest.raises(ValueError, match=message):
         StreamPlan(**{**good, **changes})

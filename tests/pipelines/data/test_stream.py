@@ -111,7 +111,8 @@ class ByteProcessor:
     def encode(self, turns: Any, num_images: int) -> SimpleNamespace:
         if self.jittered:
             time.sleep(random.random() * 0.01)
-        ids, labels = [], []
+        ids: list[int] = []
+        labels: list[int] = []
         for role, text in turns:
             tokens = list(text.encode())
             ids += tokens
@@ -348,8 +349,9 @@ def test_one_window_of_every_dataset_is_in_memory_at_a_time(
     class Contents(list):
         """A list that can be watched."""
 
+        __hash__ = object.__hash__  # type: ignore[assignment] # list says None; a WeakSet wants the object's own
+
     alive: weakref.WeakSet[Contents] = weakref.WeakSet()
-    Contents.__hash__ = object.__hash__  # type: ignore[method-assign]
     fetched: list[str] = []
 
     def watched(url: str, info: ShardInfo) -> stream.Samples:
@@ -402,9 +404,9 @@ def test_two_datasets_mix_as_planned(
     dataset = build_stream(manifest, "train", plan, encoder(), MICRO, others=[other], spare_rows=spare, fetch=jittered)
     taken = consume(dataset, world)
     for rank, batches in enumerate(taken):
-        rows = [(row["row"], row["reason"]) for row in batches.pop()]
+        last = [(row["row"], row["reason"]) for row in batches.pop()]
         first = plan.total_rows + rank * MICRO
-        assert rows == [(row, "void") for row in range(first, first + MICRO)], "the spare rows come last"
+        assert last == [(row, "void") for row in range(first, first + MICRO)], "the spare rows come last"
     check_order(taken, plan, 0)
     rows = [row for batches in taken for batch in batches for row in batch if row["reason"] != "void"]
     ledger = Ledger(plan.sizes)
@@ -424,12 +426,11 @@ def test_a_resume_is_the_suffix_with_the_same_content(manifest: Manifest) -> Non
 
 @pytest.mark.usefixtures("cluster")
 def test_data_tasks_run_where_less_than_a_cpu_is_free(manifest: Manifest, tmp_path: Path) -> None:
-    @ray.remote(num_cpus=3.5)
     class Holder:
         def ready(self) -> bool:
             return True
 
-    holder = Holder.remote()
+    holder = ray.remote(num_cpus=3.5)(Holder).remote()
     assert ray.get(holder.ready.remote())
     log = tmp_path / "built"
     plan = make_plan(epochs=1)

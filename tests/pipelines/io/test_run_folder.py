@@ -70,6 +70,11 @@ def test_runs_are_found_by_one_listing(tmp_path: Path, monkeypatch: pytest.Monke
     calls: list[str] = []
     local: Any = fsspec.filesystem("file")
     listed = local.ls
-    monkeypatch.setattr(local, "ls", lambda path, detail: calls.append(path) or listed(path, detail))
+
+    def noted(path: str, detail: bool) -> Any:
+        calls.append(path)
+        return listed(path, detail)
+
+    monkeypatch.setattr(local, "ls", noted)
     assert list_runs(str(tmp_path), "tiny-") == ["tiny-001", "tiny-002"]
     assert calls == [f"{tmp_path}/runs"]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +99,7 @@ class StandInModel(PreTrainedModel):
             hidden_BTC = embeds_BTC + 0.0 * features_MC.sum()
         context_BTC = hidden_BTC.cumsum(1) / torch.arange(1, input_ids.shape[1] + 1).unsqueeze(-1)
         hidden_BTC = (hidden_BTC + context_BTC).to(self.dtype)
-        for layer in self.language_model["layers"]:
+        for layer in cast(nn.ModuleList, self.language_model["layers"]):
             hidden_BTC = hidden_BTC + torch.tanh(layer(hidden_BTC))
         logits = self.lm_head(self.language_model["norm"](hidden_BTC))
         loss = None

@@ -110,7 +110,7 @@ def make_loop(
         rank=0,
         world=1,
         saver=NothingSaved(),  # type: ignore[arg-type]
-        watch=notice or Notice(1000, "drain"),  # type: ignore[arg-type]
+        watch=notice or Notice(1000, "drain"),
         logger=None,
     )
     share = Share(rank=0, world=1, per_step=settings.micro_batches_per_step)
