@@ -102,16 +102,15 @@ def check(settings: Calibrate) -> None:
 def calibrate(settings: Calibrate) -> Calibration:
     """Measure, compare, solve, file, print."""
     check(settings)
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    subject = pin_model(settings.model, uri)
-    address = settings.manifest or trained_on(subject, uri)
+    subject = pin_model(settings.model)
+    address = settings.manifest or trained_on(subject)
     if not address:
         raise CalibrationError(f"manifest is missing: {settings.model} does not say what it was trained on")
     manifest = load_manifest(address)
     manifest.split(settings.split)
-    with open_model(subject.address, uri) as folder:
+    with open_model(subject) as folder:
         config, digest = MeteorConfig.from_pretrained(folder), weights_digest(folder)
-    report = _measure(settings, subject, manifest, settings.split, uri)
+    report = _measure(settings, subject, manifest, settings.split)
     estimator = config.pruning.encode.rank_estimator
     found = {name: report_budgets(config, report, name) for name in ESTIMATORS}
     ranks = report.expected(estimator) if config.pruning.encode.enabled else None
@@ -122,32 +121,31 @@ def calibrate(settings: Calibrate) -> Calibration:
         Dataset(manifest.url, manifest.sha256, settings.split),
         report,
         {name: budgets for name, budgets in found.items() if budgets is not None},
-        _drift(settings, subject, config, report, digest, uri),
-        _lambda(settings, subject, config, manifest, ranks, uri),
+        _drift(settings, subject, config, report, digest),
+        _lambda(settings, subject, config, manifest, ranks),
         settings_of(settings),
         git_commit(Path(__file__).resolve().parents[1]),
         now(),
     )
     print(readable(calibration))
-    _file(settings, subject, calibration, uri)
+    _file(settings, subject, calibration)
     return calibration
 
 
-def _measure(settings: Calibrate, subject: PinnedModel, manifest: shards.Manifest, split: str, uri: str) -> RankReport:
+def _measure(settings: Calibrate, subject: PinnedModel, manifest: shards.Manifest, split: str) -> RankReport:
     return calibrate_ranks(
-        subject.address,
+        subject,
         manifest,
         split,
         settings.samples,
         settings.workers(),
         seed=settings.seed,
         tolerance=settings.tolerance,
-        uri=uri,
     )
 
 
 def _drift(
-    settings: Calibrate, subject: PinnedModel, config: MeteorConfig, report: RankReport, digest: str, uri: str
+    settings: Calibrate, subject: PinnedModel, config: MeteorConfig, report: RankReport, digest: str
 ) -> Drift | None:
     if not settings.against:
         return None
@@ -161,7 +159,7 @@ def _drift(
         return compare_ranks(config, report, other, hide_passwords(settings.against))
     url, split = split_address(settings.against)
     manifest, split = load_manifest(url), split or settings.split
-    other = _measure(settings, subject, manifest, split, uri)
+    other = _measure(settings, subject, manifest, split)
     return compare_ranks(config, report, other, Dataset(manifest.url, manifest.sha256, split).name)
 
 
@@ -171,7 +169,6 @@ def _lambda(
     config: MeteorConfig,
     manifest: shards.Manifest,
     ranks: Ranks | None,
-    uri: str,
 ) -> LambdaReport | None:
     decode = config.pruning.decode
     target = decode.target_mean if settings.target_mean is None else settings.target_mean
@@ -179,7 +176,7 @@ def _lambda(
         return None
     task = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus)(_solve)
     try:
-        solved: LambdaReport = ray.get(task.remote(settings, subject.address, uri, manifest, target, ranks))
+        solved: LambdaReport = ray.get(task.remote(settings, subject, manifest, target, ranks))
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, ValueError):
             raise error.cause from None
@@ -188,23 +185,23 @@ def _lambda(
 
 
 def _solve(
-    settings: Calibrate, address: str, uri: str, manifest: shards.Manifest, target: float, ranks: Ranks | None
+    settings: Calibrate, subject: PinnedModel, manifest: shards.Manifest, target: float, ranks: Ranks | None
 ) -> LambdaReport:
     """A task: where its GPU is, if it has one."""
     device = device_for(settings.gpus)
-    with open_model(address, uri) as folder:
+    with open_model(subject) as folder:
         return solve_on_split(folder, manifest, settings.decode_split, settings.decode_samples, target, ranks, device)
 
 
-def _file(settings: Calibrate, subject: PinnedModel, calibration: Calibration, uri: str) -> None:
+def _file(settings: Calibrate, subject: PinnedModel, calibration: Calibration) -> None:
     chart = calibration.chart()
-    output = settings.output or ("" if subject.name else f"{subject.address}-calibration")
+    output = settings.output or ("" if subject.registry else f"{subject.address}-calibration")
     if output:
         print(f"  written   {hide_passwords(store(calibration, chart, output))}")
-    if subject.name:
-        path = file_with_version(calibration, chart, uri, subject.name, subject.version)
-        print(f"  filed     with version {subject.version} of {subject.name}: {path}")
-    elif uri:
+    if subject.registry is not None:
+        path = file_with_version(calibration, chart, subject.registry, subject.version)
+        print(f"  filed     with version {subject.version} of {subject.registry.name}: {path}")
+    elif uri := os.environ.get("MLFLOW_TRACKING_URI", ""):
         require_tracking(uri)
         run_id = file_with_run(calibration, chart, uri, settings.experiment)
         print(f"  filed     as run {run_id}")

@@ -5,7 +5,6 @@ registered model is filed with its version: numbers in its tags and its descript
 """
 
 import json
-import os
 import sys
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -21,7 +20,7 @@ from pipelines.data.shards import load_manifest
 from pipelines.evaluation.questions import readable_samples
 from pipelines.evaluation.scores import Score
 from pipelines.evaluation.scoring import Suite, score_model
-from pipelines.registry.publish import load_registered
+from pipelines.registry.publish import load_model
 from pipelines.registry.scores import file_score
 from pipelines.registry.versions import pin_model, trained_on
 from pipelines.tracking.mlflow_run import git_commit
@@ -49,26 +48,25 @@ class Evaluate:
 
 def evaluate(settings: Evaluate) -> Score:
     """Pull, score, file, print."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    pinned = pin_model(settings.model, uri)
-    manifest_address = settings.manifest or trained_on(pinned, uri)
+    pinned = pin_model(settings.model)
+    manifest_address = settings.manifest or trained_on(pinned)
     if not manifest_address:
         raise ValueError(f"manifest is missing: {settings.model} does not say what it was trained on")
     manifest = load_manifest(manifest_address)
-    model, processor = load_registered(pinned.address, uri, settings.device)
+    model, processor = load_model(pinned, settings.device)
     samples = list(islice(readable_samples(manifest, settings.split, processor), settings.questions))
     suite = Suite.of(manifest, settings.split, len(samples))
     score = score_model(model, processor, samples, suite.digest, settings.batch)
-    if pinned.name:
+    if pinned.registry is not None:
         setting = {"git_commit": git_commit(Path(__file__).resolve().parents[1]), "device": settings.device}
-        file_score(uri, pinned.name, pinned.version, score, suite, setting)
+        file_score(pinned.registry, pinned.version, score, suite, setting)
     if settings.output is not None:
         settings.output.parent.mkdir(parents=True, exist_ok=True)
         document = {"model": pinned.address, "suite": asdict(suite), "score": score.to_dict(records=True)}
         settings.output.write_text(json.dumps(document, indent=2) + "\n")
     print(readable(pinned.address, suite, score))
-    if pinned.name:
-        print(f"  filed with version {pinned.version} of {pinned.name}")
+    if pinned.registry is not None:
+        print(f"  filed with version {pinned.version} of {pinned.registry.name}")
     return score
 
 

@@ -86,7 +86,7 @@ def predict(settings: Predict) -> None:
     """Load, answer, and print answer and token counts."""
     check(settings)
     with tempfile.TemporaryDirectory(prefix="meteor-predict-") as scratch:
-        folder = pull_model(settings.model, Path(scratch) / "model")
+        folder = pull_model(pin_model(settings.model), Path(scratch) / "model")
         processor = MeteorProcessor.from_pretrained(folder)
         images = load_images(settings.image, processor)
         model = MeteorForConditionalGeneration.from_pretrained(folder, use_safetensors=True).eval()
@@ -135,12 +135,11 @@ class PredictShards:
 
 def predict_shards(settings: PredictShards) -> None:
     """Check, answer, print the counts. Raises ValueError for what is wrong with the settings or the data."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if settings.questions != "first" and settings.prompt:
         raise PredictError("prompt and questions='all' contradict each other: give one of them")
     workers = Workers(settings.actors, settings.cpus, settings.gpus)
-    model = pin_model(settings.model.rstrip("/"), uri).address
-    with open_model(model, uri) as folder:
+    model = pin_model(settings.model)
+    with open_model(model) as folder:
         wanted = {"max_new_tokens": settings.max_new_tokens, "visual_tokens": settings.visual_tokens}
         budget = Budget.of(wanted, MeteorConfig.from_pretrained(folder))
     manifest = shards.load_manifest(settings.manifest)
@@ -157,7 +156,6 @@ def predict_shards(settings: PredictShards) -> None:
         questions=settings.questions,
         part_samples=settings.part_samples,
         bad_shards=settings.bad_shards,
-        uri=uri,
     )
     print(f"{done['samples']} samples, {done['rows']} rows, without answer: {done['errors'] or 'none'}")
     print(f"written   {hide_passwords(settings.output)}")

@@ -18,20 +18,13 @@ import tyro
 
 from jobs.command_line import run_command
 from pipelines.evaluation.scores import Score
+from pipelines.registry.aliases import HISTORY_TAG, Move, alias_history, roll_back
 from pipelines.registry.card import PARITY_TAG
 from pipelines.registry.folder import PARITY_TOLERANCE
 from pipelines.registry.promotion import promote, what_is_lacking
 from pipelines.registry.scores import VersionComparison, compare_versions
-from pipelines.registry.versions import (
-    HISTORY_TAG,
-    alias_history,
-    get_version,
-    list_versions,
-    registered_model,
-    resolve_model,
-    roll_back,
-)
-from pipelines.tracking.mlflow_run import require_tracking, use_tracking
+from pipelines.registry.versions import Registry
+from pipelines.tracking.mlflow_run import require_tracking
 
 
 @dataclass(frozen=True)
@@ -105,47 +98,41 @@ Command = (
 
 def execute(command: Command, uri: str) -> str:
     """Do what the command says; the text to print. Raises ValueError (of several kinds) with a message for the user."""
+    registry = Registry(uri, command.model)
     match command:
         case ListCommand():
-            return show_versions(command.model, uri)
+            return show_versions(registry)
         case CompareCommand():
-            return compare(command, uri)
+            return compare(command, registry)
         case PromoteCommand():
             if (command.version is None) == (command.alias is None):
                 raise ValueError("give either --version NUMBER or --alias ALIAS: the version to promote")
-            which = str(command.version) if command.alias is None else command.alias
-            _, version = resolve_model(address(command.model, which), uri)
-            move = promote(command.model, version, command.to, uri, command.parity_tolerance)
-            return _moved(command.model, move.alias, move.before, move.after)
+            version = (
+                registry.resolve(str(command.version)) if command.alias is None else registry.target(command.alias)
+            )
+            return _moved(registry, promote(registry, version, command.to, command.parity_tolerance))
         case RollbackCommand():
-            move = roll_back(command.model, command.alias, uri)
-            return _moved(command.model, move.alias, move.before, move.after)
+            return _moved(registry, roll_back(registry, command.alias))
         case ParityCommand():
             # Here: reading checkpoints loads Ray, which the other commands do not need.
             from pipelines.registry.variants import measure_parity
 
-            resolve_model(address(command.model, str(command.version)), uri)
-            parity = measure_parity(command.model, command.version, uri, command.parity_tolerance)
+            parity = measure_parity(registry, registry.resolve(str(command.version)), command.parity_tolerance)
             return f"version {command.version} of {command.model}: largest difference of a logit {parity:.3g}"
 
 
-def address(model: str, which: str) -> str:
-    """The URI of an alias or a version number."""
-    return f"models:/{model}/{which}" if which.isdigit() else f"models:/{model}@{which}"
+def _moved(registry: Registry, move: Move) -> str:
+    if move.before == move.after:
+        return f"{move.alias} of {registry.name} points to version {move.after} already"
+    return f"{move.alias} of {registry.name}: version {move.before or 'none'} -> {move.after}"
 
 
-def _moved(model: str, alias: str, before: int | None, after: int) -> str:
-    if before == after:
-        return f"{alias} of {model} points to version {after} already"
-    return f"{alias} of {model}: version {'none' if before is None else before} -> {after}"
-
-
-def show_versions(model: str, uri: str) -> str:
+def show_versions(registry: Registry) -> str:
     """All versions, newest first, and the history of each alias that moved."""
-    registered = registered_model(model, uri)
+    registered = registry.registered_model()
     rows: list[tuple[str, ...]] = []
     rows += [("version", "aliases", "made by", "parity", "accuracy", "answer NLL", "tokens", "TFLOPs", "promotable")]
-    for version in reversed(list_versions(model, uri)):
+    for version in reversed(registry.versions()):
         tags = version.tags
         aliases = sorted(name for name, number in registered.aliases.items() if int(number) == int(version.version))
         made_by = tags.get("base") or tags.get("run_name") or tags.get("job") or "-"
@@ -160,11 +147,11 @@ def show_versions(model: str, uri: str) -> str:
     return "\n".join(lines)
 
 
-def compare(command: CompareCommand, uri: str) -> str:
+def compare(command: CompareCommand, registry: Registry) -> str:
     """The table of two versions on one suite; written to `output` as well."""
-    numbers = [resolve_model(address(command.model, which), uri)[1] for which in command.versions]
-    first, second = (get_version(command.model, number, uri) for number in numbers)
-    compared = compare_versions(uri, first, second, command.suite)
+    numbers = [registry.resolve(which) for which in command.versions]
+    first, second = (registry.version(number) for number in numbers)
+    compared = compare_versions(registry, first, second, command.suite)
     if command.output is not None:
         document = {
             "model": command.model,
@@ -222,7 +209,6 @@ def main() -> int:
 
     def ask() -> None:
         require_tracking(uri)
-        use_tracking(uri)
         print(execute(command, uri))
 
     return run_command(ask)

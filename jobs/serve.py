@@ -3,7 +3,6 @@
 POST to /invocations what `mlflow models serve` takes: `{"dataframe_records": [{"image", "prompt"}], "params": {...}}`.
 """
 
-import os
 import signal
 import sys
 import threading
@@ -40,17 +39,19 @@ def run(settings: Serve) -> None:
     """Serve until SIGINT or SIGTERM, then shut down. Raises ValueError for what is wrong with the settings."""
     if not 1 <= settings.port <= 65535:
         raise ServingError(f"port is {settings.port}; it must be in 1..65535")
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     # All replicas serve one version, wherever the alias moves.
-    model = pin_model(settings.model.rstrip("/"), uri).address
+    model = pin_model(settings.model)
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
     ray.init(ignore_reinit_error=True, logging_level="WARNING")
     serve.start(http_options={"host": settings.host, "port": settings.port})
     try:
-        serve.run(build_app(model, settings.serve, uri), name=APP_NAME, route_prefix="/")
-        print(f"serving   {hide_passwords(model)} at http://{settings.host}:{settings.port}/invocations", flush=True)
+        serve.run(build_app(model, settings.serve), name=APP_NAME, route_prefix="/")
+        print(
+            f"serving   {hide_passwords(model.address)} at http://{settings.host}:{settings.port}/invocations",
+            flush=True,
+        )
         stopped.wait()
     finally:
         serve.shutdown()

@@ -26,6 +26,7 @@ from meteor_model.pruning import solve_lambda
 from meteor_model.visualize import explain
 from pipelines.evaluation.questions import with_lambda
 from pipelines.registry.publish import pull_model
+from pipelines.registry.versions import pin_model
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def visualize(settings: Visualize) -> list[Path]:
     """Load, draw, write; prints and returns the files."""
     check(settings)
     with tempfile.TemporaryDirectory(prefix="meteor-visualize-") as scratch:
-        folder = pull_model(settings.model, Path(scratch) / "model")
+        folder = pull_model(pin_model(settings.model), Path(scratch) / "model")
         processor = MeteorProcessor.from_pretrained(folder)
         model = MeteorForConditionalGeneration.from_pretrained(folder, use_safetensors=True).eval()
     if settings.decode_mean is not None and settings.prompt:

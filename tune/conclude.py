@@ -15,6 +15,7 @@ from pipelines.io.upload import upload_folder
 from pipelines.job.answers import PICTURES_FOLDER
 from pipelines.registry.provenance import training_tags
 from pipelines.registry.variants import register_variant
+from pipelines.registry.versions import Registry
 from pipelines.tracking.mlflow_run import git_commit
 from tune.figures import draw_budgets, draw_fronts, draw_importances, draw_trials
 from tune.prepare import Prepared
@@ -114,8 +115,7 @@ def register(settings: SweepSettings, prepared: Prepared) -> dict[str, Any]:
                 record.pruning_config,
                 load_score(prepared.url, trial),
                 ranks=ranks,
-                uri=settings.tracking.uri,
-                name=settings.tracking.registered_model,
+                registry=Registry(settings.tracking.uri, settings.tracking.registered_model),
                 aliases=aliases,
                 run_id=record.run_id or prepared.logbook.run_id,
                 tags=tags,

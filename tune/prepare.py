@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from meteor_model.configuration_meteor import MeteorConfig
@@ -26,7 +25,7 @@ from pipelines.io.upload import upload_folder
 from pipelines.job.datasets import ensure_shards
 from pipelines.job.names import last_number, numbered
 from pipelines.registry.publish import pull_model
-from pipelines.registry.versions import PinnedModel, get_version, pin_model, trained_on
+from pipelines.registry.versions import PinnedModel, Registry, pin_model, trained_on
 from pipelines.tracking.mlflow_run import TrackingAwayError, TrackingError, git_commit, require_tracking
 from tune.logbook import Logbook
 from tune.records import Records
@@ -99,7 +98,7 @@ class Prepared:
 class _Subject:
     """The model that is pruned, and the data that it is asked about."""
 
-    model: str
+    model: PinnedModel
     rank_report: dict[str, Any] | None
     manifest: shards.Manifest
     suite: Suite
@@ -118,16 +117,15 @@ def prepare(settings: SweepSettings) -> Prepared:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     concurrent = concurrent_trials(bundles_of_trial(settings), nodes, settings.max_concurrent)
     subject = _find_subject(settings)
+    model = subject.model.address
     # Made once, before trials that begin together would each make them.
     trained = ensure_shards(settings.trial_recipe) if settings.kind == "finetune" else ()
-    name, facts, continued = choose_sweep(
-        settings, SweepFacts(settings.identity(), subject.model, asdict(subject.suite))
-    )
+    name, facts, continued = choose_sweep(settings, SweepFacts(settings.identity(), model, asdict(subject.suite)))
     url = storage.join(settings.storage, "sweeps", name)
     base = storage.join(url, BASE_FOLDER)
     if not continued:
         with tempfile.TemporaryDirectory(prefix="meteor-sweep-") as scratch:
-            upload_folder(pull_model(subject.model, Path(scratch) / "model", settings.tracking.uri), base)
+            upload_folder(pull_model(subject.model, Path(scratch) / "model"), base)
         store_facts(url, facts)
     config = _require_questions(settings, subject, base)
     report = subject.rank_report
@@ -139,7 +137,7 @@ def prepare(settings: SweepSettings) -> Prepared:
         records,
         run_id=facts.mlflow_run_id,
         tags={
-            "base": subject.model,
+            "base": model,
             "suite": subject.suite.digest,
             "manifest_sha256": subject.suite.sha256,
             "git_commit": git_commit(Path.cwd()),
@@ -149,36 +147,35 @@ def prepare(settings: SweepSettings) -> Prepared:
     store_facts(url, facts)
     ranks = ranks_of_report(report) if report is not None else ranks_of_config(config)
     print(
-        f"sweep {name} ({'continued' if continued else 'new'}) on {subject.model}, suite {subject.suite.digest} of "
+        f"sweep {name} ({'continued' if continued else 'new'}) on {model}, suite {subject.suite.digest} of "
         f"{subject.suite.questions} questions, ranks by {', '.join(sorted(ranks)) or 'none'}, {concurrent} trials at a "
         f"time, MLflow run {logbook.run_id}",
         flush=True,
     )
     context = TrialContext(name, url, base, subject.suite, subject.manifest.url, settings)
-    return Prepared(name, url, facts, subject.model, config, ranks, context, records, logbook, concurrent, trained)
+    return Prepared(name, url, facts, model, config, ranks, context, records, logbook, concurrent, trained)
 
 
 def _find_subject(settings: SweepSettings) -> _Subject:
-    uri = settings.tracking.uri
     try:
-        pinned = pin_model(settings.model, uri)
+        pinned = pin_model(settings.model, settings.tracking.uri)
     except TrackingAwayError:
         raise
     except TrackingError as error:
         raise SettingsError(
             f"{error}. Train and register one first (`make pretrain`), or name another --model"
         ) from None
-    if not pinned.name:
+    if pinned.registry is None:
         raise SettingsError(f"--model is {settings.model!r}; a sweep wants a registered model: models:/NAME@ALIAS")
-    report = _rank_report(pinned, uri)
-    address = settings.manifest or trained_on(pinned, uri)
+    report = _rank_report(pinned.registry, pinned.version)
+    address = settings.manifest or trained_on(pinned)
     if not address:
         raise SettingsError(
             f"the run of {pinned.address} does not say which data it was trained on: give --manifest ADDRESS"
         )
     manifest = shards.load_manifest(address)
     suite = Suite.of(manifest, settings.heldout_split, settings.questions)
-    return _Subject(pinned.address, report, manifest, suite)
+    return _Subject(pinned, report, manifest, suite)
 
 
 def _require_questions(settings: SweepSettings, subject: _Subject, base: str) -> MeteorConfig:
@@ -197,17 +194,17 @@ def _require_questions(settings: SweepSettings, subject: _Subject, base: str) ->
     return config
 
 
-def _rank_report(model: PinnedModel, uri: str) -> dict[str, Any] | None:
+def _rank_report(registry: Registry, version: int) -> dict[str, Any] | None:
     """`ranks.json` of the run that made a version.
 
     None where it has none (then only the ranks that the model itself holds can be searched).
     """
-    run_id = get_version(model.name, model.version, uri).run_id
+    run_id = registry.version(version).run_id
     if not run_id:
         return None
     with tempfile.TemporaryDirectory(prefix="meteor-ranks-") as scratch:
         try:
-            path = MlflowClient(uri).download_artifacts(run_id, "ranks.json", scratch)
+            path = registry.client.download_artifacts(run_id, "ranks.json", scratch)
         except (MlflowException, OSError):
             return None
         report: dict[str, Any] = json.loads(Path(path).read_text())

@@ -24,10 +24,11 @@ from pipelines.calibration.ranks import ESTIMATORS, RELATIVE_TOLERANCE, RankRepo
 from pipelines.data import shards
 from pipelines.data.stream import quieten
 from pipelines.registry.open import device_for, open_model
+from pipelines.registry.versions import PinnedModel
 
 
 def calibrate_ranks(
-    model: str,
+    model: PinnedModel,
     manifest: shards.Manifest,
     split: str,
     samples: int,
@@ -35,7 +36,6 @@ def calibrate_ranks(
     *,
     seed: int | None = None,
     tolerance: float = RELATIVE_TOLERANCE,
-    uri: str | None = None,
 ) -> RankReport:
     """Measure ranks on images of a split.
 
@@ -47,24 +47,23 @@ def calibrate_ranks(
         workers: how the cluster is used.
         seed: of a permutation of the split's shards; None takes them in manifest order.
         tolerance: relative half width at which images are enough.
-        uri: of the tracking server, for a registered model.
 
     Raises:
         CalibrationError: when the split holds no usable image.
         ShardError: for a shard that differs from the manifest.
         ValueError: features that are not finite, naming the samples.
     """
-    with open_model(model, uri) as folder:
+    with open_model(model) as folder:
         config = MeteorConfig.from_pretrained(folder)
     plan = plan_images(manifest, split, samples, config.image_size, workers, seed)
-    moments = measure_plan(model, plan, config.image_size, workers, uri)
+    moments = measure_plan(model, plan, config.image_size, workers)
     return RankReport.of(moments, measures_of(config), plan.skipped, plan.text_only, tolerance)
 
 
 # -------------------------------------------------------------------------------------------------------------- measure
 
 
-def measure_plan(model: str, plan: ImagePlan, image_size: int, workers: Measuring, uri: str | None = None) -> Moments:
+def measure_plan(model: PinnedModel, plan: ImagePlan, image_size: int, workers: Measuring) -> Moments:
     """Moments of the ranks of the planned images, in the order of `measures_of`."""
     units = [{"unit": unit, "info": asdict(info), "places": places} for unit, (info, places) in enumerate(plan.units)]
     items = ray.data.from_items(units, override_num_blocks=len(units))
@@ -78,7 +77,7 @@ def measure_plan(model: str, plan: ImagePlan, image_size: int, workers: Measurin
     )
     measured = batches.map(
         _RankMeter,
-        fn_constructor_args=(model, uri, image_size, workers.gpus),
+        fn_constructor_args=(model, image_size, workers.gpus),
         compute=ray.data.ActorPoolStrategy(size=workers.actors),
         num_cpus=workers.cpus,
         num_gpus=workers.gpus or None,
@@ -98,9 +97,9 @@ def measure_plan(model: str, plan: ImagePlan, image_size: int, workers: Measurin
 class _RankMeter:
     """Actor: the model's towers, unpruned."""
 
-    def __init__(self, model: str, uri: str | None, image_size: int, gpus: float) -> None:
+    def __init__(self, model: PinnedModel, image_size: int, gpus: float) -> None:
         device = device_for(gpus)
-        with open_model(model, uri) as folder:
+        with open_model(model) as folder:
             self._model = MeteorForConditionalGeneration.from_pretrained(folder).eval()
         self._model.to(device)
         self._shape = (-1, 3, image_size, image_size)

@@ -20,7 +20,7 @@ from pipelines.calibration.image_plan import CalibrationError
 from pipelines.calibration.lambda_check import LambdaReport
 from pipelines.calibration.ranks import BudgetReport, RankReport
 from pipelines.io import storage
-from pipelines.registry.versions import describe_version, get_version
+from pipelines.registry.versions import Registry
 from pipelines.tracking.mlflow_run import (
     TrackingError,
     document,
@@ -154,21 +154,21 @@ def store(calibration: Calibration, chart: bytes, url: str) -> str:
     return storage.join(url, FILE)
 
 
-def file_with_version(calibration: Calibration, chart: bytes, uri: str, name: str, version: int) -> str:
+def file_with_version(calibration: Calibration, chart: bytes, registry: Registry, version: int) -> str:
     """Both files as artifacts of a registered version's run, and tags of the version that name them.
 
     Returns: path of the JSON among the artifacts. Raises TrackingError.
     """
-    run_id = get_version(name, version, uri).run_id
+    run_id = registry.version(version).run_id
     if not run_id:
-        raise TrackingError(f"version {version} of {name} belongs to no run, which would hold its calibration")
+        raise TrackingError(f"version {version} of {registry.name} belongs to no run, which would hold its calibration")
     data = calibration.dataset
-    place = f"calibration/{name}-{version}-{data.sha256[:12]}-{data.split}"
-    _log(calibration, chart, uri, run_id, place)
+    place = f"calibration/{registry.name}-{version}-{data.sha256[:12]}-{data.split}"
+    _log(calibration, chart, registry.uri, run_id, place)
     tags = {"calibration": f"{place}/{FILE}", "calibration.images": str(calibration.report.images)}
     if calibration.drift is not None:
         tags["calibration.drift"] = f"{calibration.drift.verdict} against {calibration.drift.against}"
-    describe_version(uri, name, version, tags=tags, description=None)
+    registry.describe_version(version, tags=tags)
     return f"{place}/{FILE}"
 
 

@@ -46,10 +46,11 @@ from pipelines.inference.output import (
 from pipelines.io import storage
 from pipelines.registry.folder import model_digest
 from pipelines.registry.open import device_for, open_model
+from pipelines.registry.versions import PinnedModel
 
 
 def predict_split(  # noqa: PLR0913 - the settings of a batch prediction, by name
-    model: str,
+    model: PinnedModel,
     manifest: shards.Manifest,
     split: str,
     output: str,
@@ -60,7 +61,6 @@ def predict_split(  # noqa: PLR0913 - the settings of a batch prediction, by nam
     questions: Questions = "first",
     part_samples: int = 1024,
     bad_shards: shards.BadShards = "fail",
-    uri: str | None = None,
 ) -> dict[str, Any]:
     """Answer a split into `output`, or what is missing of it; what `_SUCCESS.json` then says.
 
@@ -75,16 +75,15 @@ def predict_split(  # noqa: PLR0913 - the settings of a batch prediction, by nam
         questions: which of their own.
         part_samples: most samples of a part.
         bad_shards: what becomes of a shard that is wrong at rest.
-        uri: of the tracking server, for a registered model.
 
     Raises:
         PredictError: an output that answers something else, or parts that are not what the plan says.
         ShardError, StorageError, ExportError, TrackingError: of what is read and written.
     """
-    with open_model(model, uri) as folder:
+    with open_model(model) as folder:
         digest = model_digest(folder)
     asked = Asked(
-        model, digest, manifest.url, manifest.sha256, split, prompt, questions, budget.max_new_tokens,
+        model.address, digest, manifest.url, manifest.sha256, split, prompt, questions, budget.max_new_tokens,
         budget.visual_tokens, part_samples, bad_shards,
     )  # fmt: skip
     infos = manifest.split(split)
@@ -99,7 +98,7 @@ def predict_split(  # noqa: PLR0913 - the settings of a batch prediction, by nam
     missing = [part for part in parts if part.number not in kept]
     print(f"{len(parts)} parts of {manifest.samples(split)} samples; {len(kept)} are there, {len(missing)} to answer")
     if missing:
-        _answer_parts(missing, infos, output, asked, budget, workers, uri)
+        _answer_parts(missing, infos, output, model, asked, budget, workers)
     errors: Counter[str] = Counter()
     for part in parts:
         found = kept.get(part.number) or whole_part(output, part, asked, infos)
@@ -123,10 +122,10 @@ def _answer_parts(
     parts: Sequence[Part],
     infos: Sequence[shards.ShardInfo],
     output: str,
+    model: PinnedModel,
     asked: Asked,
     budget: Budget,
     workers: Workers,
-    uri: str | None,
 ) -> None:
     rows = [{"part": asdict(part), "info": asdict(infos[part.shard])} for part in parts]
     items = ray.data.from_items(rows, override_num_blocks=len(rows))
@@ -134,7 +133,7 @@ def _answer_parts(
     quieten(items.context)
     written = items.map(
         _PartAnswerer,
-        fn_constructor_args=(asked, budget, output, uri, workers.gpus),
+        fn_constructor_args=(model, asked, budget, output, workers.gpus),
         compute=ray.data.ActorPoolStrategy(size=workers.actors),
         num_cpus=workers.cpus,
         num_gpus=workers.gpus or None,
@@ -146,14 +145,14 @@ def _answer_parts(
 class _PartAnswerer:
     """Actor: the model; a part comes in as its place in the plan and goes out as an object in storage."""
 
-    def __init__(self, asked: Asked, budget: Budget, output: str, uri: str | None, gpus: float) -> None:
+    def __init__(self, model: PinnedModel, asked: Asked, budget: Budget, output: str, gpus: float) -> None:
         device = device_for(gpus)
-        with open_model(asked.model, uri) as folder:
+        with open_model(model) as folder:
             if model_digest(folder) != asked.model_sha256:
-                raise PredictError(f"{asked.model} is another one here than where the job was started")
+                raise PredictError(f"{model.address} is another one here than where the job was started")
             processor = MeteorProcessor.from_pretrained(folder)
-            model = MeteorForConditionalGeneration.from_pretrained(folder, use_safetensors=True)
-        self._answerer = Answerer(model.to(device).eval(), processor)
+            loaded = MeteorForConditionalGeneration.from_pretrained(folder, use_safetensors=True)
+        self._answerer = Answerer(loaded.to(device).eval(), processor)
         self._asked, self._budget, self._output = asked, budget, output
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from meteor_model.images import MAX_BYTES
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from pipelines.registry.open import device_for, open_model
+from pipelines.registry.versions import PinnedModel
 
 APP_NAME = "meteor"
 MAX_BODY_BYTES = MAX_BYTES * 4 // 3 + 2**20
@@ -67,13 +68,12 @@ class ServeSettings:
                 raise ServingError(f"{name} is {self.__dict__[name]}; it must not be negative")
 
 
-def build_app(model: str, settings: ServeSettings, uri: str | None = None) -> Application:
+def build_app(model: PinnedModel, settings: ServeSettings) -> Application:
     """The application, for `serve.run`.
 
     Args:
         model: as for `pipelines.registry.open.open_model`, readable where the replicas run.
         settings: how it is served.
-        uri: of the tracking server, for a registered model.
     """
     deployment = serve.deployment(
         _Replica,
@@ -83,16 +83,16 @@ def build_app(model: str, settings: ServeSettings, uri: str | None = None) -> Ap
         max_queued_requests=settings.queued,
         ray_actor_options={"num_cpus": settings.cpus, "num_gpus": settings.gpus},
     )
-    application: Application = deployment.bind(model, settings, uri)
+    application: Application = deployment.bind(model, settings)
     return application
 
 
 class _Replica:
     """One copy of the model and its queue of rows."""
 
-    def __init__(self, model: str, settings: ServeSettings, uri: str | None) -> None:
+    def __init__(self, model: PinnedModel, settings: ServeSettings) -> None:
         device = device_for(settings.gpus)
-        with open_model(model, uri) as folder:
+        with open_model(model) as folder:
             processor = MeteorProcessor.from_pretrained(folder)
             loaded = MeteorForConditionalGeneration.from_pretrained(folder, use_safetensors=True)
         self._answerer = Answerer(loaded.to(device).eval(), processor)

@@ -14,12 +14,13 @@ from pipelines.config.recipe import Recipe
 from pipelines.data import shards
 from pipelines.io import storage
 from pipelines.job.answers import HeldoutAnswers
+from pipelines.registry.aliases import move_alias
 from pipelines.registry.card import BASE_TAG, PARITY_TAG, card
 from pipelines.registry.folder import write_card
 from pipelines.registry.provenance import training_tags
 from pipelines.registry.publish import RegisteredVersion, register_model
 from pipelines.registry.scores import file_score, stored_scores, suite_name
-from pipelines.registry.versions import list_versions, move_alias
+from pipelines.registry.versions import Registry
 from pipelines.tracking.points import Point, points_from_jsonl
 
 
@@ -73,22 +74,22 @@ def register_run(trained: TrainedRun, folder: Path, answers: HeldoutAnswers) -> 
         answers: with its score.
     """
     tracking, run_id, commit = trained.recipe.tracking, trained.run_id, trained.commit
-    name, uri, alias = tracking.registered_model, tracking.uri, f"latest-{trained.job}"
+    registry, alias = Registry(tracking.uri, tracking.registered_model), f"latest-{trained.job}"
     # Variants may be filed under the training's run, too.
-    found = [item for item in list_versions(name, uri, run_id=run_id) if BASE_TAG not in item.tags]
+    found = [item for item in registry.versions(run_id) if BASE_TAG not in item.tags]
     scores = stored_scores(found[-1]) if found else {}
     if found:
         model_id = str(found[-1].source).removeprefix("models:/")
-        version = RegisteredVersion(name, int(found[-1].version), (), run_id, model_id)
+        version = RegisteredVersion(registry.name, int(found[-1].version), (), run_id, model_id)
         print(f"  registered by an earlier start as version {version.version}", flush=True)
     else:
         tags = _version_tags(trained)
         whole = {} if answers.score is None else {suite_name(answers.suite): answers.score}
         write_card(folder, card(MeteorConfig.from_pretrained(folder), tags, whole))
-        version = register_model(folder, uri=uri, name=name, aliases=(), run_id=run_id, tags=tags)
+        version = register_model(folder, registry, aliases=(), run_id=run_id, tags=tags)
     if answers.score is not None and answers.score.suite not in scores:
-        file_score(uri, name, version.version, answers.score, answers.suite, {"git_commit": commit})
-    move_alias(name, alias, version.version, uri)
+        file_score(registry, version.version, answers.score, answers.suite, {"git_commit": commit})
+    move_alias(registry, alias, version.version)
     return replace(version, aliases=(alias,))
 
 

@@ -37,6 +37,7 @@ from pipelines.io.run_folder import RunFolder
 from pipelines.io.upload import upload_folder
 from pipelines.parts import default_parts_dir, resolve_sources
 from pipelines.registry.publish import pull_model
+from pipelines.registry.versions import PinnedModel, pin_model
 
 TOKENIZER_TEXTS = 20_000
 
@@ -70,7 +71,7 @@ def prepare_start(recipe: Recipe, manifest: shards.Manifest, run_url: str) -> di
             processor.save_pretrained(small)  # apart from the weights: data tasks on every node need this alone
             upload_folder(Path(small), run.processor)
         report = calibrate_ranks(
-            run.init,
+            PinnedModel(run.init),
             manifest,
             recipe.data.train_split,
             recipe.calibration.samples,
@@ -147,7 +148,7 @@ def _pulled(recipe: Recipe) -> tuple[MeteorForConditionalGeneration, MeteorProce
     with tempfile.TemporaryDirectory(prefix="meteor-pull-") as name, ExitStack() as stored:
         if storage.is_s3(start):
             start = str(stored.enter_context(local_copy(start)))
-        folder = pull_model(start, Path(name) / "model", recipe.tracking.uri)
+        folder = pull_model(pin_model(start, recipe.tracking.uri), Path(name) / "model")
         model = MeteorForConditionalGeneration.from_pretrained(folder)
         processor = MeteorProcessor.from_pretrained(folder)
     model.config = config = with_pruning(model.config, recipe, None)

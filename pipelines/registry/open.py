@@ -12,31 +12,31 @@ import torch
 from pipelines.checkpoint.local import local_copy
 from pipelines.config.settings import SettingsError
 from pipelines.registry.folder import CHECKSUMS_FILE, ExportError, verify_checksums
+from pipelines.registry.versions import PinnedModel
 
 
 @contextmanager
-def open_model(model: str, uri: str | None = None) -> Iterator[Path]:
+def open_model(model: PinnedModel) -> Iterator[Path]:
     """The files of a model on this machine; those with checksums are checked byte by byte.
 
     Args:
-        model: a folder that this machine can read, one in object storage, models:/NAME@ALIAS or models:/NAME/VERSION.
-        uri: of the tracking server, for a registered model; None takes MLFLOW_TRACKING_URI.
+        model: `pin_model`; a folder may be in object storage, too.
 
     Raises:
         ExportError: no model there, or files that are missing or changed.
         TrackingError, StorageError: of what is read.
     """
-    if model.startswith("models:"):
-        from pipelines.registry.publish import pull_model  # here: it loads MLflow, which actors on a folder do not need
+    if model.registry is not None:
+        from pipelines.registry.publish import pull_model  # here: it loads pandas and MLflow's models
 
         with TemporaryDirectory(prefix="meteor-pull-") as scratch:
-            yield pull_model(model, Path(scratch) / "model", uri)
+            yield pull_model(model, Path(scratch) / "model")
         return
-    with local_copy(model) as folder:
+    with local_copy(model.address) as folder:
         if (folder / CHECKSUMS_FILE).is_file():
             verify_checksums(folder)
         elif not (folder / "config.json").is_file():
-            raise ExportError(f"{model} holds no model: there is no config.json")
+            raise ExportError(f"{model.address} holds no model: there is no config.json")
         yield folder
 
 

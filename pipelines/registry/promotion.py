@@ -10,36 +10,36 @@ import math
 
 from mlflow.entities.model_registry import ModelVersion
 
+from pipelines.registry.aliases import Move, move_alias
 from pipelines.registry.card import PARITY_TAG
 from pipelines.registry.folder import PARITY_TOLERANCE
 from pipelines.registry.scores import evaluate_command, stored_scores
-from pipelines.registry.versions import Move, get_version, move_alias
+from pipelines.registry.versions import Registry
 
 
 class PromotionError(ValueError):
     """A version lacks what an alias for production asks; the message says what, and the commands."""
 
 
-def promote(name: str, version: int, alias: str, uri: str, tolerance: float = PARITY_TOLERANCE) -> Move:
+def promote(registry: Registry, version: int, alias: str, tolerance: float = PARITY_TOLERANCE) -> Move:
     """Let an alias point to a version that has both proofs.
 
     Args:
-        name: of the registered model.
+        registry: of the registered model.
         version: to promote.
         alias: e.g. champion.
-        uri: of the registry.
         tolerance: largest difference of a logit that its parity may show.
 
     Raises:
         PromotionError: for a version without them.
         TrackingError: an unknown version, or a server that is away.
     """
-    found = get_version(name, version, uri)
-    if lacking := what_is_lacking(found, tolerance):
+    if lacking := what_is_lacking(registry.version(version), tolerance):
         raise PromotionError(
-            f"version {version} of {name} is not promoted to {alias}:\n" + "\n".join(f"  - {item}" for item in lacking)
+            f"version {version} of {registry.name} is not promoted to {alias}:\n"
+            + "\n".join(f"  - {item}" for item in lacking)
         )
-    return move_alias(name, alias, version, uri)
+    return move_alias(registry, alias, version)
 
 
 def what_is_lacking(version: ModelVersion, tolerance: float = PARITY_TOLERANCE) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pipelines.config.recipe import Recipe
 from pipelines.data import shards
 from pipelines.registry.card import LICENCE_TAG, licence_tags
-from pipelines.registry.versions import get_version, resolve_model
+from pipelines.registry.versions import find_version
 from pipelines.tracking.mlflow_run import TrackingAwayError, TrackingError
 
 
@@ -39,7 +39,8 @@ def _inherited_licences(recipe: Recipe) -> dict[str, str]:
     if not start.startswith("models:"):
         return unknown
     try:
-        tags = get_version(*resolve_model(start, recipe.tracking.uri), recipe.tracking.uri).tags
+        registry, version = find_version(start, recipe.tracking.uri)
+        tags = registry.version(version).tags
     except TrackingAwayError:
         raise
     except TrackingError:  # deleted since

@@ -3,8 +3,8 @@
 1. `export_model`    config, processor, safetensors and a README in one folder, sealed by `checksums.json`
 2. `check_parity`    the folder alone, loaded again, gives the logits that the training model gave
 3. `register_model`  the folder, with the code that answers, becomes a version of a registered model, under aliases
-4. `pull_model`      `models:/NAME@ALIAS` -> the same folder, every byte checked, through MLflow alone;
-                     `load_registered` loads it
+4. `pull_model`      a version -> the same folder, every byte checked, through MLflow alone; `load_model` loads it,
+                     `load_registered` by its address
 
 1 and 2 are in `pipelines/registry/folder.py`, which knows nothing of MLflow; versions and aliases in
 `pipelines/registry/versions.py`.
@@ -13,7 +13,6 @@
 import base64
 import importlib.metadata
 import io
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,6 @@ from pathlib import Path
 
 import mlflow
 import pandas as pd
-from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput
 from mlflow.models import Model, ModelSignature
 from mlflow.pyfunc import PythonModelContext
@@ -33,6 +31,7 @@ from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from pipelines.registry import pyfunc_model
+from pipelines.registry.aliases import move_alias
 from pipelines.registry.folder import (
     CARD_FILE,
     CHECKSUMS_FILE,
@@ -43,8 +42,8 @@ from pipelines.registry.folder import (
     tokens_by_stage,
     verify_checksums,
 )
-from pipelines.registry.versions import RegisteredVersion, create_version, move_alias, resolve_model
-from pipelines.tracking.mlflow_run import TrackingError, patiently, redact, require_tracking, use_tracking
+from pipelines.registry.versions import PinnedModel, RegisteredVersion, Registry, pin_model
+from pipelines.tracking.mlflow_run import TrackingError, patiently, redact
 
 __all__ = [
     "ExportError",
@@ -52,10 +51,10 @@ __all__ = [
     "RegisteredVersion",
     "check_parity",
     "export_model",
+    "load_model",
     "load_registered",
     "pull_model",
     "register_model",
-    "resolve_model",
 ]
 
 # What answers in another process; meteor_model itself travels as code.
@@ -94,7 +93,7 @@ def example_input(image_size: int) -> pd.DataFrame:
 
 
 def register_model(
-    folder: Path, *, uri: str, name: str, aliases: Sequence[str], run_id: str, tags: Mapping[str, str]
+    folder: Path, registry: Registry, *, aliases: Sequence[str], run_id: str, tags: Mapping[str, str]
 ) -> RegisteredVersion:
     """Log the exported folder as a model of the run and register it as a new version, to which the aliases move.
 
@@ -105,8 +104,7 @@ def register_model(
 
     Args:
         folder: written by `export_model`.
-        uri: of the tracking server, which is the registry too.
-        name: of the registered model; made if there is none.
+        registry: of the registered model, which is made if there is none.
         aliases: e.g. latest-pretrain; at least one.
         run_id: the run that trained it.
         tags: of the version, beside those of `tokens_by_stage`.
@@ -115,12 +113,11 @@ def register_model(
         ExportError: a folder that is not whole.
         TrackingError: a server that is away or refuses.
     """
-    use_tracking(uri)
+    client, name = registry.client, registry.name
     verify_checksums(folder)
     config = MeteorConfig.from_pretrained(folder)
     example = example_input(config.image_size)
     _answer_example(folder, example)
-    client = MlflowClient(uri)
     all_tags = {**tokens_by_stage(config), **redact(tags)}
     experiment_id = patiently(f"run {run_id}", lambda: client.get_run(run_id)).info.experiment_id
     logged = patiently(f"model {name}", lambda: client.create_logged_model(experiment_id, name, run_id, all_tags))
@@ -132,9 +129,9 @@ def register_model(
     patiently(f"model {name}", lambda: client.finalize_logged_model(logged.model_id, "READY"))
     patiently(f"run {run_id}", lambda: client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)]))
     card = (folder / CARD_FILE).read_text()
-    version = create_version(uri, name, run_id=run_id, model_id=logged.model_id, tags=all_tags, description=card)
+    version = registry.create_version(run_id=run_id, model_id=logged.model_id, tags=all_tags, description=card)
     for alias in aliases:
-        move_alias(name, alias, version, uri)
+        move_alias(registry, alias, version)
     return RegisteredVersion(name, version, tuple(aliases), run_id, logged.model_id)
 
 
@@ -166,35 +163,34 @@ def requirements() -> list[str]:
     return [f"{package}=={importlib.metadata.version(package).split('+')[0]}" for package in REQUIREMENTS]
 
 
-def pull_model(model: str, destination: Path, uri: str | None = None) -> Path:
+def pull_model(model: PinnedModel, destination: Path) -> Path:
     """The exported folder of a registered model, downloaded through MLflow alone and checked byte by byte.
 
     Args:
-        model: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, or a folder that `export_model` wrote (used where it is).
+        model: `pin_model`; a folder that `export_model` wrote is used where it is.
         destination: an empty or new folder.
-        uri: of the tracking server; None takes MLFLOW_TRACKING_URI.
 
     Raises:
-        TrackingError: an unknown model, alias or version (says which there are), or a server that is away.
+        TrackingError: a version that is gone, or a server that is away.
         ExportError: files that are missing or changed, or a model of another kind.
     """
-    if not model.startswith("models:"):
-        verify_checksums(_existing_folder(model))
-        return Path(model)
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "") if uri is None else uri
-    require_tracking(uri)
-    use_tracking(uri)
-    name, version = resolve_model(model, uri)
+    if model.registry is None:
+        verify_checksums(_existing_folder(model.address))
+        return Path(model.address)
     if destination.exists() and any(destination.iterdir()):
         raise ExportError(f"{destination} is not empty: pull into a new folder")
-    source = f"models:/{name}/{version}/artifacts"
+    client, source = model.registry.client, f"{model.address}/artifacts"
     try:
         patiently(
             f"the download of {source}",
-            lambda: mlflow.artifacts.download_artifacts(source, dst_path=str(destination), tracking_uri=uri),
+            lambda: mlflow.artifacts.download_artifacts(
+                source, dst_path=str(destination), tracking_uri=client.tracking_uri
+            ),
         )
     except TrackingError as error:
-        raise TrackingError(f"version {version} of {name} cannot be downloaded as a METEOR model: {error}") from error
+        raise TrackingError(
+            f"version {model.version} of {model.registry.name} cannot be downloaded as a METEOR model: {error}"
+        ) from error
     (folder,) = list(destination.rglob(CHECKSUMS_FILE))[:1] or [destination / CHECKSUMS_FILE]
     verify_checksums(folder.parent)
     return folder.parent
@@ -208,21 +204,35 @@ def _existing_folder(model: str) -> Path:
     return Path(model)
 
 
-def load_registered(
-    model: str, uri: str | None = None, device: str = "cpu"
-) -> tuple[MeteorForConditionalGeneration, MeteorProcessor]:
-    """Model (fp32 as it was exported, eval mode) and processor of a registered model.
+def load_model(model: PinnedModel, device: str = "cpu") -> tuple[MeteorForConditionalGeneration, MeteorProcessor]:
+    """Model (fp32 as it was exported, eval mode) and processor.
 
     Args:
         model: as for `pull_model`.
-        uri: of the tracking server; None takes MLFLOW_TRACKING_URI.
         device: where the model goes.
 
     Raises:
         TrackingError, ExportError: as `pull_model`.
     """
     with tempfile.TemporaryDirectory(prefix="meteor-pull-") as scratch:
-        folder = pull_model(model, Path(scratch) / "model", uri)
+        folder = pull_model(model, Path(scratch) / "model")
         processor = MeteorProcessor.from_pretrained(folder)
         loaded = MeteorForConditionalGeneration.from_pretrained(folder, use_safetensors=True)
     return loaded.to(device).eval(), processor
+
+
+def load_registered(
+    model: str, uri: str | None = None, device: str = "cpu"
+) -> tuple[MeteorForConditionalGeneration, MeteorProcessor]:
+    """Model (fp32 as it was exported, eval mode) and processor behind an address.
+
+    Args:
+        model: models:/NAME@ALIAS, models:/NAME/VERSION, or a folder that `export_model` wrote.
+        uri: of the MLflow server; None takes MLFLOW_TRACKING_URI.
+        device: where the model goes.
+
+    Raises:
+        TrackingError: an unknown model, alias or version (says which there are), or a server that is away.
+        ExportError: as `pull_model`.
+    """
+    return load_model(pin_model(model, uri), device)

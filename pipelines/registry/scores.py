@@ -16,15 +16,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
 from pipelines.evaluation.scores import Comparison, Score, ScoringError, compare_scores
 from pipelines.evaluation.scoring import Suite
 from pipelines.io import codec
 from pipelines.registry.card import with_scores
-from pipelines.registry.versions import describe_version, get_version
-from pipelines.tracking.mlflow_run import TrackingError, hide_passwords, log_documents, patiently, use_tracking
+from pipelines.registry.versions import Registry
+from pipelines.tracking.mlflow_run import TrackingError, hide_passwords, log_documents, patiently
 
 SCORE_TAG = "score."
 SUITE_TAG = "suite"
@@ -91,13 +90,12 @@ def stored_scores(version: ModelVersion) -> dict[str, StoredScore]:
 
 
 def file_score(
-    uri: str, name: str, version: int, score: Score, suite: Suite | None, settings: Mapping[str, Any] | None = None
+    registry: Registry, version: int, score: Score, suite: Suite | None, settings: Mapping[str, Any] | None = None
 ) -> None:
     """File a score with a version: the whole as an artifact first, then the tags that name it, then the description.
 
     Args:
-        uri: of the registry.
-        name: of the registered model.
+        registry: of the registered model.
         version: which one.
         score: with its questions.
         suite: for its name; None where it is not known.
@@ -111,25 +109,26 @@ def file_score(
         raise ScoringError(f"a score is filed with its {score.questions} questions, this one has {len(score.records)}")
     for measure in (score.accuracy, score.answer_nll, score.visual_tokens_mean, score.tflops):
         if not math.isfinite(measure):
-            raise ScoringError(f"{name}/{version}: the score holds {measure}; a model whose answers have no likelihood")
-    use_tracking(uri)
-    found = get_version(name, version, uri)
+            raise ScoringError(
+                f"{registry.name}/{version}: the score holds {measure}; a model whose answers have no likelihood"
+            )
+    found = registry.version(version)
     if not found.run_id:
-        raise TrackingError(f"version {version} of {name} belongs to no run, which would hold its score")
-    stored = StoredScore(suite_name(suite), score, f"scores/{name}-{version}-{score.suite}.json")
+        raise TrackingError(f"version {version} of {registry.name} belongs to no run, which would hold its score")
+    stored = StoredScore(suite_name(suite), score, f"scores/{registry.name}-{version}-{score.suite}.json")
     whole = {
-        "model": f"models:/{name}/{version}",
+        "model": registry.address(version),
         "suite": None if suite is None else asdict(suite),
         "score": score.to_dict(records=True),
         "settings": dict(settings or {}),
     }
-    log_documents(uri, found.run_id, {stored.artifact: whole})
+    log_documents(registry.uri, found.run_id, {stored.artifact: whole})
     scores = {**stored_scores(found), score.suite: stored}
     card = with_scores(found.description or "", {item.suite: item.score for item in scores.values()})
-    describe_version(uri, name, version, tags=score_tags(stored), description=card)
+    registry.describe_version(version, tags=score_tags(stored), description=card)
 
 
-def load_score(uri: str, version: ModelVersion, digest: str) -> Score:
+def load_score(registry: Registry, version: ModelVersion, digest: str) -> Score:
     """The whole score of a version on a suite, with its questions.
 
     Raises:
@@ -140,7 +139,7 @@ def load_score(uri: str, version: ModelVersion, digest: str) -> Score:
     where = f"version {version.version} of {version.name}"
     if digest not in known:
         raise ScoringError(f"{where} has no score on suite {digest}; it has: {', '.join(known) or 'none'}")
-    stored, client = known[digest], MlflowClient(uri)
+    stored, client = known[digest], registry.client
     with tempfile.TemporaryDirectory(prefix="meteor-score-") as folder:
         path = patiently(
             f"the score of {where}", lambda: client.download_artifacts(version.run_id, stored.artifact, folder)
@@ -169,7 +168,7 @@ class VersionComparison:
 
 
 def compare_versions(
-    uri: str, first: ModelVersion, second: ModelVersion, digest: str | None = None
+    registry: Registry, first: ModelVersion, second: ModelVersion, digest: str | None = None
 ) -> VersionComparison:
     """Two versions on the suite `digest`.
 
@@ -196,7 +195,7 @@ def compare_versions(
             + "\nother questions cannot be compared: score both on one suite, e.g.\n"
             + f"  {_command_for_both(first, second, digest)}"
         )
-    a, b = load_score(uri, first, digest), load_score(uri, second, digest)
+    a, b = load_score(registry, first, digest), load_score(registry, second, digest)
     return VersionComparison(known[digest].suite, a, b, compare_scores(a, b))
 
 

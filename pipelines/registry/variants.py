@@ -16,8 +16,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mlflow import MlflowClient
-
 from meteor_model.configuration_meteor import MeteorConfig, PruningConfig
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
@@ -28,6 +26,7 @@ from pipelines.evaluation.scores import Score, ScoringError
 from pipelines.evaluation.scoring import Suite, measured_cost
 from pipelines.io import storage
 from pipelines.io.run_folder import split_run_url
+from pipelines.registry.aliases import move_alias
 from pipelines.registry.card import BASE_TAG, DATA_TAGS, LICENCE_TAG, PARITY_TAG, TRAINING_TAGS, card
 from pipelines.registry.folder import (
     PARITY_TOLERANCE,
@@ -38,9 +37,9 @@ from pipelines.registry.folder import (
     write_card,
     write_parity_batch,
 )
-from pipelines.registry.publish import load_registered, pull_model, register_model
+from pipelines.registry.publish import load_model, load_registered, pull_model, register_model
 from pipelines.registry.scores import file_score, suite_name
-from pipelines.registry.versions import RegisteredVersion, describe_version, get_version, move_alias, resolve_model
+from pipelines.registry.versions import PinnedModel, RegisteredVersion, Registry, pin_model
 from pipelines.tracking.mlflow_run import TrackingError, patiently
 
 
@@ -72,8 +71,7 @@ def register_variant(  # noqa: PLR0913 - what a version is made of, by name
     score: Score,
     *,
     ranks: dict[str, list[float]] | None,
-    uri: str,
-    name: str,
+    registry: Registry,
     aliases: Sequence[str],
     run_id: str,
     tags: Mapping[str, str],
@@ -87,8 +85,7 @@ def register_variant(  # noqa: PLR0913 - what a version is made of, by name
         pruning: the three stages; lambda solved where stage 3 is on.
         score: of the base under this pruning, with its questions.
         ranks: expected ranks that decide the budgets; None keeps the base's.
-        uri: of the registry.
-        name: of the registered model that gets a version.
+        registry: of the registered model that gets a version.
         aliases: that move to it, e.g. budget-64, champion.
         run_id: the MLflow run that it is filed under, e.g. the trial that found it.
         tags: of the version, e.g. git_commit; recipe, data and licences are taken over from a registered base, and are
@@ -107,8 +104,9 @@ def register_variant(  # noqa: PLR0913 - what a version is made of, by name
             "pruning.decode.lam is not set: stage 3 of a registered variant needs its lambda; solve it for "
             "pruning.decode.target_mean first (pipelines.evaluation.questions.solve_lambda_on)"
         )
-    base_tags = _inherited(base, uri)
-    model, processor = load_registered(base_tags.get(BASE_TAG, base), uri)
+    pinned = pin_model(base, registry.uri)
+    base_tags = _inherited(pinned)
+    model, processor = load_model(pinned)
     apply_pruning(model, processor, pruning, ranks)
     _check_score(score, model.config)
     with tempfile.TemporaryDirectory(prefix="meteor-variant-") as scratch:
@@ -122,24 +120,23 @@ def register_variant(  # noqa: PLR0913 - what a version is made of, by name
             **tags,
         }
         write_card(folder, card(model.config, all_tags, {suite_name(suite): score}))
-        version = register_model(folder, uri=uri, name=name, aliases=(), run_id=run_id, tags=all_tags)
-    file_score(uri, name, version.version, score, suite)
+        version = register_model(folder, registry, aliases=(), run_id=run_id, tags=all_tags)
+    file_score(registry, version.version, score, suite)
     for alias in aliases:
-        move_alias(name, alias, version.version, uri)
+        move_alias(registry, alias, version.version)
     return replace(version, aliases=tuple(aliases))
 
 
-def _inherited(base: str, uri: str) -> dict[str, str]:
+def _inherited(base: PinnedModel) -> dict[str, str]:
     """Tags that a variant takes over from its base, and which that is; none from a folder."""
-    if not base.startswith("models:"):
+    if base.registry is None:
         return {}
-    name, number = resolve_model(base, uri)
-    found = get_version(name, number, uri).tags
+    found = base.registry.version(base.version).tags
     kept = (*DATA_TAGS, *TRAINING_TAGS)  # the same weights: its training is this version's
     tags = {key: text for key, text in found.items() if key in kept or key.startswith(LICENCE_TAG)}
     if commit := found.get("training_commit", found.get("git_commit")):
         tags["training_commit"] = commit
-    return {**tags, BASE_TAG: f"models:/{name}/{number}"}
+    return {**tags, BASE_TAG: base.address}
 
 
 def _check_score(score: Score, config: MeteorConfig) -> None:
@@ -166,7 +163,7 @@ def _parity_of(
         return check_parity(folder, batch, tolerance)
 
 
-def measure_parity(name: str, version: int, uri: str, tolerance: float = PARITY_TOLERANCE) -> float:
+def measure_parity(registry: Registry, version: int, tolerance: float = PARITY_TOLERANCE) -> float:
     """Measure the parity of a version that is registered, and file it in its tags.
 
     A variant is compared with its base under the variant's settings; what a training made with the logits that the
@@ -180,33 +177,34 @@ def measure_parity(name: str, version: int, uri: str, tolerance: float = PARITY_
         ExportError: a version of which neither base nor checkpoint is known.
         TrackingError: an unknown version, or a server that is away.
     """
-    found = get_version(name, version, uri)
+    found = registry.version(version)
     with tempfile.TemporaryDirectory(prefix="meteor-parity-") as scratch:
-        folder = pull_model(f"models:/{name}/{version}", Path(scratch) / "model", uri)
+        folder = pull_model(PinnedModel(registry.address(version), registry, version), Path(scratch) / "model")
         if base := found.tags.get(BASE_TAG):
-            model, processor = load_registered(base, uri)
+            model, processor = load_registered(base, registry.uri)
             config = MeteorConfig.from_pretrained(folder)
             apply_pruning(model.float(), processor, config.pruning, config.ranks)
             parity = _parity_of(model, processor, folder, tolerance)
         else:
-            with local_copy(_training_checkpoint(found.run_id, name, version, uri)) as checkpoint:
+            with local_copy(_training_checkpoint(registry, version, found.run_id)) as checkpoint:
                 parity = check_parity(folder, checkpoint / PARITY_FILE, tolerance)
     tags = {PARITY_TAG: f"{parity:.3g}", "parity_tolerance": f"{tolerance:g}"}
-    describe_version(uri, name, version, tags=tags, description=None)
+    registry.describe_version(version, tags=tags)
     return parity
 
 
-def _training_checkpoint(run_id: str | None, name: str, version: int, uri: str) -> str:
+def _training_checkpoint(registry: Registry, version: int, run_id: str | None) -> str:
     """Address of the last checkpoint of the training that made a version."""
-    unknown = f"version {version} of {name} names neither a base nor a training: register it again from its run"
+    which, client = f"version {version} of {registry.name}", registry.client
+    unknown = f"{which} names neither a base nor a training: register it again from its run"
     if not run_id:
         raise ExportError(unknown)
-    run = patiently(f"run {run_id}", lambda: MlflowClient(uri).get_run(run_id))
+    run = patiently(f"run {run_id}", lambda: client.get_run(run_id))
     try:
         root, run_name = split_run_url(run.data.tags.get("run_url", ""))
     except storage.StorageError as error:
         raise ExportError(unknown) from error
     checkpoint = latest_checkpoint(root, run_name)
     if checkpoint is None:
-        raise TrackingError(f"run {run_name} of {root}, which made version {version} of {name}, has no checkpoint")
+        raise TrackingError(f"run {run_name} of {root}, which made {which}, has no checkpoint")
     return checkpoint.url

@@ -28,7 +28,7 @@ from pipelines.data.sources.openmoji import OpenMoji, OpenMojiSettings
 from pipelines.io import storage
 from pipelines.registry.open import open_model
 from pipelines.registry.publish import ExportError, export_model, register_model
-from pipelines.registry.versions import pin_model
+from pipelines.registry.versions import PinnedModel, Registry, pin_model
 from pipelines.tracking.mlflow_run import open_run
 from tests.meteor_model.builders import model, processor
 from tests.stack_fixture import applied
@@ -135,7 +135,7 @@ def test_bad_settings_are_named(change: dict[str, Any], message: str) -> None:
 
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
     assert pin_model(str(tmp_path) + "/", "").address == str(tmp_path)
-    with pytest.raises(ExportError, match=r"no config\.json"), open_model(str(tmp_path)):
+    with pytest.raises(ExportError, match=r"no config\.json"), open_model(PinnedModel(str(tmp_path))):
         pass
 
 
@@ -162,7 +162,7 @@ def prepared(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         manifest = make("s3://meteor/data/calibrate")
         run_id = open_run(stack.mlflow_uri, experiment="meteor", run_name="trained", settings={}, tags={}, documents={})
         register_model(
-            folder, uri=stack.mlflow_uri, name="meteor", aliases=("latest-pretrain",), run_id=run_id,
+            folder, Registry(stack.mlflow_uri, "meteor"), aliases=("latest-pretrain",), run_id=run_id,
             tags={"manifest": manifest.url},
         )  # fmt: skip
     return {"folder": folder, "manifest": manifest, "run_id": run_id}

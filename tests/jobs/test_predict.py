@@ -23,6 +23,7 @@ from pipelines.inference.batch import _PartAnswerer
 from pipelines.inference.output import SPEC_FILE, Asked, Part, PredictError, claim_output, plan_parts, whole_part
 from pipelines.registry.folder import model_digest, weights_digest
 from pipelines.registry.publish import export_model
+from pipelines.registry.versions import PinnedModel
 from tests.jobs.killing import ROOT, kill_when, own_environment
 from tests.meteor_model.builders import model, processor
 
@@ -74,7 +75,7 @@ def test_a_part_holds_answers_and_reasons(folder: Path, tmp_path: Path) -> None:
     manifest = make(str(tmp_path / "data"))
     info, output, budget = manifest.split("train")[0], str(tmp_path / "out"), Budget(3)
     asked, part = asked_of(folder, manifest, questions="all"), Part(0, 0, 0, 6)
-    actor = _PartAnswerer(asked, budget, output, None, gpus=0.0)
+    actor = _PartAnswerer(PinnedModel(str(folder)), asked, budget, output, gpus=0.0)
     row = {"part": asdict(part), "info": asdict(info)}
     actor(row)
     first = (tmp_path / "out" / part.name).read_bytes()
@@ -107,7 +108,9 @@ def test_a_part_of_another_job_or_a_damaged_one_does_not_count(folder: Path, tmp
     info, output, part = manifest.split("train")[0], str(tmp_path / "out"), Part(0, 0, 0, 3)
     asked = asked_of(folder, manifest, prompt="What is this?")
     assert whole_part(output, part, asked, [info]) is None
-    _PartAnswerer(asked, Budget(3), output, None, gpus=0.0)({"part": asdict(part), "info": asdict(info)})
+    _PartAnswerer(PinnedModel(str(folder)), asked, Budget(3), output, gpus=0.0)(
+        {"part": asdict(part), "info": asdict(info)}
+    )
     assert whole_part(output, part, asked, [info]) is not None
     assert whole_part(output, replace(part, hi=4), asked, [info]) is None, "a sample is missing"
     assert whole_part(output, part, replace(asked, prompt="other"), [info]) is None

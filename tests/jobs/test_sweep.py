@@ -27,6 +27,7 @@ from pipelines.io import storage
 from pipelines.registry.promotion import what_is_lacking
 from pipelines.registry.publish import load_registered, register_model
 from pipelines.registry.variants import measure_parity
+from pipelines.registry.versions import Registry
 from pipelines.tracking.mlflow_run import open_run
 from tests.jobs.killing import ROOT, kill_when, own_environment
 from tests.pipelines.mlflow_fixture import Server, free_port
@@ -77,7 +78,7 @@ def place(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pl
             tags={"manifest": bench.manifest.url},
             documents={"ranks.json": {"images": 4, "ranks": ranks}},
         )
-        register_model(bench.base, uri=server.uri, name="meteor", aliases=("base",), run_id=run_id, tags={})
+        register_model(bench.base, Registry(server.uri, "meteor"), aliases=("base",), run_id=run_id, tags={})
         settings = SweepSettings(
             model="models:/meteor@base",
             budgets=(8.0,),
@@ -312,7 +313,7 @@ def test_trials_that_train_side_by_side(place: Place, bench: Bench) -> None:
         "manifest": bench.manifest.url,
         "start": f"models:/meteor/{base}",
     }
-    assert measure_parity("meteor", int(version.version), uri) < 1e-3
+    assert measure_parity(Registry(uri, "meteor"), int(version.version)) < 1e-3
     model, processor = load_registered("models:/meteor@budget-64", uri)
     suite = Suite.of(bench.manifest, "heldout", settings.questions)
     assert score_model(model, processor, suite.load(processor), suite.digest).answer_nll == pytest.approx(

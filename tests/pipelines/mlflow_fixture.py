@@ -29,6 +29,7 @@ from meteor_model.tokenizer import train_tokenizer
 from pipelines.evaluation.scores import Record, Score
 from pipelines.evaluation.scoring import Suite, score_of_records
 from pipelines.registry.publish import RegisteredVersion, export_model, register_model
+from pipelines.registry.versions import Registry
 from pipelines.tracking.mlflow_run import open_run
 
 MODEL_NAME = "meteor-test"
@@ -184,6 +185,6 @@ def run_id(server: Server) -> str:
 @pytest.fixture(scope="session")
 def registered(server: Server, exported: Path, run_id: str) -> RegisteredVersion:
     return register_model(
-        exported, uri=server.uri, name=MODEL_NAME, aliases=("latest-pretrain",), run_id=run_id,
+        exported, Registry(server.uri, MODEL_NAME), aliases=("latest-pretrain",), run_id=run_id,
         tags={"git_commit": "abc", "hub_token": "hidden-value"},
     )  # fmt: skip

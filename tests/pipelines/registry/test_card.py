@@ -17,6 +17,7 @@ from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from pipelines.data import shards
 from pipelines.evaluation.scoring import Suite, score_of_records
+from pipelines.registry.aliases import alias_history
 from pipelines.registry.card import card, licence_tags, scores_section, with_scores
 from pipelines.registry.folder import (
     ExportError,
@@ -29,7 +30,7 @@ from pipelines.registry.folder import (
 from pipelines.registry.promotion import what_is_lacking
 from pipelines.registry.scores import StoredScore, score_tags, stored_scores
 from pipelines.registry.variants import apply_pruning
-from pipelines.registry.versions import DESCRIPTION_LENGTH, alias_history, shortened
+from pipelines.registry.versions import DESCRIPTION_LENGTH, shortened
 from pipelines.tracking.mlflow_run import TrackingError
 from tests.pipelines.mlflow_fixture import SUITE, record, score_of, tiny_config, tiny_pruning
 

@@ -15,6 +15,7 @@ from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from pipelines.registry.folder import tokens_by_stage
 from pipelines.registry.publish import ExportError, ParityError, check_parity, export_model, pull_model
+from pipelines.registry.versions import PinnedModel
 
 
 def test_the_folder_holds_no_pickle_and_says_what_is_kept(
@@ -106,10 +107,10 @@ def test_a_changed_folder_is_refused(
 ) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(exported, copy)
-    assert pull_model(str(copy), tmp_path / "unused") == copy
+    assert pull_model(PinnedModel(str(copy)), tmp_path / "unused") == copy
     change(copy)
     with pytest.raises(ExportError, match=message):
-        pull_model(str(copy), tmp_path / "unused")
+        pull_model(PinnedModel(str(copy)), tmp_path / "unused")
 
 
 def test_checksums_name_every_file(exported: Path) -> None:
@@ -119,4 +120,4 @@ def test_checksums_name_every_file(exported: Path) -> None:
 
 def test_what_is_no_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="neither a folder nor a registered model"):
-        pull_model(str(tmp_path / "none"), tmp_path / "to")
+        pull_model(PinnedModel(str(tmp_path / "none")), tmp_path / "to")

@@ -24,13 +24,14 @@ from pipelines.data.schema import build_members
 from pipelines.evaluation.scores import ScoringError
 from pipelines.evaluation.scoring import Suite
 from pipelines.io import storage
+from pipelines.registry.aliases import alias_history, move_alias, roll_back
 from pipelines.registry.folder import ExportError, ParityError
 from pipelines.registry.promotion import promote
 from pipelines.registry.provenance import training_tags
 from pipelines.registry.publish import RegisteredVersion, load_registered, pull_model, register_model
 from pipelines.registry.scores import file_score, load_score
 from pipelines.registry.variants import measure_parity, register_variant
-from pipelines.registry.versions import alias_history, get_version, move_alias, registered_model, roll_back
+from pipelines.registry.versions import Registry, pin_model
 from pipelines.tracking.mlflow_run import TrackingError, open_run, set_tags
 from tests.pipelines.mlflow_fixture import SUITE, Server, record, score_of, tiny_pruning
 from tests.pipelines.registry.test_versions import png
@@ -49,19 +50,25 @@ def run_id(server: Server) -> str:
 
 
 @pytest.fixture(scope="module")
-def base(server: Server, exported: Path, run_id: str) -> RegisteredVersion:
-    """A version without parity and without a score."""
-    tags = {"git_commit": "abc", "recipe": "tiny", "manifest": "s3://data", "licence.code": "Apache-2.0"}
-    return register_model(exported, uri=server.uri, name=NAME, aliases=("latest-pretrain",), run_id=run_id, tags=tags)
+def registry(server: Server) -> Registry:
+    """The registered model of this module."""
+    return Registry(server.uri, NAME)
 
 
 @pytest.fixture(scope="module")
-def variants(server: Server, base: RegisteredVersion, run_id: str) -> dict[int, RegisteredVersion]:
+def base(registry: Registry, exported: Path, run_id: str) -> RegisteredVersion:
+    """A version without parity and without a score."""
+    tags = {"git_commit": "abc", "recipe": "tiny", "manifest": "s3://data", "licence.code": "Apache-2.0"}
+    return register_model(exported, registry, aliases=("latest-pretrain",), run_id=run_id, tags=tags)
+
+
+@pytest.fixture(scope="module")
+def variants(registry: Registry, base: RegisteredVersion, run_id: str) -> dict[int, RegisteredVersion]:
     """Two variants by the tokens that enter their LLM, under aliases."""
     return {
         keep: register_variant(
             f"models:/{NAME}@latest-pretrain", tiny_pruning(keep), score_of(records, tiny_pruning(keep)), ranks=None,
-            uri=server.uri, name=NAME, aliases=(f"budget-{keep}",), run_id=run_id, tags={"git_commit": "def"},
+            registry=registry, aliases=(f"budget-{keep}",), run_id=run_id, tags={"git_commit": "def"},
             suite=SUITE,
         )
         for keep, records in ((32, GOOD), (20, POORER))
@@ -80,36 +87,37 @@ def ask(
 
 
 def test_a_variant_has_its_pruning_its_proofs_and_its_card(
-    server: Server, base: RegisteredVersion, variants: dict[int, RegisteredVersion], tmp_path: Path
+    registry: Registry, server: Server, base: RegisteredVersion, variants: dict[int, RegisteredVersion], tmp_path: Path
 ) -> None:
     registered = variants[20]
-    version = get_version(NAME, registered.version, server.uri)
+    version = registry.version(registered.version)
     expected = {
         "base": base.uri, "training_commit": "abc", "git_commit": "def", "recipe": "tiny", "manifest": "s3://data",
         "licence.code": "Apache-2.0", "visual_tokens.fuse": "64 > 20", "suite": SUITE.digest, "accuracy": "0.7500",
     }  # fmt: skip
     assert {key: version.tags[key] for key in expected} == expected
     assert float(version.tags["parity_max_abs_diff"]) <= 1e-5
-    folder = pull_model(f"models:/{NAME}@budget-20", tmp_path / "model", server.uri)
+    folder = pull_model(pin_model(f"models:/{NAME}@budget-20", server.uri), tmp_path / "model")
     assert MeteorConfig.from_pretrained(folder).pruning == tiny_pruning(20)
     readme = (folder / "README.md").read_text()
     assert version.description == readme
     assert f"| {SUITE.questions} x heldout of {SUITE.manifest} ({SUITE.digest}) | 4 | 0.7500 [" in readme
     assert f"| variant of | {base.uri} |" in readme
     score = score_of(POORER, tiny_pruning(20))
-    assert load_score(server.uri, version, SUITE.digest) == score
-    assert alias_history(registered_model(NAME, server.uri), "budget-20") == [registered.version]
+    assert load_score(registry, version, SUITE.digest) == score
+    assert alias_history(registry.registered_model(), "budget-20") == [registered.version]
 
 
 def test_what_does_not_hold_is_not_registered(
-    server: Server, variants: dict[int, RegisteredVersion], run_id: str
+    registry: Registry, server: Server, variants: dict[int, RegisteredVersion], run_id: str
 ) -> None:
     def attempt(pruning_keep: int, score_keep: int, lam: float | None = 20.0, tolerance: float = 1e-3) -> None:
         pruning = tiny_pruning(pruning_keep)
         pruning = replace(pruning, decode=replace(pruning.decode, lam=lam))
         register_variant(
-            variants[32].uri, pruning, score_of(GOOD, tiny_pruning(score_keep)), ranks=None, uri=server.uri,
-            name="refused", aliases=("champion",), run_id=run_id, tags={}, tolerance=tolerance,
+            variants[32].uri, pruning, score_of(GOOD, tiny_pruning(score_keep)), ranks=None,
+            registry=Registry(server.uri, "refused"), aliases=("champion",), run_id=run_id, tags={},
+            tolerance=tolerance,
         )  # fmt: skip
 
     with pytest.raises(ScoringError, match=r"score is of 32 visual tokens .* this pruning has 24"):
@@ -120,20 +128,20 @@ def test_what_does_not_hold_is_not_registered(
         attempt(24, 24, tolerance=-1.0)
     assert "refused" not in [model.name for model in MlflowClient(server.uri).search_registered_models()]
     with pytest.raises(ScoringError, match="with its 4 questions, this one has 0"):
-        file_score(server.uri, NAME, variants[32].version, replace(score_of(GOOD), records=()), SUITE)
+        file_score(registry, variants[32].version, replace(score_of(GOOD), records=()), SUITE)
 
 
 def test_a_trained_folder_says_where_its_training_started(
-    server: Server, base: RegisteredVersion, exported: Path, run_id: str
+    registry: Registry, server: Server, base: RegisteredVersion, exported: Path, run_id: str
 ) -> None:
     recipe = Recipe(name="mine", model=ModelSettings(start=base.uri), tracking=TrackingSettings(uri=server.uri))
     spec = {"source": {"name": "drawings", "license": "CC BY-SA 4.0"}}
     data = (shards.Manifest("s3://new", (), spec), shards.Manifest("s3://more", (), {}))
     registered = register_variant(
-        str(exported), tiny_pruning(24), score_of(GOOD, tiny_pruning(24)), ranks=None, uri=server.uri,
-        name=NAME, aliases=(), run_id=run_id, tags=training_tags(recipe, data),
+        str(exported), tiny_pruning(24), score_of(GOOD, tiny_pruning(24)), ranks=None,
+        registry=registry, aliases=(), run_id=run_id, tags=training_tags(recipe, data),
     )  # fmt: skip
-    tags = get_version(NAME, registered.version, server.uri).tags
+    tags = registry.version(registered.version).tags
     assert tags["start"] == base.uri
     assert not {"base", "training_commit"} & set(tags)
     assert (tags["recipe"], tags["manifest"], tags["licence.code"]) == ("mine", "s3://new", "Apache-2.0")
@@ -176,6 +184,7 @@ def test_compare_shows_the_paired_difference_and_refuses_other_suites(
 
 
 def test_promote_roll_back_and_list(
+    registry: Registry,
     server: Server,
     variants: dict[int, RegisteredVersion],
     base: RegisteredVersion,
@@ -188,7 +197,7 @@ def test_promote_roll_back_and_list(
     assert f"version {base.version} of {NAME} is not promoted to champion" in printed
     assert f"python jobs/register.py parity --model {NAME} --version {base.version}" in printed
     assert f"python jobs/evaluate.py --model {base.uri} --manifest s3://data" in printed
-    assert "champion" not in registered_model(NAME, server.uri).aliases
+    assert "champion" not in registry.registered_model().aliases
 
     for arguments, expected in (
         (("promote", "--model", NAME, "--version", str(wide)), f"version none -> {wide}"),
@@ -198,9 +207,9 @@ def test_promote_roll_back_and_list(
     ):
         status, printed = ask(monkeypatch, capsys, server, *arguments)
         assert (status, expected in printed) == (0, True), printed
-    registered = registered_model(NAME, server.uri)
+    registered = registry.registered_model()
     assert int(registered.aliases["champion"]) == wide
-    assert f"to version {wide}" in get_version(NAME, narrow, server.uri).tags["rolled_back.champion"]
+    assert f"to version {wide}" in registry.version(narrow).tags["rolled_back.champion"]
     status, printed = ask(monkeypatch, capsys, server, "rollback", "--model", NAME)
     assert status == 2
     assert "there is no version before" in printed
@@ -218,46 +227,56 @@ def test_promote_roll_back_and_list(
 
 
 def test_a_history_survives_moves_by_other_means_and_deleted_versions(
-    server: Server, variants: dict[int, RegisteredVersion], base: RegisteredVersion, exported: Path, run_id: str
+    registry: Registry,
+    server: Server,
+    variants: dict[int, RegisteredVersion],
+    base: RegisteredVersion,
+    exported: Path,
+    run_id: str,
 ) -> None:
     client = MlflowClient(server.uri)
-    gone = register_model(exported, uri=server.uri, name=NAME, aliases=("trial",), run_id=run_id, tags={})
+    gone = register_model(exported, registry, aliases=("trial",), run_id=run_id, tags={})
     client.set_registered_model_alias(NAME, "trial", str(variants[32].version))
-    assert move_alias(NAME, "trial", variants[20].version, server.uri).before == variants[32].version
+    assert move_alias(registry, "trial", variants[20].version).before == variants[32].version
     path = [gone.version, variants[32].version, variants[20].version]
-    assert alias_history(registered_model(NAME, server.uri), "trial") == path
+    assert alias_history(registry.registered_model(), "trial") == path
     client.delete_model_version(NAME, str(gone.version))
-    assert roll_back(NAME, "trial", server.uri).after == variants[32].version
+    assert roll_back(registry, "trial").after == variants[32].version
     with pytest.raises(ValueError, match="no version before"):
-        roll_back(NAME, "trial", server.uri)
+        roll_back(registry, "trial")
     client.delete_registered_model_alias(NAME, "trial")
-    assert roll_back(NAME, "trial", server.uri).after == variants[32].version
+    assert roll_back(registry, "trial").after == variants[32].version
 
 
 def test_parity_of_a_registered_version_is_measured_again(
-    server: Server, variants: dict[int, RegisteredVersion], base: RegisteredVersion, parity_file: Path, tmp_path: Path
+    registry: Registry,
+    server: Server,
+    variants: dict[int, RegisteredVersion],
+    base: RegisteredVersion,
+    parity_file: Path,
+    tmp_path: Path,
 ) -> None:
     """A variant against its base, a trained version against the logits in its training's last checkpoint."""
     version = variants[20].version
     MlflowClient(server.uri).delete_model_version_tag(NAME, str(version), "parity_max_abs_diff")
     with pytest.raises(ValueError, match="parity is missing"):
-        promote(NAME, version, "champion", server.uri)
-    assert measure_parity(NAME, version, server.uri) <= 1e-5
-    assert float(get_version(NAME, version, server.uri).tags["parity_max_abs_diff"]) <= 1e-5
+        promote(registry, version, "champion")
+    assert measure_parity(registry, version) <= 1e-5
+    assert float(registry.version(version).tags["parity_max_abs_diff"]) <= 1e-5
     with pytest.raises(ExportError, match="names neither a base nor a training"):
-        measure_parity(NAME, base.version, server.uri)
+        measure_parity(registry, base.version)
 
     run = tmp_path / "runs" / "first"
     set_tags(server.uri, base.run_id, {"run_url": str(run)})
     with pytest.raises(TrackingError, match=r"run first of .* has no checkpoint"):
-        measure_parity(NAME, base.version, server.uri)
+        measure_parity(registry, base.version)
     latest = {"latest_checkpoint_result": {"checkpoint_dir_name": "step-4"}}
     storage.write_json(str(run / "train" / "checkpoint_manager_snapshot.json"), latest)
     state = TrainState("hash", 2, 4, step=4).to_json()
     storage.write_bytes(str(run / "train" / "step-4" / "train_state.json"), state.encode())
     shutil.copy(parity_file, run / "train" / "step-4" / "parity.safetensors")
-    assert measure_parity(NAME, base.version, server.uri) <= 1e-5
-    assert float(get_version(NAME, base.version, server.uri).tags["parity_max_abs_diff"]) <= 1e-5
+    assert measure_parity(registry, base.version) <= 1e-5
+    assert float(registry.version(base.version).tags["parity_max_abs_diff"]) <= 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -274,6 +293,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> shards.Manifest:
 
 
 def test_evaluate_files_the_score_with_the_version(
+    registry: Registry,
     server: Server,
     base: RegisteredVersion,
     exported: Path,
@@ -286,10 +306,10 @@ def test_evaluate_files_the_score_with_the_version(
     suite = Suite.of(manifest, "heldout", 6)
     asked = evaluate.Evaluate(model=f"models:/{NAME}@latest-pretrain", manifest=manifest.url, batch=4)
     score = evaluate.evaluate(asked)
-    version = get_version(NAME, base.version, server.uri)
+    version = registry.version(base.version)
     assert version.tags["suite"] == suite.digest
     assert version.tags["answer_nll"] == f"{score.answer_nll:.4f}"
-    assert load_score(server.uri, version, suite.digest) == score
+    assert load_score(registry, version, suite.digest) == score
     assert f"6 x heldout of {manifest.url} ({suite.digest}) | 6 |" in (version.description or "")
     assert f"filed with version {base.version} of {NAME}" in capsys.readouterr().out
 
@@ -303,17 +323,19 @@ def test_evaluate_files_the_score_with_the_version(
         evaluate.evaluate(dataclasses.replace(asked, split="test"))
 
 
-def test_a_spoilt_artifact_is_no_score(server: Server, variants: dict[int, RegisteredVersion], run_id: str) -> None:
-    version = get_version(NAME, variants[32].version, server.uri)
+def test_a_spoilt_artifact_is_no_score(
+    registry: Registry, server: Server, variants: dict[int, RegisteredVersion], run_id: str
+) -> None:
+    version = registry.version(variants[32].version)
     (path,) = server.artifacts.rglob(f"scores/{NAME}-{version.version}-{SUITE.digest}.json")
     honest = path.read_text()
     try:
         path.write_text(honest.replace('"accuracy": 1.0', '"accuracy": 0.9'))
         with pytest.raises(ScoringError, match="is not the score that version"):
-            load_score(server.uri, version, SUITE.digest)
+            load_score(registry, version, SUITE.digest)
         path.write_text(honest[:-20])
         with pytest.raises(ScoringError, match="is damaged"):
-            load_score(server.uri, version, SUITE.digest)
+            load_score(registry, version, SUITE.digest)
     finally:
         path.write_text(honest)
 
@@ -324,7 +346,7 @@ def test_pulled_by_the_helper_and_by_transformers_alone(
     tiny: tuple[MeteorForConditionalGeneration, MeteorProcessor],
     tmp_path: Path,
 ) -> None:
-    folder = pull_model(f"models:/{NAME}@budget-20", tmp_path / "model", server.uri)
+    folder = pull_model(pin_model(f"models:/{NAME}@budget-20", server.uri), tmp_path / "model")
     model, processor = load_registered(f"models:/{NAME}@budget-20", server.uri)
     assert isinstance(AutoConfig.from_pretrained(folder), MeteorConfig)
     plain, plain_processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)

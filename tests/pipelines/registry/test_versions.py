@@ -23,6 +23,7 @@ from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from pipelines.registry.publish import ExportError, RegisteredVersion, pull_model, register_model
 from pipelines.registry.pyfunc_model import MeteorPyfunc
+from pipelines.registry.versions import Registry, pin_model
 from pipelines.tracking.mlflow_run import TrackingError
 from tests.pipelines.mlflow_fixture import MODEL_NAME, Server
 
@@ -155,14 +156,14 @@ def test_a_huge_image_and_bad_parameters_are_refused(
 def test_pull_by_alias_and_by_version(
     server: Server, registered: RegisteredVersion, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    by_version = pull_model(registered.uri, tmp_path / "version", server.uri)
+    by_version = pull_model(pin_model(registered.uri, server.uri), tmp_path / "version")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
-    by_alias = pull_model(f"models:/{MODEL_NAME}@latest-pretrain", tmp_path / "alias")
+    by_alias = pull_model(pin_model(f"models:/{MODEL_NAME}@latest-pretrain"), tmp_path / "alias")
     for folder in (by_version, by_alias):
         assert {path.name for path in folder.iterdir()} == {path.name for path in exported.iterdir()}
         assert (folder / "model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
     with pytest.raises(ExportError, match="not empty"):
-        pull_model(registered.uri, tmp_path / "alias", server.uri)
+        pull_model(pin_model(registered.uri), tmp_path / "alias")
 
 
 @pytest.mark.parametrize(
@@ -175,11 +176,9 @@ def test_pull_by_alias_and_by_version(
         (f"models:/{MODEL_NAME}/latest", "models:/NAME@ALIAS or models:/NAME/VERSION"),
     ],
 )
-def test_unknown_models_are_named(
-    server: Server, registered: RegisteredVersion, tmp_path: Path, model: str, message: str
-) -> None:
+def test_unknown_models_are_named(server: Server, registered: RegisteredVersion, model: str, message: str) -> None:
     with pytest.raises(TrackingError, match=message):
-        pull_model(model, tmp_path / "to", server.uri)
+        pin_model(model, server.uri)
 
 
 def test_a_file_changed_in_the_artifact_store_is_refused(
@@ -190,7 +189,7 @@ def test_a_file_changed_in_the_artifact_store_is_refused(
     try:
         weights.write_bytes(honest[:-4] + b"\x00\x00\x80\x3f")
         with pytest.raises(ExportError, match=r"model\.safetensors was changed"):
-            pull_model(registered.uri, tmp_path / "to", server.uri)
+            pull_model(pin_model(registered.uri, server.uri), tmp_path / "to")
     finally:
         weights.write_bytes(honest)
 
@@ -253,18 +252,18 @@ def test_the_alias_moves_and_old_versions_stay(
     server: Server, registered: RegisteredVersion, exported: Path, run_id: str, tmp_path: Path
 ) -> None:
     second = register_model(
-        exported, uri=server.uri, name=MODEL_NAME, aliases=("latest-pretrain",), run_id=run_id, tags={"parity": "0"}
+        exported, Registry(server.uri, MODEL_NAME), aliases=("latest-pretrain",), run_id=run_id, tags={"parity": "0"}
     )
     assert second.version == registered.version + 1
     client = MlflowClient(server.uri)
     assert int(client.get_model_version_by_alias(MODEL_NAME, "latest-pretrain").version) == second.version
-    assert pull_model(registered.uri, tmp_path / "old", server.uri).is_dir()
+    assert pull_model(pin_model(registered.uri, server.uri), tmp_path / "old").is_dir()
 
 
 def test_an_incomplete_folder_is_not_registered(server: Server, exported: Path, run_id: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ExportError, match="no METEOR model folder"):
-        register_model(tmp_path, uri=server.uri, name="half", aliases=("a",), run_id=run_id, tags={})
+        register_model(tmp_path, Registry(server.uri, "half"), aliases=("a",), run_id=run_id, tags={})
     with pytest.raises(TrackingError, match="refused run"):
-        register_model(exported, uri=server.uri, name="half", aliases=("a",), run_id="f" * 32, tags={})
+        register_model(exported, Registry(server.uri, "half"), aliases=("a",), run_id="f" * 32, tags={})
     assert "half" not in [model.name for model in MlflowClient(server.uri).search_registered_models()]
