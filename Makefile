@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help predict-shards serve setup lock up status down pretrain finetune sweep predict calibrate evaluate register shards parts visualize flops bench-prune bench-gpu bench-order bench-ranks bench-serve \
-  chaos check format test test-slow test-versions clean
+  chaos check docs format test test-slow test-versions clean
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -117,6 +117,9 @@ check: setup  ## Lint, format, types, import direction
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(PY) -m pytest -q tests/test_imports.py
+
+docs: setup  ## Write docs/settings.md from the code
+	@$(PY) -m docs.tools.settings
 
 format: setup  ## Format and fix what can be fixed
 	@$(BIN)/ruff check --fix .
