@@ -5,18 +5,16 @@ Writes benchmarks/results/flops.json. See benchmarks/README.md for what is count
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
+from benchmarks.results_file import RESULTS, write_results
 from meteor_model.architectures import build_config
 from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, MeteorConfig, PruningConfig
 from meteor_model.flops import TEXT_TOKENS, FlopReport, count_flops
 from meteor_model.rivals import FastV
 
-RESULTS = Path(__file__).parent / "results"
 DENSE = PruningConfig(EncodePruning(enabled=False), FusePruning(enabled=False), DecodePruning(enabled=False))
 #: Vicuna's vocabulary and the placeholder.
 VOCABULARY, IMAGE_TOKEN = 32001, 32000
@@ -117,9 +115,7 @@ def main() -> None:
         "table": [{**asdict(row), "holds": row.holds} for row in rows],
         "variants": {name: describe(*pair) for name, pair in reports.items()},
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "flops.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(f"written: {RESULTS / 'flops.json'}")
+    write_results(RESULTS / "flops.json", results)
     if not all(row.holds for row in rows):
         raise SystemExit("a bound of the published table is missed")
 

@@ -21,9 +21,9 @@ import torch
 
 from benchmarks.clocks import hardware, peak_memory
 from benchmarks.harness import PARTS, Work, calls, count_work, describe, measure_overhead, measure_realised, works
+from benchmarks.results_file import RESULTS, write_results
 from benchmarks.sizes import gpu_setup, tiny_setup
 
-RESULTS = Path(__file__).parent / "results"
 DTYPE = torch.bfloat16
 
 
@@ -70,9 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
     results["peak_memory_mib"] = [{"batch": 1, **measure_memory(variants, one)}]
     results["peak_memory_mib"] += [{"batch": options.batch, **measure_memory(variants, many)}]
     results["minutes"] = round((time.perf_counter() - start) / 60, 1)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"written: {options.output} after {results['minutes']} minutes")
+    write_results(options.output, results)
 
 
 if __name__ == "__main__":

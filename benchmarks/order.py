@@ -35,6 +35,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.results_file import RESULTS, write_results
 from pipelines.checkpoint.losses import LossFile, LossLog, read_losses, write_losses
 from pipelines.checkpoint.state import DroppedSample, TrainState
 from pipelines.data.ledger import Ledger
@@ -42,7 +43,6 @@ from pipelines.data.mixture import Plan, make_plan, read_amplification
 from pipelines.data.order import WorkItem
 from pipelines.io.run_folder import RunFolder
 
-RESULTS = Path(__file__).parent / "results"
 EPOCHS, SEED, GLOBAL_BATCH, WINDOW_SHARDS = 3, 7, 4096, 4
 CHECKPOINTS = 10
 DROPPED_SHARE = 0.001
@@ -249,12 +249,9 @@ def main(arguments: list[str] | None = None) -> None:
         if options.only:
             results[f"{part}_{data}"]["hardware"] = hardware()
         print(f"{part} {data}: {json.dumps(results[f'{part}_{data}'])}", flush=True)
-    minutes = round((time.perf_counter() - start) / 60, 1)
     if not options.only:
-        results["minutes"] = minutes
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"written: {options.output} after {minutes} minutes")
+        results["minutes"] = round((time.perf_counter() - start) / 60, 1)
+    write_results(options.output, results)
 
 
 if __name__ == "__main__":

@@ -26,12 +26,12 @@ import torch
 
 from benchmarks.clocks import hardware, peak_memory, take_turns
 from benchmarks.harness import Setup, calls, count_work, describe, measure_overhead, measure_realised, works
+from benchmarks.results_file import RESULTS, write_results
 from benchmarks.sizes import cpu_setup, doubled, tiny_setup
 from meteor_model.encoders import EncoderConfig, build_encoder
 from meteor_model.fusion import fuse_cooperatively
 from meteor_model.pruning import gather_tokens, mean_similarity, select_top, text_guided_scores
 
-RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")
 DTYPE = torch.float32
 #: Batch size and rounds of warm-up; what runs later is warm. A decode step is bound by reading the weights, which
@@ -153,9 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
         results["peak_memory_mib"] = measure_memory(options.tiny)
         print(json.dumps(results["peak_memory_mib"]), flush=True)
     results["minutes"] = round((time.perf_counter() - start) / 60, 1)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"written: {options.output} after {results['minutes']} minutes")
+    write_results(options.output, results)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.results_file import RESULTS, write_results
 from jobs.recipes import small
 from meteor_model.architectures import LLM_PART, build_config
 from meteor_model.configuration_meteor import DecodePruning, MeteorConfig, PruningConfig
@@ -39,7 +39,6 @@ from pipelines.data.sources.openmoji import OpenMoji, OpenMojiSettings
 from pipelines.parts import default_parts_dir, resolve_sources
 from pipelines.parts.text_images import draw_page, words
 
-RESULTS = Path(__file__).parent / "results"
 SIDE = 336
 TINY_LLM = {
     "model_type": "llama",
@@ -277,8 +276,7 @@ def main(arguments: list[str] | None = None) -> None:
     findings["seconds"] = round(time.perf_counter() - started)
     findings["machine"] = f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
     findings["totals"] = list(model.config.pruning.encode.totals)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(findings, indent=1) + "\n")
+    write_results(options.output, findings)
     draw_calibration(reports).save(options.output.with_suffix(".png"))
     print(summary(findings))
     print(f"written: {options.output}")

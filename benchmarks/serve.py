@@ -35,6 +35,7 @@ from PIL import Image
 
 from benchmarks.clocks import hardware
 from benchmarks.harness import DENSE
+from benchmarks.results_file import RESULTS, write_results
 from infra.processes import choose_port
 from meteor_model.architectures import architecture, build_config
 from meteor_model.chat import IMAGE_PLACEHOLDER
@@ -47,7 +48,6 @@ from meteor_model.tokenizer import train_tokenizer
 from pipelines.registry.publish import export_model
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = Path(__file__).parent / "results"
 FUSED, KEPT = 96, 48
 #: Random weights say nothing about K, so K is the same for every prompt: k_min, and a lambda near 0.
 METEOR = PruningConfig(
@@ -224,10 +224,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         },
         "seconds": round(time.monotonic() - started, 1),
     }
-    options.output.write_text(json.dumps(result, indent=2) + "\n")
+    write_results(options.output, result)
     for what, numbers in result["throughput_ratio"].items():
         print(f"{what}: {numbers['median']:.2f} ({numbers['lowest']:.2f} to {numbers['highest']:.2f})")
-    print(f"written: {options.output}")
 
 
 if __name__ == "__main__":

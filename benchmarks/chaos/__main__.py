@@ -15,8 +15,7 @@ from types import FrameType
 from benchmarks.chaos.bench import choose, line_of, open_bench, show
 from benchmarks.chaos.report import draw, failed_in, replace_rows, write
 from benchmarks.chaos.scenarios import SCENARIOS, UNDISTURBED
-
-RESULTS = Path(__file__).parents[1] / "results"
+from benchmarks.results_file import RESULTS
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

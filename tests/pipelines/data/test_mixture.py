@@ -1,8 +1,5 @@
 """The order over several datasets: properties that must hold for every mixture, against a literal enumeration."""
 
-import os
-import subprocess
-import sys
 from collections import Counter
 from fractions import Fraction
 from itertools import pairwise
@@ -20,6 +17,7 @@ from pipelines.data.ledger import Ledger
 from pipelines.data.mixture import BLOCK, ITEM_WINDOWS, Item, Merge, MixturePlan, make_plan, read_amplification
 from pipelines.data.order import StreamPlan
 from pipelines.data.shards import ShardInfo, save_manifest
+from tests.pipelines.data.elsewhere import printed_elsewhere
 
 Row = tuple[int, int, int, int]
 VOID: Row = (-1, -1, -1, -1)
@@ -261,17 +259,7 @@ def test_the_order_is_the_one_of_the_first_release(monkeypatch: pytest.MonkeyPat
 def test_the_order_is_the_same_in_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mixture, "BLOCK", BLOCK)
     code = "from tests.pipelines.data.test_mixture import every, golden_plan; print(every(golden_plan()))"
-    outputs = [
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-        for seed in ("1", "12345")
-    ]
-    assert outputs == [str(every(golden_plan()))] * 2
+    assert printed_elsewhere(code) == [str(every(golden_plan()))] * 2
 
 
 def test_seeds_and_datasets_have_orders_of_their_own() -> None:
