@@ -90,7 +90,7 @@ def predict(settings: Predict) -> None:
         processor = MeteorProcessor.from_pretrained(folder)
         images = load_images(settings.image, processor)
         model = MeteorForConditionalGeneration.from_pretrained(folder, use_safetensors=True).eval()
-    question = Question(settings.prompt, images)
+    question = Question.of(settings.prompt, processor, images)
     (answer,) = Answerer(model, processor).answer([question], Budget(settings.max_new_tokens))
     print(f"answer: {answer.text}")
     if images:

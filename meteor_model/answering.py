@@ -11,18 +11,18 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import BatchFeature, DynamicCache
+from transformers import DynamicCache
 
 from meteor_model.chat import IMAGE_PLACEHOLDER
 from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.decoder.cache import MeteorCache
 from meteor_model.images import MAX_BYTES, ImageError
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
-from meteor_model.processing_meteor import MeteorProcessor
+from meteor_model.processing_meteor import Encoded, MeteorProcessor
 
 DEFAULT_NEW_TOKENS = 32
 MAX_ROWS = 256
@@ -84,10 +84,29 @@ def _whole(name: str, value: Any) -> int:
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt and its images, each (3, S, S) uint8; `<image>` in the prompt says where they stand, or they lead."""
+    """A prompt, encoded once, and its images.
 
-    prompt: str
-    images: list[torch.Tensor] = field(default_factory=list)
+    Attributes:
+        encoded: token ids, with the placeholders of the images.
+        images: each (3, S, S) uint8.
+    """
+
+    encoded: Encoded
+    images: list[torch.Tensor]
+
+    @classmethod
+    def of(cls, prompt: str, processor: MeteorProcessor, images: Sequence[torch.Tensor] = ()) -> Question:
+        """A question; `<image>` in the prompt says where the images stand, or they lead.
+
+        Raises:
+            ValueError: where the prompt places another number of images.
+        """
+        return cls(processor.encode_question(prompt, len(images)), list(images))
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.encoded.input_ids)
 
 
 @dataclass(frozen=True)
@@ -158,7 +177,7 @@ def _read_row(index: int, row: Mapping[str, Any], encoded: str, processor: Meteo
         )
     if not encoded and not prompt:
         raise RequestError(f"row {index}: there is neither an image nor a prompt")
-    return Question(prompt, [_decode(index, encoded, processor)] if encoded else [])
+    return Question.of(prompt, processor, [_decode(index, encoded, processor)] if encoded else [])
 
 
 def _decode(index: int, encoded: str, processor: MeteorProcessor) -> torch.Tensor:
@@ -194,10 +213,9 @@ class Answerer:
         """Raise RequestError, naming the row, where prompt and answer are longer than the model's positions."""
         longest = self.model.config.text_config.max_position_embeddings
         for index, question in enumerate(questions):
-            prompt_tokens = len(self._batch([question])["input_ids"][0])
-            if prompt_tokens + budget.max_new_tokens > longest:
+            if question.length + budget.max_new_tokens > longest:
                 raise RequestError(
-                    f"row {index}: the prompt has {prompt_tokens} tokens and max_new_tokens is "
+                    f"row {index}: the prompt has {question.length} tokens and max_new_tokens is "
                     f"{budget.max_new_tokens}, together over the model's {longest}: shorten one of them"
                 )
 
@@ -214,12 +232,10 @@ class Answerer:
             answers += self._answer(questions[start : start + ROWS_PER_BATCH], budget)
         return answers
 
-    def _batch(self, questions: Sequence[Question]) -> BatchFeature:
-        return self.processor([question.prompt for question in questions], [list(q.images) for q in questions])
-
     def _answer(self, questions: Sequence[Question], budget: Budget) -> list[Answer]:
         model, tokenizer = self.model, self.processor.tokenizer
-        batch = self._batch(questions).to(model.device)
+        batch = self.processor.batch_prompts([q.encoded for q in questions], [q.images for q in questions])
+        batch = batch.to(model.device)
         cache = model.new_cache(budget.visual_tokens) or DynamicCache(config=model.config.text_config)
         output_ids = model.generate(
             **batch,

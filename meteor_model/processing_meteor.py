@@ -152,6 +152,18 @@ class MeteorProcessor(ProcessorMixin):
             raise ValueError(f"{len(input_ids)} tokens exceed the longest sequence allowed, {max_length}")
         return Encoded(input_ids, labels)
 
+    def encode_question(self, question: str, num_images: int) -> Encoded:
+        """A user's question as the prompt of its answer, with its images in front where it does not place them.
+
+        Raises:
+            ValueError: as `encode`.
+        """
+        return self.encode(_put_in_front(question, num_images), num_images, add_generation_prompt=True)
+
+    def batch_prompts(self, prompts: Sequence[Encoded], images: Sequence[Sequence[ImageInput]]) -> BatchFeature:
+        """Prompts that are encoded already, and the images of each, ready for `generate`: what a call makes of both."""
+        return self._batch(prompts, images, padding=True, padding_side="left", max_length=None, return_tensors="pt")
+
     def _tokenize(self, parts: Sequence[Part]) -> list[int]:
         """Token ids of a piece: an image becomes its placeholders, text that spells a special token stays text."""
         ids: list[int] = []

@@ -35,7 +35,7 @@ def paper_settings(config: MeteorConfig) -> list[MeteorConfig]:
         for share in TARGET_SHARES:
             target = max(1.0, share * config.tokens_per_image)
             prunings.append(replace(off, decode=DecodePruning(layer=layer, target_mean=target)))
-    return [MeteorConfig(**{**config.to_dict(), "pruning": pruning}) for pruning in prunings]
+    return [config.with_pruning(pruning) for pruning in prunings]
 
 
 def paper_choices(space: Space, shares: Sequence[float]) -> list[dict[str, Any]]:

@@ -176,7 +176,7 @@ class Space:
         stage3 = self._choose_stage3(chooser)
         fuse, entering = self._fuse(chooser, encode, stage3)
         decode = self._decode(chooser, entering) if stage3 else DecodePruning(enabled=False)
-        return with_pruning(self.config, PruningConfig(encode, fuse, decode), ranks)
+        return self.config.with_pruning(PruningConfig(encode, fuse, decode), ranks)
 
     def _encode(self, chooser: Chooser) -> tuple[EncodePruning, dict[str, list[float]] | None]:
         config, base = self.config, self.config.pruning.encode
@@ -238,13 +238,6 @@ class Space:
         least = LEAST_TARGET if self.cap is None else 0.5
         share = chooser.suggest_float("decode.target_share", least, 1.0, log=True)
         return replace(settings, target_mean=max(share * most, float(settings.k_min)))
-
-
-def with_pruning(
-    config: MeteorConfig, pruning: PruningConfig, ranks: Mapping[str, Sequence[float]] | None
-) -> MeteorConfig:
-    """The configuration with another pruning, and other ranks. Raises ValueError where they contradict it."""
-    return MeteorConfig(**{**config.to_dict(), "pruning": pruning, "ranks": ranks})
 
 
 def _between(family: str) -> bool:

@@ -27,6 +27,7 @@ from ray import tune
 from ray.tune.result import DONE
 
 from meteor_model.configuration_meteor import PruningConfig
+from meteor_model.loading import load_model_and_processor
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from pipelines.checkpoint.committed import CheckpointRef, latest_checkpoint
@@ -204,8 +205,8 @@ class EvaluateTrial(Trial):
         """Load the base model, once an actor."""
         super().setup(config, context)
         with local_copy(context.base) as folder:
-            self.model = MeteorForConditionalGeneration.from_pretrained(folder).eval().to(self.device)
-            self.processor = MeteorProcessor.from_pretrained(folder)
+            self.model, self.processor = load_model_and_processor(folder)
+        self.model.to(self.device)
 
     def advance(self) -> dict[str, Any]:
         """A portion of the suite."""

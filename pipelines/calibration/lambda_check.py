@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from meteor_model.modeling_meteor import MeteorForConditionalGeneration
-from meteor_model.processing_meteor import MeteorProcessor
+from meteor_model.loading import load_model_and_processor
 from meteor_model.pruning import adaptive_counts, solve_lambda
 from pipelines.calibration.image_plan import CalibrationError
 from pipelines.calibration.moments import Moments, half_width
@@ -120,8 +119,8 @@ def solve_on_split(
         CalibrationError, ValueError: as `check_lambda`; a model whose stage 3 is off.
         ShardError: a shard that is missing or damaged.
     """
-    processor = MeteorProcessor.from_pretrained(folder)
-    model = MeteorForConditionalGeneration.from_pretrained(folder).to(device).eval()
+    model, processor = load_model_and_processor(folder)
+    model.to(device)
     pruning = model.config.pruning
     if not pruning.decode.enabled:
         raise CalibrationError("pruning.decode.enabled is false: stage 3 is off, so there is no lambda to solve for")

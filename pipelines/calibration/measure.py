@@ -100,7 +100,7 @@ class _RankMeter:
     def __init__(self, model: PinnedModel, image_size: int, gpus: float) -> None:
         device = device_for(gpus)
         with open_model(model) as folder:
-            self._model = MeteorForConditionalGeneration.from_pretrained(folder).eval()
+            self._model = MeteorForConditionalGeneration.from_pretrained(folder, use_safetensors=True).eval()
         self._model.to(device)
         self._shape = (-1, 3, image_size, image_size)
 

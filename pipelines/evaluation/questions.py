@@ -86,8 +86,7 @@ def attention_masses(
 
 def with_lambda(config: MeteorConfig, lam: float) -> MeteorConfig:
     """The configuration with stage 3's lambda."""
-    pruning = replace(config.pruning, decode=replace(config.pruning.decode, lam=lam))
-    return MeteorConfig(**{**config.to_dict(), "pruning": pruning})
+    return config.with_pruning(replace(config.pruning, decode=replace(config.pruning.decode, lam=lam)))
 
 
 def draw_samples(

@@ -24,11 +24,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
 
+from meteor_model.chat import IGNORE_INDEX
 from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.decoder.cache import MeteorCache
 from meteor_model.flops import FlopReport, count_flops
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
-from meteor_model.processing_meteor import MeteorProcessor
+from meteor_model.processing_meteor import Encoded, MeteorProcessor
 from pipelines.data import shards
 from pipelines.data.schema import RawSample
 from pipelines.evaluation.questions import BATCH, question_of, readable_samples
@@ -123,10 +124,11 @@ def score_model(
             stage 3 without its lambda.
     """
     _check(model, processor, samples)
-    longest = longest_answer(processor, samples) if longest is None else longest
+    questions = [_Question.of(sample, processor) for sample in samples]
+    longest = _longest(questions) if longest is None else longest
     records: list[Record] = []
-    for start in range(0, len(samples), batch):
-        records += _ask(model, processor, samples[start : start + batch], longest)
+    for start in range(0, len(questions), batch):
+        records += _ask(model, processor, questions[start : start + batch], longest)
         if report is not None:
             report(tuple(records))
     return score_of_records(model.config, records, suite_digest)
@@ -156,14 +158,17 @@ def measured_cost(config: MeteorConfig, kept: float) -> FlopReport:
     decode = config.pruning.decode
     if decode.enabled:
         target = min(max(kept, float(decode.k_min)), float(config.tokens_per_image))
-        pruning = replace(config.pruning, decode=replace(decode, target_mean=target))
-        config = MeteorConfig(**{**config.to_dict(), "pruning": pruning})
+        config = config.with_pruning(replace(config.pruning, decode=replace(decode, target_mean=target)))
     return count_flops(config)
 
 
 def longest_answer(processor: MeteorProcessor, samples: Sequence[RawSample]) -> int:
     """Tokens of the longest expected answer, its end token included, LONGEST_ANSWER at most."""
-    return min(LONGEST_ANSWER, max(len(_tokens(processor, sample)[1]) for sample in samples))
+    return _longest([_Question.of(sample, processor) for sample in samples])
+
+
+def _longest(questions: Sequence[_Question]) -> int:
+    return min(LONGEST_ANSWER, max(len(question.answer_ids) for question in questions))
 
 
 # ---------------------------------------------------------------------------------------------------------- the asking
@@ -193,26 +198,41 @@ def _expected(sample: RawSample) -> str:
     raise ScoringError(f"sample {sample.key!r} has no reply to score")
 
 
-def _tokens(processor: MeteorProcessor, sample: RawSample) -> tuple[list[int], list[int]]:
-    """Ids of the prompt, and of the expected answer with its end token: the ones that training supervises."""
-    turns = [("user", question_of(sample)), ("assistant", _expected(sample))]
-    whole = processor.encode(turns, len(sample.images))
-    prompt = processor.encode(turns[:1], len(sample.images), add_generation_prompt=True).input_ids
-    answer = [label for label in whole.labels if label >= 0]
-    assert whole.input_ids[: len(prompt) + len(answer)] == prompt + answer, "a template's pieces are encoded apart"
-    return prompt, answer
+@dataclass(frozen=True)
+class _Question:
+    """A question of a suite, encoded once.
+
+    Attributes:
+        sample: that it is of.
+        expected: answer.
+        prompt: its ids.
+        answer_ids: those of the expected answer, its end token too: the ones that training supervises.
+    """
+
+    sample: RawSample
+    expected: str
+    prompt: Encoded
+    answer_ids: list[int]
+
+    @classmethod
+    def of(cls, sample: RawSample, processor: MeteorProcessor) -> _Question:
+        expected = _expected(sample)
+        ids, labels = processor.encode([("user", question_of(sample)), ("assistant", expected)], len(sample.images))
+        answer_ids = [label for label in labels if label != IGNORE_INDEX]
+        begin = next(place for place, label in enumerate(labels) if label != IGNORE_INDEX)
+        return cls(sample, expected, Encoded(ids[:begin], labels[:begin]), answer_ids)
 
 
 def _ask(
-    model: MeteorForConditionalGeneration, processor: MeteorProcessor, samples: Sequence[RawSample], longest: int
+    model: MeteorForConditionalGeneration, processor: MeteorProcessor, questions: Sequence[_Question], longest: int
 ) -> list[Record]:
     """The records of one batch."""
-    inputs = processor([question_of(s) for s in samples], [list(s.images) for s in samples]).to(model.device)
+    inputs = processor.batch_prompts([q.prompt for q in questions], [q.sample.images for q in questions])
+    inputs = inputs.to(model.device)
     mask_BT = inputs["attention_mask"]
     embeds_BTC, is_image_BT = model.embed_prompts(inputs["input_ids"], inputs["pixel_values"])
-    answers = [_tokens(processor, sample)[1] for sample in samples]
     cache = model.new_cache() or DynamicCache(config=model.config.text_config)
-    nll_B = answer_nll(model, embeds_BTC, mask_BT, is_image_BT, answers, cache)
+    nll_B = answer_nll(model, embeds_BTC, mask_BT, is_image_BT, [q.answer_ids for q in questions], cache)
     kept_B = is_image_BT.sum(dim=1)
     if isinstance(cache, MeteorCache):
         assert cache.decision is not None, "prefill decides"
@@ -228,11 +248,13 @@ def _ask(
         eos_token_id=processor.tokenizer.eos_token_id,
     )
     records = []
-    for row, sample in enumerate(samples):
-        answer, expected = processor.decode(ids_BA[row]), _expected(sample)
-        right = normalise(answer) == normalise(expected)
+    for row, question in enumerate(questions):
+        sample, answer = question.sample, processor.decode(ids_BA[row])
+        right = normalise(answer) == normalise(question.expected)
         records.append(
-            Record(sample.key, expected, answer, right, float(nll_B[row]), int(kept_B[row]), len(sample.images))
+            Record(
+                sample.key, question.expected, answer, right, float(nll_B[row]), int(kept_B[row]), len(sample.images)
+            )
         )
     return records
 

@@ -25,8 +25,7 @@ import ray.data
 from meteor_model.answering import ROWS_PER_BATCH, Answerer, Budget, Question, RequestError
 from meteor_model.chat import IMAGE_PLACEHOLDER
 from meteor_model.images import ImageError
-from meteor_model.modeling_meteor import MeteorForConditionalGeneration
-from meteor_model.processing_meteor import MeteorProcessor
+from meteor_model.loading import load_model_and_processor
 from pipelines.config.workers import Workers
 from pipelines.data import shards
 from pipelines.data.schema import SampleError, parse_sample
@@ -150,9 +149,8 @@ class _PartAnswerer:
         with open_model(model) as folder:
             if model_digest(folder) != asked.model_sha256:
                 raise PredictError(f"{model.address} is another one here than where the job was started")
-            processor = MeteorProcessor.from_pretrained(folder)
-            loaded = MeteorForConditionalGeneration.from_pretrained(folder, use_safetensors=True)
-        self._answerer = Answerer(loaded.to(device).eval(), processor)
+            loaded, processor = load_model_and_processor(folder)
+        self._answerer = Answerer(loaded.to(device), processor)
         self._asked, self._budget, self._output = asked, budget, output
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -192,7 +190,7 @@ class _PartAnswerer:
             plain = text.replace(IMAGE_PLACEHOLDER, "").strip()
             prompt = f"{IMAGE_PLACEHOLDER * len(images)}\n{plain}" if images else plain
             answer_row = {**place, **empty, "question": number, "prompt": prompt}
-            question = Question(prompt, images)
+            question = Question.of(prompt, self._answerer.processor, images)
             try:
                 self._answerer.require_room([question], self._budget)
             except RequestError as fault:

@@ -24,8 +24,7 @@ from starlette.responses import JSONResponse, Response
 
 from meteor_model.answering import Answer, Answerer, Budget, Question, RequestError, read_rows
 from meteor_model.images import MAX_BYTES
-from meteor_model.modeling_meteor import MeteorForConditionalGeneration
-from meteor_model.processing_meteor import MeteorProcessor
+from meteor_model.loading import load_model_and_processor
 from pipelines.registry.open import device_for, open_model
 from pipelines.registry.versions import PinnedModel
 
@@ -93,9 +92,8 @@ class _Replica:
     def __init__(self, model: PinnedModel, settings: ServeSettings) -> None:
         device = device_for(settings.gpus)
         with open_model(model) as folder:
-            processor = MeteorProcessor.from_pretrained(folder)
-            loaded = MeteorForConditionalGeneration.from_pretrained(folder, use_safetensors=True)
-        self._answerer = Answerer(loaded.to(device).eval(), processor)
+            loaded, processor = load_model_and_processor(folder)
+        self._answerer = Answerer(loaded.to(device), processor)
         self._gather.set_max_batch_size(settings.batch_rows)
         self._gather.set_batch_wait_timeout_s(settings.batch_wait_s)
 

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from meteor_model.configuration_meteor import MeteorConfig
+from meteor_model.loading import load_model_and_processor
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from meteor_model.visualize import draw_ranks
@@ -98,8 +98,7 @@ def answer_heldout(
             shutil.copytree(earlier, pictures)
         print("  answered by an earlier start", flush=True)
         return HeldoutAnswers.from_dict(done)
-    model = MeteorForConditionalGeneration.from_pretrained(folder).eval()
-    processor = MeteorProcessor.from_pretrained(folder)
+    model, processor = load_model_and_processor(folder)
     available = readable_samples(manifest, recipe.data.heldout_split, processor)
     samples = list(islice(available, recipe.data.heldout_samples))
     answers = _ask(model, processor, manifest, recipe.data.heldout_split, samples)
@@ -140,8 +139,7 @@ def _ask(
         return HeldoutAnswers()
     config, decode = model.config, model.config.pruning.decode
     if decode.enabled and decode.lam is None:  # without a target there is no lambda: the model answers unpruned
-        pruning = replace(config.pruning, decode=replace(decode, enabled=False))
-        model.config = MeteorConfig(**{**config.to_dict(), "pruning": pruning})
+        model.config = config.with_pruning(replace(config.pruning, decode=replace(decode, enabled=False)))
     suite = Suite.of(manifest, split, len(samples))
     score = score_model(model, processor, samples, suite.digest)
     model.config = config

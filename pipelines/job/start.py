@@ -19,8 +19,8 @@ import torch
 
 from meteor_model.architectures import LLM_PART, build_config
 from meteor_model.chat import IMAGE_PLACEHOLDER
-from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.image_processing_meteor import MeteorImageProcessor
+from meteor_model.loading import load_model_and_processor
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from meteor_model.tokenizer import pretrained_tokenizer, train_tokenizer
@@ -82,7 +82,7 @@ def prepare_start(recipe: Recipe, manifest: shards.Manifest, run_url: str) -> di
                 bad_shards=recipe.data.bad_shards,
             ),
         )
-        config = with_pruning(model.config, recipe, report.expected(recipe.pruning.encode.rank_estimator))
+        config = model.config.with_pruning(recipe.pruning, report.expected(recipe.pruning.encode.rank_estimator))
         config.save_pretrained(folder)
         ranks = {
             **report.to_dict(),
@@ -101,12 +101,6 @@ def loaded_parts(run_url: str) -> list[dict[str, Any]]:
     """Name, source, size and checksum of the pretrained parts that a prepared run starts from."""
     parts: list[dict[str, Any]] = storage.read_json(RunFolder(run_url).init_ready)["parts"]
     return parts
-
-
-def with_pruning(config: MeteorConfig, recipe: Recipe, ranks: dict[str, list[float]] | None) -> MeteorConfig:
-    """The configuration with the recipe's pruning, and ranks where they are measured."""
-    data = {**config.to_dict(), "pruning": recipe.pruning, "ranks": ranks}
-    return MeteorConfig(**data)
 
 
 def _built(
@@ -149,9 +143,8 @@ def _pulled(recipe: Recipe) -> tuple[MeteorForConditionalGeneration, MeteorProce
         if storage.is_s3(start):
             start = str(stored.enter_context(local_copy(start)))
         folder = pull_model(pin_model(start, recipe.tracking.uri), Path(name) / "model")
-        model = MeteorForConditionalGeneration.from_pretrained(folder)
-        processor = MeteorProcessor.from_pretrained(folder)
-    model.config = config = with_pruning(model.config, recipe, None)
+        model, processor = load_model_and_processor(folder)
+    model.config = config = model.config.with_pruning(recipe.pruning, None)
     processor.tokens_per_image, processor.template = config.tokens_per_image, recipe.model.template
     return model, processor
 

@@ -25,7 +25,7 @@ from pipelines.registry.folder import model_digest, weights_digest
 from pipelines.registry.publish import export_model
 from pipelines.registry.versions import PinnedModel
 from tests.jobs.killing import ROOT, kill_when, own_environment
-from tests.meteor_model.builders import model, processor
+from tests.meteor_model.builders import counted_encodes, model, processor
 
 SOURCE = OpenMojiSettings(code_points=16, heldout_code_points=8, variants=2, text_only_share=0.1)
 
@@ -77,7 +77,8 @@ def test_a_part_holds_answers_and_reasons(folder: Path, tmp_path: Path) -> None:
     asked, part = asked_of(folder, manifest, questions="all"), Part(0, 0, 0, 6)
     actor = _PartAnswerer(PinnedModel(str(folder)), asked, budget, output, gpus=0.0)
     row = {"part": asdict(part), "info": asdict(info)}
-    actor(row)
+    with counted_encodes() as calls:
+        actor(row)
     first = (tmp_path / "out" / part.name).read_bytes()
     facts = whole_part(output, part, asked, [info])
     assert facts is not None
@@ -86,6 +87,7 @@ def test_a_part_holds_answers_and_reasons(folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / part.name).read_bytes() == first
 
     rows = pq.read_table(io.BytesIO(first)).to_pylist()
+    assert len(calls) == sum(row["error"] is None for row in rows), "every question is encoded once"
     answerer = Answerer(model(), processor())
     for index, (key, members) in enumerate(shards.read_shard(manifest.url, info)[:6]):
         of_sample = [row for row in rows if row["index"] == index]
@@ -99,7 +101,7 @@ def test_a_part_holds_answers_and_reasons(folder: Path, tmp_path: Path) -> None:
         for row, text in zip(of_sample, texts, strict=True):
             assert text.replace("<image>", "").strip() in row["prompt"]
             images = [answerer.processor.load_image(image) for image in sample.images]
-            (alone,) = answerer.answer([Question(row["prompt"], images)], budget)
+            (alone,) = answerer.answer([Question.of(row["prompt"], answerer.processor, images)], budget)
             assert (row["answer"], row["visual_tokens"], row["error"]) == (alone.text, alone.visual_tokens, None)
 
 

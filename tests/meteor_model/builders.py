@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 
 from meteor_model.architectures import build_config
 from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, MeteorConfig, PruningConfig
 from meteor_model.image_processing_meteor import MeteorImageProcessor
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
-from meteor_model.processing_meteor import MeteorProcessor
+from meteor_model.processing_meteor import Encoded, MeteorProcessor
 from meteor_model.tokenizer import train_tokenizer
 
 TEXTS = ("What colour is the background? red", "Where is the drawing? left", "Name it. a grinning face")
@@ -44,3 +47,18 @@ def model(pruning: PruningConfig = PRUNED, seed: int = 0) -> MeteorForConditiona
 def pixels(count: int, seed: int = 0) -> torch.Tensor:
     """(count, 3, 64, 64) uint8 noise."""
     return torch.randint(0, 256, (count, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+@contextmanager
+def counted_encodes() -> Iterator[list[int]]:
+    """Images of every conversation that `MeteorProcessor.encode` is given inside the block."""
+    calls: list[int] = []
+    real = MeteorProcessor.encode
+
+    def encode(self: MeteorProcessor, turns: Any, num_images: int, *rest: Any, **options: Any) -> Encoded:
+        calls.append(num_images)
+        return real(self, turns, num_images, *rest, **options)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(MeteorProcessor, "encode", encode)
+        yield calls

@@ -30,8 +30,8 @@ from pipelines.evaluation.scores import (
     normalise,
     wilson,
 )
-from pipelines.evaluation.scoring import Suite, score_model, score_of_records
-from tests.meteor_model.builders import DENSE, PRUNED, model, processor
+from pipelines.evaluation.scoring import Suite, _Question, score_model, score_of_records
+from tests.meteor_model.builders import DENSE, PRUNED, counted_encodes, model, processor
 
 ANSWERS = ("red", "left", "a grinning face", "left of the red square", "Red.")
 
@@ -271,3 +271,29 @@ def test_a_suite_is_its_data(tmp_path: Path) -> None:
         suite.load(made)
     with pytest.raises(ScoringError, match="at least 1"):
         Suite("m", "0", "heldout", 0)
+
+
+# ------------------------------------------------------------------------------------------------------------- encoding
+
+
+def test_every_question_is_encoded_once() -> None:
+    built, made, samples = model(), processor(), _samples()
+    with counted_encodes() as calls:
+        score_model(built, made, samples, "suite", batch=2)
+    assert calls == [len(sample.images) for sample in samples]
+
+
+@pytest.mark.parametrize("template", ["plain", "vicuna_v1", "short"])
+def test_the_prompt_of_a_question_ends_where_its_answer_begins(template: str) -> None:
+    """What `score_model` cuts out of the whole conversation is what a user who asks gives to `generate`."""
+    made = processor(template=template)
+    for sample in _samples():
+        question = _Question.of(sample, made)
+        asked = made([question_of(sample)], [list(sample.images)])
+        batch = made.batch_prompts([question.prompt], [list(sample.images)])
+        assert batch.keys() == asked.keys()
+        assert all(torch.equal(batch[name], asked[name]) for name in asked)
+        whole = made.encode([("user", question_of(sample)), ("assistant", question.expected)], len(sample.images))
+        length = len(question.prompt.input_ids)
+        assert whole.input_ids[length : length + len(question.answer_ids)] == question.answer_ids
+        assert question.answer_ids[-1] == made.tokenizer.eos_token_id

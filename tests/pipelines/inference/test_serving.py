@@ -18,7 +18,7 @@ from benchmarks.serve import serving
 from meteor_model.answering import Answerer, Budget, Question, RequestError, read_rows
 from pipelines.inference.serving import ServeSettings, ServingError, answer_items, read_request
 from pipelines.registry.publish import export_model
-from tests.meteor_model.builders import model, processor
+from tests.meteor_model.builders import counted_encodes, model, processor
 from tests.pipelines.registry.test_versions import in_base64, png
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -56,12 +56,23 @@ def test_what_is_no_request_is_named(answerer: Answerer, body: bytes, message: s
 def test_a_batch_of_several_budgets_answers_each_with_its_own(answerer: Answerer) -> None:
     noise = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
     budgets = [Budget(4), Budget(2, visual_tokens=2), Budget(4)]
-    items = [(Question("what?", [image]), budget) for image, budget in zip(noise, budgets, strict=True)]
+    items = [
+        (Question.of("what?", answerer.processor, [image]), budget)
+        for image, budget in zip(noise, budgets, strict=True)
+    ]
     together = answer_items(items, answerer)
     assert together[1].visual_tokens == 2
     assert [answer.visual_tokens for answer in together] == [
         answer_items([item], answerer)[0].visual_tokens for item in items
     ]
+
+
+def test_every_row_of_a_request_is_encoded_once(answerer: Answerer) -> None:
+    body = json.dumps({"dataframe_records": [GREEN] * 7 + [{"prompt": "text alone"}], "params": {"max_new_tokens": 2}})
+    with counted_encodes() as calls:
+        items = read_request(body.encode(), answerer)
+        assert len(answer_items(items, answerer)) == 8
+    assert calls == [1] * 7 + [0]
 
 
 @pytest.mark.parametrize("name", ["replicas", "batch_rows", "ongoing", "queued", "batch_wait_s"])

@@ -44,7 +44,11 @@ def too_many_pixels() -> str:
 def test_a_budget_caps_what_stage_3_keeps_and_stays_with_its_request(tiny: Tiny) -> None:
     answerer = Answerer(*tiny)
     noise = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
-    questions = [Question("what?", [noise[0]]), Question("what is this?", [noise[1]]), Question("text alone")]
+    questions = [
+        Question.of("what?", tiny[1], [noise[0]]),
+        Question.of("what is this?", tiny[1], [noise[1]]),
+        Question.of("text alone", tiny[1]),
+    ]
 
     free = answerer.answer(questions, Budget(4))
     assert min(answer.visual_tokens for answer in free[:2]) > 3, "lambda keeps more, or the cap shows nothing"
@@ -92,7 +96,7 @@ def test_rows_that_cannot_be_served_are_named(tiny: Tiny, rows: list[dict[str, A
 def test_a_prompt_without_room_for_its_answer_is_refused(tiny: Tiny) -> None:
     longest = tiny[0].config.text_config.max_position_embeddings
     with pytest.raises(RequestError, match=f"row 1: the prompt has .* together over the model's {longest}"):
-        Answerer(*tiny).answer([Question("what?"), Question("a b " * longest)], Budget(4))
+        Answerer(*tiny).answer([Question.of("what?", tiny[1]), Question.of("a b " * longest, tiny[1])], Budget(4))
 
 
 # ---------------------------------------------------------------------------------------------------------- with server
