@@ -45,7 +45,7 @@ from meteor_model.image_processing_meteor import MeteorImageProcessor
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from meteor_model.tokenizer import train_tokenizer
-from pipelines.registry.publish import export_model
+from pipelines.registry.folder import export_model
 
 ROOT = Path(__file__).resolve().parents[1]
 FUSED, KEPT = 96, 48

@@ -39,7 +39,8 @@ from pipelines.data.shards import load_manifest
 from pipelines.registry.folder import weights_digest
 from pipelines.registry.open import device_for, open_model
 from pipelines.registry.versions import PinnedModel, pin_model, trained_on
-from pipelines.tracking.mlflow_run import git_commit, hide_passwords, require_tracking
+from pipelines.tracking.mlflow_run import git_commit, require_tracking
+from pipelines.tracking.redact import hide_passwords
 
 
 @dataclass(frozen=True)

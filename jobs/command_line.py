@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from pipelines.tracking.mlflow_run import hide_passwords
+from pipelines.tracking.redact import hide_passwords
 
 
 def run_command(command: Callable[[], object]) -> int:

@@ -33,7 +33,7 @@ from pipelines.registry.folder import tokens_by_stage
 from pipelines.registry.open import open_model
 from pipelines.registry.publish import pull_model
 from pipelines.registry.versions import pin_model
-from pipelines.tracking.mlflow_run import hide_passwords
+from pipelines.tracking.redact import hide_passwords
 
 
 @dataclass(frozen=True)

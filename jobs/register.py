@@ -18,11 +18,11 @@ import tyro
 
 from jobs.command_line import run_command
 from pipelines.evaluation.scores import Score
-from pipelines.registry.aliases import HISTORY_TAG, Move, alias_history, roll_back
-from pipelines.registry.card import PARITY_TAG
+from pipelines.registry.aliases import Move, alias_history, roll_back
 from pipelines.registry.folder import PARITY_TOLERANCE
 from pipelines.registry.promotion import promote, what_is_lacking
 from pipelines.registry.scores import VersionComparison, compare_versions
+from pipelines.registry.tags import BASE_TAG, HISTORY_TAG, PARITY_TAG
 from pipelines.registry.versions import Registry
 from pipelines.tracking.mlflow_run import require_tracking
 
@@ -135,7 +135,7 @@ def show_versions(registry: Registry) -> str:
     for version in reversed(registry.versions()):
         tags = version.tags
         aliases = sorted(name for name, number in registered.aliases.items() if int(number) == int(version.version))
-        made_by = tags.get("base") or tags.get("run_name") or tags.get("job") or "-"
+        made_by = tags.get(BASE_TAG) or tags.get("run_name") or tags.get("job") or "-"
         numbers = [tags.get(key, "-") for key in (PARITY_TAG, "accuracy", "answer_nll", "visual_tokens_mean", "tflops")]
         ready = "no" if what_is_lacking(version) else "yes"
         rows.append((str(version.version), ", ".join(aliases) or "-", made_by, *numbers, ready))

@@ -18,7 +18,7 @@ from ray import serve
 from jobs.command_line import run_command
 from pipelines.inference.serving import APP_NAME, ServeSettings, ServingError, build_app
 from pipelines.registry.versions import pin_model
-from pipelines.tracking.mlflow_run import hide_passwords
+from pipelines.tracking.redact import hide_passwords
 
 
 @dataclass(frozen=True)

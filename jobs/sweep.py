@@ -14,7 +14,7 @@ import tyro
 
 from jobs.recipes import RECIPES, recipe
 from pipelines.recovery.failures import TrainingError
-from pipelines.tracking.mlflow_run import hide_passwords
+from pipelines.tracking.redact import hide_passwords
 from tune.settings import SweepSettings
 from tune.sweep import run_sweep
 

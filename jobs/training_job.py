@@ -10,7 +10,7 @@ import ray
 from jobs.recipes import parse_recipe
 from pipelines.job.run import JobName, run_job
 from pipelines.recovery.failures import TrainingError
-from pipelines.tracking.mlflow_run import hide_passwords
+from pipelines.tracking.redact import hide_passwords
 
 
 def main(job: JobName, description: str, arguments: Sequence[str] | None = None) -> int:

@@ -14,6 +14,7 @@ from pipelines.io import storage
 from pipelines.io.upload import upload_folder
 from pipelines.job.answers import PICTURES_FOLDER
 from pipelines.registry.provenance import training_tags
+from pipelines.registry.tags import COMMIT_TAG
 from pipelines.registry.variants import register_variant
 from pipelines.registry.versions import Registry
 from pipelines.tracking.mlflow_run import git_commit
@@ -101,7 +102,7 @@ def register(settings: SweepSettings, prepared: Prepared) -> dict[str, Any]:
     for trial, aliases in winners.items():
         record = prepared.records.get(trial)
         source, ranks = prepared.model, record.ranks
-        tags = {"sweep": prepared.name, "trial": trial, "git_commit": git_commit(Path.cwd())}
+        tags = {"sweep": prepared.name, "trial": trial, COMMIT_TAG: git_commit(Path.cwd())}
         with tempfile.TemporaryDirectory(prefix="meteor-winner-") as scratch:
             if settings.kind == "finetune":
                 source, ranks = str(Path(scratch) / "model"), None  # those of the folder were measured anew

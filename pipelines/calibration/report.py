@@ -25,13 +25,12 @@ from pipelines.tracking.mlflow_run import (
     TrackingError,
     document,
     finish_run,
-    hide_passwords,
     log_documents,
     log_files,
     open_run,
-    redact,
     set_tags,
 )
+from pipelines.tracking.redact import hide_passwords, redact
 
 FORMAT_VERSION = 1
 FILE, CHART = "calibration.json", "calibration.png"

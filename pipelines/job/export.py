@@ -29,7 +29,8 @@ from pipelines.evaluation.questions import readable_samples, solve_for_target
 from pipelines.io import storage
 from pipelines.io.run_folder import RunFolder
 from pipelines.io.upload import upload_folder
-from pipelines.registry.folder import check_parity, export_model, verify_checksums
+from pipelines.registry.folder import export_model, verify_checksums
+from pipelines.registry.parity import check_parity
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,13 @@ from pipelines.data import shards
 from pipelines.io import storage
 from pipelines.job.answers import HeldoutAnswers
 from pipelines.registry.aliases import move_alias
-from pipelines.registry.card import BASE_TAG, PARITY_TAG, card
+from pipelines.registry.card import card
 from pipelines.registry.folder import write_card
 from pipelines.registry.provenance import training_tags
-from pipelines.registry.publish import RegisteredVersion, register_model
+from pipelines.registry.publish import register_model
 from pipelines.registry.scores import file_score, stored_scores, suite_name
-from pipelines.registry.versions import Registry
+from pipelines.registry.tags import BASE_TAG, COMMIT_TAG, PARITY_TAG, PARITY_TOLERANCE_TAG
+from pipelines.registry.versions import RegisteredVersion, Registry
 from pipelines.tracking.points import Point, points_from_jsonl
 
 
@@ -99,9 +100,9 @@ def _version_tags(trained: TrainedRun) -> dict[str, str]:
         "job": trained.job,
         "run_name": trained.run_name,
         "run_id": trained.run_id,
-        "git_commit": trained.commit,
+        COMMIT_TAG: trained.commit,
         PARITY_TAG: f"{trained.parity:.3g}",
-        "parity_tolerance": f"{recipe.tracking.parity_tolerance:g}",
+        PARITY_TOLERANCE_TAG: f"{recipe.tracking.parity_tolerance:g}",
         "heldout_loss": f"{trained.state.final['heldout_loss']:.4f}",
         **training_tags(recipe, trained.manifests),
     }

@@ -14,7 +14,7 @@ from pipelines.io import storage
 from pipelines.io.run_folder import RunFolder
 from pipelines.job.answers import HeldoutAnswer, HeldoutAnswers
 from pipelines.job.register import TrainedRun
-from pipelines.registry.publish import RegisteredVersion
+from pipelines.registry.versions import RegisteredVersion
 
 
 def visual_tokens(config: MeteorConfig, answers: Sequence[HeldoutAnswer]) -> dict[str, Any]:

@@ -17,12 +17,10 @@ from dataclasses import dataclass
 
 from mlflow.entities.model_registry import RegisteredModel
 
+from pipelines.registry.tags import HISTORY_TAG, ROLLED_BACK_TAG
 from pipelines.registry.versions import Registry, listing
 from pipelines.tracking.mlflow_run import TrackingError, patiently
 
-HISTORY_TAG = "alias_history."
-ROLLED_BACK_TAG = "rolled_back."
-"""Tag of a version that an alias was rolled back from: when, and to what."""
 HISTORY_LENGTH = 200
 """Versions of an alias's history that are kept; a tag of a registered model holds 5,000 characters."""
 

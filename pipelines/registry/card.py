@@ -6,23 +6,25 @@ are measured later reach the description alone (`with_scores`): the registered f
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from meteor_model.configuration_meteor import MeteorConfig
-from meteor_model.flops import TEXT_TOKENS, count_flops
-from pipelines.config.recipe import Recipe
-from pipelines.data import shards
 from pipelines.evaluation.scores import Score
-from pipelines.evaluation.scoring import measured_cost
-from pipelines.parts import PARTS
 from pipelines.registry.folder import PARITY_TOLERANCE, USE, introduction
-from pipelines.tracking.mlflow_run import redact
+from pipelines.registry.tags import (
+    BASE_TAG,
+    COMMIT_TAG,
+    LICENCE_TAG,
+    MANIFEST_TAG,
+    PARITY_TAG,
+    PARITY_TOLERANCE_TAG,
+    TRAINING_COMMIT_TAG,
+)
+from pipelines.tracking.redact import redact
 
-PARITY_TAG = "parity_max_abs_diff"
-BASE_TAG = "base"
-"""Tag of a variant: the version whose weights it has."""
-LICENCE_TAG = "licence."
-"""Prefix of the tags with the licences of a model's parts."""
+if TYPE_CHECKING:
+    from meteor_model.configuration_meteor import MeteorConfig
+
 SCORES_HEADING = "## Scores"
 
 _ORIGIN = {
@@ -32,17 +34,14 @@ _ORIGIN = {
     "recipe": "recipe",
     "run_name": "run",
     "run_id": "MLflow run",
-    "manifest": "data manifest",
+    MANIFEST_TAG: "data manifest",
     "manifest_sha256": "sha256 of the manifest",
     "mixture": "further manifests",
-    "git_commit": "commit",
-    "training_commit": "commit of the training",
+    COMMIT_TAG: "commit",
+    TRAINING_COMMIT_TAG: "commit of the training",
     "heldout_loss": "held-out loss at the end of the training",
 }
 """Tags that say where a version comes from, and what the card calls them."""
-DATA_TAGS = ("manifest", "manifest_sha256", "mixture")
-TRAINING_TAGS = ("recipe", "run_name", "start")
-"""Tags that a variant takes over from its base."""
 
 
 def card(config: MeteorConfig, tags: Mapping[str, str], scores: Mapping[str, Score]) -> str:
@@ -86,6 +85,10 @@ def scores_section(scores: Mapping[str, Score]) -> str:
 
 
 def _cost(config: MeteorConfig, scores: Mapping[str, Score]) -> str:
+    # Here: counting runs the model's modules, and whoever writes scores into a description loads none.
+    from meteor_model.flops import TEXT_TOKENS, count_flops
+    from pipelines.evaluation.scoring import measured_cost
+
     decode = config.pruning.decode
     if scores:
         kept = [score.visual_tokens_mean for score in scores.values()][-1]
@@ -133,7 +136,7 @@ def _origin(tags: Mapping[str, str]) -> str:
     rows = [f"| {label} | {tags[tag]} |" for tag, label in _ORIGIN.items() if tags.get(tag)]
     parity = tags.get(PARITY_TAG)
     proven = (
-        "not checked" if parity is None else f"{parity} (allowed: {tags.get('parity_tolerance', PARITY_TOLERANCE)})"
+        "not checked" if parity is None else f"{parity} (allowed: {tags.get(PARITY_TOLERANCE_TAG, PARITY_TOLERANCE)})"
     )
     rows.append(f"| largest logit difference of this folder, loaded again, to the model it was made of | {proven} |")
     return "## Where it comes from\n\n| | |\n|---|---|\n" + "\n".join(rows) + "\n"
@@ -145,26 +148,3 @@ def _licences(tags: Mapping[str, str]) -> str:
         return "## Licences of the parts\n\nNot recorded.\n"
     rows = "\n".join(f"| {part} | {text} |" for part, text in sorted(found.items()))
     return f"## Licences of the parts\n\n| part | licence |\n|---|---|\n{rows}\n"
-
-
-def licence_tags(recipe: Recipe, manifests: Sequence[shards.Manifest], inherited: Mapping[str, str]) -> dict[str, str]:
-    """Licences of what a training was made from, as tags: data, pretrained parts, the code.
-
-    Args:
-        recipe: of the training.
-        manifests: of the data; a manifest names its licence in `spec`.
-        inherited: tags of the version that the training started from; empty where it started from parts.
-    """
-    tags = {key: text for key, text in inherited.items() if key.startswith(LICENCE_TAG)}
-    tags[f"{LICENCE_TAG}code"] = "Apache-2.0"
-    for manifest in manifests:
-        source = manifest.spec.get("source", {})
-        name = source.get("name", "unknown")
-        tags[f"{LICENCE_TAG}data.{name}"] = source.get("license", f"not recorded in {manifest.url}")
-    if recipe.model.start is None:
-        for part, source in recipe.model.pretrained().weights.items():
-            known = PARTS.get(source.removeprefix("parts:")) if source.startswith("parts:") else None
-            tags[f"{LICENCE_TAG}weights.{part}"] = f"{known.licence}: {known.what}" if known else f"that of {source}"
-        if not recipe.model.pretrained().weights:
-            tags[f"{LICENCE_TAG}weights"] = "Apache-2.0: random weights, trained here"
-    return tags

@@ -1,27 +1,29 @@
-"""The exported model: one folder that stands alone, sealed by checksums, and proven to compute what was trained."""
+"""The exported model: one folder that stands alone, sealed by checksums.
+
+Imports no torch: whoever checks, describes or registers a folder needs none (`pipelines.registry.parity` runs it).
+"""
+
+from __future__ import annotations
 
 import json
 import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from safetensors.torch import load_file, save_file
-
-from meteor_model.configuration_meteor import MeteorConfig
-from meteor_model.modeling_meteor import MeteorForConditionalGeneration
-from meteor_model.processing_meteor import MeteorProcessor
 from pipelines.io.fingerprint import sha256, sha256_of_file
+from pipelines.registry.tags import TOKENS_TAG
+
+if TYPE_CHECKING:
+    from meteor_model.configuration_meteor import MeteorConfig
+    from meteor_model.modeling_meteor import MeteorForConditionalGeneration
+    from meteor_model.processing_meteor import MeteorProcessor
 
 CHECKSUMS_FILE = "checksums.json"
 CARD_FILE = "README.md"
 PARITY_TOLERANCE = 1e-3
 """Largest difference of a logit that other kernels and another order of summation may cause in fp32."""
-
-
-class ParityError(ValueError):
-    """The exported model does not compute what the training model computed."""
 
 
 class ExportError(ValueError):
@@ -58,13 +60,13 @@ def tokens_by_stage(config: MeteorConfig) -> dict[str, str]:
     tags = {}
     for name, budgets in config.encode_budgets.items():
         kept = " > ".join(str(count) for count in (config.encoder_tokens[name], *budgets))
-        tags[f"visual_tokens.{name}"] = kept
+        tags[f"{TOKENS_TAG}{name}"] = kept
     entering = sum(budgets[-1] for budgets in config.encode_budgets.values())
-    tags["visual_tokens.fuse"] = f"{entering} > {config.tokens_per_image}"
+    tags[f"{TOKENS_TAG}fuse"] = f"{entering} > {config.tokens_per_image}"
     decode = config.pruning.decode
     if decode.enabled and decode.lam is not None:
         goal = "adaptive" if decode.target_mean is None else f"{decode.target_mean:g} (mean)"
-        tags["visual_tokens.decode"] = f"{config.tokens_per_image} > {goal}"
+        tags[f"{TOKENS_TAG}decode"] = f"{config.tokens_per_image} > {goal}"
     return tags
 
 
@@ -155,62 +157,3 @@ def weights_digest(folder: Path) -> str:
 
 def _digest(folder: Path, names: Sequence[str]) -> str:
     return sha256("".join(f"{name} {sha256_of_file(folder / name)}\n" for name in names))
-
-
-# ------------------------------------------------------------------------------------------------------------- parity
-
-
-@torch.inference_mode()
-def write_parity_batch(model: MeteorForConditionalGeneration, processor: MeteorProcessor, path: Path) -> None:
-    """Write the file for `check_parity` of a model in memory.
-
-    It holds four pictures of noise under questions of growing length, and the model's logits on them.
-
-    Args:
-        model: fp32, in eval mode.
-        processor: the model's.
-        path: of the file.
-    """
-    size, generator = processor.image_size, torch.Generator().manual_seed(0)
-    pictures = torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8, generator=generator)
-    questions = ["what is this?" + " and what is that?" * extra for extra in range(len(pictures))]
-    batch = processor(questions, list(pictures), padding_side="right").to(model.device)
-    logits_BTV = model(**batch, use_cache=False).logits
-    save_file({name: tensor.cpu().contiguous() for name, tensor in {**batch, "logits": logits_BTV}.items()}, path)
-
-
-def check_parity(folder: Path, parity_file: Path, tolerance: float = PARITY_TOLERANCE) -> float:
-    """Load the folder afresh (fp32, eval) and compare its logits with those that the training model left behind.
-
-    Args:
-        folder: written by `export_model`.
-        parity_file: safetensors with input_ids and attention_mask (B, T), pixel_values (M, 3, S, S) uint8, logits
-            (B, T, V).
-        tolerance: largest absolute difference allowed; positions of padding do not count.
-
-    Returns:
-        The largest absolute difference.
-
-    Raises:
-        ParityError: naming the difference.
-    """
-    tensors = load_file(parity_file)
-    if lacking := sorted({"input_ids", "attention_mask", "pixel_values", "logits"} - set(tensors)):
-        raise ParityError(f"{parity_file} lacks {', '.join(lacking)}: the parity batch was not written whole")
-    model = MeteorForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
-    with torch.inference_mode():
-        inputs = {key: tensors[key] for key in ("input_ids", "attention_mask", "pixel_values")}
-        output = model(**inputs, use_cache=False)
-    expected_BTV = tensors["logits"].float()
-    if output.logits.shape != expected_BTV.shape:
-        raise ParityError(
-            f"the exported model gives logits {tuple(output.logits.shape)}, not {tuple(expected_BTV.shape)}"
-        )
-    difference_BT = (output.logits - expected_BTV).abs().amax(dim=-1)
-    difference = difference_BT[tensors["attention_mask"].bool()].max().item()
-    if not difference <= tolerance:  # also where it is not a number
-        raise ParityError(
-            f"the exported model's logits differ from the training model's by up to {difference:.3g}, allowed are "
-            f"{tolerance:g}: the export in {folder} is not the model that was trained and will not be registered"
-        )
-    return difference

@@ -11,9 +11,9 @@ import math
 from mlflow.entities.model_registry import ModelVersion
 
 from pipelines.registry.aliases import Move, move_alias
-from pipelines.registry.card import PARITY_TAG
 from pipelines.registry.folder import PARITY_TOLERANCE
 from pipelines.registry.scores import evaluate_command, stored_scores
+from pipelines.registry.tags import PARITY_TAG
 from pipelines.registry.versions import Registry
 
 

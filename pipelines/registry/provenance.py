@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pipelines.config.recipe import Recipe
 from pipelines.data import shards
-from pipelines.registry.card import LICENCE_TAG, licence_tags
+from pipelines.parts import PARTS
+from pipelines.registry.tags import LICENCE_TAG, MANIFEST_TAG
 from pipelines.registry.versions import find_version
 from pipelines.tracking.mlflow_run import TrackingAwayError, TrackingError
 
@@ -19,7 +20,7 @@ def training_tags(recipe: Recipe, manifests: Sequence[shards.Manifest]) -> dict[
     """
     tags = {
         "recipe": recipe.name,
-        "manifest": manifests[0].url,
+        MANIFEST_TAG: manifests[0].url,
         "manifest_sha256": manifests[0].sha256,
         **licence_tags(recipe, manifests, _inherited_licences(recipe)),
     }
@@ -46,3 +47,26 @@ def _inherited_licences(recipe: Recipe) -> dict[str, str]:
     except TrackingError:  # deleted since
         return unknown
     return {name: text for name, text in tags.items() if name.startswith(LICENCE_TAG)} or unknown
+
+
+def licence_tags(recipe: Recipe, manifests: Sequence[shards.Manifest], inherited: Mapping[str, str]) -> dict[str, str]:
+    """Licences of what a training was made from, as tags: data, pretrained parts, the code.
+
+    Args:
+        recipe: of the training.
+        manifests: of the data; a manifest names its licence in `spec`.
+        inherited: tags of the version that the training started from; empty where it started from parts.
+    """
+    tags = {key: text for key, text in inherited.items() if key.startswith(LICENCE_TAG)}
+    tags[f"{LICENCE_TAG}code"] = "Apache-2.0"
+    for manifest in manifests:
+        source = manifest.spec.get("source", {})
+        name = source.get("name", "unknown")
+        tags[f"{LICENCE_TAG}data.{name}"] = source.get("license", f"not recorded in {manifest.url}")
+    if recipe.model.start is None:
+        for part, source in recipe.model.pretrained().weights.items():
+            known = PARTS.get(source.removeprefix("parts:")) if source.startswith("parts:") else None
+            tags[f"{LICENCE_TAG}weights.{part}"] = f"{known.licence}: {known.what}" if known else f"that of {source}"
+        if not recipe.model.pretrained().weights:
+            tags[f"{LICENCE_TAG}weights"] = "Apache-2.0: random weights, trained here"
+    return tags

@@ -36,26 +36,12 @@ from pipelines.registry.folder import (
     CARD_FILE,
     CHECKSUMS_FILE,
     ExportError,
-    ParityError,
-    check_parity,
-    export_model,
     tokens_by_stage,
     verify_checksums,
 )
 from pipelines.registry.versions import PinnedModel, RegisteredVersion, Registry, pin_model
-from pipelines.tracking.mlflow_run import TrackingError, patiently, redact
-
-__all__ = [
-    "ExportError",
-    "ParityError",
-    "RegisteredVersion",
-    "check_parity",
-    "export_model",
-    "load_model",
-    "load_registered",
-    "pull_model",
-    "register_model",
-]
+from pipelines.tracking.mlflow_run import TrackingError, patiently
+from pipelines.tracking.redact import redact
 
 # What answers in another process; meteor_model itself travels as code.
 REQUIREMENTS = (

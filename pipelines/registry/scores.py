@@ -14,19 +14,21 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlflow.entities.model_registry import ModelVersion
 
 from pipelines.evaluation.scores import Comparison, Score, ScoringError, compare_scores
-from pipelines.evaluation.scoring import Suite
 from pipelines.io import codec
 from pipelines.registry.card import with_scores
+from pipelines.registry.tags import MANIFEST_TAG, SCORE_TAG, SUITE_NAME_TAG, SUITE_TAG
 from pipelines.registry.versions import Registry
-from pipelines.tracking.mlflow_run import TrackingError, hide_passwords, log_documents, patiently
+from pipelines.tracking.mlflow_run import TrackingError, log_documents, patiently
+from pipelines.tracking.redact import hide_passwords
 
-SCORE_TAG = "score."
-SUITE_TAG = "suite"
+if TYPE_CHECKING:
+    from pipelines.evaluation.scoring import Suite
+
 _SUITE_NAME = re.compile(r"(?P<questions>\d+) x (?P<split>\S+) of (?P<manifest>\S+)")
 
 
@@ -70,7 +72,7 @@ def score_tags(stored: StoredScore) -> dict[str, str]:
     numbers = stored.score.numbers()
     return {
         SUITE_TAG: stored.score.suite,
-        "suite_name": stored.suite,
+        SUITE_NAME_TAG: stored.suite,
         **{name: f"{numbers[name]:{spec}}" for name, spec in _FORMATS.items()},
         **{
             f"{name}_interval": f"{numbers[f'{name}_low']:.4f} {numbers[f'{name}_high']:.4f}"
@@ -216,5 +218,5 @@ def evaluate_command(version: ModelVersion, on: StoredScore | None = None) -> st
     command = f"python jobs/evaluate.py --model models:/{version.name}/{version.version} --manifest "
     suite = _SUITE_NAME.fullmatch(on.suite) if on is not None else None
     if suite is None:
-        return command + version.tags.get("manifest", "MANIFEST")
+        return command + version.tags.get(MANIFEST_TAG, "MANIFEST")
     return f"{command}{suite['manifest']} --split {suite['split']} --questions {suite['questions']}"

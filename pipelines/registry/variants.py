@@ -27,18 +27,21 @@ from pipelines.evaluation.scoring import Suite, measured_cost
 from pipelines.io import storage
 from pipelines.io.run_folder import split_run_url
 from pipelines.registry.aliases import move_alias
-from pipelines.registry.card import BASE_TAG, DATA_TAGS, LICENCE_TAG, PARITY_TAG, TRAINING_TAGS, card
-from pipelines.registry.folder import (
-    PARITY_TOLERANCE,
-    ExportError,
-    ParityError,
-    check_parity,
-    export_model,
-    write_card,
-    write_parity_batch,
-)
+from pipelines.registry.card import card
+from pipelines.registry.folder import PARITY_TOLERANCE, ExportError, export_model, write_card
+from pipelines.registry.parity import ParityError, check_parity, write_parity_batch
 from pipelines.registry.publish import load_model, load_registered, pull_model, register_model
 from pipelines.registry.scores import file_score, suite_name
+from pipelines.registry.tags import (
+    BASE_TAG,
+    COMMIT_TAG,
+    DATA_TAGS,
+    LICENCE_TAG,
+    PARITY_TAG,
+    PARITY_TOLERANCE_TAG,
+    TRAINING_COMMIT_TAG,
+    TRAINING_TAGS,
+)
 from pipelines.registry.versions import PinnedModel, RegisteredVersion, Registry, pin_model
 from pipelines.tracking.mlflow_run import TrackingError, patiently
 
@@ -116,7 +119,7 @@ def register_variant(  # noqa: PLR0913 - what a version is made of, by name
             **base_tags,
             "run_id": run_id,
             PARITY_TAG: f"{parity:.3g}",
-            "parity_tolerance": f"{tolerance:g}",
+            PARITY_TOLERANCE_TAG: f"{tolerance:g}",
             **tags,
         }
         write_card(folder, card(model.config, all_tags, {suite_name(suite): score}))
@@ -134,8 +137,8 @@ def _inherited(base: PinnedModel) -> dict[str, str]:
     found = base.registry.version(base.version).tags
     kept = (*DATA_TAGS, *TRAINING_TAGS)  # the same weights: its training is this version's
     tags = {key: text for key, text in found.items() if key in kept or key.startswith(LICENCE_TAG)}
-    if commit := found.get("training_commit", found.get("git_commit")):
-        tags["training_commit"] = commit
+    if commit := found.get(TRAINING_COMMIT_TAG, found.get(COMMIT_TAG)):
+        tags[TRAINING_COMMIT_TAG] = commit
     return {**tags, BASE_TAG: base.address}
 
 
@@ -188,7 +191,7 @@ def measure_parity(registry: Registry, version: int, tolerance: float = PARITY_T
         else:
             with local_copy(_training_checkpoint(registry, version, found.run_id)) as checkpoint:
                 parity = check_parity(folder, checkpoint / PARITY_FILE, tolerance)
-    tags = {PARITY_TAG: f"{parity:.3g}", "parity_tolerance": f"{tolerance:g}"}
+    tags = {PARITY_TAG: f"{parity:.3g}", PARITY_TOLERANCE_TAG: f"{tolerance:g}"}
     registry.describe_version(version, tags=tags)
     return parity
 

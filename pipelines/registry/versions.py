@@ -16,7 +16,9 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
-from pipelines.tracking.mlflow_run import TrackingError, patiently, redact, require_tracking, use_tracking
+from pipelines.registry.tags import MANIFEST_TAG
+from pipelines.tracking.mlflow_run import TrackingError, patiently, require_tracking, use_tracking
+from pipelines.tracking.redact import redact
 
 DESCRIPTION_LENGTH = 5000
 """Characters of a version's description in MLflow's databases."""
@@ -244,7 +246,7 @@ def trained_on(model: PinnedModel) -> str:
     if model.registry is None:
         return ""
     registry, found = model.registry, model.registry.version(model.version)
-    if "manifest" in found.tags or not found.run_id:
-        return str(found.tags.get("manifest", ""))
+    if MANIFEST_TAG in found.tags or not found.run_id:
+        return str(found.tags.get(MANIFEST_TAG, ""))
     run = patiently(f"run {found.run_id}", lambda: registry.client.get_run(found.run_id))
-    return str(run.data.tags.get("manifest", ""))
+    return str(run.data.tags.get(MANIFEST_TAG, ""))

@@ -33,8 +33,9 @@ from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
 from pipelines.io import storage
 from pipelines.io.run_folder import RunFolder
-from pipelines.tracking.mlflow_run import hide_passwords, is_passing, limit_http_waits
+from pipelines.tracking.mlflow_run import is_passing, limit_http_waits
 from pipelines.tracking.points import Point, keep_points
+from pipelines.tracking.redact import hide_passwords
 
 logger = logging.getLogger(__name__)
 

@@ -7,10 +7,9 @@
 
 Calls on the driver wait out a short absence of the server (`patience_s`) and then fail with a TrackingAwayError; what a
 job does meanwhile is in `pipelines.tracking.run_tracker`. No value of a setting whose name looks like a credential
-leaves the process: everything passes `redact`.
+leaves the process: everything passes `pipelines.tracking.redact`.
 """
 
-import itertools
 import json
 import logging
 import os
@@ -20,7 +19,6 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +31,8 @@ from mlflow.entities import Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request, verify_rest_response
+
+from pipelines.tracking.redact import hide_passwords, redact
 
 T = TypeVar("T")
 
@@ -47,7 +47,6 @@ MAX_VALUE = 500
 MAX_KEY = 250
 ENTRIES_PER_BATCH = 50
 COMMIT_VARIABLE = "METEOR_GIT_COMMIT"
-REDACTED = "(redacted)"
 
 # MLflow's own defaults wait for minutes on a server that is gone: 7 retries with doubling pauses, 120 s a request.
 _HTTP_LIMITS = {
@@ -57,13 +56,7 @@ _HTTP_LIMITS = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 
-_SECRET_WORDS = {"secret", "secrets", "password", "passwd", "pwd", "passphrase", "credential", "credentials", "apikey"}
-_SECRET_PAIRS = {("api", "key"), ("access", "key"), ("private", "key"), ("account", "key"), ("auth", "header")}
-# A setting named `..._token` is a credential, unless it is one of a tokenizer's tokens.
-_TEXT_TOKENS = {"image", "pad", "bos", "eos", "unk", "mask", "cls", "sep", "special", "start", "end", "stop"}
 _SETTING_NAME = re.compile(r"[a-z_][\w.-]*", re.ASCII | re.IGNORECASE)
-_URL_PASSWORD = re.compile(r"(?<=://)[^/\s@]*:[^/\s@]*(?=@)")
-_SIGNATURE = re.compile(r"(?i)((?:x-amz-(?:signature|credential|security-token)|sig|signature)=)[^&\s]+")
 
 
 class TrackingError(ValueError):
@@ -86,37 +79,7 @@ def use_tracking(uri: str) -> None:
     mlflow.set_tracking_uri(uri)
 
 
-# ------------------------------------------------------------------------------------------------------------ secrets
-
-
-def is_secret_name(name: str) -> bool:
-    """Whether a setting of this name (words joined by `_`, `-`, `.`, `/` or capitals) looks like a credential."""
-    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.rsplit(".", 1)[-1].rsplit("/", 1)[-1])
-    words = [word for word in re.split(r"[^a-z0-9]+", spaced.lower()) if word]
-    if _SECRET_WORDS & set(words) or any(pair in _SECRET_PAIRS for pair in itertools.pairwise(words)):
-        return True
-    return bool(words) and words[-1] == "token" and (len(words) == 1 or words[-2] not in _TEXT_TOKENS)
-
-
-def hide_passwords(text: str) -> str:
-    """The text without user:password parts and signatures in its URLs."""
-    return _SIGNATURE.sub(rf"\1{REDACTED}", _URL_PASSWORD.sub(REDACTED, text))
-
-
-def redact(value: Any, name: str = "") -> Any:
-    """A copy of plain data (mappings, sequences, dataclasses) whose credentials read `(redacted)`.
-
-    What is judged is the name of a setting, and passwords inside URLs. Numbers, None and empty strings stay.
-    """
-    if is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
-    if is_secret_name(name) and not (value is None or isinstance(value, bool | int | float) or value == ""):
-        return REDACTED
-    if isinstance(value, Mapping):
-        return {hide_passwords(str(key)): redact(item, str(key)) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [redact(item) for item in value]
-    return hide_passwords(value) if isinstance(value, str) else value
+# ----------------------------------------------------------------------------------------------------------- settings
 
 
 def flatten(settings: Any) -> dict[str, str]:

@@ -26,8 +26,9 @@ from pipelines.data.schema import parse_sample
 from pipelines.data.sources import Packed
 from pipelines.data.sources.openmoji import OpenMoji, OpenMojiSettings
 from pipelines.io import storage
+from pipelines.registry.folder import ExportError, export_model
 from pipelines.registry.open import open_model
-from pipelines.registry.publish import ExportError, export_model, register_model
+from pipelines.registry.publish import register_model
 from pipelines.registry.versions import PinnedModel, Registry, pin_model
 from pipelines.tracking.mlflow_run import open_run
 from tests.meteor_model.builders import model, processor

@@ -21,8 +21,7 @@ from pipelines.data.sources import Packed
 from pipelines.data.sources.openmoji import OpenMoji, OpenMojiSettings
 from pipelines.inference.batch import _PartAnswerer
 from pipelines.inference.output import SPEC_FILE, Asked, Part, PredictError, claim_output, plan_parts, whole_part
-from pipelines.registry.folder import model_digest, weights_digest
-from pipelines.registry.publish import export_model
+from pipelines.registry.folder import export_model, model_digest, weights_digest
 from pipelines.registry.versions import PinnedModel
 from tests.jobs.killing import ROOT, kill_when, own_environment
 from tests.meteor_model.builders import counted_encodes, model, processor

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from jobs.visualize import Visualize, check, main, visualize
-from pipelines.registry.publish import export_model
+from pipelines.registry.folder import export_model
 from tests.meteor_model.builders import PRUNED, model, processor
 
 ROOT = Path(__file__).resolve().parents[2]

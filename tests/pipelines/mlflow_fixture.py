@@ -28,8 +28,9 @@ from meteor_model.processing_meteor import MeteorProcessor
 from meteor_model.tokenizer import train_tokenizer
 from pipelines.evaluation.scores import Record, Score
 from pipelines.evaluation.scoring import Suite, score_of_records
-from pipelines.registry.publish import RegisteredVersion, export_model, register_model
-from pipelines.registry.versions import Registry
+from pipelines.registry.folder import export_model
+from pipelines.registry.publish import register_model
+from pipelines.registry.versions import RegisteredVersion, Registry
 from pipelines.tracking.mlflow_run import open_run
 
 MODEL_NAME = "meteor-test"

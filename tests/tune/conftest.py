@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from pipelines.data import shards
-from pipelines.registry.publish import export_model
+from pipelines.registry.folder import export_model
 from tests.meteor_model.builders import TEXTS, config, model, processor
 
 

@@ -17,7 +17,7 @@ import torch
 from benchmarks.serve import serving
 from meteor_model.answering import Answerer, Budget, Question, RequestError, read_rows
 from pipelines.inference.serving import ServeSettings, ServingError, answer_items, read_request
-from pipelines.registry.publish import export_model
+from pipelines.registry.folder import export_model
 from tests.meteor_model.builders import counted_encodes, model, processor
 from tests.pipelines.registry.test_versions import in_base64, png
 

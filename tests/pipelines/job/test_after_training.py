@@ -19,7 +19,7 @@ from pipelines.job.answers import HeldoutAnswer, HeldoutAnswers, answer_heldout
 from pipelines.job.export import export_run
 from pipelines.job.register import POINTS_FILE, TrainedRun, register_run, undelivered_points
 from pipelines.registry.folder import ExportError
-from pipelines.registry.publish import RegisteredVersion
+from pipelines.registry.versions import RegisteredVersion
 from pipelines.tracking.points import Point, points_to_jsonl
 from tests.pipelines.mlflow_fixture import MODEL_NAME, SUITE, Server, record, score_of
 

@@ -18,17 +18,13 @@ from meteor_model.processing_meteor import MeteorProcessor
 from pipelines.data import shards
 from pipelines.evaluation.scoring import Suite, score_of_records
 from pipelines.registry.aliases import alias_history
-from pipelines.registry.card import card, licence_tags, scores_section, with_scores
-from pipelines.registry.folder import (
-    ExportError,
-    check_parity,
-    export_model,
-    verify_checksums,
-    write_card,
-    write_parity_batch,
-)
+from pipelines.registry.card import card, scores_section, with_scores
+from pipelines.registry.folder import ExportError, export_model, verify_checksums, write_card
+from pipelines.registry.parity import check_parity, write_parity_batch
 from pipelines.registry.promotion import what_is_lacking
+from pipelines.registry.provenance import licence_tags
 from pipelines.registry.scores import StoredScore, score_tags, stored_scores
+from pipelines.registry.tags import is_known
 from pipelines.registry.variants import apply_pruning
 from pipelines.registry.versions import DESCRIPTION_LENGTH, shortened
 from pipelines.tracking.mlflow_run import TrackingError
@@ -148,6 +144,7 @@ def test_a_score_in_tags_comes_back_without_its_questions() -> None:
     found = stored_scores(version(tags))
     assert found == {SUITE.digest: StoredScore("heldout", replace(score, records=()), "scores/a.json")}
     assert tags["accuracy"] == "0.8000"
+    assert [name for name in tags if not is_known(name)] == []
     with pytest.raises(ValueError, match=r"tag score\.x of meteor/7 holds no stored score"):
         stored_scores(version({"score.x": "{}"}))
     assert Suite("elsewhere", SUITE.sha256, "heldout", 4).digest == SUITE.digest

@@ -13,7 +13,7 @@ import pytest
 
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
-from pipelines.registry.publish import RegisteredVersion
+from pipelines.registry.versions import RegisteredVersion
 from tests.pipelines.mlflow_fixture import MODEL_NAME, Server
 from tests.pipelines.registry.test_versions import expected_answer, in_base64, png
 

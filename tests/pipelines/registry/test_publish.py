@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
-from pipelines.registry.folder import tokens_by_stage
-from pipelines.registry.publish import ExportError, ParityError, check_parity, export_model, pull_model
+from pipelines.registry.folder import ExportError, export_model, tokens_by_stage
+from pipelines.registry.parity import ParityError, check_parity
+from pipelines.registry.publish import pull_model
 from pipelines.registry.versions import PinnedModel
 
 

@@ -25,13 +25,15 @@ from pipelines.evaluation.scores import ScoringError
 from pipelines.evaluation.scoring import Suite
 from pipelines.io import storage
 from pipelines.registry.aliases import alias_history, move_alias, roll_back
-from pipelines.registry.folder import ExportError, ParityError
+from pipelines.registry.folder import ExportError
+from pipelines.registry.parity import ParityError
 from pipelines.registry.promotion import promote
 from pipelines.registry.provenance import training_tags
-from pipelines.registry.publish import RegisteredVersion, load_registered, pull_model, register_model
+from pipelines.registry.publish import load_registered, pull_model, register_model
 from pipelines.registry.scores import file_score, load_score
+from pipelines.registry.tags import is_known
 from pipelines.registry.variants import measure_parity, register_variant
-from pipelines.registry.versions import Registry, pin_model
+from pipelines.registry.versions import RegisteredVersion, Registry, pin_model
 from pipelines.tracking.mlflow_run import TrackingError, open_run, set_tags
 from tests.pipelines.mlflow_fixture import SUITE, Server, record, score_of, tiny_pruning
 from tests.pipelines.registry.test_versions import png
@@ -96,6 +98,7 @@ def test_a_variant_has_its_pruning_its_proofs_and_its_card(
         "licence.code": "Apache-2.0", "visual_tokens.fuse": "64 > 20", "suite": SUITE.digest, "accuracy": "0.7500",
     }  # fmt: skip
     assert {key: version.tags[key] for key in expected} == expected
+    assert [name for name in version.tags if not is_known(name)] == []
     assert float(version.tags["parity_max_abs_diff"]) <= 1e-5
     folder = pull_model(pin_model(f"models:/{NAME}@budget-20", server.uri), tmp_path / "model")
     assert MeteorConfig.from_pretrained(folder).pruning == tiny_pruning(20)

@@ -21,9 +21,10 @@ from PIL import Image
 from jobs import predict
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
-from pipelines.registry.publish import ExportError, RegisteredVersion, pull_model, register_model
+from pipelines.registry.folder import ExportError
+from pipelines.registry.publish import pull_model, register_model
 from pipelines.registry.pyfunc_model import MeteorPyfunc
-from pipelines.registry.versions import Registry, pin_model
+from pipelines.registry.versions import RegisteredVersion, Registry, pin_model
 from pipelines.tracking.mlflow_run import TrackingError
 from tests.pipelines.mlflow_fixture import MODEL_NAME, Server
 

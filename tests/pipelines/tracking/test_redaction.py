@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlflow.utils.validation import _validate_param, _validate_param_name
 
-from pipelines.tracking.mlflow_run import MAX_KEY, MAX_VALUE, REDACTED, flatten, hide_passwords, is_secret_name, redact
+from pipelines.tracking.mlflow_run import MAX_KEY, MAX_VALUE, flatten
+from pipelines.tracking.redact import REDACTED, hide_passwords, is_secret_name, redact
 
 SECRETS = [
     "password",

@@ -1,0 +1,68 @@
+"""Tags of registered models and their versions: every name that is written, and what it says. Imports nothing.
+
+docs/registry.md shows the same list, by test. Names that end in a dot are prefixes: the rest names a part, a suite, an
+alias. Tags are text; MLflow shows and searches them.
+"""
+
+from __future__ import annotations
+
+PARITY_TAG = "parity_max_abs_diff"
+PARITY_TOLERANCE_TAG = "parity_tolerance"
+BASE_TAG = "base"
+LICENCE_TAG = "licence."
+TOKENS_TAG = "visual_tokens."
+SUITE_TAG = "suite"
+SUITE_NAME_TAG = "suite_name"
+SCORE_TAG = "score."
+COMMIT_TAG = "git_commit"
+TRAINING_COMMIT_TAG = "training_commit"
+MANIFEST_TAG = "manifest"
+ROLLED_BACK_TAG = "rolled_back."
+HISTORY_TAG = "alias_history."
+
+DATA_TAGS = (MANIFEST_TAG, "manifest_sha256", "mixture")
+TRAINING_TAGS = ("recipe", "run_name", "start")
+"""With DATA_TAGS what a variant takes over from its base."""
+
+VERSION_TAGS = {
+    "job": "the job that made it: `pretrain` or `finetune`",
+    "recipe": "name of the recipe that trained it",
+    "run_name": "name of the training run in storage",
+    "run_id": "the MLflow run that it is filed under",
+    "start": "the model that its training started from",
+    MANIFEST_TAG: "address of the manifest of its training data",
+    "manifest_sha256": "hash of that manifest, which covers the hashes of all shards",
+    "mixture": "further manifests of the training, each with the start of its hash",
+    COMMIT_TAG: "commit of the code that made it",
+    TRAINING_COMMIT_TAG: "commit of the code that trained its weights, where it is a variant",
+    "heldout_loss": "held-out loss at the end of the training",
+    PARITY_TAG: "largest difference of a logit between its folder, loaded again, and the model that it was made of",
+    PARITY_TOLERANCE_TAG: "the difference that was allowed",
+    BASE_TAG: "the version whose weights it has, where it is a variant",
+    "sweep": "the search that found it",
+    "trial": "the trial of that search",
+    LICENCE_TAG: "licence of a part: `licence.code`, `licence.data.NAME`, `licence.weights.PART`",
+    TOKENS_TAG: "visual tokens of an image through a stage: `visual_tokens.ENCODER`, `.fuse`, `.decode`",
+    SUITE_TAG: "digest of the suite that was scored last; the plain numbers below are of it",
+    SUITE_NAME_TAG: "that suite for people",
+    "accuracy": "share of right answers",
+    "accuracy_interval": "its 95 % interval: low and high",
+    "answer_nll": "negative log-likelihood of the expected answers, nats per token",
+    "answer_nll_interval": "its 95 % interval: low and high",
+    "visual_tokens_mean": "visual tokens of an image after stage 3, mean over the suite",
+    "tflops": "TFLOPs of one image and prompt",
+    SCORE_TAG: "`score.SUITE`: a score in JSON, with the artifact that holds its questions; one for each suite",
+    "calibration": "artifact of the run that holds the last calibration",
+    "calibration.images": "images that it measured",
+    "calibration.drift": "what it found against other data",
+    ROLLED_BACK_TAG: "`rolled_back.ALIAS`: when the alias was rolled back from this version, and to which",
+}
+"""Tags of a version, and what they say."""
+
+MODEL_TAGS = {HISTORY_TAG: "`alias_history.ALIAS`: the versions that the alias pointed to, oldest first"}
+"""Tags of the registered model."""
+
+
+def is_known(name: str) -> bool:
+    """Whether a tag of a version is one of those above."""
+    return name in VERSION_TAGS or any(name.startswith(prefix) for prefix in VERSION_TAGS if prefix.endswith("."))
