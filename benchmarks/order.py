@@ -41,6 +41,7 @@ from pipelines.checkpoint.state import DroppedSample, TrainState
 from pipelines.data.ledger import Ledger
 from pipelines.data.mixture import Plan, make_plan, read_amplification
 from pipelines.data.order import WorkItem
+from pipelines.data.sample_id import SampleId, SampleIds
 from pipelines.io.run_folder import RunFolder
 
 EPOCHS, SEED, GLOBAL_BATCH, WINDOW_SHARDS = 3, 7, 4096, 4
@@ -94,14 +95,14 @@ def measure_plan(name: str, shards: int, samples: int) -> dict[str, Any]:
     for start, row in (("first", 0), ("late", late)):
         fresh = make_plan(sizes, weights, SEED, EPOCHS, GLOBAL_BATCH, WINDOW_SHARDS)
         item, out[f"{start}_item_s"] = timed(lambda plan, row: next(plan.work(row)), fresh, row)
-        _, out[f"{start}_item_locations_s"] = timed(item.locations)
+        _, out[f"{start}_item_locations_s"] = timed(item.sample_ids)
     items, out["all_items_s"] = timed(lambda: list(plan.work(0)))
     out["items"] = len(items)
     out["windows"] = sum(len(item.parts) for item in items)
     out["read_amplification"] = round(read_amplification(items), 4)
     some = items[:: max(1, len(items) // LOCATED_ITEMS)]
     out["located_samples_per_s"] = round(
-        sum(item.rows for item in some) / sum(timed(item.locations)[1] for item in some)
+        sum(item.rows for item in some) / sum(timed(item.sample_ids)[1] for item in some)
     )
     for end, row in (("first", GLOBAL_BATCH), ("late", late)):
         _, out[f"consumed_{end}_s"] = timed(plan.consumed, row)
@@ -121,18 +122,18 @@ def additions(plan: Plan, rows: int) -> Iterator[tuple[Ledger, int]]:
         for item in plan.work(start, stop):
             for part in item.parts:
                 whole = part.rows == sum(part.samples)
-                columns = ascending(part) if whole else part.locations().columns
+                samples = ascending(part) if whole else part.sample_ids()
                 faulty = generator.random(part.rows) < DROPPED_SHARE
                 for chosen, dropped in ((~faulty, False), (faulty, True)):
-                    ledger.add(*(column[chosen] for column in columns), dropped=dropped)
+                    ledger.add(samples.take(chosen), dropped=dropped)
         yield ledger, stop
 
 
-def ascending(part: WorkItem) -> tuple[np.ndarray, ...]:
-    """Dataset, epoch, shard and index of all samples of a window."""
+def ascending(part: WorkItem) -> SampleIds:
+    """All samples of a window."""
     samples = np.array(part.samples)
     index = np.arange(part.rows) - np.repeat(np.cumsum(samples) - samples, samples)
-    return np.full(part.rows, part.dataset), np.full(part.rows, part.epoch), np.repeat(part.shards, samples), index
+    return SampleIds(part.datasets(), np.full(part.rows, part.epoch), np.repeat(part.shards, samples), index)
 
 
 def measure_ledger(name: str, shards: int, samples: int) -> dict[str, Any]:
@@ -155,8 +156,8 @@ def measure_ledger(name: str, shards: int, samples: int) -> dict[str, Any]:
     out["fill_s"] = round(time.perf_counter() - start - spent, 2)
     out["trained"], out["dropped"] = ledger.trained, ledger.dropped
     out["checkpoints"] = checkpoints
-    batch = plan.locate(np.arange(row, row + 500_000)).columns
-    _, out["add_500000_samples_s"] = timed(lambda: ledger.add(*batch))
+    batch = plan.locate(np.arange(row, row + 500_000))
+    _, out["add_500000_samples_s"] = timed(ledger.add, batch)
     return out
 
 
@@ -172,7 +173,7 @@ def measure_state(steps: int) -> dict[str, Any]:
     """Part 7, at the end of a run of `steps` optimizer steps that saved every `STEPS_PER_CHECKPOINT`."""
     generator = np.random.default_rng(SEED)
     losses = generator.random(STEPS_PER_CHECKPOINT).tolist()
-    drops = tuple(DroppedSample(row, 0, 0, 0, row, f"{row:09d}", "too_long", "x" * 80) for row in range(200))
+    drops = tuple(DroppedSample(row, SampleId(0, 0, 0, row, f"{row:09d}"), "too_long", "x" * 80) for row in range(200))
     state = TrainState("0123456789ab", 8, steps, step=steps - STEPS_PER_CHECKPOINT, dropped_samples=drops)
     log = LossLog(state)
     out: dict[str, Any] = {"step_s": best_of(lambda: train_steps(state, LossLog(state), losses)) / STEPS_PER_CHECKPOINT}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pipelines.checkpoint.state import TrainState
 from pipelines.data.ledger import Ledger
+from pipelines.data.sample_id import SampleId, SampleIds
 from pipelines.io import codec
 
 Sample = tuple[int, str]
@@ -225,7 +226,7 @@ def state_violations(found: Audit, state: TrainState, losses: Sequence[float], e
     trained = sum(map(len, found.samples.values()))
     if state.samples_seen != trained:
         wrong.append(f"the checkpoint counts {state.samples_seen} samples, the workers trained {trained}")
-    dropped = Counter(sample.key for sample in state.dropped_samples)
+    dropped = Counter(dropped.sample.key for dropped in state.dropped_samples)
     awaited = Counter(dict.fromkeys([*expected.faulty, *expected.given_up.values()], expected.epochs))
     if dropped != awaited:
         wrong.append(f"the checkpoint lists the dropped samples {dict(dropped)}, they are {dict(awaited)}")
@@ -244,9 +245,7 @@ def ledger_violations(found: Audit, data: bytes, shards: Sequence[Sequence[str]]
     )
     trained = sorted({sample for samples in found.samples.values() for sample in samples if sample[1] in place})
     for dropped, samples in ((False, trained), (True, passed_over)):
-        epochs, keys = [epoch for epoch, _ in samples], [key for _, key in samples]
-        where = [place[key] for key in keys]
-        counted.add([0] * len(keys), epochs, [at[0] for at in where], [at[1] for at in where], dropped=dropped)
+        counted.add(SampleIds.of(SampleId(0, epoch, *place[key]) for epoch, key in samples), dropped=dropped)
     more, fewer = ledger.difference(counted)
     wrong = [f"the ledger holds {sample}, which was not consumed" for sample in more]
     wrong += [f"the ledger lacks {sample}, which was consumed" for sample in fewer]

@@ -17,7 +17,8 @@ import ray.data
 import torch
 
 from benchmarks.chaos.data import as_json
-from pipelines.training.batches import Row, iterate_rows
+from pipelines.data.schema import Row
+from pipelines.training.batches import iterate_rows
 from pipelines.training.loop import StepRecord
 
 HOLD_LIMIT_S = 180.0

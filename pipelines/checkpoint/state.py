@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipelines.data.ledger import Int64s, Ledger
+from pipelines.data.ledger import Ledger
+from pipelines.data.sample_id import Int64s, SampleId
 
 STATE_FILE = "train_state.json"
 LEDGER_FILE = "ledger.bin"
@@ -45,14 +46,24 @@ class DroppedSample:
 
     row: int
     """Row of the plan."""
-    dataset: int
-    """Dataset of the mixture."""
-    epoch: int
-    shard: int
-    index: int
-    key: str
+    sample: SampleId
+    """Which one."""
     reason: str
+    """One of `pipelines.data.schema.REASONS`."""
     detail: str
+    """What is wrong, for people."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, the sample's own beside the others."""
+        place = dataclasses.asdict(self.sample)
+        return {"row": self.row, **place, "reason": self.reason, "detail": self.detail}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> DroppedSample:
+        """What `to_dict` gave. Raises KeyError, TypeError."""
+        rest = dict(values)
+        row, reason, detail = rest.pop("row"), rest.pop("reason"), rest.pop("detail")
+        return cls(row, SampleId(**rest), reason, detail)
 
 
 @dataclass(frozen=True)
@@ -125,6 +136,7 @@ class TrainState:
     def to_json(self) -> str:
         """The state as JSON; floats keep every bit."""
         values = dataclasses.asdict(self)
+        values["dropped_samples"] = [dropped.to_dict() for dropped in self.dropped_samples]
         del values["losses_in_version_2"]
         return json.dumps({**values, "version": STATE_VERSION}, indent=1) + "\n"
 
@@ -144,7 +156,7 @@ class TrainState:
                 values["first_losses"], values["last_losses"] = losses[:SMOOTHED_STEPS], losses[-KEPT_LAST_LOSSES:]
             elif version != STATE_VERSION:
                 raise CheckpointError(f"{source} has version {version}, this code reads 2 and {STATE_VERSION}")
-            drops = tuple(DroppedSample(**drop) for drop in values.pop("dropped_samples"))
+            drops = tuple(DroppedSample.from_dict(drop) for drop in values.pop("dropped_samples"))
             tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
             return cls(**{**values, **tuples, "dropped_samples": drops})
         except (json.JSONDecodeError, KeyError, TypeError) as error:

@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from pipelines.data.sample_id import Int64s, SampleId, SampleIds
 from pipelines.io.fingerprint import sha256_bytes
 
-Int64s = NDArray[np.int64]
 Bits = NDArray[np.bool_]
 
 MAGIC, VERSION = b"METEORLG", 1
@@ -35,19 +35,6 @@ _HEADER = struct.Struct("<8sI32s32s")
 
 class LedgerError(ValueError):
     """A ledger is damaged, belongs to other data, or disagrees; the message names the sample and what to do."""
-
-
-@dataclass(frozen=True, order=True, slots=True)
-class Sample:
-    """One sample of a training: dataset of the mixture, epoch (pass of that dataset), shard, index in the shard."""
-
-    dataset: int
-    epoch: int
-    shard: int
-    index: int
-
-    def __str__(self) -> str:
-        return f"dataset {self.dataset}, epoch {self.epoch}, shard {self.shard}, index {self.index}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,36 +126,33 @@ class Ledger:
         """Trained and dropped samples together."""
         return sum(one.consumed for one in self._passes.values())
 
-    def dropped_samples(self) -> Iterator[Sample]:
+    def dropped_samples(self) -> Iterator[SampleId]:
         """The dropped samples in ascending order."""
         for (dataset, epoch), one in sorted(self._passes.items()):
             numbers = one.dropped_numbers()
             shards = np.searchsorted(self._offsets[dataset] + self.sizes[dataset], numbers, side="right")
             indices = numbers - self._offsets[dataset][shards]
-            yield from (Sample(dataset, epoch, *place) for place in zip(shards.tolist(), indices.tolist(), strict=True))
+            yield from (
+                SampleId(dataset, epoch, *place) for place in zip(shards.tolist(), indices.tolist(), strict=True)
+            )
 
     # ------------------------------------------------------------------------------------------------------------- add
 
-    def add(
-        self, dataset: ArrayLike, epoch: ArrayLike, shard: ArrayLike, index: ArrayLike, *, dropped: bool = False
-    ) -> None:
-        """Count samples as trained, or as dropped: four arrays (N,) of integers.
+    def add(self, samples: SampleIds, *, dropped: bool = False) -> None:
+        """Count samples as trained, or as dropped.
 
         Raises LedgerError naming the first sample that is outside the data or consumed already; then none is added.
         """
-        columns = tuple(np.asarray(column, dtype=np.int64) for column in (dataset, epoch, shard, index))
-        if columns[0].ndim != 1 or any(column.shape != columns[0].shape for column in columns):
-            raise ValueError(f"dataset, epoch, shard and index have shapes {[column.shape for column in columns]}")
-        self._require_inside(*columns)
+        self._require_inside(samples)
         additions, repeated = [], [np.zeros(0, dtype=np.int64)]
-        codes = columns[0] * (int(columns[1].max(initial=0)) + 1) + columns[1]
+        codes = samples.dataset * (int(samples.epoch.max(initial=0)) + 1) + samples.epoch
         for code in np.unique(codes).tolist():
             where = np.flatnonzero(codes == code)
-            addition, again = self._prepare(where, *columns)
+            addition, again = self._prepare(where, samples)
             additions.append(addition)
             repeated.append(again)
         if len(first := np.concatenate(repeated)):
-            sample = Sample(*(int(column[first.min()]) for column in columns))
+            (sample,) = samples.take(slice(first.min(), first.min() + 1))
             raise LedgerError(
                 f"sample ({sample}) is consumed already: it would count twice in its epoch. The rows do not continue "
                 "the checkpoint that this ledger came from; start the same command again to go on from the checkpoint"
@@ -208,7 +192,8 @@ class Ledger:
             self._passes[dataset, epoch] = _Pass(np.zeros(len(self.sizes[dataset]), dtype=np.bool_))
         return self._passes[dataset, epoch]
 
-    def _require_inside(self, dataset: Int64s, epoch: Int64s, shard: Int64s, index: Int64s) -> None:
+    def _require_inside(self, samples: SampleIds) -> None:
+        dataset, epoch, shard, index = samples.columns
         limit = np.zeros(len(dataset), dtype=np.int64)  # samples of the shard; none where there is no such shard
         for number, sizes in enumerate(self.sizes):
             where = np.flatnonzero((dataset == number) & (epoch >= 0) & (shard >= 0) & (shard < len(sizes)))
@@ -216,17 +201,16 @@ class Ledger:
         outside = np.flatnonzero((index < 0) | (index >= limit))
         if len(outside):
             first = int(outside[0])
-            sample = Sample(*(int(column[first]) for column in (dataset, epoch, shard, index)))
+            (sample,) = samples.take(slice(first, first + 1))
             raise LedgerError(
                 f"sample ({sample}) is outside the data: there are {len(self.sizes)} datasets with "
                 f"{[len(sizes) for sizes in self.sizes]} shards, and this shard has {limit[first]} samples. The "
                 "manifest changed since the run began; use the manifest that it began with"
             )
 
-    def _prepare(
-        self, where: Int64s, dataset: Int64s, epoch: Int64s, shard: Int64s, index: Int64s
-    ) -> tuple[_Addition, Int64s]:
+    def _prepare(self, where: Int64s, samples: SampleIds) -> tuple[_Addition, Int64s]:
         """The rows `where`, all of one pass, sorted; and those rows that repeat a sample."""
+        dataset, epoch, shard, index = samples.columns
         key = (int(dataset[where[0]]), int(epoch[where[0]]))
         numbers = self._offsets[key[0]][shard[where]] + index[where]
         order = np.argsort(numbers, kind="stable")
@@ -274,15 +258,15 @@ class Ledger:
 
     __hash__ = None  # type: ignore[assignment]  # it changes
 
-    def difference(self, other: "Ledger", limit: int = 3) -> tuple[list[Sample], list[Sample]]:
+    def difference(self, other: "Ledger", limit: int = 3) -> tuple[list[SampleId], list[SampleId]]:
         """The first samples, at most `limit`, that only this ledger consumed, and those that only `other` did.
 
         Raises LedgerError where the two are about different data.
         """
         if not self._same_data(other):
             raise LedgerError("the two ledgers are about different data: their shards have other numbers of samples")
-        mine: list[Sample] = []
-        theirs: list[Sample] = []
+        mine: list[SampleId] = []
+        theirs: list[SampleId] = []
         for key in sorted(self._passes.keys() | other._passes.keys()):
             sizes = self.sizes[key[0]]
             empty = _Pass(np.zeros(len(sizes), dtype=np.bool_))
@@ -292,8 +276,8 @@ class Ledger:
                 if len(mine) >= limit and len(theirs) >= limit:
                     return mine[:limit], theirs[:limit]
                 here, there = one.bits(shard, int(sizes[shard])), two.bits(shard, int(sizes[shard]))
-                mine += [Sample(*key, shard, index) for index in np.flatnonzero(here & ~there)[:limit].tolist()]
-                theirs += [Sample(*key, shard, index) for index in np.flatnonzero(there & ~here)[:limit].tolist()]
+                mine += [SampleId(*key, shard, index) for index in np.flatnonzero(here & ~there)[:limit].tolist()]
+                theirs += [SampleId(*key, shard, index) for index in np.flatnonzero(there & ~here)[:limit].tolist()]
         return mine[:limit], theirs[:limit]
 
     def require_equal(self, planned: "Ledger", where: str) -> None:

@@ -31,8 +31,6 @@ from numpy.typing import NDArray
 
 from pipelines.data.ledger import Ledger
 from pipelines.data.order import (
-    Int64s,
-    Locations,
     StreamPlan,
     WholeSteps,
     WorkItem,
@@ -41,6 +39,7 @@ from pipelines.data.order import (
     require_rows,
     void_item,
 )
+from pipelines.data.sample_id import Int64s, SampleIds
 from pipelines.io.fingerprint import sha256_bytes
 
 BLOCK = 1024
@@ -127,10 +126,10 @@ class MixedItem:
         """Dataset of every row, (rows,)."""
         return self.merge.datasets(self.first_row, self.rows)
 
-    def locations(self) -> Locations:
+    def sample_ids(self) -> SampleIds:
         """Dataset, epoch, shard and index of every row of the item, in order."""
-        found = Locations.void(self.rows)
-        parts = [part.locations() for part in self.parts]
+        found = SampleIds.void(self.rows)
+        parts = [part.sample_ids() for part in self.parts]
         order = np.argsort(self.datasets(), kind="stable")  # by dataset, as the parts are
         for target, *sources in zip(found.columns, *(part.columns for part in parts), strict=True):
             target[order] = np.concatenate(sources)
@@ -205,13 +204,13 @@ class MixturePlan(WholeSteps):
         """Samples of all epochs together; also the first void row."""
         return self.merge.total
 
-    def locate(self, rows: NDArray[np.integer]) -> Locations:
+    def locate(self, rows: NDArray[np.integer]) -> SampleIds:
         """Where any rows (R,) come from, in any order. Cost: one permutation per block and window touched.
 
         Raises ValueError naming the first row outside [0, total_rows).
         """
         rows = require_rows(rows, self.total_rows)
-        found = Locations.void(len(rows))
+        found = SampleIds.void(len(rows))
         datasets, positions = np.full(len(rows), -1), np.zeros(len(rows), dtype=np.int64)
         block_rows = self.merge.block_rows
         blocks = np.where(rows < self.total_samples, rows // block_rows, -1)

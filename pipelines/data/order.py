@@ -26,36 +26,8 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.data.ledger import Int64s, Ledger
-
-VOID_EPOCH = -1
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Locations:
-    """Where rows come from; void rows have -1 everywhere.
-
-    Attributes:
-        dataset: (R,) int64, of the mixture.
-        epoch: (R,) int64, the pass of that dataset.
-        shard: (R,) int64, position in the split.
-        index: (R,) int64, the sample inside the shard.
-    """
-
-    dataset: Int64s
-    epoch: Int64s
-    shard: Int64s
-    index: Int64s
-
-    @property
-    def columns(self) -> tuple[Int64s, Int64s, Int64s, Int64s]:
-        """The four arrays."""
-        return self.dataset, self.epoch, self.shard, self.index
-
-    @classmethod
-    def void(cls, rows: int) -> "Locations":
-        """Those of void rows."""
-        return cls(*(np.full(rows, VOID_EPOCH, dtype=np.int64) for _ in range(4)))
+from pipelines.data.ledger import Ledger
+from pipelines.data.sample_id import VOID_EPOCH, Int64s, SampleIds
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +67,14 @@ class WorkItem:
         """Dataset of every row, (rows,)."""
         return np.full(self.rows, self.dataset, dtype=np.int64)
 
-    def locations(self) -> Locations:
+    def sample_ids(self) -> SampleIds:
         """Dataset, epoch, shard and index of every row of the item, in order."""
         if self.is_void:
-            return Locations.void(self.rows)
+            return SampleIds.void(self.rows)
         order = window_order(self.seed, self.epoch, self.window, sum(self.samples))[self.lo : self.hi]
         slots, indices = _split_positions(np.asarray(self.samples, dtype=np.int64), order)
         epochs = np.full(self.rows, self.epoch, dtype=np.int64)
-        return Locations(self.datasets(), epochs, np.asarray(self.shards, dtype=np.int64)[slots], indices)
+        return SampleIds(self.datasets(), epochs, np.asarray(self.shards, dtype=np.int64)[slots], indices)
 
 
 def void_item(rows: int, first_row: int) -> WorkItem:
@@ -199,13 +171,13 @@ class StreamPlan(WholeSteps):
         """Samples of all epochs together; also the first void row."""
         return self.epoch_samples * self.epochs
 
-    def locate(self, rows: NDArray[np.integer]) -> Locations:
+    def locate(self, rows: NDArray[np.integer]) -> SampleIds:
         """Where any rows (R,) come from, in any order. Cost: one permutation per window touched.
 
         Raises ValueError naming the first row outside [0, total_rows).
         """
         rows = require_rows(rows, self.total_rows)
-        found = Locations.void(len(rows))
+        found = SampleIds.void(len(rows))
         epochs, positions = np.divmod(rows, self.epoch_samples)
         for epoch in np.unique(epochs[rows < self.total_samples]).tolist():
             in_epoch = np.flatnonzero(epochs == epoch)
@@ -215,7 +187,7 @@ class StreamPlan(WholeSteps):
                 where = in_epoch[windows == window]
                 item = self._item(epoch, window, 0, int(starts[window + 1] - starts[window]))
                 chosen = positions[where] - starts[window]
-                for target, source in zip(found.columns, item.locations().columns, strict=True):
+                for target, source in zip(found.columns, item.sample_ids().columns, strict=True):
                     target[where] = source[chosen]
         return found
 
@@ -248,7 +220,7 @@ class StreamPlan(WholeSteps):
             window = int(np.searchsorted(layout.starts, position, side="right")) - 1
             ledger.add_shards(self.dataset, epochs, layout.shards[: window * self.window_shards])
             item = self._item(epochs, window, 0, position - int(layout.starts[window]))
-            ledger.add(*item.locations().columns)
+            ledger.add(item.sample_ids())
 
     def _work(self, start: int, stop: int) -> Iterator[WorkItem]:
         row, last_sample = start, min(stop, self.total_samples)

@@ -3,15 +3,22 @@
 A sample is `KEY.json` (a LLaVA record: {"id", "conversations": [{"from": "human"|"gpt"|"system", "value"}]}) plus its
 images: `KEY.jpg` for one, `KEY.0.jpg, KEY.1.jpg, ...` for several, none for text. Each image is one `<image>` in a
 human turn; the images are taken in the order of their placeholders.
+
+`Row` is what a sample becomes on the way from the data tasks to the workers; `ROW_SCHEMA` is its form in Arrow.
+
+Shape legend: n images of one sample, S their size (the processor's travelling size).
 """
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import pyarrow as pa
+
 from meteor_model.chat import IMAGE_PLACEHOLDER
+from pipelines.data.sample_id import SampleId
 from pipelines.io.fingerprint import canonical_json
 
 VOID = "void"  # the reason of a row that only fills up the last step
@@ -188,3 +195,97 @@ def build_members(record: Mapping[str, Any], images: Sequence[tuple[str, bytes]]
     for position, (extension, data) in enumerate(images):
         members[extension if len(images) == 1 else f"{position}.{extension}"] = data
     return members
+
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+
+PLACE_FIELDS = (
+    ("row", pa.int64()),
+    ("dataset", pa.int32()),
+    ("epoch", pa.int32()),
+    ("shard", pa.int32()),
+    ("index", pa.int32()),
+    ("key", pa.string()),
+)
+"""Where a row is in the plan, and its sample."""
+ROW_SCHEMA = pa.schema(
+    [
+        *PLACE_FIELDS,
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+        ("input_ids", pa.list_(pa.int32())),
+        ("labels", pa.list_(pa.int32())),
+        ("images", pa.large_binary()),
+        ("num_images", pa.int32()),
+        ("image_size", pa.int32()),
+    ]
+)
+
+
+def place_columns(row: int, sample: SampleId) -> dict[str, Any]:
+    """The columns of PLACE_FIELDS."""
+    place = {"dataset": sample.dataset, "epoch": sample.epoch, "shard": sample.shard, "index": sample.index}
+    return {"row": row, **place, "key": sample.key}
+
+
+def sample_of(columns: Mapping[str, Any]) -> SampleId:
+    """The sample in the columns of PLACE_FIELDS."""
+    return SampleId(columns["dataset"], columns["epoch"], columns["shard"], columns["index"], columns["key"])
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a stream: a sample that is ready to be batched, or the reason why there is none.
+
+    Attributes:
+        row: of the plan.
+        sample: which one; `NO_SAMPLE` of a void row.
+        reason: "" for a sample to train on, one of REASONS for a faulty one, VOID for a row that fills up a step.
+        detail: what is wrong, for people.
+        input_ids: tokens; one padding token where there is no sample.
+        labels: as many; the targets.
+        images: uint8 (n, 3, S, S) in C order.
+        num_images: n.
+        image_size: S; 0 where there are no images.
+    """
+
+    row: int
+    sample: SampleId
+    reason: str
+    detail: str
+    input_ids: Sequence[int]
+    labels: Sequence[int]
+    images: bytes = b""
+    num_images: int = 0
+    image_size: int = 0
+
+    @property
+    def usable(self) -> bool:
+        """Whether it holds a sample to train on."""
+        return not self.reason
+
+    @property
+    def void(self) -> bool:
+        """Whether it only fills up the last step."""
+        return self.reason == VOID
+
+    def to_columns(self) -> dict[str, Any]:
+        """The values of ROW_SCHEMA."""
+        rest = {name: getattr(self, name) for name in ROW_SCHEMA.names[len(PLACE_FIELDS) :]}
+        return {**place_columns(self.row, self.sample), **rest}
+
+    @classmethod
+    def from_columns(cls, columns: Mapping[str, Any]) -> "Row":
+        """The row that `to_columns` gave."""
+        rest = {name: columns[name] for name in ROW_SCHEMA.names[len(PLACE_FIELDS) :]}
+        return cls(columns["row"], sample_of(columns), **rest)
+
+
+def rows_to_table(rows: Iterable[Row]) -> pa.Table:
+    """Rows as a table of ROW_SCHEMA."""
+    return pa.Table.from_pylist([row.to_columns() for row in rows], schema=ROW_SCHEMA)
+
+
+def rows_from_table(table: pa.Table) -> list[Row]:
+    """The rows of a table of ROW_SCHEMA."""
+    return [Row.from_columns(columns) for columns in table.to_pylist()]

@@ -11,13 +11,13 @@ Read tasks reserve half of what encode tasks do (they mostly wait), and their nu
 members of a window are in memory while it is emitted, one window of every dataset of a mixture. Unequal reservations
 also keep Ray from fusing the two, which would bundle whole windows into one task.
 
-Shape legend: n images of one sample, S travelling size; `images` holds uint8 (n, 3, S, S) in C order.
+Between 1 and 2 travel tables of RAW_SCHEMA, from 2 on those of `pipelines.data.schema.ROW_SCHEMA`.
 """
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 from uuid import uuid4
@@ -30,31 +30,26 @@ from ray.data.block import BlockMetadata
 
 from meteor_model.chat import IGNORE_INDEX
 from pipelines.data.mixture import Item, Plan
-from pipelines.data.order import VOID_EPOCH, WorkItem, void_item
-from pipelines.data.schema import VOID, SampleError, parse_sample
+from pipelines.data.order import WorkItem, void_item
+from pipelines.data.sample_id import NO_SAMPLE, VOID_EPOCH, SampleId
+from pipelines.data.schema import (
+    PLACE_FIELDS,
+    VOID,
+    Row,
+    SampleError,
+    parse_sample,
+    place_columns,
+    rows_to_table,
+    sample_of,
+)
 from pipelines.data.shards import Manifest, ShardInfo, read_shard
 
 RAW_BLOCK_BYTES = 2**20  # raw members in a block: the grain of the encode tasks
 MAX_READ_TASKS = 4096  # a task costs the driver about 2 ms before the first row; beyond this, items share a task
 SHARD_FETCHES = 4  # shards of one window that are fetched at a time
 
-_PLACE_FIELDS = [(name, pa.int32()) for name in ("dataset", "epoch", "shard", "index")]
-_POSITION_FIELDS = [("row", pa.int64()), *_PLACE_FIELDS]
-RAW_SCHEMA = pa.schema(
-    [*_POSITION_FIELDS, ("key", pa.string()), ("names", pa.list_(pa.string())), ("data", pa.list_(pa.large_binary()))]
-)
-STREAM_SCHEMA = pa.schema(
-    [
-        *_POSITION_FIELDS,
-        ("key", pa.string()),
-        ("reason", pa.string()),
-        ("detail", pa.string()),
-        ("input_ids", pa.list_(pa.int32())),
-        ("labels", pa.list_(pa.int32())),
-        ("images", pa.large_binary()),
-        ("num_images", pa.int32()),
-    ]
-)
+RAW_SCHEMA = pa.schema([*PLACE_FIELDS, ("names", pa.list_(pa.string())), ("data", pa.list_(pa.large_binary()))])
+"""Between reading and encoding: the members of a sample."""
 
 
 # ---------------------------------------------------------------------------------------------------------------- read
@@ -87,16 +82,16 @@ def fetch_window(manifest_url: str, infos: Sequence[ShardInfo], fetch: Fetch) ->
 
 def _samples(
     manifest_urls: Sequence[str], parts: Sequence[tuple[WorkItem, tuple[ShardInfo, ...]]], fetch: Fetch
-) -> Iterator[tuple[dict[str, int], str, dict[str, bytes]]]:
-    """Position, key and members of the samples of consecutive windows of one dataset.
+) -> Iterator[tuple[SampleId, dict[str, bytes]]]:
+    """The samples of consecutive windows of one dataset, and their members.
 
     A window is fetched when its first sample is due and let go after its last one, so one at a time is in memory.
     """
     for part, infos in parts:
         contents = dict(zip(part.shards, fetch_window(manifest_urls[part.dataset], infos, fetch), strict=True))
-        for dataset, epoch, shard, index in zip(*(c.tolist() for c in part.locations().columns), strict=True):
-            position = {"dataset": dataset, "epoch": epoch, "shard": shard, "index": index}
-            yield (position, *contents[shard][index])
+        for place in part.sample_ids():
+            key, members = contents[place.shard][place.index]
+            yield replace(place, key=key), members
         del contents
 
 
@@ -110,12 +105,12 @@ def read_item(manifest_urls: Sequence[str], work: ReadWork, fetch: Fetch) -> Ite
     for part, infos in zip(item.parts, work.infos, strict=True):
         parts.setdefault(part.dataset, []).append((part, infos))
     samples = {dataset: _samples(manifest_urls, of_dataset, fetch) for dataset, of_dataset in parts.items()}
-    samples[VOID_EPOCH] = itertools.repeat(({name: VOID_EPOCH for name, _ in _PLACE_FIELDS}, "", {}))
+    samples[VOID_EPOCH] = itertools.repeat((NO_SAMPLE, {}))
     rows: list[dict[str, Any]] = []
     size = 0
     for row, dataset in enumerate(item.datasets().tolist(), start=item.first_row):
-        position, key, members = next(samples[dataset])
-        rows.append({"row": row, **position, "key": key, "names": list(members), "data": list(members.values())})
+        sample, members = next(samples[dataset])
+        rows.append({**place_columns(row, sample), "names": list(members), "data": list(members.values())})
         size += sum(map(len, members.values()))
         if size >= RAW_BLOCK_BYTES:
             yield pa.Table.from_pylist(rows, schema=RAW_SCHEMA)
@@ -203,7 +198,7 @@ _PROCESSORS: dict[str, Processor] = {}
 
 @dataclass(frozen=True)
 class RowEncoder:
-    """Raw members -> one row of STREAM_SCHEMA. Cheap to ship: the processor is built once per process, on first use.
+    """The members of a sample -> its row. Cheap to ship: the processor is built once per process, on first use.
 
     Args:
         factory: picklable, makes the processor (e.g. `partial(MeteorProcessor.from_pretrained, folder)`).
@@ -224,51 +219,50 @@ class RowEncoder:
             _PROCESSORS[self.identity] = self.factory()
         return _PROCESSORS[self.identity]
 
-    def __call__(self, key: str, members: Mapping[str, bytes]) -> dict[str, Any]:
-        """The columns from `key` on. Faults of the sample end in `reason` and `detail`, nothing else is caught."""
+    def __call__(self, row: int, sample: SampleId, members: Mapping[str, bytes]) -> Row:
+        """Row number `row`. Faults of the sample end in `reason` and `detail`, nothing else is caught."""
         from meteor_model.images import ImageError  # here, so that processes which only read never load torch
 
         try:
-            return {"key": key, "reason": "", "detail": "", **self._encode(key, members)}
+            return self._encode(row, sample, members)
         except (SampleError, ImageError) as fault:
-            return self.without_sample(key, fault.reason, fault.detail)
+            return self.without_sample(row, sample, fault.reason, fault.detail)
 
-    def without_sample(self, key: str, reason: str, detail: str) -> dict[str, Any]:
+    def without_sample(self, row: int, sample: SampleId, reason: str, detail: str) -> Row:
         """A row that trains nothing: one pad token, no supervised label, no image."""
-        row = {"key": key, "reason": reason, "detail": detail, "input_ids": [self.pad_token_id]}
-        return {**row, "labels": [IGNORE_INDEX], "images": b"", "num_images": 0}
+        return Row(row, sample, reason, detail, [self.pad_token_id], [IGNORE_INDEX])
 
-    def _encode(self, key: str, members: Mapping[str, bytes]) -> dict[str, Any]:
+    def _encode(self, row: int, sample: SampleId, members: Mapping[str, bytes]) -> Row:
         from meteor_model.images import ImageError, decode_image
 
-        sample = parse_sample(key, members)
+        raw = parse_sample(sample.key, members)
         try:
-            encoded = self.processor.encode([(turn.role, turn.text) for turn in sample.turns], len(sample.images))
+            encoded = self.processor.encode([(turn.role, turn.text) for turn in raw.turns], len(raw.images))
         except ValueError as error:  # no fault that a sample may have: the processor and the schema disagree
-            raise ValueError(f"sample {key!r} is well-formed but cannot be encoded: {error}") from error
+            raise ValueError(f"sample {sample.key!r} is well-formed but cannot be encoded: {error}") from error
         if len(encoded.input_ids) > self.max_length:
             raise SampleError("too_long", f"{len(encoded.input_ids)} tokens, the limit is {self.max_length}")
+        size = self.processor.image_size
         pixels = []
-        for position, data in enumerate(sample.images):
+        for position, data in enumerate(raw.images):
             try:
-                pixels.append(decode_image(data, self.processor.image_size).numpy().tobytes())
+                pixels.append(decode_image(data, size).numpy().tobytes())
             except ImageError as fault:
                 raise ImageError(fault.reason, f"image {position}: {fault.detail}") from fault
-        row = {"input_ids": encoded.input_ids, "labels": encoded.labels}
-        return {**row, "images": b"".join(pixels), "num_images": len(pixels)}
+        images, count = b"".join(pixels), len(pixels)
+        return Row(row, sample, "", "", encoded.input_ids, encoded.labels, images, count, size if count else 0)
 
 
 def encode_table(raw: pa.Table, encoder: RowEncoder) -> pa.Table:
-    """A table of RAW_SCHEMA -> the same rows in STREAM_SCHEMA."""
+    """A table of RAW_SCHEMA -> the same rows in ROW_SCHEMA."""
     rows = []
-    for record in raw.to_pylist():
-        names, data, key = record.pop("names"), record.pop("data"), record.pop("key")
-        if record["epoch"] == VOID_EPOCH:
-            columns = encoder.without_sample("", VOID, "fills up the last step")
+    for columns in raw.to_pylist():
+        row, sample = columns["row"], sample_of(columns)
+        if sample.epoch == VOID_EPOCH:
+            rows.append(encoder.without_sample(row, sample, VOID, "fills up the last step"))
         else:
-            columns = encoder(key, dict(zip(names, data, strict=True)))
-        rows.append({**record, **columns})
-    return pa.Table.from_pylist(rows, schema=STREAM_SCHEMA)
+            rows.append(encoder(row, sample, dict(zip(columns["names"], columns["data"], strict=True))))
+    return rows_to_table(rows)
 
 
 # --------------------------------------------------------------------------------------------------------------- graph
@@ -290,7 +284,7 @@ def build_stream(  # noqa: PLR0913 - the settings of a stream, by name
     read_concurrency: int = 2,
     encode_concurrency: int | None = None,
 ) -> Dataset:
-    """The rows [start_row, stop_row) of the plan as a Ray dataset of STREAM_SCHEMA, one micro-batch a block.
+    """The rows [start_row, stop_row) of the plan as a Ray dataset of ROW_SCHEMA, one micro-batch a block.
 
     Args:
         manifest: of dataset 0.

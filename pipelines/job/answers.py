@@ -112,7 +112,7 @@ def answer_heldout(
         {
             "ranks.json": ranks,
             "heldout_answers.json": [asdict(answer) for answer in answers.answers],
-            "dropped_samples.json": [asdict(sample) for sample in checkpoint.state.dropped_samples],
+            "dropped_samples.json": [dropped.to_dict() for dropped in checkpoint.state.dropped_samples],
         }
     )
     complete(run.answers, checkpoint, answers.to_dict())

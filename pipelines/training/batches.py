@@ -1,8 +1,7 @@
 """From rows of the stream to batches of the model, and what a micro-batch counts.
 
-A row is one sample of the plan: `row`, `epoch`, `shard`, `index`, `key`, `reason`, `detail`, `input_ids`, `labels`,
-`images` (bytes) and `num_images`. A row with a `reason` takes part in no batch: "void" fills up the last step, any
-other reason is a faulty sample, which is counted.
+A row (`pipelines.data.schema.Row`) with a `reason` takes part in no batch: VOID fills up the last step, any other
+reason is a faulty sample, which is counted.
 
 Legend: B samples, T tokens, M images of all samples in order, S image size.
 """
@@ -19,26 +18,15 @@ from torch import Tensor
 from meteor_model.chat import IGNORE_INDEX
 from pipelines.checkpoint.state import DroppedSample
 from pipelines.config.settings import SettingsError
-from pipelines.data.schema import REASONS, VOID
+from pipelines.data.sample_id import SampleId
+from pipelines.data.schema import REASONS, Row, rows_from_table
 
-Row = Mapping[str, Any]
 Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
 """Examples (`input_ids`, `labels`, `images` uint8 (n, 3, S, S)) to a batch for the model's forward."""
 
 
 class StreamOrderError(ValueError):
     """The stream delivered other rows than the plan says; the message names both."""
-
-
-@dataclass(frozen=True, slots=True)
-class SampleId:
-    """Which sample a row holds: dataset of the mixture, epoch, shard of the split, index in the shard, and its key."""
-
-    dataset: int
-    epoch: int
-    shard: int
-    index: int
-    key: str
 
 
 @dataclass(frozen=True)
@@ -66,7 +54,7 @@ class MicroBatch:
 def iterate_rows(share: ray.data.DataIterator, micro_batch: int) -> Iterator[Sequence[Row]]:
     """The rows of one worker's share of a stream, `micro_batch` at a time."""
     for table in share.iter_batches(batch_size=micro_batch, batch_format="pyarrow", prefetch_batches=2):
-        yield table.to_pylist()
+        yield rows_from_table(table)
 
 
 @dataclass(frozen=True)
@@ -139,7 +127,7 @@ class BatchReader:
         part = next(rows, None)
         if part is None:
             raise StreamOrderError(f"{who}, and the data stream ended: it has fewer rows than the plan")
-        found = [int(row["row"]) for row in part]
+        found = [row.row for row in part]
         if found != list(range(expected, expected + self.micro_batch)):
             raise StreamOrderError(
                 f"{who} and got {found}: the data stream and the checkpoint disagree, or the stream is out of order"
@@ -157,27 +145,21 @@ class BatchReader:
 
 
 def _length(row: Row) -> int:
-    return len(row["input_ids"]) if not row["reason"] else 0
+    return len(row.input_ids) if row.usable else 0
 
 
 def make_micro_batch(rows: Sequence[Row], collate: Collate, pad_token_id: int) -> MicroBatch:
     """Collate the rows that are samples; without any, a batch of one padding token that no loss counts."""
-    samples = [row for row in rows if not row["reason"]]
-    dropped = tuple(_dropped(row) for row in rows if row["reason"] not in ("", VOID))
-    supervised = sum(int((np.asarray(row["labels"])[1:] != IGNORE_INDEX).sum()) for row in samples)
-    tokens = sum(len(row["input_ids"]) for row in samples)
+    samples = [row for row in rows if row.usable]
+    dropped = tuple(_dropped(row) for row in rows if not (row.usable or row.void))
+    supervised = sum(int((np.asarray(row.labels)[1:] != IGNORE_INDEX).sum()) for row in samples)
+    tokens = sum(len(row.input_ids) for row in samples)
     examples = [_example(row) for row in samples] or [_empty_example(pad_token_id)]
     num_images = tuple(len(example["images"]) for example in examples)
     inputs = collate(examples)
     cells = inputs["input_ids"].numel() if samples else 0
-    ids = tuple(_sample_id(row) for row in samples)
+    ids = tuple(row.sample for row in samples)
     return MicroBatch(inputs, num_images, supervised, tokens, cells, len(samples), ids, dropped)
-
-
-def _sample_id(row: Row) -> SampleId:
-    return SampleId(
-        int(row.get("dataset", 0)), int(row["epoch"]), int(row["shard"]), int(row["index"]), str(row["key"])
-    )
 
 
 def _empty_example(pad_token_id: int) -> dict[str, Any]:
@@ -185,28 +167,17 @@ def _empty_example(pad_token_id: int) -> dict[str, Any]:
 
 
 def _example(row: Row) -> dict[str, Any]:
-    count = int(row["num_images"])
     images = torch.empty(0, dtype=torch.uint8)
-    if count:
-        flat = torch.frombuffer(bytearray(row["images"]), dtype=torch.uint8)
-        size = int((flat.numel() // (3 * count)) ** 0.5)
-        images = flat.view(count, 3, size, size)
-    return {"input_ids": row["input_ids"], "labels": row["labels"], "images": images}
+    if row.num_images:
+        flat = torch.frombuffer(bytearray(row.images), dtype=torch.uint8)
+        images = flat.view(row.num_images, 3, row.image_size, row.image_size)
+    return {"input_ids": row.input_ids, "labels": row.labels, "images": images}
 
 
 def _dropped(row: Row) -> DroppedSample:
-    if row["reason"] not in REASONS:
-        raise AssertionError(f"row {row['row']} has the unknown reason {row['reason']!r}")
-    return DroppedSample(
-        row=int(row["row"]),
-        dataset=int(row.get("dataset", 0)),
-        epoch=int(row["epoch"]),
-        shard=int(row["shard"]),
-        index=int(row["index"]),
-        key=str(row["key"]),
-        reason=str(row["reason"]),
-        detail=str(row["detail"]),
-    )
+    if row.reason not in REASONS:
+        raise AssertionError(f"row {row.row} has the unknown reason {row.reason!r}")
+    return DroppedSample(row.row, row.sample, row.reason, row.detail)
 
 
 @dataclass(frozen=True)

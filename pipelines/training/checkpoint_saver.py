@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import ray.train
 import torch
 from ray.train import Checkpoint, CheckpointUploadMode
@@ -33,6 +32,7 @@ from pipelines.checkpoint.state import (
     TrainState,
 )
 from pipelines.data.ledger import Ledger
+from pipelines.data.sample_id import SampleId, SampleIds
 from pipelines.io.run_folder import RunFolder
 from pipelines.recovery.preemption import wait_committed
 from pipelines.tracking.points import Point, points_to_jsonl
@@ -70,7 +70,8 @@ class Saver:
     validate_every: int
     saved: int
     _uploaded: threading.Event = field(default_factory=threading.Event)
-    _consumed: list[tuple[int, int, int, int, int]] = field(default_factory=list)
+    _trained: list[SampleId] = field(default_factory=list)
+    _dropped: list[SampleId] = field(default_factory=list)
     _loss_file: tuple[LossFile, bytes] | None = None
 
     def __post_init__(self) -> None:
@@ -80,8 +81,8 @@ class Saver:
         """Note a step: what it consumed (samples, trained or dropped) and its loss."""
         self.losses.add(loss)
         for batch in members:
-            self._consumed += [(one.dataset, one.epoch, one.shard, one.index, 0) for one in batch.samples]
-            self._consumed += [(one.dataset, one.epoch, one.shard, one.index, 1) for one in batch.dropped]
+            self._trained += batch.samples
+            self._dropped += [dropped.sample for dropped in batch.dropped]
 
     def save(self, state: TrainState, pending: Sequence[Point], parity: Parity | None = None) -> str:
         """Save a checkpoint of `state`; every worker must call it. Returns the name of its folder in storage.
@@ -139,16 +140,13 @@ class Saver:
 
     def _gather(self) -> None:
         """What all workers consumed since the last checkpoint goes into rank 0's ledger."""
-        mine = np.asarray(self._consumed, dtype=np.int32).reshape(-1, 5)
-        self._consumed = []
+        mine = SampleIds.of(self._trained), SampleIds.of(self._dropped)
+        self._trained, self._dropped = [], []
         everywhere: list[Any] | None = [None] * self.world if self.rank == 0 else None
         torch.distributed.gather_object(mine, everywhere, dst=0)
-        if everywhere is None:
-            return
-        for dropped in (False, True):
-            rows = np.concatenate(everywhere).astype(np.int64)
-            rows = rows[rows[:, 4] == int(dropped)]
-            self.ledger.add(*rows[:, :4].T, dropped=dropped)
+        for trained, dropped in everywhere or ():
+            self.ledger.add(trained)
+            self.ledger.add(dropped, dropped=True)
 
     def _upload(self, checkpoint: Checkpoint, name: str) -> Checkpoint:
         if self.rank == 0 and self._loss_file is not None:  # first: a committed checkpoint has its losses

@@ -18,9 +18,10 @@ from numpy.random import SeedSequence
 from pipelines.checkpoint.state import MAX_LISTED_DROPS, DroppedSample, TrainState
 from pipelines.checkpoint.zero3 import schedule_factor
 from pipelines.config.settings import TrainingSettings
+from pipelines.data.sample_id import SampleId
 from pipelines.recovery.preemption import Preemption, preempted
 from pipelines.tracking.points import Point
-from pipelines.training.batches import Counts, MicroBatch, SampleId
+from pipelines.training.batches import Counts, MicroBatch
 from pipelines.training.checkpoint_saver import Saver
 from pipelines.training.heldout_loss import Parity
 
@@ -177,10 +178,7 @@ class Loop:
         batches = list(itertools.chain.from_iterable(everywhere))
         guilty = [samples for samples, finite in batches if not finite] or [samples for samples, _ in batches]
         samples = list(itertools.chain.from_iterable(guilty))
-        named = "; ".join(
-            f"{one.key} (dataset {one.dataset}, shard {one.shard}, sample {one.index}, epoch {one.epoch})"
-            for one in samples[:NAMED_SAMPLES]
-        )
+        named = "; ".join(f"{one.key} ({one})" for one in samples[:NAMED_SAMPLES])
         more = f" and {len(samples) - NAMED_SAMPLES} more" if len(samples) > NAMED_SAMPLES else ""
         raise DivergedError(
             f"the loss of step {self.state.step + 1} is {loss}; no weight was touched in that step, and the last "
@@ -224,8 +222,7 @@ class Loop:
             return
         self._gather_drops()
         first = "; ".join(
-            f"{sample.key} (shard {sample.shard}, sample {sample.index}): {sample.reason}, {sample.detail}"
-            for sample in self.state.dropped_samples[:5]
+            f"{one.sample.key} ({one.sample}): {one.reason}, {one.detail}" for one in self.state.dropped_samples[:5]
         )
         raise TooManyDropped(
             f"{dropped} of {judged} samples are faulty, more than max_drop_share {share} allows. By reason: "

@@ -55,7 +55,9 @@ from pipelines.checkpoint.zero3 import (
     weight_dtype,
 )
 from pipelines.config.settings import SettingsError, TrainingSettings
-from pipelines.data.ledger import Int64s, Ledger
+from pipelines.data.ledger import Ledger
+from pipelines.data.sample_id import Int64s
+from pipelines.data.schema import Row
 from pipelines.io import storage
 from pipelines.io.run_folder import TRAIN_NAME, RunFolder, run_folder
 from pipelines.io.upload import CheckpointUpload
@@ -64,7 +66,7 @@ from pipelines.recovery.preemption import ListeningTorchConfig, PreemptionWatch
 from pipelines.recovery.restart_policy import RestartPolicy
 from pipelines.recovery.run_lock import Claim, TellsOfFailure, exclusive
 from pipelines.tracking.points import Point, points_from_jsonl
-from pipelines.training.batches import BatchReader, Collate, Row, Share
+from pipelines.training.batches import BatchReader, Collate, Share
 from pipelines.training.checkpoint_saver import Saver
 from pipelines.training.heldout_loss import evaluate
 from pipelines.training.loop import Loop, MetricLogger, Observer

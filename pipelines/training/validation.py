@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from ray.data import DataIterator, Dataset
     from transformers import PreTrainedModel
 
-    from pipelines.training.batches import Collate, Row
+    from pipelines.data.schema import Row
+    from pipelines.training.batches import Collate
 
 PREFIX = "validation/"
 FAILED = PREFIX + "failed"

@@ -23,6 +23,7 @@ from benchmarks.chaos.audit import (
 from benchmarks.chaos.data import FAULTY, TRAIN_SIZES, ByteProcessor, key_of, keys_in, make_dataset, pack, sample
 from pipelines.checkpoint.state import DroppedSample, TrainState
 from pipelines.data.ledger import Ledger
+from pipelines.data.sample_id import SampleId, SampleIds
 from pipelines.data.schema import SampleError, parse_sample
 from pipelines.data.tar_format import parse_shard
 
@@ -46,7 +47,8 @@ def make_lines(attempt: str = "one", first: int = 1, last: int = STEPS, start: f
 
 
 def make_state() -> TrainState:
-    drops = tuple(DroppedSample(epoch, 0, epoch, 0, 2, "c", "undecodable_image", "") for epoch in range(EPOCHS))
+    faulty = [SampleId(0, epoch, 0, 2, "c") for epoch in range(EPOCHS)]
+    drops = tuple(DroppedSample(sample.epoch, sample, "undecodable_image", "") for sample in faulty)
     return TrainState(
         "hash",
         WORLD,
@@ -66,7 +68,7 @@ def make_ledger() -> Ledger:
     for epoch in range(EPOCHS):
         for shard, keys in enumerate(SHARDS):
             for index, key in enumerate(keys):
-                ledger.add([0], [epoch], [shard], [index], dropped=key in FAULTY_KEYS)
+                ledger.add(SampleIds.of([SampleId(0, epoch, shard, index)]), dropped=key in FAULTY_KEYS)
     return ledger
 
 
@@ -180,8 +182,8 @@ def test_a_ledger_that_lacks_or_adds_a_sample_fails() -> None:
         for shard, keys in enumerate(SHARDS):
             for index, key in enumerate(keys):
                 if (epoch, key) != (1, "e"):
-                    missing.add([0], [epoch], [shard], [index], dropped=key in FAULTY_KEYS)
-                dropped.add([0], [epoch], [shard], [index], dropped=key in {"c", "d"})
+                    missing.add(SampleIds.of([SampleId(0, epoch, shard, index)]), dropped=key in FAULTY_KEYS)
+                dropped.add(SampleIds.of([SampleId(0, epoch, shard, index)]), dropped=key in {"c", "d"})
     assert any("lacks" in wrong for wrong in ledger_violations(REFERENCE, missing.to_bytes(), SHARDS, EXPECTED))
     assert any("as dropped" in wrong for wrong in ledger_violations(REFERENCE, dropped.to_bytes(), SHARDS, EXPECTED))
     fewer = audit(_with_samples(lambda samples: samples[1:]), SHARDS, FAULTY_KEYS, EPOCHS, STEPS)
@@ -193,7 +195,8 @@ def test_samples_that_are_given_up_must_be_listed() -> None:
     lines = _with_samples(lambda samples: samples[1:])  # 'e' of epoch 0 is not trained
     lines = [dataclasses.replace(line, samples=tuple(s for s in line.samples if s[1] != "e")) for line in lines]
     expected = dataclasses.replace(EXPECTED, given_up={"e": "shard[1]"})
-    more = tuple(DroppedSample(9 + epoch, 0, epoch, 2, 1, "shard[1]", "bad_shard", "") for epoch in range(EPOCHS))
+    given_up = [SampleId(0, epoch, 2, 1, "shard[1]") for epoch in range(EPOCHS)]
+    more = tuple(DroppedSample(9 + sample.epoch, sample, "bad_shard", "") for sample in given_up)
     state = make_state()
     listed = dataclasses.replace(
         state,

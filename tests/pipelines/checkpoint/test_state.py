@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.checkpoint.state import CheckpointError, DroppedSample, TrainState
+from pipelines.data.sample_id import SampleId
 
 
 def state(**changes: object) -> TrainState:
@@ -25,7 +26,7 @@ def with_losses(before: TrainState, losses: list[float]) -> TrainState:
 @settings(deadline=None)
 @given(st.lists(st.floats(allow_nan=False), max_size=40))
 def test_state_keeps_every_bit(losses: list[float]) -> None:
-    drop = DroppedSample(21, 0, 0, 2, 1, "key21", "too_long", "600 tokens")
+    drop = DroppedSample(21, SampleId(0, 0, 2, 1, "key21"), "too_long", "600 tokens")
     before = with_losses(state(dropped={"too_long": 1}, dropped_samples=(drop,)), losses)
     assert TrainState.from_json(before.to_json(), "here") == before
     for part, found in ((losses[:10], before.loss_first), (losses[-10:], before.loss_last)):
@@ -51,6 +52,23 @@ def test_a_state_of_version_2_becomes_one_of_this_version() -> None:
     assert found.losses_in_version_2 == tuple(losses)
     assert dataclasses.replace(found, losses_in_version_2=()) == expected
     assert TrainState.from_json(found.to_json(), "here") == expected
+
+
+def test_a_dropped_sample_is_stored_as_it_always_was() -> None:
+    flat = {
+        "row": 21,
+        "dataset": 1,
+        "epoch": 0,
+        "shard": 2,
+        "index": 3,
+        "key": "k",
+        "reason": "too_long",
+        "detail": "d",
+    }
+    dropped = DroppedSample(21, SampleId(1, 0, 2, 3, "k"), "too_long", "d")
+    assert json.loads(state(dropped_samples=(dropped,)).to_json())["dropped_samples"] == [flat]
+    found = DroppedSample.from_dict(flat)
+    assert (found, found.sample.key) == (dropped, "k")
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"version": 1, "dropped_samples": []}', '{"version": 99}'])

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.data.ledger import Consumption, Ledger, LedgerError, Sample
+from pipelines.data.ledger import Consumption, Ledger, LedgerError
+from pipelines.data.sample_id import SampleId, SampleIds
 
 Place = tuple[int, int, int, int]
 SIZES = [[3, 0, 5, 1], [2, 4]]
@@ -25,14 +26,14 @@ ALL: list[Place] = [
 ]
 
 
-def columns(places: Iterable[Place]) -> list[np.ndarray]:
-    return list(np.array(list(places), dtype=np.int64).reshape(-1, 4).T)
+def ids(places: Iterable[Place]) -> SampleIds:
+    return SampleIds.of(SampleId(*place) for place in places)
 
 
 def filled(batches: list[tuple[list[Place], bool]]) -> Ledger:
     ledger = Ledger(SIZES)
     for places, dropped in batches:
-        ledger.add(*columns(places), dropped=dropped)
+        ledger.add(ids(places), dropped=dropped)
     return ledger
 
 
@@ -60,8 +61,8 @@ def test_counts_and_members_equal_plain_sets(history: list[tuple[list[Place], bo
     assert ledger.counts == {
         key: Consumption(sum(p[:2] == key for p in trained), sum(p[:2] == key for p in dropped)) for key in keys
     }
-    assert list(ledger.dropped_samples()) == [Sample(*place) for place in sorted(dropped)]
-    assert ledger.difference(Ledger(SIZES), limit=99) == ([Sample(*p) for p in sorted(trained | dropped)], [])
+    assert list(ledger.dropped_samples()) == [SampleId(*place) for place in sorted(dropped)]
+    assert ledger.difference(Ledger(SIZES), limit=99) == ([SampleId(*p) for p in sorted(trained | dropped)], [])
 
 
 @settings(deadline=None)
@@ -72,7 +73,7 @@ def test_equality_and_difference_are_those_of_sets(
     one, two = ({place for places, _ in history for place in places} for history in (first, second))
     ledger, other = filled(first), filled(second)
     assert (ledger == other) == (one == two)
-    expected = ([Sample(*p) for p in sorted(one - two)], [Sample(*p) for p in sorted(two - one)])
+    expected = ([SampleId(*p) for p in sorted(one - two)], [SampleId(*p) for p in sorted(two - one)])
     assert ledger.difference(other, limit=99) == expected
     assert ledger.difference(other, limit=1) == (expected[0][:1], expected[1][:1])
     if one == two:
@@ -102,11 +103,11 @@ def test_what_is_there_already_is_refused_by_name_and_nothing_is_added(
         seen.add(place)
     before = ledger.to_bytes()
     if first is None:
-        ledger.add(*columns(batch))
+        ledger.add(ids(batch))
         assert ledger.consumed == len(there) + len(batch)
         return
-    with pytest.raises(LedgerError, match=f"sample \\({Sample(*first)}\\) is consumed already"):
-        ledger.add(*columns(batch))
+    with pytest.raises(LedgerError, match=f"sample \\({SampleId(*first)}\\) is consumed already"):
+        ledger.add(ids(batch))
     assert ledger.to_bytes() == before
 
 
@@ -122,7 +123,7 @@ def test_bytes_hold_everything_and_are_the_same_for_every_order(history: list[tu
     assert again.to_bytes() == data
     assert filled([(places[::-1], dropped) for places, dropped in history[::-1]]).to_bytes() == data
     rest = [place for place in ALL if place not in {place for places, _ in history for place in places}]
-    again.add(*columns(rest))
+    again.add(ids(rest))
     assert again.consumed == len(ALL)
 
 
@@ -138,7 +139,7 @@ def test_whole_shards_are_their_samples(history: list[tuple[list[Place], bool]],
         assert by_shard.to_bytes() == before
         return
     by_shard.add_shards(0, 1, [shard])
-    by_sample.add(*columns(samples))
+    by_sample.add(ids(samples))
     assert by_shard.to_bytes() == by_sample.to_bytes()
 
 
@@ -158,12 +159,12 @@ def test_whole_shards_are_their_samples(history: list[tuple[list[Place], bool]],
 def test_a_sample_outside_the_data_is_named(place: Place, message: str) -> None:
     ledger = Ledger(SIZES)
     with pytest.raises(LedgerError, match=message):
-        ledger.add(*columns([(0, 0, 0, 0), place]))
+        ledger.add(ids([(0, 0, 0, 0), place]))
     assert ledger.consumed == 0
     with pytest.raises(LedgerError, match="outside the data"):
-        Ledger().add(*columns([place]))
+        Ledger().add(ids([place]))
     with pytest.raises(ValueError, match="shapes"):
-        ledger.add([0], [0], [0, 1], [0])
+        SampleIds(*(np.zeros(size, dtype=np.int64) for size in (1, 1, 2, 1)))
 
 
 def test_whole_shards_outside_the_data_or_twice_are_named() -> None:
@@ -183,7 +184,7 @@ def test_whole_shards_outside_the_data_or_twice_are_named() -> None:
 
 def test_an_empty_ledger_is_empty() -> None:
     ledger = Ledger()
-    ledger.add(*columns([]))
+    ledger.add(ids([]))
     assert (ledger.trained, ledger.dropped, ledger.consumed, ledger.counts) == (0, 0, 0, {})
     assert Ledger.from_bytes(ledger.to_bytes(), []) == ledger
     assert Ledger(SIZES) != ledger, "about other data"
@@ -224,7 +225,7 @@ def test_half_a_million_samples_take_well_under_a_second() -> None:
     order = generator.permutation(len(dataset))
     ledger = Ledger(sizes)
     started = time.process_time()
-    ledger.add(*(column[order] for column in rows))
+    ledger.add(SampleIds(*rows).take(order))
     assert time.process_time() - started < 1
     assert ledger.consumed == 500_000
     assert len(ledger.to_bytes()) < 2000

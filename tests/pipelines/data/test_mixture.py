@@ -16,6 +16,7 @@ from pipelines.data import mixture
 from pipelines.data.ledger import Ledger
 from pipelines.data.mixture import BLOCK, ITEM_WINDOWS, Item, Merge, MixturePlan, make_plan, read_amplification
 from pipelines.data.order import StreamPlan
+from pipelines.data.sample_id import SampleId, SampleIds
 from pipelines.data.shards import ShardInfo, save_manifest
 from tests.pipelines.data.elsewhere import printed_elsewhere
 
@@ -31,7 +32,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rows_of(source: MixturePlan | StreamPlan | Item, rows: list[int] | None = None) -> list[Row]:
-    found = source.locations() if rows is None else source.locate(np.array(rows, dtype=np.int64))  # type: ignore[union-attr]
+    found = source.sample_ids() if rows is None else source.locate(np.array(rows, dtype=np.int64))  # type: ignore[union-attr]
     return list(zip(*(column.tolist() for column in found.columns), strict=True))
 
 
@@ -136,7 +137,7 @@ def test_any_range_of_rows_is_that_slice_of_the_stream(plan: MixturePlan, data: 
 def test_the_consumed_samples_are_those_of_the_first_rows(plan: MixturePlan, data: st.DataObject) -> None:
     rows = data.draw(st.integers(0, plan.total_rows))
     ledger = Ledger(plan.sizes)
-    ledger.add(*np.array([row for row in every(plan)[:rows] if row != VOID], dtype=np.int64).reshape(-1, 4).T)
+    ledger.add(SampleIds.of(SampleId(*row) for row in every(plan)[:rows] if row != VOID))
     assert plan.consumed(rows).to_bytes() == ledger.to_bytes()
     with pytest.raises(ValueError, match="no part of this stream"):
         plan.consumed(plan.total_rows + 1)

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.data.ledger import Ledger
-from pipelines.data.order import VOID_EPOCH, Locations, StreamPlan, WorkItem
+from pipelines.data.order import StreamPlan, WorkItem
+from pipelines.data.sample_id import VOID_EPOCH, SampleIds
 from tests.pipelines.data.elsewhere import printed_elsewhere
 
 Row = tuple[int, int, int]
@@ -38,7 +39,7 @@ def enumerate_rows(plan: StreamPlan) -> list[Row]:
     return rows
 
 
-def rows_of(locations: Locations) -> list[Row]:
+def rows_of(locations: SampleIds) -> list[Row]:
     """(epoch, shard, index) of every row; the dataset is 0 or, of void rows, -1."""
     dataset, *others = (column.tolist() for column in locations.columns)
     rows = list(zip(*others, strict=True))
@@ -47,7 +48,7 @@ def rows_of(locations: Locations) -> list[Row]:
 
 
 def item_rows(item: WorkItem) -> list[Row]:
-    return rows_of(item.locations())
+    return rows_of(item.sample_ids())
 
 
 def located(plan: StreamPlan, rows: list[int]) -> list[Row]:
@@ -113,7 +114,7 @@ def test_any_range_of_rows_is_that_slice_of_the_stream(plan: StreamPlan, data: s
 def test_the_consumed_samples_are_those_of_the_first_rows(plan: StreamPlan, data: st.DataObject) -> None:
     rows = data.draw(st.integers(0, plan.total_rows))
     ledger = Ledger([plan.shard_samples])
-    ledger.add(*(column[: plan.total_samples] for column in plan.locate(np.arange(rows)).columns))
+    ledger.add(plan.locate(np.arange(rows)).take(slice(plan.total_samples)))
     planned = plan.consumed(rows)
     assert planned == ledger
     assert planned.to_bytes() == ledger.to_bytes()
@@ -176,7 +177,7 @@ def test_epochs_seeds_and_windows_have_orders_of_their_own() -> None:
     orders.append(tuple((shard, index) for shard in range(4) for index in range(50)))
     assert len(set(orders)) == 4
     first, second = next(plan.work(0)), next(plan.work(100))
-    assert [s % 50 for s in first.locations().index] != [s % 50 for s in second.locations().index]
+    assert [s % 50 for s in first.sample_ids().index] != [s % 50 for s in second.sample_ids().index]
 
 
 def test_a_window_mixes_its_shards_evenly() -> None:

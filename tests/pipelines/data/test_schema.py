@@ -7,7 +7,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.data.schema import REASONS, RawSample, SampleError, Turn, build_members, image_members, parse_sample
+from pipelines.data.sample_id import NO_SAMPLE, SampleId, SampleIds
+from pipelines.data.schema import (
+    REASONS,
+    ROW_SCHEMA,
+    VOID,
+    RawSample,
+    Row,
+    SampleError,
+    Turn,
+    build_members,
+    image_members,
+    parse_sample,
+    rows_from_table,
+    rows_to_table,
+)
 
 HUMAN, GPT = {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "red"}
 
@@ -101,3 +115,25 @@ def test_parse_inverts_build(images: list[tuple[str, bytes]], answers: list[str]
     assert sample.images == tuple(data for _, data in images)
     assert [turn.text for turn in sample.turns] == [turn["value"] for turn in turns]
     assert len(image_members([extension for extension, _ in images][:1])) == min(1, len(images))
+
+
+def test_rows_travel_as_tables() -> None:
+    rows = [
+        Row(7, SampleId(1, 0, 2, 3, "k"), "", "", [5, 6], [-100, 6], bytes(range(12)) * 2, 2, 2),
+        Row(8, SampleId(1, 0, 2, 4, "l"), "too_long", "600 tokens", [0], [-100]),
+        Row(9, NO_SAMPLE, VOID, "fills up the last step", [0], [-100]),
+    ]
+    table = rows_to_table(rows)
+    assert table.schema.equals(ROW_SCHEMA)
+    assert rows_from_table(table) == rows
+    assert [row.sample.key for row in rows_from_table(table)] == ["k", "l", ""]
+    assert [(row.usable, row.void) for row in rows] == [(True, False), (False, False), (False, True)]
+
+
+def test_sample_ids_are_samples_in_columns() -> None:
+    samples = [SampleId(0, 1, 2, 3, "a"), SampleId(1, 0, 5, 4, "b"), NO_SAMPLE]
+    ids = SampleIds.of(samples)
+    assert list(ids) == samples  # keys do not say which sample it is
+    assert list(ids.take(slice(1, 2))) == [samples[1]]
+    assert [len(ids), len(SampleIds.of([])), len(SampleIds.void(4))] == [3, 0, 4]
+    assert list(SampleIds.void(1)) == [NO_SAMPLE]

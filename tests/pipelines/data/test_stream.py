@@ -31,6 +31,8 @@ from pipelines.data import mixture, stream
 from pipelines.data.ledger import Ledger
 from pipelines.data.mixture import MixturePlan, Plan
 from pipelines.data.order import StreamPlan
+from pipelines.data.sample_id import SampleId, SampleIds
+from pipelines.data.schema import REASONS, ROW_SCHEMA, rows_from_table, sample_of
 from pipelines.data.shards import Manifest, ShardError, ShardInfo, load_manifest, read_shard, save_manifest
 from pipelines.data.stream import PlannedShards, RowEncoder, build_stream, data_config, encode_table
 
@@ -244,7 +246,7 @@ def test_rows_hold_what_the_sample_holds(manifest: Manifest) -> None:
 
     plan = make_plan()
     table = pa.concat_tables(local_tables(manifest, plan))
-    assert table.schema.equals(stream.STREAM_SCHEMA)
+    assert table.schema.equals(ROW_SCHEMA)
     assert table["row"].to_pylist() == list(range(plan.total_rows))
     located = plan.locate(np.arange(plan.total_rows))
     for name, column in zip(("dataset", "epoch", "shard", "index"), located.columns, strict=True):
@@ -261,7 +263,7 @@ def test_rows_hold_what_the_sample_holds(manifest: Manifest) -> None:
         assert bytes(row["input_ids"]).decode() == question + answer
         assert row["labels"] == [-100] * len(question) + list(answer.encode())
         images = [decode_image(data, SIZE) for name, data in sorted(members.items()) if name.endswith("jpg")]
-        assert row["num_images"] == len(images)
+        assert (row["num_images"], row["image_size"]) == (len(images), SIZE if images else 0)
         assert row["images"] == b"".join(image.numpy().tobytes() for image in images)
 
 
@@ -284,24 +286,22 @@ def test_the_worker_side_takes_these_rows(manifest: Manifest) -> None:
     from pipelines.training.batches import BatchReader, Share
 
     plan = make_plan()
-    rows = pa.concat_tables(local_tables(manifest, plan)).to_pylist()
+    rows = rows_from_table(pa.concat_tables(local_tables(manifest, plan)))
     mine = [rows[first : first + MICRO] for first in range(MICRO, len(rows), 2 * MICRO)]
     share = Share(rank=1, world=2, per_step=GLOBAL // MICRO)
     reader = BatchReader(partial(collate, pad_token_id=PAD, image_size=SIZE), PAD, MICRO, share)
     batches = [batch for step in reader.read(iter(mine), 0, plan.total_rows) for batch in step]
-    assert sum(batch.seen for batch in batches) == sum(not row["reason"] for batch in mine for row in batch)
-    assert sum(len(batch.dropped) for batch in batches) == sum(
-        row["reason"] not in ("", "void") for batch in mine for row in batch
-    )
+    assert sum(batch.seen for batch in batches) == sum(row.usable for batch in mine for row in batch)
+    assert sum(len(batch.dropped) for batch in batches) == sum(row.reason in REASONS for batch in mine for row in batch)
     for batch, of_batch in zip(batches, mine, strict=True):
-        pixels = b"".join(row["images"] for row in of_batch)
+        pixels = b"".join(row.images for row in of_batch)
         assert batch.inputs["pixel_values"].numpy().tobytes() == pixels
 
 
 def test_long_samples_are_refused_before_their_images_are_decoded() -> None:
     members = {"json": record("<image>" + "long " * 40, "yes"), "jpg": b"no image at all"}
-    row = RowEncoder(ByteProcessor, PAD, MAX_LENGTH)("key", members)
-    assert (row["key"], row["reason"]) == ("key", "too_long")
+    row = RowEncoder(ByteProcessor, PAD, MAX_LENGTH)(3, SampleId(0, 0, 0, 0, "key"), members)
+    assert (row.row, row.sample.key, row.reason) == (3, "key", "too_long")
 
 
 def test_a_processor_that_refuses_a_good_sample_is_an_error_that_names_it() -> None:
@@ -310,7 +310,7 @@ def test_a_processor_that_refuses_a_good_sample_is_an_error_that_names_it() -> N
             raise ValueError("no template")
 
     with pytest.raises(ValueError, match="sample 'k7' is well-formed but cannot be encoded: no template"):
-        RowEncoder(Refusing, PAD, MAX_LENGTH)("k7", {"json": record("hello", "yes")})
+        RowEncoder(Refusing, PAD, MAX_LENGTH)(0, SampleId(0, 0, 0, 0, "k7"), {"json": record("hello", "yes")})
 
 
 def test_many_windows_share_read_tasks(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -410,7 +410,7 @@ def test_two_datasets_mix_as_planned(
     check_order(taken, plan, 0)
     rows = [row for batches in taken for batch in batches for row in batch if row["reason"] != "void"]
     ledger = Ledger(plan.sizes)
-    ledger.add(*np.array([[row[name] for name in ("dataset", "epoch", "shard", "index")] for row in rows]).T)
+    ledger.add(SampleIds.of(sample_of(row) for row in rows))
     assert ledger == plan.consumed(plan.total_rows)
 
 

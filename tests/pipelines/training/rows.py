@@ -9,6 +9,8 @@ import numpy as np
 import ray.data
 
 from pipelines.data.ledger import Ledger
+from pipelines.data.sample_id import NO_SAMPLE, SampleId, SampleIds
+from pipelines.data.schema import VOID, Row
 
 IMAGE_SIZE = 4
 VOCABULARY = 32
@@ -25,31 +27,32 @@ def make_row(
     faulty: Sequence[int],
     fails_at: int | None = None,
     stuck_at: int | None = None,
-) -> dict[str, Any]:
+) -> Row:
     """Row `row` of the synthetic plan: 0 to 2 images, uneven numbers of supervised tokens."""
     if row == stuck_at:
         time.sleep(600)
     if row == fails_at:
         raise ValueError(f"row {row} cannot be read: shard-000003.tar is truncated")
     random = np.random.default_rng(row)
-    place = {"row": row, "dataset": 0, "epoch": 0, "shard": row // 10, "index": row % 10, "key": f"key{row}"}
-    nothing = {"input_ids": [PAD], "labels": [-100], "images": b"", "num_images": 0}
+    sample = SampleId(0, 0, row // 10, row % 10, f"key{row}")
     if row >= samples:
-        return {**place, "dataset": -1, "epoch": -1, "reason": "void", "detail": "", **nothing}
+        return Row(row, NO_SAMPLE, VOID, "", [PAD], [-100])
     if row in faulty:
-        return {**place, "reason": "undecodable_image", "detail": "not an image", **nothing}
+        return Row(row, sample, "undecodable_image", "not an image", [PAD], [-100])
     count = 0 if row in TEXT_ONLY_ROWS else int(random.integers(0, 3))
     text = random.integers(2, VOCABULARY, int(random.integers(3, 20))).tolist()
     hidden = int(random.integers(1, len(text)))
-    return {
-        **place,
-        "reason": "",
-        "detail": "",
-        "input_ids": [IMAGE] * count + text,
-        "labels": [-100] * (count + hidden) + text[hidden:],
-        "images": random.integers(0, 256, count * 3 * IMAGE_SIZE**2, dtype=np.uint8).tobytes(),
-        "num_images": count,
-    }
+    return Row(
+        row,
+        sample,
+        reason="",
+        detail="",
+        input_ids=[IMAGE] * count + text,
+        labels=[-100] * (count + hidden) + text[hidden:],
+        images=random.integers(0, 256, count * 3 * IMAGE_SIZE**2, dtype=np.uint8).tobytes(),
+        num_images=count,
+        image_size=IMAGE_SIZE,
+    )
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Plan:
     def consumed(self, rows: int) -> Ledger:
         ledger = Ledger(self.sizes)
         row = np.arange(min(rows, self.total_samples))
-        ledger.add(np.zeros_like(row), np.zeros_like(row), row // 10, row % 10)
+        ledger.add(SampleIds(np.zeros_like(row), np.zeros_like(row), row // 10, row % 10))
         return ledger
 
 
@@ -74,7 +77,7 @@ def make_stream(
     total: int, samples: int, faulty: Sequence[int], micro: int, start: int, *, spare: int = 0, **faults: Any
 ) -> Any:
     def read(item: dict[str, Any]) -> dict[str, Any]:
-        return make_row(item["item"], total, samples, faulty, **faults)
+        return make_row(item["item"], total, samples, faulty, **faults).to_columns()
 
     ray.data.DataContext.get_current().enable_progress_bars = False
     rows = ray.data.from_items(list(range(start, total + spare)), override_num_blocks=3)

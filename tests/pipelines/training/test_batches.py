@@ -1,9 +1,9 @@
 """From rows to micro-batches: what they count, who of the workers runs them, and how they are cut."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from meteor_model.processing_meteor import collate
 from pipelines.config.settings import SettingsError
+from pipelines.data.schema import Row
 from pipelines.training.batches import BatchReader, Counts, Share, StreamOrderError, make_micro_batch
 from tests.pipelines.training.rows import FAULTY_ROW, IMAGE_SIZE, PAD, make_row
 from tests.pipelines.training.stand_in import SAMPLES, TOTAL
@@ -19,20 +20,20 @@ from tests.pipelines.training.stand_in import SAMPLES, TOTAL
 COLLATE = partial(collate, pad_token_id=PAD, image_size=IMAGE_SIZE)
 
 
-def rows(first: int, count: int) -> list[dict[str, Any]]:
+def rows(first: int, count: int) -> list[Row]:
     return [make_row(row, TOTAL, SAMPLES, (FAULTY_ROW,)) for row in range(first, first + count)]
 
 
 def test_micro_batch_counts_samples_tokens_and_faults() -> None:
     members = rows(20, 4)
     batch = make_micro_batch(members, COLLATE, PAD)
-    samples = [row for row in members if not row["reason"]]
+    samples = [row for row in members if row.usable]
     assert batch.seen == 3
-    assert [(sample.row, sample.key, sample.reason) for sample in batch.dropped] == [(21, "key21", "undecodable_image")]
-    assert batch.supervised == sum(label != -100 for row in samples for label in row["labels"][1:])
-    assert batch.tokens == sum(len(row["input_ids"]) for row in samples) == int(batch.inputs["attention_mask"].sum())
+    assert [(one.row, one.sample.key, one.reason) for one in batch.dropped] == [(21, "key21", "undecodable_image")]
+    assert batch.supervised == sum(label != -100 for row in samples for label in row.labels[1:])
+    assert batch.tokens == sum(len(row.input_ids) for row in samples) == int(batch.inputs["attention_mask"].sum())
     assert len(batch.inputs["pixel_values"]) == sum(batch.num_images)
-    pixels = b"".join(row["images"] for row in samples)
+    pixels = b"".join(row.images for row in samples)
     assert batch.inputs["pixel_values"].numpy().tobytes() == pixels
 
 
@@ -62,7 +63,7 @@ def test_more_workers_than_micro_batches_are_refused() -> None:
         Share(0, 5, 4)
 
 
-def micro_rows(world: int, rank: int, first_row: int, stop_row: int) -> Iterator[list[dict[str, object]]]:
+def micro_rows(world: int, rank: int, first_row: int, stop_row: int) -> Iterator[list[Row]]:
     return iter([rows(first, 4) for first in range(first_row, stop_row, 4)][rank::world])
 
 
@@ -76,7 +77,7 @@ def test_every_world_reads_the_same_samples_in_a_step(world: int, by_length: boo
         assert [len(batches) for batches in steps] == [-(-4 // world)] * 5
         for keys, batches in zip(found, steps, strict=True):
             keys |= {sample.key for batch in batches for sample in batch.samples}
-            keys |= {sample.key for batch in batches for sample in batch.dropped}
+            keys |= {dropped.sample.key for batch in batches for dropped in batch.dropped}
     assert found == [{f"key{row}" for row in range(first, min(first + 16, SAMPLES))} for first in range(16, TOTAL, 16)]
 
 
@@ -91,7 +92,7 @@ def test_reader_refuses_other_rows_and_a_stream_that_ends() -> None:
 @given(st.integers(1, 4).flatmap(lambda count: st.lists(st.integers(1, 60), min_size=4 * count, max_size=4 * count)))
 def test_batches_by_length_never_pad_more(lengths: list[int]) -> None:
     members = [
-        {**make_row(0, 1, 1, ()), "row": row, "input_ids": [2] * length, "labels": [2] * length, "num_images": 0}
+        replace(make_row(0, 1, 1, ()), row=row, input_ids=[2] * length, labels=[2] * length, num_images=0)
         for row, length in enumerate(lengths)
     ]
     plain = BatchReader(COLLATE, PAD, 4, Share(0, 1, 4)).batches(members)
@@ -112,8 +113,8 @@ def test_counts_add_up() -> None:
 
 
 def test_pixel_bytes_are_not_shared(tmp_path: Path) -> None:
-    member = next(row for row in rows(0, 8) if row["num_images"])
+    member = next(row for row in rows(0, 8) if row.num_images)
     batch = make_micro_batch([member], COLLATE, PAD)
     pixels: Tensor = batch.inputs["pixel_values"]
     pixels.zero_()
-    assert any(member["images"])
+    assert any(member.images)

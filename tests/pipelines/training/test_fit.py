@@ -87,7 +87,7 @@ def test_two_workers_train_what_one_process_trains(trained: tuple[Path, Training
 def test_every_sample_is_counted(trained: tuple[Path, TrainingResult]) -> None:
     state = trained[1].checkpoint.state
     assert state.dropped == {"undecodable_image": 1}
-    assert [(sample.row, sample.key) for sample in state.dropped_samples] == [(FAULTY_ROW, f"key{FAULTY_ROW}")]
+    assert [(one.row, one.sample.key) for one in state.dropped_samples] == [(FAULTY_ROW, f"key{FAULTY_ROW}")]
     assert state.samples_seen + 1 == SAMPLES
     assert (state.step, state.rows, state.world_size) == (6, TOTAL, 2)
 

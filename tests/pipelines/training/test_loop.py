@@ -141,7 +141,7 @@ def test_too_many_faulty_samples_stop_the_job() -> None:
     message = str(error.value)
     assert "5 of 93 samples are faulty, more than max_drop_share 0.05" in message
     assert "{'undecodable_image': 5}" in message
-    assert "key1 (shard 0, sample 1): undecodable_image, not an image; key4" in message
+    assert "key1 (dataset 0, epoch 0, shard 0, index 1): undecodable_image, not an image; key4" in message
     assert loop.state.step == 1
 
 
@@ -152,9 +152,7 @@ def test_a_loss_that_is_no_number_stops_before_the_update() -> None:
     engine.spoiled_at = 2
     with pytest.raises(DivergedError, match="loss of step 3 is nan") as error:
         loop.run(batches)
-    assert all(
-        f"key{row} (dataset 0, shard 3, sample {row - 30}, epoch 0)" in str(error.value) for row in range(32, 40)
-    )
+    assert all(f"key{row} (dataset 0, epoch 0, shard 3, index {row - 30})" in str(error.value) for row in range(32, 40))
     assert loop.state.step == 2
     assert engine.steps == 3 * engine.accumulation - 1
     assert all(parameter.isfinite().all() for parameter in engine.model.parameters())
