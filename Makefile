@@ -62,7 +62,7 @@ finetune: up  ## Fine-tune what pretrain registered
 
 sweep: up  ## Search budgets and front of the registered model (about 5 minutes) and register the winners; writes benchmarks/results/sweep.json
 	@$(SUBMIT) python jobs/sweep.py --output "$(CURDIR)/benchmarks/results/sweep.json" --budgets 8 16 --pareto \
-	  --compare-random True --trials 24 --max-concurrent 2 --register True $(ARGS)
+	  --compare-random --trials 24 --max-concurrent 2 --register $(ARGS)
 
 predict: up  ## Ask the registered model: make predict ARGS="--image FILE --prompt TEXT"
 	@$(STACK) run -- $(PY) jobs/predict.py --model models:/meteor@latest-pretrain $(ARGS)
@@ -71,7 +71,7 @@ calibrate: up  ## Measure ranks, budgets' certainty, drift and lambda: make cali
 	@$(SUBMIT) python jobs/calibrate.py --model models:/meteor@latest-pretrain --output "$(CURDIR)/runs/latest/calibration" $(ARGS)
 
 predict-shards: up  ## Answer a split to Parquet: make predict-shards ARGS="--manifest URL --output URL"
-	@$(SUBMIT) python jobs/predict.py shards --model models:/meteor@latest-pretrain $(ARGS)
+	@$(SUBMIT) python jobs/predict_shards.py --model models:/meteor@latest-pretrain $(ARGS)
 
 serve: up  ## Serve the registered model on Ray at 127.0.0.1:8000, as a job of its own: make serve ARGS="--port 9000"
 	@$(SUBMIT) python jobs/serve.py --model models:/meteor@latest-pretrain $(ARGS)
@@ -82,13 +82,13 @@ evaluate: up  ## Score a model on held-out questions: make evaluate ARGS="--mode
 register: up  ## List versions; or compare, promote, rollback: make register ARGS="compare champion budget-8"
 	@$(STACK) run -- $(PY) jobs/register.py $(or $(ARGS),list)
 
-shards: up  ## Make the drawings' shards: make shards ARGS="openmoji --out s3://meteor/data/mine"
+shards: up  ## Make the drawings' shards: make shards ARGS="openmoji --output s3://meteor/data/mine"
 	@$(STACK) run -- $(PY) jobs/make_shards.py $(ARGS)
 
 parts: $(PARTS_STAMP)  ## Make the pretrained parts of the recipe `small` (once; about 15 minutes): make parts ARGS="dinov2-small"
 	@$(PY) jobs/make_parts.py $(ARGS)
 
-visualize: up  ## Draw what is kept: make visualize ARGS="--image FILE --prompt A --prompt B --out DIR"
+visualize: up  ## Draw what is kept: make visualize ARGS="--image FILE --prompt A --prompt B --output DIR"
 	@$(STACK) run -- $(PY) jobs/visualize.py --model models:/meteor@latest-pretrain $(ARGS)
 
 flops: setup  ## Count FLOPs by stage beside the published table; writes benchmarks/results/flops.json

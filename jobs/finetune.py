@@ -1,4 +1,5 @@
-"""Fine-tune a registered or stored model, end to end: `ray job submit -- python jobs/finetune.py`."""
+#!/usr/bin/env python
+"""Fine-tune a registered or stored model, end to end: `ray job submit --working-dir . -- python jobs/finetune.py`."""
 
 from __future__ import annotations
 
@@ -7,7 +8,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from jobs.training_job import main
+from jobs.training_job import training_job
+
+JOB = training_job("finetune", "Train on from a registered or stored model, end to end, to a registered version.")
 
 if __name__ == "__main__":
-    sys.exit(main("finetune", "Train on from a registered or stored model, to a registered one."))
+    sys.exit(JOB.main())

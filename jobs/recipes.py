@@ -1,13 +1,10 @@
-"""The named recipes, and the command line that every training job shares."""
+"""The named recipes of the training jobs."""
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-
-import tyro
+from typing import Literal
 
 from meteor_model.checks import nearest
 from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, PruningConfig
@@ -139,6 +136,8 @@ def meteor_x4_7b() -> Recipe:
     return _published("meteor_x4_7b", METEOR_X4)
 
 
+RecipeName = Literal["eagle_x4_7b", "eagle_x5_7b", "meteor_x4_7b", "small", "tiny"]
+
 RECIPES: dict[str, dict[str, Callable[[], Recipe]]] = {
     "pretrain": {
         "eagle_x4_7b": eagle_x4_7b,
@@ -163,31 +162,3 @@ def recipe(job: str, name: str) -> Recipe:
     if name not in known:
         raise ValueError(f"unknown {job} recipe {name!r}; known: {', '.join(sorted(known))}{nearest(name, known)}")
     return known[name]()
-
-
-def parse_recipe(job: str, description: str, arguments: Sequence[str] | None = None) -> Recipe:
-    """The recipe that a command line asks for: `--recipe NAME`, then any setting by its dotted name.
-
-    Prints what is wrong and exits with 2 on an unknown recipe, an unknown setting (naming the nearest) or a bad value.
-    """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    front = argparse.ArgumentParser(add_help=False)
-    front.add_argument("--recipe", default="tiny")
-    chosen, rest = front.parse_known_args(arguments)
-    names = ", ".join(sorted(RECIPES[job]))
-    try:
-        base = recipe(job, chosen.recipe)
-        return tyro.cli(
-            Recipe,
-            default=base,
-            args=rest,
-            prog=f"python jobs/{job}.py",
-            description=f"{description}\n\n--recipe NAME chooses the defaults below ({names}); now {chosen.recipe!r}.",
-            config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
-        )
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-__all__ = ["RECIPES", "parse_recipe", "recipe"]

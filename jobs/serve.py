@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Serve a model over HTTP on Ray: `python jobs/serve.py --model models:/NAME@ALIAS`, until it is interrupted.
 
 POST to /invocations what `mlflow models serve` takes: `{"dataframe_records": [{"image", "prompt"}], "params": {...}}`.
@@ -6,18 +7,15 @@ POST to /invocations what `mlflow models serve` takes: `{"dataframe_records": [{
 import signal
 import sys
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import ray
-import tyro
-from ray import serve
-
-from jobs.command_line import run_command
-from pipelines.inference.serving import APP_NAME, ServeSettings, ServingError, build_app
-from pipelines.registry.versions import pin_model
+from jobs.command_line import Job
+from jobs.settings import Device, Tracking, check_gpus, check_model, cluster_gpus
+from pipelines.inference.settings import ServeSettings, ServingError
+from pipelines.io.console import say
 from pipelines.tracking.redact import hide_passwords
 
 
@@ -31,37 +29,46 @@ class Serve:
     """Address to listen at. There is no authentication: beyond loopback, put a proxy that has it in front."""
     port: int = 8000
     """Port to listen at."""
+    device: Device = "auto"
+    """Where the model runs; auto takes a GPU for each copy where the cluster has any."""
     serve: ServeSettings = field(default_factory=ServeSettings)
     """How."""
+    tracking: Tracking = field(default_factory=Tracking)
+    """MLflow."""
+
+
+def check(settings: Serve) -> None:
+    """What can be wrong before anything is started. Raises ValueError."""
+    check_model(settings.model, settings.tracking)
+    if not 1 <= settings.port <= 65535:
+        raise ServingError(f"port is {settings.port}; it must be in 1..65535")
+    check_gpus(settings.device, settings.serve.gpus)
 
 
 def run(settings: Serve) -> None:
-    """Serve until SIGINT or SIGTERM, then shut down. Raises ValueError for what is wrong with the settings."""
-    if not 1 <= settings.port <= 65535:
-        raise ServingError(f"port is {settings.port}; it must be in 1..65535")
+    """Serve until SIGINT or SIGTERM, then shut down."""
+    # Here: seconds of imports, which --help does not need.
+    from ray import serve
+
+    from pipelines.inference.serving import APP_NAME, build_app
+    from pipelines.registry.versions import pin_model
+
     # All replicas serve one version, wherever the alias moves.
-    model = pin_model(settings.model)
+    model = pin_model(settings.model, settings.tracking.uri)
+    how = replace(settings.serve, gpus=cluster_gpus(settings.device, settings.serve.gpus))
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
-    ray.init(ignore_reinit_error=True, logging_level="WARNING")
     serve.start(http_options={"host": settings.host, "port": settings.port})
     try:
-        serve.run(build_app(model, settings.serve), name=APP_NAME, route_prefix="/")
-        print(
-            f"serving   {hide_passwords(model.address)} at http://{settings.host}:{settings.port}/invocations",
-            flush=True,
-        )
+        serve.run(build_app(model, how), name=APP_NAME, route_prefix="/")
+        say(f"serving   {hide_passwords(model.address)} at http://{settings.host}:{settings.port}/invocations")
         stopped.wait()
     finally:
         serve.shutdown()
 
 
-def main() -> int:
-    """Command line; a fault of the input is one line on stderr and exit code 2."""
-    settings = tyro.cli(Serve, description=__doc__)
-    return run_command(lambda: run(settings))
-
+JOB = Job("serve", Serve, run, __doc__, check=check, needs_ray=True)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(JOB.main())

@@ -1,28 +1,71 @@
-"""What pretrain and finetune share: the command line, the connection to Ray, errors for people."""
+"""What pretrain and finetune share: a recipe by name, and any of its settings."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal, cast
 
-import ray
+import tyro
 
-from jobs.recipes import parse_recipe
-from pipelines.job.run import JobName, run_job
-from pipelines.recovery.failures import TrainingError
+from jobs.command_line import Job, chosen
+from jobs.recipes import RecipeName, recipe
+from jobs.settings import Tracking, check_manifest, check_model
+from pipelines.config.recipe import Recipe
+from pipelines.io.console import say
 from pipelines.tracking.redact import hide_passwords
 
+JobName = Literal["pretrain", "finetune"]
 
-def main(job: JobName, description: str, arguments: Sequence[str] | None = None) -> int:
-    """Run one job from its command line. Exit status: 0 done, 1 failed with a message, 2 wrong arguments."""
-    recipe = parse_recipe(job, description, arguments)
-    context = ray.init(ignore_reinit_error=True, logging_level="WARNING")
-    try:
-        run_job(recipe, job)
-    except (ValueError, TrainingError) as error:
-        print(f"\nerror: {error}", file=sys.stderr, flush=True)
-        return 1
-    if context.dashboard_url:
-        print(f"\n  Ray dashboard  http://{context.dashboard_url}", flush=True)
-    print(f"  MLflow         {hide_passwords(recipe.tracking.uri)}", flush=True)
-    return 0
+
+@dataclass(frozen=True)
+class Train:
+    """One run."""
+
+    settings: Annotated[Recipe, tyro.conf.arg(name="")]
+    recipe: RecipeName = "tiny"
+    """Named settings: the defaults of all below."""
+
+
+def training_job(job: JobName, description: str) -> Job[Train]:
+    """The job of this name."""
+    return Job(
+        job,
+        Train,
+        partial(_run, job),
+        description,
+        check=_check,
+        needs_ray=True,
+        defaults=partial(_defaults, job),
+        log=lambda train: Path(output, f"{job}.log") if (output := train.settings.run.output) else None,
+    )
+
+
+def _defaults(job: JobName, arguments: Sequence[str]) -> Train:
+    name = chosen(arguments, "--recipe", "tiny")
+    return Train(recipe(job, name), cast(RecipeName, name))
+
+
+def _check(train: Train) -> None:
+    settings = train.settings
+    if not settings.run.storage:
+        raise ValueError(
+            "run.storage is not set: give --run.storage s3://BUCKET/PREFIX or set METEOR_STORAGE "
+            "(`make up` and `python -m infra.local run -- ...` do it for the local stack)"
+        )
+    tracking = Tracking(settings.tracking.uri)
+    tracking.require()
+    if settings.model.start is not None:
+        check_model(settings.model.start, tracking, "model.start")
+    check_manifest(settings.data.manifest, "data.manifest")
+    for address in settings.data.mixture:
+        check_manifest(address, "data.mixture")
+
+
+def _run(job: JobName, train: Train) -> None:
+    from pipelines.job.run import run_job  # here: Ray Train and DeepSpeed, which --help does not need
+
+    say(f"  {'MLflow':<14} {hide_passwords(train.settings.tracking.uri)}")
+    run_job(train.settings, job)

@@ -24,6 +24,16 @@ LIGHT: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("pipelines.registry.card", SERVICES),
     ("pipelines.data.shards", SERVICES),
     ("pipelines.checkpoint.committed", SERVICES),
+    ("pipelines.io.console", SERVICES),
+    ("jobs.make_parts", SERVICES),
+    ("jobs.make_shards", SERVICES),
+    ("jobs.calibrate", SERVICES),
+    ("jobs.evaluate", SERVICES),
+    ("jobs.predict", SERVICES),
+    ("jobs.predict_shards", SERVICES),
+    ("jobs.register", SERVICES),
+    ("jobs.serve", SERVICES),
+    ("jobs.visualize", SERVICES),
     ("pipelines.tracking.mlflow_run", MODEL),
     ("pipelines.tracking.metric_logger", MODEL),
     ("pipelines.tracking.run_tracker", MODEL),
@@ -31,7 +41,7 @@ LIGHT: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("pipelines.registry.aliases", MODEL),
     ("pipelines.registry.scores", MODEL),
     ("pipelines.registry.promotion", MODEL),
-    ("jobs.register", MODEL),
+    ("pipelines.registry.tables", MODEL),
 )
 """Module, and the libraries that its import must not bring along; lightest first, since all are imported in turn."""
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from pipelines.checkpoint.local import local_copy
 from pipelines.io import storage
+from pipelines.io.console import say
 from pipelines.io.upload import upload_folder
 from pipelines.job.answers import PICTURES_FOLDER
 from pipelines.registry.provenance import training_tags
@@ -95,7 +96,7 @@ def register(settings: SweepSettings, prepared: Prepared) -> dict[str, Any]:
     for budget in settings.budgets:
         record = best_within(settings, prepared.records.all(), budget)
         if record is None:
-            print(f"  budget {budget:g}: no trial is within it, nothing is registered", flush=True)
+            say(f"  budget {budget:g}: no trial is within it, nothing is registered")
         else:
             winners.setdefault(record.id, []).append(settings.alias_of(budget))
     registered: dict[str, Any] = {}
@@ -123,7 +124,7 @@ def register(settings: SweepSettings, prepared: Prepared) -> dict[str, Any]:
                 suite=prepared.context.suite,
             )
         registered[version.uri] = {"trial": trial, "aliases": aliases}
-        print(f"  {trial} is {version.uri} ({', '.join(aliases)})", flush=True)
+        say(f"  {trial} is {version.uri} ({', '.join(aliases)})")
     return registered
 
 

@@ -20,6 +20,7 @@ from pipelines.data.build import differences
 from pipelines.evaluation.questions import readable_samples
 from pipelines.evaluation.scoring import Suite
 from pipelines.io import storage
+from pipelines.io.console import say
 from pipelines.io.fingerprint import sha256_of_json
 from pipelines.io.upload import upload_folder
 from pipelines.job.datasets import ensure_shards
@@ -146,11 +147,10 @@ def prepare(settings: SweepSettings) -> Prepared:
     facts = replace(facts, mlflow_run_id=logbook.run_id, finished=False)
     store_facts(url, facts)
     ranks = ranks_of_report(report) if report is not None else ranks_of_config(config)
-    print(
+    say(
         f"sweep {name} ({'continued' if continued else 'new'}) on {model}, suite {subject.suite.digest} of "
         f"{subject.suite.questions} questions, ranks by {', '.join(sorted(ranks)) or 'none'}, {concurrent} trials at a "
         f"time, MLflow run {logbook.run_id}",
-        flush=True,
     )
     context = TrialContext(name, url, base, subject.suite, subject.manifest.url, settings)
     return Prepared(name, url, facts, model, config, ranks, context, records, logbook, concurrent, trained)

@@ -31,8 +31,7 @@ class SweepSettings:
     budget_unit: Literal["tokens", "tflops"] = "tokens"
     """What budgets count: visual tokens after stage 3 (mean), or TFLOPs of one image and a short prompt."""
     pareto: bool = False
-    """Search the front of score against TFLOPs and visual tokens at once, too (--pareto alone is True, left out it is
-    False)."""
+    """Search the front of score against TFLOPs and visual tokens at once, too."""
     trials: PositiveInt = 16
     """Trials of each study."""
     pareto_sampler: Literal["tpe", "nsga2"] = "tpe"
@@ -84,8 +83,6 @@ class SweepSettings:
     """Training of a finetune trial; its model, pruning, name and places are the sweep's."""
 
     def __post_init__(self) -> None:
-        if not self.budgets and not self.pareto:
-            raise SettingsError("there is nothing to search: give --budgets NUMBER ... or --pareto")
         if len(set(self.budgets)) < len(self.budgets):
             raise SettingsError(f"budgets are {self.budgets}; they must differ")
         if self.portions > self.questions:
@@ -129,7 +126,13 @@ class SweepSettings:
         return f"budget-{budget:g}".replace(".", "_").replace("+", "")
 
     def studies(self) -> tuple[StudyPlan, ...]:
-        """One for each budget; for the front one that searches, one that draws at random, and the paper's defaults."""
+        """One for each budget; for the front one that searches, one that draws at random, and the paper's defaults.
+
+        Raises:
+            SettingsError: neither is asked for.
+        """
+        if not self.budgets and not self.pareto:
+            raise SettingsError("there is nothing to search: give --budgets NUMBER ... or --pareto")
         plans = [
             StudyPlan(f"budget-{budget:g}", self.trials, "tpe", budget, early_stopping=self.early_stopping)
             for budget in self.budgets

@@ -24,6 +24,7 @@ from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.flops import count_flops
 from pipelines.config.settings import SettingsError
 from pipelines.io import storage
+from pipelines.io.console import say
 from tune.conclude import conclude, readable, register, write_output
 from tune.defaults import BELOW_BUDGET, TARGET_SHARES, paper_choices, paper_settings
 from tune.prepare import Prepared, prepare, store_facts
@@ -58,11 +59,11 @@ def run_sweep(settings: SweepSettings) -> dict[str, Any]:
         write_output(settings, prepared, result)
     except BaseException:
         prepared.logbook.fail()
-        print(f"\n  kept: the trials of sweep {prepared.name}; the same command goes on (--name {prepared.name})")
+        say(f"\n  kept: the trials of sweep {prepared.name}; the same command goes on (--name {prepared.name})")
         raise
     prepared.logbook.finish()
     store_facts(prepared.url, replace(prepared.facts, finished=True))
-    print(f"\n{readable(settings, prepared, result)}", flush=True)
+    say(f"\n{readable(settings, prepared, result)}")
     return result
 
 
@@ -85,9 +86,9 @@ def _search(settings: SweepSettings, prepared: Prepared, plan: StudyPlan) -> Stu
         ended=lambda record: _ended(prepared, record),
     )
     if search.left == 0:
-        print(f"[{plan.name}] complete", flush=True)
+        say(f"[{plan.name}] complete")
         return search
-    print(f"[{plan.name}] {search.left} trials to run", flush=True)
+    say(f"[{plan.name}] {search.left} trials to run")
     trainable = tune.with_parameters(TRIALS[settings.kind], context=prepared.context)
     reserved = {"CPU": settings.cpus_per_trial, "GPU": settings.gpus_per_trial}
     filesystem, path = storage.arrow_filesystem(storage.join(prepared.url, "tune"))
@@ -168,5 +169,5 @@ def _scheduler(settings: SweepSettings, plan: StudyPlan) -> TrialScheduler:
 
 def _ended(prepared: Prepared, record: TrialRecord) -> None:
     what = f"{record.objective:.4f}" if record.objective is not None else record.error or ""
-    print(f"  {record.id}: {record.status} {what}", flush=True)
+    say(f"  {record.id}: {record.status} {what}")
     prepared.logbook.ended(record)

@@ -18,6 +18,7 @@ import ray
 from pydantic import PositiveInt
 
 from meteor_model.images import ImageError, decode_image
+from pipelines.calibration.settings import CalibrationError
 from pipelines.config.settings import SettingsError
 from pipelines.config.workers import Workers
 from pipelines.data import shards
@@ -26,10 +27,6 @@ from pipelines.data.stream import quieten
 from pipelines.io.validation import settings_class
 
 USABLE, TEXT_ONLY = "", "text_only"
-
-
-class CalibrationError(ValueError):
-    """Ranks cannot be measured, read or compared; the message says which and why."""
 
 
 @settings_class(error=SettingsError)

@@ -23,9 +23,8 @@ from meteor_model.encoders import encoder_class
 from meteor_model.pruning import RANK_ESTIMATORS
 from pipelines.calibration.image_plan import CalibrationError
 from pipelines.calibration.moments import Moments, half_width, smallest, sufficient_count
+from pipelines.calibration.settings import RELATIVE_TOLERANCE
 
-RELATIVE_TOLERANCE = 0.02
-"""Half width of a mean's interval, as a share of the mean, at which images are enough."""
 TOKEN_TOLERANCE = 1
 """Tokens by which a budget may move within the intervals when images are enough."""
 ESTIMATORS = tuple(RANK_ESTIMATORS)

@@ -43,9 +43,13 @@ from pipelines.inference.output import (
     whole_part,
 )
 from pipelines.io import storage
+from pipelines.io.console import progress, say
 from pipelines.registry.folder import model_digest
 from pipelines.registry.open import device_for, open_model
 from pipelines.registry.versions import PinnedModel
+
+PROGRESS_LINES = 20
+"""About as many lines tell how far a split is."""
 
 
 def predict_split(  # noqa: PLR0913 - the settings of a batch prediction, by name
@@ -95,7 +99,7 @@ def predict_split(  # noqa: PLR0913 - the settings of a batch prediction, by nam
         if found is not None:
             kept[part.number] = found
     missing = [part for part in parts if part.number not in kept]
-    print(f"{len(parts)} parts of {manifest.samples(split)} samples; {len(kept)} are there, {len(missing)} to answer")
+    say(f"{len(parts)} parts of {manifest.samples(split)} samples; {len(kept)} are there, {len(missing)} to answer")
     if missing:
         _answer_parts(missing, infos, output, model, asked, budget, workers)
     errors: Counter[str] = Counter()
@@ -138,7 +142,8 @@ def _answer_parts(
         num_gpus=workers.gpus or None,
     )
     for done, row in enumerate(written.iter_rows(), start=1):
-        print(f"  {row['name']}: {row['rows']} rows ({done} of {len(parts)} parts)", flush=True)
+        if done % -(-len(parts) // PROGRESS_LINES) == 0 or done == len(parts):
+            progress(done, len(parts), f"  {done} of {len(parts)} parts, the last {row['name']} of {row['rows']} rows")
 
 
 class _PartAnswerer:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from ray import serve
 from ray.serve import Application
@@ -25,46 +24,13 @@ from starlette.responses import JSONResponse, Response
 from meteor_model.answering import Answer, Answerer, Budget, Question, RequestError, read_rows
 from meteor_model.images import MAX_BYTES
 from meteor_model.loading import load_model_and_processor
+from pipelines.inference.settings import ServeSettings
 from pipelines.registry.open import device_for, open_model
 from pipelines.registry.versions import PinnedModel
 
 APP_NAME = "meteor"
 MAX_BODY_BYTES = MAX_BYTES * 4 // 3 + 2**20
 Item = tuple[Question, Budget]
-
-
-class ServingError(ValueError):
-    """A setting of the server that cannot be; the message names it."""
-
-
-@dataclass(frozen=True)
-class ServeSettings:
-    """How a model is served.
-
-    Attributes:
-        replicas: copies of the model.
-        cpus, gpus: that one of them reserves; without a GPU it runs on CPUs.
-        batch_rows: most rows that the model answers together; 1 batches nothing.
-        batch_wait_s: longest that a row waits for others.
-        ongoing: requests that a replica works on at a time.
-        queued: requests that may wait for a replica; more get a 503.
-    """
-
-    replicas: int = 1
-    cpus: float = 0.5
-    gpus: float = 0.0
-    batch_rows: int = 8
-    batch_wait_s: float = 0.02
-    ongoing: int = 32
-    queued: int = 64
-
-    def __post_init__(self) -> None:
-        for name in ("replicas", "batch_rows", "ongoing", "queued"):
-            if self.__dict__[name] < 1:
-                raise ServingError(f"{name} is {self.__dict__[name]}; it must be at least 1")
-        for name in ("cpus", "gpus", "batch_wait_s"):
-            if self.__dict__[name] < 0:
-                raise ServingError(f"{name} is {self.__dict__[name]}; it must not be negative")
 
 
 def build_app(model: PinnedModel, settings: ServeSettings) -> Application:

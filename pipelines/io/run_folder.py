@@ -121,6 +121,11 @@ class RunFolder:
         return self._path("summary.json")
 
     @property
+    def logs(self) -> str:
+        """What each start printed, its libraries and workers included."""
+        return self._path("logs")
+
+    @property
     def outbox(self) -> str:
         """What MLflow has not taken yet."""
         return self._path("outbox")

@@ -23,6 +23,7 @@ from pipelines.data.schema import RawSample
 from pipelines.evaluation.questions import draw_samples, question_of, readable_samples
 from pipelines.evaluation.scores import Score
 from pipelines.evaluation.scoring import Suite, score_model
+from pipelines.io.console import say
 from pipelines.io.run_folder import RunFolder
 from pipelines.io.upload import upload_folder
 from pipelines.job.export import complete, completed
@@ -96,7 +97,7 @@ def answer_heldout(
     if done := completed(run.answers, checkpoint):
         with local_copy(run.pictures) as earlier:
             shutil.copytree(earlier, pictures)
-        print("  answered by an earlier start", flush=True)
+        say("  answered by an earlier start")
         return HeldoutAnswers.from_dict(done)
     model, processor = load_model_and_processor(folder)
     available = readable_samples(manifest, recipe.data.heldout_split, processor)

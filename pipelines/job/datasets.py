@@ -10,6 +10,7 @@ from pipelines.data import shards
 from pipelines.data.build import make_shards
 from pipelines.data.sources.openmoji import OpenMoji
 from pipelines.io import storage
+from pipelines.io.console import say
 from pipelines.io.fingerprint import sha256_of_json
 
 
@@ -30,7 +31,7 @@ def ensure_shards(recipe: Recipe) -> tuple[shards.Manifest, ...]:
         url = storage.join(recipe.run.storage, "data", f"openmoji-{sha256_of_json(source.spec())[:8]}")
         made = make_shards(source, url)
         manifest = made.manifest
-        print(f"  shards: {url} ({'already there' if made.reused else f'made in {made.seconds:.1f} s'})", flush=True)
+        say(f"  shards: {url} ({'already there' if made.reused else f'made in {made.seconds:.1f} s'})")
     for split in (recipe.data.train_split, recipe.data.heldout_split):
         if not sum(info.samples for info in manifest.split(split)):
             raise SettingsError(f"{manifest.url} has no sample in the split {split!r}")

@@ -27,6 +27,7 @@ from pipelines.data import shards
 from pipelines.data.schema import RawSample
 from pipelines.evaluation.questions import readable_samples, solve_for_target
 from pipelines.io import storage
+from pipelines.io.console import say
 from pipelines.io.run_folder import RunFolder
 from pipelines.io.upload import upload_folder
 from pipelines.registry.folder import export_model, verify_checksums
@@ -100,7 +101,7 @@ def export_run(
         with local_copy(run.export) as exported:
             shutil.copytree(exported, folder)
         verify_checksums(folder)
-        print("  exported by an earlier start", flush=True)
+        say("  exported by an earlier start")
         return float(done["parity"])
 
     def prompts(processor: MeteorProcessor) -> list[RawSample]:
@@ -112,7 +113,7 @@ def export_run(
     )
     decode = exported_now.model.config.pruning.decode
     if decode.enabled and decode.target_mean is not None:
-        print(f"  lambda {decode.lam:.4g} for a mean of {decode.target_mean:g} visual tokens", flush=True)
+        say(f"  lambda {decode.lam:.4g} for a mean of {decode.target_mean:g} visual tokens")
     complete(run.exported, checkpoint, {"parity": exported_now.parity})
     return exported_now.parity
 

@@ -13,6 +13,7 @@ from pipelines.checkpoint.state import POINTS_FILE, TrainState
 from pipelines.config.recipe import Recipe
 from pipelines.data import shards
 from pipelines.io import storage
+from pipelines.io.console import say
 from pipelines.job.answers import HeldoutAnswers
 from pipelines.registry.aliases import move_alias
 from pipelines.registry.card import card
@@ -82,7 +83,7 @@ def register_run(trained: TrainedRun, folder: Path, answers: HeldoutAnswers) -> 
     if found:
         model_id = str(found[-1].source).removeprefix("models:/")
         version = RegisteredVersion(registry.name, int(found[-1].version), (), run_id, model_id)
-        print(f"  registered by an earlier start as version {version.version}", flush=True)
+        say(f"  registered by an earlier start as version {version.version}")
     else:
         tags = _version_tags(trained)
         whole = {} if answers.score is None else {suite_name(answers.suite): answers.score}

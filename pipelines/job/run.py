@@ -28,6 +28,7 @@ from pipelines.config.recipe import Recipe
 from pipelines.config.settings import SettingsError
 from pipelines.data import shards
 from pipelines.io import storage
+from pipelines.io.console import keep_log, say
 from pipelines.io.run_folder import RunFolder, run_folder
 from pipelines.job.answers import HeldoutAnswers, answer_heldout
 from pipelines.job.assemble import MetricsRun
@@ -52,11 +53,11 @@ class Phases:
     @contextmanager
     def __call__(self, name: str, what: str) -> Iterator[None]:
         """Print what begins and count its time under `name`."""
-        print(f"[{name}] {what}", flush=True)
+        say(f"[{name}] {what}")
         start = time.monotonic()
         yield
         self.seconds[name] = round(time.monotonic() - start, 2)
-        print(f"[{name}] done in {self.seconds[name]:.1f} s", flush=True)
+        say(f"[{name}] done in {self.seconds[name]:.1f} s")
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,10 @@ def run_job(recipe: Recipe, job: JobName) -> dict[str, Any]:
         manifests = ensure_shards(recipe)
         chosen = choose_run(recipe, job, manifests)
         if chosen.facts.finished:
-            print(f"run {chosen.name} is finished; choose another --run.name to train again", flush=True)
+            say(f"run {chosen.name} is finished; choose another --run.name to train again")
             return load_summary(recipe, run_folder(recipe.run.storage, chosen.name))
         run = _open(recipe, job, chosen, manifests)
+    keep_log(run.folder.logs)
     tracker = run.tracker
     logger = MetricLogger(tracker.run_id, recipe.tracking.uri, run.folder.url)
     system = SystemMetrics(logger, run.facts.started_ms)
@@ -110,12 +112,12 @@ def run_job(recipe: Recipe, job: JobName) -> dict[str, Any]:
         tracker.finish()
     except BaseException as error:
         tracker.fail()
-        print(f"\n  {what_is_kept(recipe.run.storage, run.name)}", flush=True)
+        say(f"\n  {what_is_kept(recipe.run.storage, run.name)}")
         if isinstance(error, TrackingAwayError):
             raise TrackingAwayError(f"{error}. {_how_to_go_on(run, phases)}") from error
         raise
     store_facts(recipe.run.storage, run.name, replace(run.facts, mlflow_run_id=tracker.run_id, finished=True))
-    print("\n" + readable(summary, answers.answers), flush=True)
+    say("\n" + readable(summary, answers.answers))
     return summary
 
 
@@ -181,9 +183,9 @@ def _tell_of_start(run: Run, ranks: dict[str, Any]) -> None:
     if parts := loaded_parts(run.folder.url):
         run.tracker.log_documents({"parts.json": parts})
     for part in parts:
-        print(f"  {part['name']}: {part['source']}, sha256 {part['sha256'][:12]}", flush=True)
+        say(f"  {part['name']}: {part['source']}, sha256 {part['sha256'][:12]}")
     for name, budget in ranks["budgets"].items():
-        print(f"  {name}: keeps {' -> '.join(map(str, budget))} tokens", flush=True)
+        say(f"  {name}: keeps {' -> '.join(map(str, budget))} tokens")
 
 
 # ------------------------------------------------------------------------------------------------------------- prepare
@@ -209,7 +211,7 @@ def check_places(recipe: Recipe) -> None:
     except TrackingAwayError as error:
         if recipe.tracking.when_down == "fail":
             raise TrackingAwayError(f"{error}; or train without it: --tracking.when-down buffer") from error
-        print(f"  {error}\n  its records are kept with the run until it answers", flush=True)
+        say(f"  {error}\n  its records are kept with the run until it answers")
 
 
 def _open(recipe: Recipe, job: JobName, chosen: ChosenRun, manifests: Sequence[shards.Manifest]) -> Run:
@@ -248,9 +250,8 @@ def _open(recipe: Recipe, job: JobName, chosen: ChosenRun, manifests: Sequence[s
     if recipe.tracking.when_down == "fail":
         tracker.open()
     tracker.start()
-    print(
+    say(
         f"  run {name} ({'continued' if chosen.continued else 'new'}), "
         f"MLflow run {tracker.run_id or '(when MLflow is there)'}",
-        flush=True,
     )
     return Run(recipe, job, name, folder, facts, manifests, tracker)

@@ -33,6 +33,7 @@ from pipelines.config.recipe import Recipe
 from pipelines.data import shards
 from pipelines.data.schema import SampleError, parse_sample
 from pipelines.io import storage
+from pipelines.io.console import say
 from pipelines.io.run_folder import RunFolder
 from pipelines.io.upload import upload_folder
 from pipelines.parts import default_parts_dir, resolve_sources
@@ -112,7 +113,7 @@ def _built(
     """
     settings = recipe.model
     parts = settings.pretrained()
-    sources = resolve_sources(parts.weights, Path(settings.parts_dir or default_parts_dir()), _say)
+    sources = resolve_sources(parts.weights, Path(settings.parts_dir or default_parts_dir()), say)
     rows = 0
     if LLM_PART in sources:
         tokenizer = pretrained_tokenizer(sources[LLM_PART])
@@ -129,10 +130,6 @@ def _built(
     loaded = load_parts(model, sources)
     images = MeteorImageProcessor(parts.image_size)
     return model, MeteorProcessor(images, tokenizer, config.tokens_per_image, template=settings.template), loaded
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
 
 
 def _pulled(recipe: Recipe) -> tuple[MeteorForConditionalGeneration, MeteorProcessor]:

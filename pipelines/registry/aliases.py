@@ -90,7 +90,7 @@ def roll_back(registry: Registry, alias: str) -> Move:
         raise TrackingError(
             f"alias {alias!r} of model {registry.name!r} {now} and there is no version before (its history: "
             f"{listing(history)}); promote one:\n"
-            f"  python jobs/register.py promote --model {registry.name} --version N --to {alias}"
+            f"  python jobs/register.py promote --tracking.registered-model {registry.name} --version N --to {alias}"
         )
     after = earlier[-1]
     _keep_history(registry, registered, alias, earlier)

@@ -65,7 +65,7 @@ def what_is_lacking(version: ModelVersion, tolerance: float = PARITY_TOLERANCE) 
 
 
 def _parity_command(version: ModelVersion) -> str:
-    return f"python jobs/register.py parity --model {version.name} --version {version.version}"
+    return f"python jobs/register.py parity --tracking.registered-model {version.name} --version {version.version}"
 
 
 def _number(text: str) -> float:

@@ -7,7 +7,6 @@ and every decision to stop is made from numbers that all workers have.
 import dataclasses
 import itertools
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -19,6 +18,7 @@ from pipelines.checkpoint.state import MAX_LISTED_DROPS, DroppedSample, TrainSta
 from pipelines.checkpoint.zero3 import schedule_factor
 from pipelines.config.settings import TrainingSettings
 from pipelines.data.sample_id import SampleId
+from pipelines.io.console import progress_from_worker, say_from_worker
 from pipelines.recovery.preemption import Preemption, preempted
 from pipelines.tracking.points import Point
 from pipelines.training.batches import Counts, MicroBatch
@@ -251,9 +251,7 @@ class Loop:
             "samples_dropped": float(sum(self.state.dropped.values())),
             "workers": float(self.world),
         }
-        # Ray Train replaces print by one that shows every line twice.
-        sys.stdout.write(progress_line(self.state, metrics) + "\n")
-        sys.stdout.flush()
+        progress_from_worker(self.state.step, self.state.total_steps, progress_line(self.state, metrics))
         if self.logger is not None:
             self.logger.log(metrics, self.state.step)
 
@@ -264,7 +262,7 @@ class Loop:
             committed = self.saver.wait_committed(name, notice.seconds_left(self.settings.preemption_grace_s))
             raise preempted(notice, self.state.step, committed)
         if self.rank == 0:
-            sys.stdout.write(f"  {notice.detail}: checkpoint of step {self.state.step}; the training goes on\n")
+            say_from_worker(f"  {notice.detail}: checkpoint of step {self.state.step}; the training goes on")
 
     def _checkpoint(self, parity: Parity | None = None) -> str:
         self._gather_drops()

@@ -59,6 +59,7 @@ from pipelines.data.ledger import Ledger
 from pipelines.data.sample_id import Int64s
 from pipelines.data.schema import Row
 from pipelines.io import storage
+from pipelines.io.console import say, warn_from_worker
 from pipelines.io.run_folder import TRAIN_NAME, RunFolder, run_folder
 from pipelines.io.upload import CheckpointUpload
 from pipelines.recovery.failures import TrainingError, root_cause
@@ -216,7 +217,7 @@ def _train(job: TrainingJob, claim: Claim) -> CheckpointRef:
         if cause is None:
             raise CheckpointError(f"{subject} ended without its last checkpoint in {job.url}")
         restart = policy.after(cause, reached.state.step if reached else -1)
-        print(f"  {restart.reason}", flush=True)
+        say(f"  {restart.reason}")
         time.sleep(restart.pause_s)
     raise AssertionError("attempts have no end")
 
@@ -430,10 +431,11 @@ def _saver(job: TrainingJob, engine: Any, start: Start, rank: int, world: int) -
 
 
 def _quieten() -> None:
-    """Leave out what the libraries say in every run.
+    """Leave out what the libraries say in every run, and show this project's own warnings.
 
-    A report's repetition of its metrics, and a deprecation inside DeepSpeed.
+    Left out are a report's repetition of its metrics, and a deprecation inside DeepSpeed.
     """
+    warn_from_worker()
     logging.getLogger(ray_train_context.__file__).setLevel(logging.WARNING)
     deprecated = r".*(all_gather_into_tensor|reduce_scatter_tensor).*"
     warnings.filterwarnings("ignore", message=deprecated, category=FutureWarning)

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,13 @@ import pytest
 import torch
 
 from infra.services import Stack, full_env
-from jobs.calibrate import Calibrate, calibrate, check, main
+from jobs.calibrate import JOB
 from meteor_model.images import decode_image
 from pipelines.calibration.image_plan import CalibrationError, ImagePlan, ReadBatches, _next_wave, _Survey
+from pipelines.calibration.job import calibrate
 from pipelines.calibration.moments import Moments, half_width
 from pipelines.calibration.ranks import ESTIMATORS, RankReport, as_rows, measures_of
+from pipelines.calibration.settings import CalibrateSettings
 from pipelines.data import shards
 from pipelines.data.schema import parse_sample
 from pipelines.data.sources import Packed
@@ -131,7 +133,7 @@ def test_waves_take_shards_until_there_may_be_enough(tmp_path: Path) -> None:
 )
 def test_bad_settings_are_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check(replace(Calibrate("folder"), **change))
+        CalibrateSettings("folder", **change)
 
 
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
@@ -140,15 +142,12 @@ def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
         pass
 
 
-def test_a_fault_is_one_line_and_exit_code_2(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_fault_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(CalibrationError, match="manifest is missing"):
-        calibrate(Calibrate(str(tmp_path)))
+        calibrate(CalibrateSettings(str(tmp_path)), "")
     with pytest.raises(shards.ShardError, match="there is no manifest here"):
-        calibrate(Calibrate(str(tmp_path), manifest=str(tmp_path)))
-    monkeypatch.setattr(sys, "argv", ["calibrate.py", "--model", "folder", "--samples", "0"])
-    assert main() == 2
+        calibrate(CalibrateSettings(str(tmp_path), manifest=str(tmp_path)), "")
+    assert JOB.main(["--model", str(tmp_path), "--samples", "0"]) == 2
     assert capsys.readouterr().err == "error: samples is 0; an interval needs at least 2 images\n"
 
 

@@ -119,15 +119,15 @@ def test_a_fresh_process_with_the_registry_s_address_alone_answers(
 
 
 def test_a_finished_run_is_not_trained_again(in_stack: Stack, pretrained: dict[str, Any]) -> None:
-    from jobs.recipes import parse_recipe
+    from jobs.pretrain import JOB
     from pipelines.job.datasets import ensure_shards
     from pipelines.job.names import choose_run
 
-    same = parse_recipe("pretrain", "", ["--run.name", "first", *SMALL])
+    same = JOB.parse(["--run.name", "first", *SMALL]).settings
     manifests = ensure_shards(same)
     chosen = choose_run(same, "pretrain", manifests)
     assert (chosen.name, chosen.facts.finished) == ("first", True)
-    other = parse_recipe("pretrain", "", ["--run.name", "first", *SMALL, "--training.seed", "5"])
+    other = JOB.parse(["--run.name", "first", *SMALL, "--training.seed", "5"]).settings
     with pytest.raises(ValueError, match=r"training\.seed: 0 -> 5"):
         choose_run(other, "pretrain", manifests)
     with pytest.raises(ValueError, match="job: 'pretrain' -> 'finetune'"):
@@ -153,7 +153,7 @@ def test_finetune_goes_on_from_the_registered_model(stack: Stack, pretrained: di
 )
 def test_wrong_places_fail_at_once_and_are_named(in_stack: Stack, arguments: tuple[str, ...], message: str) -> None:
     """Before anything is started, on the driver: no need to go through a submitted job."""
-    from jobs.recipes import parse_recipe
+    from jobs.pretrain import JOB
     from pipelines.config.recipe import Recipe
     from pipelines.job.datasets import ensure_shards
     from pipelines.job.run import check_places
@@ -163,4 +163,4 @@ def test_wrong_places_fail_at_once_and_are_named(in_stack: Stack, arguments: tup
         ensure_shards(recipe)
 
     with pytest.raises(ValueError, match=message):
-        prepare(parse_recipe("pretrain", "", [*SMALL, *arguments]))
+        prepare(JOB.parse([*SMALL, *arguments]).settings)

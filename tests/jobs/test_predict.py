@@ -158,7 +158,7 @@ def test_variants_with_the_same_weights_are_two_models(folder: Path, tmp_path: P
 def test_a_killed_job_answers_what_is_missing_and_nothing_twice(folder: Path, tmp_path: Path) -> None:
     manifest, out = make(str(tmp_path / "data")), tmp_path / "out"
     arguments = {"model": folder, "manifest": tmp_path / "data", "split": "train", "output": out}
-    command = [sys.executable, "jobs/predict.py", "shards", "--part-samples", "2", "--max-new-tokens", "3"]
+    command = [sys.executable, "jobs/predict_shards.py", "--part-samples", "2", "--max-new-tokens", "3"]
     command += [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
     environment = own_environment()
     kill_when(lambda: len(list(out.glob("part-*"))) >= 2, command, environment, tmp_path / "log")

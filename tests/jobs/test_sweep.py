@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 from PIL import Image
 from ray.tune.result import DONE
 
-from jobs.sweep import parse
+from jobs.sweep import JOB, Sweep, check
 from pipelines.checkpoint.committed import latest_checkpoint
 from pipelines.config.recipe import CalibrationSettings, ModelSettings, Recipe, TrackingSettings
 from pipelines.config.settings import DataSettings, SettingsError, TrainingSettings
@@ -224,12 +224,13 @@ def test_a_killed_sweep_goes_on_by_the_same_command(place: Place, tmp_path: Path
     """SIGKILL of the driver and of its Ray, while trials are under way."""
     settings = {
         "model": "models:/meteor@base", "budgets": 8, "trials": 4, "questions": 8, "portions": 2, "batch": 4,
-        "calibration-samples": 8, "pictures": 0, "early-stopping": False, "max-concurrent": 2, "name": "killed",
+        "calibration-samples": 8, "pictures": 0, "max-concurrent": 2, "name": "killed",
         "storage": tmp_path,
     }  # fmt: skip
     command = [
         sys.executable,
         "jobs/sweep.py",
+        "--no-early-stopping",
         *(str(w) for name, value in settings.items() for w in (f"--{name}", value)),
     ]
     environment = {**own_environment(), "MLFLOW_TRACKING_URI": place.settings.tracking.uri}
@@ -344,12 +345,16 @@ def test_what_cannot_be_swept(place: Place, swept: tuple[SweepSettings, dict[str
             run_sweep(replace(place.settings, trials=1, name="hopeless"))
 
 
-def test_command_line() -> None:
-    assert parse(["--budgets", "64", "128"]).budgets == (64.0, 128.0)
-    assert not parse(["--budgets", "64", "128"]).pareto
-    assert parse(["--pareto"]).pareto
-    both = parse(["--budgets", "8", "--pareto", "--trials", "3", "--train.training.workers", "1"])
+def test_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def parse(*arguments: str) -> SweepSettings:
+        return JOB.parse(arguments).settings
+
+    assert parse("--budgets", "64", "128").budgets == (64.0, 128.0)
+    assert not parse("--budgets", "64", "128").pareto
+    assert parse("--pareto").pareto
+    both = parse("--budgets", "8", "--pareto", "--trials", "3", "--train.training.workers", "1")
     assert (both.budgets, both.pareto, both.trials, both.train.training.workers) == ((8.0,), True, 3, 1)
-    for wrong in (["--budgets", "0"], []):
-        with pytest.raises(SystemExit):
-            parse(wrong)
+    with pytest.raises(ValueError, match=r"budgets"):
+        parse("--budgets", "0")
+    with pytest.raises(SettingsError, match="nothing to search"):
+        check(Sweep(parse()))

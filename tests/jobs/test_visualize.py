@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from jobs.visualize import Visualize, check, main, visualize
+from jobs.settings import Tracking
+from jobs.visualize import JOB, Visualize, check, run
 from pipelines.registry.folder import export_model
 from tests.meteor_model.builders import PRUNED, model, processor
 
@@ -35,41 +36,38 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Visualize:
         ({"rank_images": (Path("nowhere.png"),)}, "image nowhere.png does not exist"),
         ({"prompt": ()}, "prompt is missing"),
         ({"only": ()}, "only is empty"),
-        ({"out": Path(__file__)}, "test_visualize.py is not a folder"),
-        ({"model": "models:/meteor@latest"}, "MLFLOW_TRACKING_URI is not set"),
+        ({"output": Path(__file__)}, "test_visualize.py is not a folder"),
+        ({"model": "models:/meteor@latest", "tracking": Tracking("")}, "tracking.uri is not set"),
+        ({"model": "models:/meteor"}, "models:/meteor is no address"),
+        ({"model": "gs://bucket/model"}, "gs://bucket/model is of an unknown kind"),
+        ({"model": "facebook/dinov2-small"}, "facebook/dinov2-small is no folder on this machine"),
     ],
 )
-def test_bad_settings_are_named(
-    asked: Visualize, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], message: str
-) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+def test_bad_settings_are_named(asked: Visualize, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check(replace(asked, **change))
 
 
 def test_an_uncalibrated_model_says_so_and_takes_a_mean(asked: Visualize, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match=r"pruning\.decode\.lam is not set"):
-        visualize(replace(asked, only=("kept",)))
-    assert not asked.out.exists()
-    files = visualize(replace(asked, decode_mean=9.0))
-    assert sorted(file.name for file in files) == sorted(file.name for file in asked.out.iterdir())
-    assert [file.stem for file in files] == ["overview", "encode", "fuse", "decode", "ranks", "vav"]
+        run(replace(asked, only=("kept",)))
+    assert not asked.output.exists()
+    run(replace(asked, decode_mean=9.0))
+    files = list(asked.output.iterdir())
+    assert {file.stem for file in files} == {"overview", "encode", "fuse", "decode", "ranks", "vav"}
     assert all(Image.open(file).format == "PNG" and min(Image.open(file).size) > 400 for file in files)
     assert "keeps 9 tokens on average" in capsys.readouterr().out
 
 
 def test_the_command_line(asked: Visualize, tmp_path: Path) -> None:
-    request = ["--model", asked.model, "--image", str(asked.image), "--out", str(tmp_path), "--only", "ranks", "vav"]
+    request = ["--model", asked.model, "--image", str(asked.image), "--output", str(tmp_path), "--only", "ranks", "vav"]
     command = [sys.executable, "jobs/visualize.py", *request, "--prompt", "What?", "--prompt", "Where?"]
     drawn = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert drawn.returncode == 0, drawn.stderr
     assert sorted(file.name for file in tmp_path.iterdir()) == ["ranks.png", "vav.png"]
 
 
-def test_a_fault_is_one_line_and_exit_code_2(
-    asked: Visualize, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["visualize.py", "--model", asked.model, "--image", str(asked.image), "--out", str(asked.out)]
-    monkeypatch.setattr(sys, "argv", arguments)
-    assert main() == 2
+def test_a_fault_is_one_line_and_exit_code_2(asked: Visualize, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", asked.model, "--image", str(asked.image), "--output", str(asked.output)]
+    assert JOB.main(arguments) == 2
     assert capsys.readouterr().err.startswith("error: prompt is missing")

@@ -378,7 +378,7 @@ def test_settings_of_a_mixture_are_checked() -> None:
 
 
 def test_the_command_line_takes_a_mixture() -> None:
-    from jobs.recipes import parse_recipe
+    from jobs.pretrain import JOB
 
     arguments = [
         "--data.manifest",
@@ -391,7 +391,7 @@ def test_the_command_line_takes_a_mixture() -> None:
         "s3://x/b",
         "1",
     ]
-    data = parse_recipe("pretrain", "", arguments).data
+    data = JOB.parse(arguments).settings.data
     assert data.others == (("s3://x/b", 1.0), ("s3://x/c", 0.5))
     assert data.weights == (2.0, 1.0, 0.5)
 

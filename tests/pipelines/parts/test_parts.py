@@ -19,7 +19,7 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file
 
-from jobs.make_parts import main
+from jobs.make_parts import JOB
 from jobs.recipes import recipe
 from meteor_model.architectures import architecture
 from meteor_model.encoders import build_encoder
@@ -103,15 +103,15 @@ def test_missing_packages_and_unknown_names_say_what_to_do(
         make_part("toy", tmp_path, silent)
     with pytest.raises(PartError, match="did you mean 'dinov2-small'"):
         make_part("dinov2-smal", tmp_path, silent)
-    assert main(["dinov2-smal", "--out", str(tmp_path)]) == 2
+    assert JOB.main(["dinov2-smal", "--output", str(tmp_path)]) == 2
     assert "did you mean 'dinov2-small'" in capsys.readouterr().err
     assert not made
 
 
-def test_the_job_says_what_it_made(made: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_job_says_what_it_made(made: list[Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for state in ("made in", "whole, left as it is"):
-        assert main(["toy", "--out", str(tmp_path)]) == 0
-        printed = capsys.readouterr().out
+        assert JOB.main(["toy", "--output", str(tmp_path)]) == 0
+        printed = capfd.readouterr().out
         assert f"toy: {state}" in printed
         assert "by hand" in printed
     assert len(made) == 1

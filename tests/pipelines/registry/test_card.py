@@ -117,7 +117,10 @@ EVALUATE = "python jobs/evaluate.py --model models:/meteor/7 --manifest s3://m"
     ("tags", "expected"),
     [
         ({"parity_max_abs_diff": "1e-6", **SCORED}, []),
-        ({**SCORED}, ["parity is missing", "python jobs/register.py parity --model meteor --version 7"]),
+        (
+            {**SCORED},
+            ["parity is missing", "python jobs/register.py parity --tracking.registered-model meteor --version 7"],
+        ),
         ({"parity_max_abs_diff": "0.002", **SCORED}, ["parity 0.002 exceeds 0.001", "jobs/register.py parity"]),
         ({"parity_max_abs_diff": "nan", **SCORED}, ["parity nan exceeds 0.001"]),
         ({"parity_max_abs_diff": "small", **SCORED}, ["parity small exceeds"]),

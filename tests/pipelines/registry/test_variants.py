@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from mlflow import MlflowClient
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from jobs import evaluate, register
+from jobs import register
 from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
@@ -25,6 +25,7 @@ from pipelines.evaluation.scores import ScoringError
 from pipelines.evaluation.scoring import Suite
 from pipelines.io import storage
 from pipelines.registry.aliases import alias_history, move_alias, roll_back
+from pipelines.registry.evaluate import evaluate
 from pipelines.registry.folder import ExportError
 from pipelines.registry.parity import ParityError
 from pipelines.registry.promotion import promote
@@ -78,13 +79,13 @@ def variants(registry: Registry, base: RegisteredVersion, run_id: str) -> dict[i
 
 
 def ask(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], server: Server, *arguments: str
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], server: Server, *arguments: str
 ) -> tuple[int, str]:
     """Exit status and output of jobs/register.py."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     monkeypatch.setattr("sys.argv", ["register.py", *arguments])
-    status = register.main()
-    captured = capsys.readouterr()
+    status = register.JOB.main()
+    captured = capfd.readouterr()
     return status, captured.out + captured.err
 
 
@@ -159,11 +160,19 @@ def test_compare_shows_the_paired_difference_and_refuses_other_suites(
     base: RegisteredVersion,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     output = tmp_path / "compared.json"
-    arguments = ("compare", "--model", NAME, "budget-32", str(variants[20].version), "--output", str(output))
-    status, printed = ask(monkeypatch, capsys, server, *arguments)
+    arguments = (
+        "compare",
+        "--tracking.registered-model",
+        NAME,
+        "budget-32",
+        str(variants[20].version),
+        "--output",
+        str(output),
+    )
+    status, printed = ask(monkeypatch, capfd, server, *arguments)
     assert status == 0
     (accuracy,) = (line for line in printed.splitlines() if line.startswith("accuracy"))
     assert "1.0000 [" in accuracy
@@ -177,12 +186,14 @@ def test_compare_shows_the_paired_difference_and_refuses_other_suites(
     assert written["second_minus_first"]["answer_nll"] == pytest.approx((0.5 + 3 * 0.1) / 4)
     assert written["first"]["version"] == variants[32].version
 
-    status, printed = ask(monkeypatch, capsys, server, "compare", "--model", NAME, "budget-32", str(base.version))
-    assert status == 2
+    status, printed = ask(
+        monkeypatch, capfd, server, "compare", "--tracking.registered-model", NAME, "budget-32", str(base.version)
+    )
+    assert status == 1
     assert "no suite in common" in printed
     assert f"jobs/evaluate.py --model {base.uri} --manifest {SUITE.manifest} --split heldout --questions 4" in printed
-    status, printed = ask(monkeypatch, capsys, server, *arguments, "--suite", "0123")
-    assert status == 2
+    status, printed = ask(monkeypatch, capfd, server, *arguments, "--suite", "0123")
+    assert status == 1
     assert "no score of both on suite 0123" in printed
 
 
@@ -192,35 +203,43 @@ def test_promote_roll_back_and_list(
     variants: dict[int, RegisteredVersion],
     base: RegisteredVersion,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     wide, narrow = variants[32].version, variants[20].version
-    status, printed = ask(monkeypatch, capsys, server, "promote", "--model", NAME, "--version", str(base.version))
-    assert status == 2
+    status, printed = ask(
+        monkeypatch, capfd, server, "promote", "--tracking.registered-model", NAME, "--version", str(base.version)
+    )
+    assert status == 1
     assert f"version {base.version} of {NAME} is not promoted to champion" in printed
-    assert f"python jobs/register.py parity --model {NAME} --version {base.version}" in printed
+    assert f"python jobs/register.py parity --tracking.registered-model {NAME} --version {base.version}" in printed
     assert f"python jobs/evaluate.py --model {base.uri} --manifest s3://data" in printed
     assert "champion" not in registry.registered_model().aliases
 
     for arguments, expected in (
-        (("promote", "--model", NAME, "--version", str(wide)), f"version none -> {wide}"),
-        (("promote", "--model", NAME, "--alias", "budget-20", "--to", "champion"), f"version {wide} -> {narrow}"),
-        (("promote", "--model", NAME, "--alias", "budget-20"), f"points to version {narrow} already"),
-        (("rollback", "--model", NAME, "--alias", "champion"), f"version {narrow} -> {wide}"),
+        (("promote", "--tracking.registered-model", NAME, "--version", str(wide)), f"version none -> {wide}"),
+        (
+            ("promote", "--tracking.registered-model", NAME, "--alias", "budget-20", "--to", "champion"),
+            f"version {wide} -> {narrow}",
+        ),
+        (
+            ("promote", "--tracking.registered-model", NAME, "--alias", "budget-20"),
+            f"points to version {narrow} already",
+        ),
+        (("rollback", "--tracking.registered-model", NAME, "--alias", "champion"), f"version {narrow} -> {wide}"),
     ):
-        status, printed = ask(monkeypatch, capsys, server, *arguments)
+        status, printed = ask(monkeypatch, capfd, server, *arguments)
         assert (status, expected in printed) == (0, True), printed
     registered = registry.registered_model()
     assert int(registered.aliases["champion"]) == wide
     assert f"to version {wide}" in registry.version(narrow).tags["rolled_back.champion"]
-    status, printed = ask(monkeypatch, capsys, server, "rollback", "--model", NAME)
-    assert status == 2
+    status, printed = ask(monkeypatch, capfd, server, "rollback", "--tracking.registered-model", NAME)
+    assert status == 1
     assert "there is no version before" in printed
-    status, printed = ask(monkeypatch, capsys, server, "promote", "--model", NAME)
+    status, printed = ask(monkeypatch, capfd, server, "promote", "--tracking.registered-model", NAME)
     assert status == 2
     assert "either --version NUMBER or --alias ALIAS" in printed
 
-    status, printed = ask(monkeypatch, capsys, server, "list", "--model", NAME)
+    status, printed = ask(monkeypatch, capfd, server, "list", "--tracking.registered-model", NAME)
     assert status == 0
     rows = {line.split()[0]: line for line in printed.splitlines()}
     assert "budget-32, champion" in rows[str(wide)]
@@ -303,27 +322,28 @@ def test_evaluate_files_the_score_with_the_version(
     manifest: shards.Manifest,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     suite = Suite.of(manifest, "heldout", 6)
-    asked = evaluate.Evaluate(model=f"models:/{NAME}@latest-pretrain", manifest=manifest.url, batch=4)
-    score = evaluate.evaluate(asked)
+    asked: dict[str, Any] = {"model": f"models:/{NAME}@latest-pretrain", "manifest": manifest.url, "split": "heldout"}
+    how: dict[str, Any] = {"questions": 256, "batch": 4, "device": "cpu"}
+    score = evaluate(**asked, **how)
     version = registry.version(base.version)
     assert version.tags["suite"] == suite.digest
     assert version.tags["answer_nll"] == f"{score.answer_nll:.4f}"
     assert load_score(registry, version, suite.digest) == score
     assert f"6 x heldout of {manifest.url} ({suite.digest}) | 6 |" in (version.description or "")
-    assert f"filed with version {base.version} of {NAME}" in capsys.readouterr().out
+    assert f"filed with version {base.version} of {NAME}" in capfd.readouterr().out
 
-    alone = dataclasses.replace(asked, model=str(exported), output=tmp_path / "score.json")
-    again = evaluate.evaluate(alone)
+    alone = {**asked, "model": str(exported)}
+    again = evaluate(**alone, **how, output=tmp_path / "score.json")
     assert [item.nll for item in again.records] == pytest.approx([item.nll for item in score.records], rel=1e-5)
     assert json.loads((tmp_path / "score.json").read_text())["score"] == again.to_dict(records=True)
     with pytest.raises(ValueError, match="manifest is missing"):
-        evaluate.evaluate(dataclasses.replace(alone, manifest=""))
+        evaluate(**{**alone, "manifest": ""}, **how)
     with pytest.raises(ValueError, match="no split 'test'"):
-        evaluate.evaluate(dataclasses.replace(asked, split="test"))
+        evaluate(**{**asked, "split": "test"}, **how)
 
 
 def test_a_spoilt_artifact_is_no_score(

@@ -195,18 +195,13 @@ def test_a_file_changed_in_the_artifact_store_is_refused(
         weights.write_bytes(honest)
 
 
-def ask(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["predict.py", *arguments])
-    return predict.main()
-
-
 def test_predict_answers_and_counts(
     server: Server,
     registered: RegisteredVersion,
     tiny: tuple[MeteorForConditionalGeneration, MeteorProcessor],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     pictures = [png((0, 200, 0)), png((9, 9, 99))]
@@ -215,8 +210,8 @@ def test_predict_answers_and_counts(
         (tmp_path / f"{number}.png").write_bytes(picture)
         files += ["--image", str(tmp_path / f"{number}.png")]
     model = f"models:/{MODEL_NAME}@latest-pretrain"
-    assert ask(monkeypatch, "--model", model, "--prompt", "which?", "--max-new-tokens", "5", *files) == 0
-    lines = capsys.readouterr().out.splitlines()
+    assert predict.JOB.main(("--model", model, "--prompt", "which?", "--max-new-tokens", "5", *files)) == 0
+    lines = capfd.readouterr().out.splitlines()
     assert f"answer: {expected_answer(tiny, 'which?', pictures, 5)}" in lines
     assert "visual_tokens.clip: 64 > 48 > 32 > 22" in lines
     (decoded,) = (line for line in lines if line.startswith("visual_tokens.decode: 64 > "))
@@ -229,24 +224,24 @@ def test_predict_names_what_is_wrong(
     exported: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "text.png").write_text("no picture")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     model = f"models:/{MODEL_NAME}@latest-pretrain"
     cases = [
-        (["--model", model, "--image", str(tmp_path / "none.png")], "none.png does not exist"),
-        (["--model", str(exported), "--image", str(tmp_path / "text.png")], "text.png cannot be used: undecodable"),
-        (["--model", f"models:/{MODEL_NAME}@none"], "has no alias 'none'; it has: latest-pretrain"),
-        (["--model", "models:/none/1"], "no registered model 'none'"),
-        (["--model", model, "--max-new-tokens", "0"], "max-new-tokens is 0"),
+        (2, ["--model", model, "--image", str(tmp_path / "none.png")], "none.png does not exist"),
+        (1, ["--model", str(exported), "--image", str(tmp_path / "text.png")], "text.png cannot be used: undecodable"),
+        (1, ["--model", f"models:/{MODEL_NAME}@none"], "has no alias 'none'; it has: latest-pretrain"),
+        (1, ["--model", "models:/none/1"], "no registered model 'none'"),
+        (2, ["--model", model, "--max-new-tokens", "0"], "max_new_tokens is 0"),
     ]
-    for arguments, message in cases:
-        assert ask(monkeypatch, "--prompt", "what?", *arguments) == 2
-        assert message in capsys.readouterr().err
+    for status, arguments, message in cases:
+        assert predict.JOB.main(["--prompt", "what?", *arguments]) == status
+        assert message in capfd.readouterr().err
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    assert ask(monkeypatch, "--prompt", "what?", "--model", model) == 2
-    assert "MLFLOW_TRACKING_URI is not set" in capsys.readouterr().err
+    assert predict.JOB.main(["--prompt", "what?", "--model", model]) == 2
+    assert "tracking.uri is not set" in capfd.readouterr().err
 
 
 def test_the_alias_moves_and_old_versions_stay(

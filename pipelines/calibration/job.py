@@ -1,0 +1,154 @@
+"""One calibration from a model's address to its file: ranks, budgets, drift, lambda. What jobs/calibrate.py does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ray
+
+from meteor_model.configuration_meteor import MeteorConfig
+from pipelines.calibration.drift import Drift, compare_ranks
+from pipelines.calibration.image_plan import CalibrationError, Measuring
+from pipelines.calibration.lambda_check import LambdaReport, solve_on_split
+from pipelines.calibration.measure import calibrate_ranks
+from pipelines.calibration.ranks import ESTIMATORS, RankReport, Ranks, report_budgets
+from pipelines.calibration.report import (
+    Calibration,
+    Dataset,
+    file_with_run,
+    file_with_version,
+    load_report,
+    now,
+    readable,
+    settings_of,
+    split_address,
+    store,
+)
+from pipelines.calibration.settings import CalibrateSettings
+from pipelines.data import shards
+from pipelines.data.shards import load_manifest
+from pipelines.io.console import say
+from pipelines.registry.folder import weights_digest
+from pipelines.registry.open import device_for, open_model
+from pipelines.registry.versions import PinnedModel, pin_model, trained_on
+from pipelines.tracking.mlflow_run import git_commit, require_tracking
+from pipelines.tracking.redact import hide_passwords
+
+
+def calibrate(settings: CalibrateSettings, uri: str) -> Calibration:
+    """Measure, compare, solve, file, and say what was found.
+
+    Args:
+        settings: what is measured on what; `gpus` decides where.
+        uri: of the MLflow server; empty where a folder's calibration is filed nowhere.
+
+    Raises:
+        ValueError: of several kinds, naming the model, dataset or setting that is wrong.
+    """
+    subject = pin_model(settings.model, uri)
+    address = settings.manifest or trained_on(subject)
+    if not address:
+        raise CalibrationError(f"manifest is missing: {settings.model} does not say what it was trained on")
+    manifest = load_manifest(address)
+    manifest.split(settings.split)
+    with open_model(subject) as folder:
+        config, digest = MeteorConfig.from_pretrained(folder), weights_digest(folder)
+    report = _measure(settings, subject, manifest, settings.split)
+    estimator = config.pruning.encode.rank_estimator
+    found = {name: report_budgets(config, report, name) for name in ESTIMATORS}
+    ranks = report.expected(estimator) if config.pruning.encode.enabled else None
+    calibration = Calibration(
+        subject.address,
+        digest,
+        estimator,
+        Dataset(manifest.url, manifest.sha256, settings.split),
+        report,
+        {name: budgets for name, budgets in found.items() if budgets is not None},
+        _drift(settings, subject, config, report, digest),
+        _lambda(settings, subject, config, manifest, ranks),
+        settings_of(settings),
+        git_commit(Path(__file__).resolve().parents[2]),
+        now(),
+    )
+    say(readable(calibration))
+    _file(settings, subject, calibration, uri)
+    return calibration
+
+
+def _workers(settings: CalibrateSettings) -> Measuring:
+    return Measuring(settings.actors, settings.cpus, settings.gpus, settings.batch, settings.bad_shards)
+
+
+def _measure(settings: CalibrateSettings, subject: PinnedModel, manifest: shards.Manifest, split: str) -> RankReport:
+    return calibrate_ranks(
+        subject,
+        manifest,
+        split,
+        settings.samples,
+        _workers(settings),
+        seed=settings.seed,
+        tolerance=settings.tolerance,
+    )
+
+
+def _drift(
+    settings: CalibrateSettings, subject: PinnedModel, config: MeteorConfig, report: RankReport, digest: str
+) -> Drift | None:
+    if not settings.against:
+        return None
+    if settings.against.endswith(".json"):
+        other, other_digest = load_report(settings.against)
+        if other_digest not in (None, digest):
+            raise CalibrationError(
+                f"{settings.against} is of weights {other_digest[:12] if other_digest else ''}, this model has "
+                f"{digest[:12]}: drift of data is told on one model; give the other dataset's manifest instead"
+            )
+        return compare_ranks(config, report, other, hide_passwords(settings.against))
+    url, split = split_address(settings.against)
+    manifest, split = load_manifest(url), split or settings.split
+    other = _measure(settings, subject, manifest, split)
+    return compare_ranks(config, report, other, Dataset(manifest.url, manifest.sha256, split).name)
+
+
+def _lambda(
+    settings: CalibrateSettings,
+    subject: PinnedModel,
+    config: MeteorConfig,
+    manifest: shards.Manifest,
+    ranks: Ranks | None,
+) -> LambdaReport | None:
+    decode = config.pruning.decode
+    target = decode.target_mean if settings.target_mean is None else settings.target_mean
+    if not settings.decode_samples or target is None or (settings.target_mean is None and not decode.enabled):
+        return None
+    task = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus)(_solve)
+    try:
+        solved: LambdaReport = ray.get(task.remote(settings, subject, manifest, target, ranks))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ValueError):
+            raise error.cause from None
+        raise
+    return solved
+
+
+def _solve(
+    settings: CalibrateSettings, subject: PinnedModel, manifest: shards.Manifest, target: float, ranks: Ranks | None
+) -> LambdaReport:
+    """A task: where its GPU is, if it has one."""
+    device = device_for(settings.gpus)
+    with open_model(subject) as folder:
+        return solve_on_split(folder, manifest, settings.decode_split, settings.decode_samples, target, ranks, device)
+
+
+def _file(settings: CalibrateSettings, subject: PinnedModel, calibration: Calibration, uri: str) -> None:
+    chart = calibration.chart()
+    output = settings.output or ("" if subject.registry else f"{subject.address}-calibration")
+    if output:
+        say(f"  written   {hide_passwords(store(calibration, chart, output))}")
+    if subject.registry is not None:
+        path = file_with_version(calibration, chart, subject.registry, subject.version)
+        say(f"  filed     with version {subject.version} of {subject.registry.name}: {path}")
+    elif uri:
+        require_tracking(uri)
+        run_id = file_with_run(calibration, chart, uri, settings.experiment)
+        say(f"  filed     as run {run_id}")

@@ -1,0 +1,253 @@
+"""What a person sees of a job: its own lines on the terminal, and everything that others print in a log file.
+
+1. redirect   both standard streams of the driver process become a log file: what Python, native code and child
+              processes write, and what Ray forwards from other processes, goes there
+2. mark       lines for people begin with a mark: those of the driver (`say`), those of any other process of the job
+              (`say_from_worker`), and warnings of this project's loggers
+3. follow     a thread reads the log as it grows and shows the marked lines on the terminal; a progress line is a bar
+              there, and one line among others where the output is no terminal
+
+The log is a plain file, so nothing blocks on a reader, and a process that is killed leaves all it said.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+MARK = "[meteor]"
+LOG_FOLDER_VARIABLE = "METEOR_LOG_DIR"
+LOGGERS = ("pipelines", "tune", "meteor_model")
+"""Loggers whose warnings concern the user."""
+POLL_S = 0.1
+_MARKED = re.compile(r"\[meteor(?: (?P<done>\d+)/(?P<total>\d+))?\] ?(?P<text>.*)")
+
+_open: Console | None = None
+
+
+def say(text: str) -> None:
+    """Show lines to the person who started the job; for the driver."""
+    if _open is None:
+        print(text, flush=True)
+    else:
+        _open.write(_marked(text))
+
+
+def progress(done: int, total: int, text: str) -> None:
+    """Show how far the job is, in place of the progress line before where there is a terminal; for the driver."""
+    if _open is None:
+        print(text, flush=True)
+    else:
+        _open.write(_marked(text, _progress_mark(done, total)))
+
+
+def say_from_worker(text: str) -> None:
+    """Show lines to the person who started the job; for any process of the job but its driver."""
+    _write_to_stdout(_marked(text))
+
+
+def progress_from_worker(done: int, total: int, text: str) -> None:
+    """The same as `progress`, for any process of the job but its driver."""
+    _write_to_stdout(_marked(text, _progress_mark(done, total)))
+
+
+def _progress_mark(done: int, total: int) -> str:
+    return f"{MARK[:-1]} {done}/{total}]"
+
+
+def _write_to_stdout(text: str) -> None:
+    # Not print: Ray Train replaces it by one that shows every line twice.
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _marked(text: str, mark: str = MARK) -> str:
+    return "".join(f"{mark} {line}\n" for line in text.split("\n"))
+
+
+class _Warnings(logging.Handler):
+    """Shows this project's own warnings."""
+
+    def __init__(self, tell: Any) -> None:
+        super().__init__(logging.WARNING)
+        self._tell = tell
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._tell(f"  {record.levelname.lower()}: {record.getMessage()}")
+
+
+def warn_from_worker() -> None:
+    """Let this project's warnings reach the terminal; for any process of the job but its driver."""
+    _show_warnings(say_from_worker)
+
+
+def _show_warnings(tell: Any) -> logging.Handler:
+    """The handler of this project's warnings, in place of an earlier one."""
+    handler = _Warnings(tell)
+    for name in LOGGERS:
+        logger = logging.getLogger(name)
+        logger.handlers = [known for known in logger.handlers if not isinstance(known, _Warnings)] + [handler]
+    return handler
+
+
+class Console:
+    """The terminal and the log file of a job.
+
+    Attributes:
+        log: path of the log file.
+    """
+
+    def __init__(self, log: Path, terminal: TextIO) -> None:
+        self.log = log
+        self._terminal = terminal
+        self._file = log.open("ab", buffering=0)
+        self._copies: list[str] = []
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="console", daemon=True)
+        self._bar: Any = None
+        self._thread.start()
+
+    def fileno(self) -> int:
+        """Descriptor of the log file."""
+        return self._file.fileno()
+
+    def stream(self) -> TextIO:
+        """A stream into the log file; every line goes there at once."""
+        return os.fdopen(os.dup(self.fileno()), "w", encoding="utf-8", errors="replace", buffering=1)
+
+    def write(self, text: str) -> None:
+        """Append to the log file."""
+        self._file.write(text.encode("utf-8", "replace"))
+
+    def keep_at(self, url: str) -> None:
+        """Have the log copied to a folder in storage when the job ends."""
+        self._copies.append(url)
+
+    def close(self) -> None:
+        """Store the copies, and show what is still to be shown."""
+        for url in self._copies:
+            self._store(url)
+        self._ended.set()
+        self._thread.join()
+        self._close_bar()
+        self._file.close()
+
+    def _store(self, folder: str) -> None:
+        from pipelines.io import storage  # here: jobs that keep no log need no storage
+
+        began = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(self.log.stat().st_ctime))
+        try:
+            storage.write_bytes(storage.join(folder, f"{began}-{self.log.name}"), self.log.read_bytes(), patience_s=10)
+        except ValueError as error:
+            self.write(_marked(f"  warning: the log is not kept with the run: {error}"))
+
+    def _follow(self) -> None:
+        rest = b""
+        with self.log.open("rb") as log:
+            while True:
+                ended = self._ended.is_set()
+                rest += log.read()
+                *lines, rest = rest.split(b"\n")
+                for line in lines:
+                    self._show(line.decode("utf-8", "replace"))
+                if ended:
+                    return
+                self._ended.wait(POLL_S)
+
+    def _show(self, line: str) -> None:
+        found = _MARKED.search(line)
+        if found is None:
+            return
+        with suppress(OSError):  # the terminal is gone; the log goes on
+            if found["done"] and self._terminal.isatty():
+                self._show_bar(int(found["done"]), int(found["total"]), found["text"])
+                return
+            self._close_bar()
+            self._terminal.write(found["text"] + "\n")
+            self._terminal.flush()
+
+    def _show_bar(self, done: int, total: int, text: str) -> None:
+        from tqdm import tqdm  # here: most jobs show none
+
+        if self._bar is None:
+            self._bar = tqdm(
+                total=total,
+                initial=done,
+                file=self._terminal,
+                dynamic_ncols=True,
+                bar_format="{percentage:3.0f}% |{bar:20}| {elapsed}<{remaining}  {desc}",
+            )
+        self._bar.n = done
+        self._bar.set_description_str(text)
+        if done == total:
+            self._close_bar()
+
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def keep_log(url: str) -> None:
+    """Have the job's log, where it has one, copied to a folder in storage when the job ends."""
+    if _open is not None:
+        _open.keep_at(url)
+
+
+def default_log(job: str) -> Path:
+    """A new log file's path: in METEOR_LOG_DIR, or in a folder of the user's own among the temporary files."""
+    folder = os.environ.get(LOG_FOLDER_VARIABLE) or Path(tempfile.gettempdir(), f"meteor-logs-{os.getuid()}")
+    return Path(folder, f"{job}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log")
+
+
+@contextmanager
+def quiet(log: Path) -> Iterator[Console]:
+    """Inside the block only marked lines reach the terminal; both standard streams are the log file, made anew.
+
+    Args:
+        log: path of the log file.
+
+    Raises:
+        OSError: the log file cannot be written.
+    """
+    global _open
+    log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    log.write_bytes(b"")
+    before, streams = _open, (sys.stdout, sys.stderr)
+    _flush()
+    kept = [os.dup(1), os.dup(2)]
+    with os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace", newline="\n") as terminal:
+        _open = console = Console(log, terminal)
+        handler = _show_warnings(say)
+        for descriptor in (1, 2):
+            os.dup2(console.fileno(), descriptor)
+        # Where something else stands in for them, as a test's capture does, the descriptors are not enough.
+        sys.stdout, sys.stderr = console.stream(), console.stream()
+        try:
+            yield console
+        finally:
+            _flush()
+            sys.stdout, sys.stderr = streams
+            _flush()
+            console.close()
+            for descriptor, copy in zip((1, 2), kept, strict=True):
+                os.dup2(copy, descriptor)
+                os.close(copy)
+            _open = before
+            for name in LOGGERS:
+                logging.getLogger(name).removeHandler(handler)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(ValueError, OSError):
+            stream.flush()

@@ -1,0 +1,79 @@
+"""Score a model on a suite of questions, and file the score of a registered one with its version."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+
+from pipelines.data.shards import load_manifest
+from pipelines.evaluation.questions import readable_samples
+from pipelines.evaluation.scores import Score
+from pipelines.evaluation.scoring import Suite, score_model
+from pipelines.io.console import say
+from pipelines.registry.publish import load_model
+from pipelines.registry.scores import file_score
+from pipelines.registry.versions import pin_model, trained_on
+from pipelines.tracking.mlflow_run import git_commit
+
+
+def evaluate(
+    model: str,
+    manifest: str,
+    split: str,
+    questions: int,
+    *,
+    batch: int,
+    device: str,
+    output: Path | None = None,
+    uri: str | None = None,
+) -> Score:
+    """Pull, score, file, and say what was found.
+
+    Args:
+        model: models:/NAME@ALIAS, models:/NAME/VERSION, or the folder of an exported model.
+        manifest: of the dataset; empty: the one that the registered version was trained on.
+        split: of the dataset.
+        questions: most that are asked.
+        batch: questions at a time.
+        device: where the model runs.
+        output: JSON file for the score with every question.
+        uri: of the MLflow server; None takes MLFLOW_TRACKING_URI.
+
+    Raises:
+        ValueError: of several kinds, naming the model or dataset that is wrong.
+    """
+    pinned = pin_model(model, uri)
+    address = manifest or trained_on(pinned)
+    if not address:
+        raise ValueError(f"manifest is missing: {model} does not say what it was trained on")
+    shards = load_manifest(address)
+    loaded, processor = load_model(pinned, device)
+    samples = list(islice(readable_samples(shards, split, processor), questions))
+    suite = Suite.of(shards, split, len(samples))
+    score = score_model(loaded, processor, samples, suite.digest, batch)
+    if pinned.registry is not None:
+        setting = {"git_commit": git_commit(Path(__file__).resolve().parents[2]), "device": device}
+        file_score(pinned.registry, pinned.version, score, suite, setting)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        document = {"model": pinned.address, "suite": asdict(suite), "score": score.to_dict(records=True)}
+        output.write_text(json.dumps(document, indent=2) + "\n")
+    say(readable(pinned.address, suite, score))
+    if pinned.registry is not None:
+        say(f"  filed with version {pinned.version} of {pinned.registry.name}")
+    return score
+
+
+def readable(model: str, suite: Suite, score: Score) -> str:
+    """The score for people."""
+    lines = [
+        ("model", model),
+        ("suite", f"{suite.digest}: {suite.questions} questions, split {suite.split} of {suite.manifest}"),
+        ("accuracy", score.accuracy_interval.beside(score.accuracy)),
+        ("answer NLL", f"{score.answer_nll_interval.beside(score.answer_nll)} nats per token"),
+        ("visual tokens", f"{score.visual_tokens} > {score.visual_tokens_mean:.1f} an image, after stage 3"),
+        ("TFLOPs", f"{score.tflops:.4g} an image and prompt"),
+    ]
+    return "\n".join(f"  {name:<14} {text}" for name, text in lines)
