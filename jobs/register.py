@@ -106,7 +106,7 @@ def execute(command: Command) -> str:
     # Here, and each with what it needs: --help takes no MLflow, and only to measure a parity takes torch and Ray.
     from pipelines.registry import aliases, promotion, tables
     from pipelines.registry.versions import Registry
-    from pipelines.tracking.mlflow_run import require_tracking
+    from pipelines.tracking.server import require_tracking
 
     require_tracking(command.tracking.uri)
     registry = Registry(command.tracking.uri, command.tracking.registered_model)

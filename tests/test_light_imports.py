@@ -34,6 +34,8 @@ LIGHT: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("jobs.register", SERVICES),
     ("jobs.serve", SERVICES),
     ("jobs.visualize", SERVICES),
+    ("pipelines.tracking.server", MODEL),
+    ("pipelines.tracking.delivery", MODEL),
     ("pipelines.tracking.mlflow_run", MODEL),
     ("pipelines.tracking.metric_logger", MODEL),
     ("pipelines.tracking.run_tracker", MODEL),

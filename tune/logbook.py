@@ -7,27 +7,17 @@ training id, so none is made twice.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-from mlflow import MlflowClient
-from mlflow.entities import Metric
 
 from pipelines.checkpoint.local import local_copy
 from pipelines.io import storage
 from pipelines.io.run_folder import run_folder
 from pipelines.job.answers import PICTURES_FOLDER
-from pipelines.tracking.mlflow_run import (
-    TrackingError,
-    finish_run,
-    log_documents,
-    log_files,
-    open_run,
-    patiently,
-)
+from pipelines.tracking.mlflow_run import RunRequest, open_run
+from pipelines.tracking.server import TrackingError
 from tune.records import Records, TrialRecord, folder_of, training_name
 from tune.settings import SweepSettings
 
@@ -62,17 +52,16 @@ class Logbook:
     ) -> None:
         self._settings, self._sweep, self._url, self._records = settings, sweep, url, records
         self._tags = dict(tags)
-        self.run_id = open_run(
-            settings.tracking.uri,
-            experiment=settings.tracking.experiment,
-            run_name=sweep,
-            settings=settings.identity(),
-            tags={"job": "sweep", **tags},
-            documents={"sweep-settings.json": settings.identity()},
-            run_id=run_id,
+        request = RunRequest(
+            settings.tracking.experiment,
+            sweep,
+            settings.identity(),
+            {"job": "sweep", **tags},
+            {"sweep-settings.json": settings.identity()},
             training_id=sweep,
-            patience_s=settings.tracking.patience_s,
         )
+        self._run = open_run(settings.tracking.uri, request, run_id=run_id, patience_s=settings.tracking.patience_s)
+        self.run_id = self._run.run_id
 
     def ended(self, record: TrialRecord) -> None:
         """Tell MLflow of a trial that ended; where it is away, later."""
@@ -89,30 +78,27 @@ class Logbook:
 
     def log(self, documents: Mapping[str, Any], metrics: Mapping[str, float], pictures: Path) -> None:
         """Results of the whole sweep: documents, numbers, and everything in a folder."""
-        uri, patience_s = self._settings.tracking.uri, self._settings.tracking.patience_s
-        log_documents(uri, self.run_id, documents, patience_s)
-        log_files(uri, self.run_id, pictures, "pictures", patience_s)
-        self._log_metrics(self.run_id, metrics, patience_s)
+        self._run.log_documents(documents)
+        self._run.log_files(pictures, "pictures")
+        self._run.log_metrics(metrics)
 
     def finish(self) -> None:
         """Close the sweep's run."""
-        finish_run(self._settings.tracking.uri, self.run_id, patience_s=self._settings.tracking.patience_s)
+        self._run.finish()
 
     def fail(self) -> None:
         """Close it as FAILED; where MLflow is away, only say so: what ended the sweep is the error to be seen."""
         try:
-            finish_run(self._settings.tracking.uri, self.run_id, "FAILED", SHORT_S)
+            replace(self._run, patience_s=SHORT_S).finish("FAILED")
         except TrackingError as error:
             logger.warning("the sweep's run is not marked as FAILED in MLflow: %s", error)
 
     def _deliver(self, record: TrialRecord, patience_s: float) -> None:
-        uri = self._settings.tracking.uri
-        run_id = open_run(
-            uri,
-            experiment=self._settings.tracking.experiment,
-            run_name=record.id,
-            settings={"choices": record.choices, "pruning": record.pruning},
-            tags={
+        request = RunRequest(
+            self._settings.tracking.experiment,
+            record.id,
+            {"choices": record.choices, "pruning": record.pruning},
+            {
                 "job": "trial",
                 PARENT_TAG: self.run_id,
                 "study": record.study,
@@ -121,29 +107,24 @@ class Logbook:
                 **self._training(record),
                 **self._tags,
             },
-            documents={"trial.json": {"ranks": record.ranks, "pruning": record.pruning, "score": record.score}},
+            {"trial.json": {"ranks": record.ranks, "pruning": record.pruning, "score": record.score}},
             training_id=training_name(self._sweep, record.id),
-            patience_s=patience_s,
         )
-        self._log_metrics(run_id, _metrics(record), patience_s)
+        run = open_run(self._settings.tracking.uri, request, patience_s=patience_s)
+        run.log_metrics(_metrics(record))
         folder = storage.join(folder_of(self._url, record.id), PICTURES_FOLDER)
         if record.status == "completed" and storage.list_files(folder):
             with local_copy(folder) as pictures:
-                log_files(uri, run_id, pictures, "pictures", patience_s)
+                run.log_files(pictures, "pictures")
         # A trial that the scheduler stopped did what it should.
-        finish_run(uri, run_id, "FAILED" if record.status == "failed" else "FINISHED", patience_s)
-        self._records.update(record.id, run_id=run_id)
+        run.finish("FAILED" if record.status == "failed" else "FINISHED")
+        self._records.update(record.id, run_id=run.run_id)
 
     def _training(self, record: TrialRecord) -> dict[str, str]:
         """Where the checkpoints of a trial that trained are."""
         if self._settings.kind != "finetune":
             return {}
         return {"run_url": run_folder(self._settings.storage, training_name(self._sweep, record.id)).url}
-
-    def _log_metrics(self, run_id: str, metrics: Mapping[str, float], patience_s: float) -> None:
-        client, now = MlflowClient(self._settings.tracking.uri), time.time_ns() // 1_000_000
-        entries = [Metric(name, float(value), now, 0) for name, value in metrics.items()]
-        patiently(f"metrics of run {run_id}", partial(client.log_batch, run_id, metrics=entries), patience_s)
 
 
 def _metrics(record: TrialRecord) -> dict[str, float]:

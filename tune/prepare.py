@@ -27,7 +27,8 @@ from pipelines.job.datasets import ensure_shards
 from pipelines.job.names import last_number, numbered
 from pipelines.registry.publish import pull_model
 from pipelines.registry.versions import PinnedModel, Registry, pin_model, trained_on
-from pipelines.tracking.mlflow_run import TrackingAwayError, TrackingError, git_commit, require_tracking
+from pipelines.tracking.mlflow_run import git_commit
+from pipelines.tracking.server import TrackingAwayError, TrackingError, require_tracking
 from tune.logbook import Logbook
 from tune.records import Records
 from tune.resources import bundles_of_trial, concurrent_trials

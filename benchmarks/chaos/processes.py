@@ -12,7 +12,7 @@ from benchmarks.chaos.stage import COMMIT_POLL_S, STORAGE, TOTAL_STEPS, Stage
 from infra.nodes import Node, drain_node
 from pipelines.checkpoint.committed import latest_checkpoint
 from pipelines.io.run_folder import run_folder
-from pipelines.tracking.run_tracker import deliver_points
+from pipelines.tracking.delivery import deliver_outbox
 
 ONE_PER_NODE = {"cpus_per_worker": HEAD_CPUS / 2 + 1}
 """Room for one worker on the head, for the other one on a node beside it."""
@@ -232,7 +232,7 @@ def mlflow_restart(stage: Stage) -> None:
     stage.cluster.start_service("mlflow")
     stage.ends_well(command)
     # Where the training was over before MLflow answered again, the rest lies in the outbox, for the job's last phase.
-    late, _ = deliver_points(stage.cluster.stores.mlflow_uri, run_id, run_folder(STORAGE, stage.name).url)
+    late = deliver_outbox(stage.cluster.stores.mlflow_uri, run_id, run_folder(STORAGE, stage.name).url).delivered
     points = [(point.step, point.value) for point in client.get_metric_history(run_id, "loss")]
     losses = {line.step: line.loss for line in stage.lines()}
     if sorted(points) != sorted(losses.items()):

@@ -31,8 +31,9 @@ from pipelines.io.console import say
 from pipelines.registry.folder import weights_digest
 from pipelines.registry.open import device_for, open_model
 from pipelines.registry.versions import PinnedModel, pin_model, trained_on
-from pipelines.tracking.mlflow_run import git_commit, require_tracking
+from pipelines.tracking.mlflow_run import git_commit
 from pipelines.tracking.redact import hide_passwords
+from pipelines.tracking.server import require_tracking
 
 
 def calibrate(settings: CalibrateSettings, uri: str) -> Calibration:

@@ -21,16 +21,9 @@ from pipelines.calibration.lambda_check import LambdaReport
 from pipelines.calibration.ranks import BudgetReport, RankReport
 from pipelines.io import storage
 from pipelines.registry.versions import Registry
-from pipelines.tracking.mlflow_run import (
-    TrackingError,
-    document,
-    finish_run,
-    log_documents,
-    log_files,
-    open_run,
-    set_tags,
-)
+from pipelines.tracking.mlflow_run import MlflowRun, RunRequest, document, open_run
 from pipelines.tracking.redact import hide_passwords, redact
+from pipelines.tracking.server import TrackingError
 
 FORMAT_VERSION = 1
 FILE, CHART = "calibration.json", "calibration.png"
@@ -163,7 +156,7 @@ def file_with_version(calibration: Calibration, chart: bytes, registry: Registry
         raise TrackingError(f"version {version} of {registry.name} belongs to no run, which would hold its calibration")
     data = calibration.dataset
     place = f"calibration/{registry.name}-{version}-{data.sha256[:12]}-{data.split}"
-    _log(calibration, chart, registry.uri, run_id, place)
+    _log(calibration, chart, MlflowRun(registry.uri, run_id), place)
     tags = {"calibration": f"{place}/{FILE}", "calibration.images": str(calibration.report.images)}
     if calibration.drift is not None:
         tags["calibration.drift"] = f"{calibration.drift.verdict} against {calibration.drift.against}"
@@ -173,32 +166,31 @@ def file_with_version(calibration: Calibration, chart: bytes, registry: Registry
 
 def file_with_run(calibration: Calibration, chart: bytes, uri: str, experiment: str) -> str:
     """Both files as artifacts of a new run of its own; the run's id. Raises TrackingError."""
-    run_id = open_run(
-        uri,
-        experiment=experiment,
-        run_name=f"calibrate-{calibration.dataset.sha256[:8]}-{calibration.weights_sha256[:8]}",
-        settings=calibration.settings,
-        tags={
+    request = RunRequest(
+        experiment,
+        f"calibrate-{calibration.dataset.sha256[:8]}-{calibration.weights_sha256[:8]}",
+        calibration.settings,
+        {
             "job": "calibrate",
             "git_commit": calibration.git_commit,
             "manifest_sha256": calibration.dataset.sha256,
             "weights_sha256": calibration.weights_sha256,
         },
-        documents={},
     )
-    _log(calibration, chart, uri, run_id, "calibration")
+    run = open_run(uri, request)
+    _log(calibration, chart, run, "calibration")
     if calibration.drift is not None:
-        set_tags(uri, run_id, {"drift": calibration.drift.verdict})
-    finish_run(uri, run_id)
-    return run_id
+        run.set_tags({"drift": calibration.drift.verdict})
+    run.finish()
+    return run.run_id
 
 
-def _log(calibration: Calibration, chart: bytes, uri: str, run_id: str, place: str) -> None:
-    log_documents(uri, run_id, {f"{place}/{FILE}": calibration.to_dict()})
+def _log(calibration: Calibration, chart: bytes, run: MlflowRun, place: str) -> None:
+    run.log_documents({f"{place}/{FILE}": calibration.to_dict()})
     with tempfile.TemporaryDirectory(prefix="meteor-calibration-") as scratch:
         path = Path(scratch) / CHART
         path.write_bytes(chart)
-        log_files(uri, run_id, path, place)
+        run.log_files(path, place)
 
 
 # -------------------------------------------------------------------------------------------------------------- people

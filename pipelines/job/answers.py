@@ -28,7 +28,7 @@ from pipelines.io.run_folder import RunFolder
 from pipelines.io.upload import upload_folder
 from pipelines.job.export import complete, completed
 from pipelines.job.pictures import draw_loss
-from pipelines.tracking.run_tracker import Tracker
+from pipelines.tracking.run_tracker import RunTracker
 
 PICTURES_FOLDER = "pictures"
 """Of a run's or a trial's artifacts in MLflow, and of a trial's folder."""
@@ -73,7 +73,7 @@ class HeldoutAnswers:
 def answer_heldout(
     recipe: Recipe,
     run: RunFolder,
-    tracker: Tracker,
+    tracker: RunTracker,
     manifest: shards.Manifest,
     checkpoint: CheckpointRef,
     ranks: dict[str, Any],

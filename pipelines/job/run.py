@@ -39,9 +39,11 @@ from pipelines.job.register import TrainedRun, register_run, undelivered_points
 from pipelines.job.start import loaded_parts, prepare_start
 from pipelines.job.summary import build_summary, load_summary, readable, store_summary
 from pipelines.job.train import train
-from pipelines.tracking.metric_logger import MetricLogger, SystemMetrics
-from pipelines.tracking.mlflow_run import TrackingAwayError, require_tracking
-from pipelines.tracking.run_tracker import RunRequest, Tracker
+from pipelines.tracking.metric_logger import MetricLogger
+from pipelines.tracking.mlflow_run import RunRequest
+from pipelines.tracking.run_tracker import RunTracker
+from pipelines.tracking.server import TrackingAwayError, require_tracking
+from pipelines.tracking.system_metrics import SystemMetrics
 
 
 @dataclass
@@ -80,7 +82,7 @@ class Run:
     folder: RunFolder
     facts: RunFacts
     manifests: Sequence[shards.Manifest]
-    tracker: Tracker
+    tracker: RunTracker
 
 
 def run_job(recipe: Recipe, job: JobName) -> dict[str, Any]:
@@ -160,7 +162,7 @@ def _phases(run: Run, phases: Phases) -> tuple[dict[str, Any], HeldoutAnswers]:
             answers = answer_heldout(recipe, run.folder, tracker, manifest, checkpoint, ranks, folder, pictures)
         with phases("register", f"{recipe.tracking.registered_model} in MLflow"):
             tracker.log_points(undelivered_points(checkpoint))
-            mlflow_run_id = tracker.settle()
+            mlflow_run_id = tracker.deliver().run_id
             trained = TrainedRun(
                 recipe, run.job, run.name, mlflow_run_id, run.facts.commit, checkpoint.state, parity, run.manifests
             )
@@ -239,7 +241,7 @@ def _open(recipe: Recipe, job: JobName, chosen: ChosenRun, manifests: Sequence[s
         training_id=facts.training_id,
         started_ms=facts.started_ms,
     )
-    tracker = Tracker(
+    tracker = RunTracker(
         recipe.tracking.uri,
         folder.url,
         request,

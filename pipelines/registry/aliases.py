@@ -19,7 +19,7 @@ from mlflow.entities.model_registry import RegisteredModel
 
 from pipelines.registry.tags import HISTORY_TAG, ROLLED_BACK_TAG
 from pipelines.registry.versions import Registry, listing
-from pipelines.tracking.mlflow_run import TrackingError, patiently
+from pipelines.tracking.server import TrackingError, call_mlflow
 
 HISTORY_LENGTH = 200
 """Versions of an alias's history that are kept; a tag of a registered model holds 5,000 characters."""
@@ -107,12 +107,12 @@ def _target(registered: RegisteredModel, alias: str) -> int | None:
 
 def _point(registry: Registry, alias: str, version: int) -> None:
     client = registry.client
-    patiently(f"alias {alias}", lambda: client.set_registered_model_alias(registry.name, alias, str(version)))
+    call_mlflow(f"alias {alias}", lambda: client.set_registered_model_alias(registry.name, alias, str(version)))
 
 
 def _keep_history(registry: Registry, registered: RegisteredModel, alias: str, history: Sequence[int]) -> None:
     key, text = HISTORY_TAG + alias, json.dumps(history[-HISTORY_LENGTH:])
     if history and registered.tags.get(key) != text:
         client = registry.client
-        patiently(f"tag {key}", lambda: client.set_registered_model_tag(registry.name, key, text))
+        call_mlflow(f"tag {key}", lambda: client.set_registered_model_tag(registry.name, key, text))
         registered.tags[key] = text

@@ -9,7 +9,7 @@ from pipelines.data import shards
 from pipelines.parts import PARTS
 from pipelines.registry.tags import LICENCE_TAG, MANIFEST_TAG
 from pipelines.registry.versions import find_version
-from pipelines.tracking.mlflow_run import TrackingAwayError, TrackingError
+from pipelines.tracking.server import TrackingAwayError, TrackingError
 
 
 def training_tags(recipe: Recipe, manifests: Sequence[shards.Manifest]) -> dict[str, str]:

@@ -40,8 +40,8 @@ from pipelines.registry.folder import (
     verify_checksums,
 )
 from pipelines.registry.versions import PinnedModel, RegisteredVersion, Registry, pin_model
-from pipelines.tracking.mlflow_run import TrackingError, patiently
 from pipelines.tracking.redact import redact
+from pipelines.tracking.server import TrackingError, call_mlflow
 
 # What answers in another process; meteor_model itself travels as code.
 REQUIREMENTS = (
@@ -105,15 +105,15 @@ def register_model(
     example = example_input(config.image_size)
     _answer_example(folder, example)
     all_tags = {**tokens_by_stage(config), **redact(tags)}
-    experiment_id = patiently(f"run {run_id}", lambda: client.get_run(run_id)).info.experiment_id
-    logged = patiently(f"model {name}", lambda: client.create_logged_model(experiment_id, name, run_id, all_tags))
+    experiment_id = call_mlflow(f"run {run_id}", lambda: client.get_run(run_id)).info.experiment_id
+    logged = call_mlflow(f"model {name}", lambda: client.create_logged_model(experiment_id, name, run_id, all_tags))
     with tempfile.TemporaryDirectory(prefix="meteor-register-") as scratch:
         packed = Path(scratch) / "model"
         metadata = Model(artifact_path=logged.artifact_location, run_id=run_id, model_id=logged.model_id)
         _pack(folder, packed, example, metadata)
-        patiently(f"the files of model {name}", lambda: client.log_model_artifacts(logged.model_id, str(packed)))
-    patiently(f"model {name}", lambda: client.finalize_logged_model(logged.model_id, "READY"))
-    patiently(f"run {run_id}", lambda: client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)]))
+        call_mlflow(f"the files of model {name}", lambda: client.log_model_artifacts(logged.model_id, str(packed)))
+    call_mlflow(f"model {name}", lambda: client.finalize_logged_model(logged.model_id, "READY"))
+    call_mlflow(f"run {run_id}", lambda: client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)]))
     card = (folder / CARD_FILE).read_text()
     version = registry.create_version(run_id=run_id, model_id=logged.model_id, tags=all_tags, description=card)
     for alias in aliases:
@@ -167,7 +167,7 @@ def pull_model(model: PinnedModel, destination: Path) -> Path:
         raise ExportError(f"{destination} is not empty: pull into a new folder")
     client, source = model.registry.client, f"{model.address}/artifacts"
     try:
-        patiently(
+        call_mlflow(
             f"the download of {source}",
             lambda: mlflow.artifacts.download_artifacts(
                 source, dst_path=str(destination), tracking_uri=client.tracking_uri

@@ -23,8 +23,9 @@ from pipelines.io import codec
 from pipelines.registry.card import with_scores
 from pipelines.registry.tags import MANIFEST_TAG, SCORE_TAG, SUITE_NAME_TAG, SUITE_TAG
 from pipelines.registry.versions import Registry
-from pipelines.tracking.mlflow_run import TrackingError, log_documents, patiently
+from pipelines.tracking.mlflow_run import MlflowRun
 from pipelines.tracking.redact import hide_passwords
+from pipelines.tracking.server import TrackingError, call_mlflow
 
 if TYPE_CHECKING:
     from pipelines.evaluation.scoring import Suite
@@ -124,7 +125,7 @@ def file_score(
         "score": score.to_dict(records=True),
         "settings": dict(settings or {}),
     }
-    log_documents(registry.uri, found.run_id, {stored.artifact: whole})
+    MlflowRun(registry.uri, found.run_id).log_documents({stored.artifact: whole})
     scores = {**stored_scores(found), score.suite: stored}
     card = with_scores(found.description or "", {item.suite: item.score for item in scores.values()})
     registry.describe_version(version, tags=score_tags(stored), description=card)
@@ -143,7 +144,7 @@ def load_score(registry: Registry, version: ModelVersion, digest: str) -> Score:
         raise ScoringError(f"{where} has no score on suite {digest}; it has: {', '.join(known) or 'none'}")
     stored, client = known[digest], registry.client
     with tempfile.TemporaryDirectory(prefix="meteor-score-") as folder:
-        path = patiently(
+        path = call_mlflow(
             f"the score of {where}", lambda: client.download_artifacts(version.run_id, stored.artifact, folder)
         )
         try:

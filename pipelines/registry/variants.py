@@ -43,7 +43,7 @@ from pipelines.registry.tags import (
     TRAINING_TAGS,
 )
 from pipelines.registry.versions import PinnedModel, RegisteredVersion, Registry, pin_model
-from pipelines.tracking.mlflow_run import TrackingError, patiently
+from pipelines.tracking.server import TrackingError, call_mlflow
 
 
 def apply_pruning(
@@ -202,7 +202,7 @@ def _training_checkpoint(registry: Registry, version: int, run_id: str | None) -
     unknown = f"{which} names neither a base nor a training: register it again from its run"
     if not run_id:
         raise ExportError(unknown)
-    run = patiently(f"run {run_id}", lambda: client.get_run(run_id))
+    run = call_mlflow(f"run {run_id}", lambda: client.get_run(run_id))
     try:
         root, run_name = split_run_url(run.data.tags.get("run_url", ""))
     except storage.StorageError as error:

@@ -17,8 +17,8 @@ from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
 from pipelines.registry.tags import MANIFEST_TAG
-from pipelines.tracking.mlflow_run import TrackingError, patiently, require_tracking, use_tracking
 from pipelines.tracking.redact import redact
+from pipelines.tracking.server import TrackingError, call_mlflow, require_tracking, use_tracking
 
 DESCRIPTION_LENGTH = 5000
 """Characters of a version's description in MLflow's databases."""
@@ -73,9 +73,11 @@ class Registry:
     def registered_model(self) -> RegisteredModel:
         """The registered model with its tags and aliases. Raises TrackingError, listing the names there are."""
         client = self.client
-        found = patiently(f"the question for {self.name}", lambda: _get_or_none(client.get_registered_model, self.name))
+        found = call_mlflow(
+            f"the question for {self.name}", lambda: _get_or_none(client.get_registered_model, self.name)
+        )
         if found is None:
-            known = patiently("the list of models", lambda: [item.name for item in client.search_registered_models()])
+            known = call_mlflow("the list of models", lambda: [item.name for item in client.search_registered_models()])
             raise TrackingError(f"there is no registered model {self.name!r}; there are: {listing(known)}")
         return found
 
@@ -94,12 +96,12 @@ class Registry:
                 if not token:
                     return found
 
-        return sorted(patiently(f"the versions of {self.name}", every_page), key=lambda item: int(item.version))
+        return sorted(call_mlflow(f"the versions of {self.name}", every_page), key=lambda item: int(item.version))
 
     def version(self, number: int) -> ModelVersion:
         """One version with its tags. Raises TrackingError for one that is not there."""
         client = self.client
-        return patiently(f"version {number} of {self.name}", lambda: client.get_model_version(self.name, str(number)))
+        return call_mlflow(f"version {number} of {self.name}", lambda: client.get_model_version(self.name, str(number)))
 
     def target(self, alias: str) -> int:
         """The version that an alias points to. Raises TrackingError, listing the aliases there are."""
@@ -137,8 +139,8 @@ class Registry:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
 
-        patiently(f"registered model {self.name}", create_name)
-        created = patiently(
+        call_mlflow(f"registered model {self.name}", create_name)
+        created = call_mlflow(
             f"a version of {self.name}",
             lambda: client.create_model_version(
                 self.name,
@@ -155,12 +157,12 @@ class Registry:
         """Set tags of a version, and its description unless that is None."""
         client = self.client
         for key, value in redact(tags).items():
-            patiently(
+            call_mlflow(
                 f"tag {key} of {self.name}/{version}",
                 partial(client.set_model_version_tag, self.name, str(version), key, value),
             )
         if description is not None:
-            patiently(
+            call_mlflow(
                 f"the description of {self.name}/{version}",
                 lambda: client.update_model_version(self.name, str(version), shortened(description)),
             )
@@ -248,5 +250,5 @@ def trained_on(model: PinnedModel) -> str:
     registry, found = model.registry, model.registry.version(model.version)
     if MANIFEST_TAG in found.tags or not found.run_id:
         return str(found.tags.get(MANIFEST_TAG, ""))
-    run = patiently(f"run {found.run_id}", lambda: registry.client.get_run(found.run_id))
+    run = call_mlflow(f"run {found.run_id}", lambda: registry.client.get_run(found.run_id))
     return str(run.data.tags.get(MANIFEST_TAG, ""))

@@ -23,29 +23,20 @@ from typing import Any
 
 import requests
 from mlflow import MlflowClient
-from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
-from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
-from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
-from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
-from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
-from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
 from pipelines.io import storage
 from pipelines.io.run_folder import RunFolder
-from pipelines.tracking.mlflow_run import is_passing, limit_http_waits
+from pipelines.tracking.delivery import POINTS_PER_BATCH, Delivered, Sent, deliver
 from pipelines.tracking.points import Point, keep_points
 from pipelines.tracking.redact import hide_passwords
+from pipelines.tracking.server import limit_http_waits
 
 logger = logging.getLogger(__name__)
 
-POINTS_PER_BATCH = 1000
 GATHER_S = 0.5
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
 KEEP_EVERY_S = 30.0
-
-# Errors that sending again cannot mend: they are about the points themselves.
-_REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 
 
 class NoRunYetError(ValueError):
@@ -100,7 +91,7 @@ class MetricLogger:
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Take the metrics of one step. Never waits for the server, never raises; non-finite values go as they are."""
-        now_ms = _now_ms()
+        now_ms = time.time_ns() // 1_000_000
         points = []
         for name, value in metrics.items():
             try:
@@ -170,8 +161,7 @@ class MetricLogger:
                 return
             try:
                 known = known or Delivered(client, self._find_run())
-                fresh = known.fresh(batch)
-                refused = send(client, known.run_id, fresh) if fresh else []
+                sent = deliver(client, known, batch)
             except (MlflowException, requests.RequestException, OSError, ValueError) as error:
                 if not pause_s:
                     shown = hide_passwords(str(error))[:200]
@@ -186,7 +176,7 @@ class MetricLogger:
             if pause_s:
                 logger.warning("MLflow takes metrics again; %d points wait", len(self.pending_points()))
                 pause_s = 0.0
-            self._took(len(batch), len(fresh) - len(refused), refused)
+            self._took(len(batch), sent)
 
     def _find_run(self) -> str:
         """The run's id, from `run.json` where the driver had not opened the run when this logger was made."""
@@ -206,16 +196,16 @@ class MetricLogger:
             self._changed.wait_for(lambda: len(self._points) >= POINTS_PER_BATCH or self._closing, GATHER_S)
             return list(islice(self._points, POINTS_PER_BATCH))
 
-    def _took(self, points: int, delivered: int, refused: Sequence[Point]) -> None:
+    def _took(self, points: int, sent: Sent) -> None:
         """Let go of the first `points` of the queue."""
         with self._changed:
             if self._given_up:
                 return
             for _ in range(points):
                 self._points.popleft()
-            self._refused += refused
-            self._delivered += delivered
-            self._repeated += points - delivered - len(refused)
+            self._refused += sent.refused
+            self._delivered += sent.delivered
+            self._repeated += sent.repeated
             self._kept = max(0, self._kept - points)
             emptied, self._kept_files = (self._kept_files, []) if not self._kept else ([], self._kept_files)
         for url in emptied:
@@ -244,110 +234,3 @@ def _try_to_keep(folder: str, points: Sequence[Point]) -> str | None:
     except storage.StorageError as error:
         logger.warning("%d metric points cannot be written to the run's outbox: %s", len(points), error)
         return None
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
-
-
-class Delivered:
-    """The steps of each metric that an MLflow run had before this process sent any; asked once per metric.
-
-    Equal points collapse in MLflow only with equal times, and the times of a step that is made again differ.
-    """
-
-    def __init__(self, client: MlflowClient, run_id: str) -> None:
-        self.run_id = run_id
-        self._client = client
-        self._names: frozenset[str] | None = None
-        self._steps: dict[str, set[int]] = {}
-
-    def fresh(self, points: Sequence[Point]) -> list[Point]:
-        """The points whose (name, step) the run does not have.
-
-        Raises:
-            MlflowException and requests' errors: when the server is away.
-        """
-        if self._names is None:
-            self._names = frozenset(self._client.get_run(self.run_id).data.metrics)
-        for name in {point.name for point in points} - self._steps.keys():
-            history = self._client.get_metric_history(self.run_id, name) if name in self._names else []
-            self._steps[name] = {metric.step for metric in history}
-        return [point for point in points if point.step not in self._steps[point.name]]
-
-    def add(self, points: Sequence[Point]) -> None:
-        """Count points that `fresh` has returned as delivered."""
-        for point in points:
-            self._steps[point.name].add(point.step)
-
-
-def send(client: MlflowClient, run_id: str, points: Sequence[Point]) -> list[Point]:
-    """Send up to POINTS_PER_BATCH points; the points that the server refuses for what they are.
-
-    Raises:
-        MlflowException and requests' errors: when the server is away.
-    """
-    try:
-        client.log_batch(run_id, [Metric(point.name, point.value, point.time_ms, point.step) for point in points])
-    except MlflowException as error:
-        if is_passing(error) or error.error_code not in _REFUSALS:
-            raise
-        if len(points) == 1:
-            logger.warning("MLflow refuses metric %r: %s", points[0].name, str(error)[:200])
-            return list(points)
-        half = len(points) // 2  # one bad name must not hold back the others
-        return send(client, run_id, points[:half]) + send(client, run_id, points[half:])
-    return []
-
-
-class SystemMetrics:
-    """CPU, memory, disk, network and (where nvidia-ml-py is installed) GPU of this machine, as `system/...` metrics.
-
-    MLflow's probes, but delivered through a `MetricLogger`: MLflow's own monitor ends at the first outage. Steps are
-    seconds since the run began, so that they go on where they were when a run is resumed.
-
-    Args:
-        sink: the logger of the run; it stays open at `stop`.
-        run_start_ms: start of the run, milliseconds since the epoch.
-        interval_s: seconds between two samples.
-    """
-
-    def __init__(self, sink: MetricLogger, run_start_ms: int, interval_s: float = 10.0) -> None:
-        self._sink = sink
-        self._run_start_ms = run_start_ms
-        self._interval_s = interval_s
-        self._probes: list[BaseMetricsMonitor] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-        try:
-            self._probes.append(GPUMonitor())
-        except (ImportError, RuntimeError):
-            logger.debug("no GPU metrics: nvidia-ml-py or a GPU is missing")
-        self._last_step = -1
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._sample_all, name="system-metrics", daemon=True)
-
-    def start(self) -> None:
-        """Begin sampling."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Take a last sample and end."""
-        self._stop.set()
-        self._thread.join()
-
-    def _sample_all(self) -> None:
-        self._probes[0].collect_metrics()  # CPU use is measured since the last call: the first one says nothing
-        self._probes[0].clear_metrics()
-        while not self._stop.wait(self._interval_s):
-            self._sample()
-        self._sample()
-
-    def _sample(self) -> None:
-        metrics: dict[str, float] = {}
-        for probe in self._probes:
-            probe.collect_metrics()
-            metrics |= {f"system/{name}": value for name, value in probe.aggregate_metrics().items()}
-            probe.clear_metrics()
-        step = (_now_ms() - self._run_start_ms) // 1000
-        if step > self._last_step:  # one value per metric and step
-            self._sink.log(metrics, step)
-        self._last_step = step

@@ -1,7 +1,7 @@
 """The driver's side of the MLflow run of a training: opened once, and told everything, whether MLflow is there or not.
 
 What the driver logs goes to the run's outbox in storage first; a thread opens the run and empties the outbox as soon as
-MLflow takes it, and `settle`, at the end, insists. Nobody else creates the run. Its id is written to `run.json`, where
+MLflow takes it, and `deliver`, at the end, insists. Nobody else creates the run. Its id is written to `run.json`, where
 the workers' `MetricLogger` finds it.
 
     outbox/artifacts/{name}/...   files to be artifacts, under their path; names sort by time, the last of a path wins
@@ -15,32 +15,25 @@ import logging
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from mlflow import MlflowClient
-
 from pipelines.io import storage
 from pipelines.io.run_folder import RunFolder
-from pipelines.tracking.metric_logger import POINTS_PER_BATCH, Delivered, send
-from pipelines.tracking.mlflow_run import (
-    TrackingAwayError,
-    TrackingError,
-    document,
-    finish_run,
-    limit_http_waits,
-    log_files,
-    open_run,
-    patiently,
-    require_tracking,
-)
+from pipelines.tracking.delivery import deliver_outbox
+from pipelines.tracking.mlflow_run import MlflowRun, RunRequest, document, open_run
 from pipelines.tracking.points import (
     Point,
     keep_points,
-    points_from_jsonl,
     unique_name,
+)
+from pipelines.tracking.server import (
+    TrackingAwayError,
+    TrackingError,
+    call_mlflow,
+    limit_http_waits,
+    require_tracking,
 )
 
 logger = logging.getLogger(__name__)
@@ -48,20 +41,7 @@ logger = logging.getLogger(__name__)
 RETRY_EVERY_S = 5.0
 
 
-@dataclass(frozen=True)
-class RunRequest:
-    """What the MLflow run of a training is opened with; see `pipelines.tracking.mlflow_run.open_run`."""
-
-    experiment: str
-    run_name: str
-    settings: Mapping[str, Any]
-    tags: Mapping[str, str]
-    documents: Mapping[str, Any]
-    training_id: str
-    started_ms: int
-
-
-class Tracker:
+class RunTracker:
     """The MLflow run of one training, on the driver.
 
     Args:
@@ -70,7 +50,7 @@ class Tracker:
         request: what the run is opened with.
         run_id: of the run, where an earlier start has opened it.
         store_run_id: is called with the id when the run is open; writes it to `run.json`.
-        patience_s: seconds for which `open` and `settle` outlast an absent server, for each call.
+        patience_s: seconds for which `open` and `deliver` outlast an absent server, for each call.
     """
 
     def __init__(
@@ -103,7 +83,7 @@ class Tracker:
             TrackingError: a run or experiment that cannot be used.
         """
         with self._lock:
-            return self._open(self._patience_s)
+            return self._open(self._patience_s).run_id
 
     def start(self) -> None:
         """Let a thread open the run and empty the outbox, as soon as MLflow is there."""
@@ -121,12 +101,12 @@ class Tracker:
         self._keep({f"{artifact_path}/{path.relative_to(folder).as_posix()}": path.read_bytes() for path in paths})
 
     def log_points(self, points: Sequence[Point]) -> None:
-        """Metric points, delivered by `settle`; those whose metric and step the run has are left out there."""
+        """Metric points, delivered by `deliver`; those whose metric and step the run has are left out there."""
         if points:
             keep_points(RunFolder(self.run_url).outbox_points, points)
 
-    def settle(self) -> str:
-        """Deliver everything that is in the outbox, points included; the run's id.
+    def deliver(self) -> MlflowRun:
+        """Deliver everything that is in the outbox, points included; the run.
 
         Raises:
             TrackingAwayError: an absent server; says how much MLflow lacks and where that is.
@@ -134,7 +114,7 @@ class Tracker:
         """
         try:
             with self._lock:
-                return self._settle(self._patience_s)
+                return self._deliver(self._patience_s)
         except TrackingAwayError as error:
             files = storage.list_files(RunFolder(self.run_url).outbox)
             raise TrackingAwayError(
@@ -143,10 +123,10 @@ class Tracker:
             ) from error
 
     def finish(self) -> None:
-        """Deliver everything and close the run as FINISHED. Raises as `settle`."""
-        run_id = self.settle()
+        """Deliver everything and close the run as FINISHED. Raises as `deliver`."""
+        run = self.deliver()
         self.stop()
-        finish_run(self.uri, run_id, patience_s=self._patience_s)
+        run.finish()
 
     def fail(self) -> None:
         """Deliver what can be delivered at once and close the run as FAILED.
@@ -159,7 +139,7 @@ class Tracker:
             return
         try:
             require_tracking(self.uri, timeout_s=5)
-            finish_run(self.uri, self._settle(0), "FAILED", patience_s=0)
+            self._deliver(0).finish("FAILED")
         except ValueError as error:  # TrackingError, StorageError
             logger.warning("the run is not marked as FAILED in MLflow: %s", error)
         finally:
@@ -172,32 +152,21 @@ class Tracker:
 
     # All below: with the lock held.
 
-    def _open(self, patience_s: float) -> str:
+    def _open(self, patience_s: float) -> MlflowRun:
         if not self._opened or self.run_id is None:
-            request = self._request
-            self.run_id = open_run(
-                self.uri,
-                experiment=request.experiment,
-                run_name=request.run_name,
-                settings=request.settings,
-                tags=request.tags,
-                documents=request.documents,
-                run_id=self.run_id,
-                training_id=request.training_id,
-                started_ms=request.started_ms,
-                patience_s=patience_s,
-            )
+            opened = open_run(self.uri, self._request, run_id=self.run_id, patience_s=patience_s)
+            self.run_id = opened.run_id
             self._store_run_id(self.run_id)
             self._opened = True
-        return self.run_id
+        return MlflowRun(self.uri, self.run_id, patience_s)
 
-    def _settle(self, patience_s: float) -> str:
-        run_id = self._open(patience_s)
-        self._deliver_artifacts(run_id, patience_s)
-        patiently("metric points", lambda: deliver_points(self.uri, run_id, self.run_url), patience_s)
-        return run_id
+    def _deliver(self, patience_s: float) -> MlflowRun:
+        run = self._open(patience_s)
+        self._deliver_artifacts(run)
+        call_mlflow("metric points", lambda: deliver_outbox(run.uri, run.run_id, self.run_url), patience_s)
+        return run
 
-    def _deliver_artifacts(self, run_id: str, patience_s: float) -> None:
+    def _deliver_artifacts(self, run: MlflowRun) -> None:
         root = RunFolder(self.run_url).outbox_artifacts
         for part, names in groupby(storage.list_files(root), key=lambda name: name.split("/", 1)[0]):
             with tempfile.TemporaryDirectory(prefix="meteor-outbox-") as folder:
@@ -207,7 +176,7 @@ class Tracker:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     urls.append(storage.join(root, name))
                     path.write_bytes(storage.read_bytes(urls[-1]))
-                log_files(self.uri, run_id, Path(folder), patience_s=patience_s)
+                run.log_files(Path(folder))
             for url in urls:
                 storage.delete(url)
 
@@ -228,7 +197,7 @@ class Tracker:
                 return
             try:
                 with self._lock:
-                    self._deliver_artifacts(self._open(0), 0)
+                    self._deliver_artifacts(self._open(0))
                 if away:
                     logger.warning("MLflow is there; the run's records are delivered")
                 away = False
@@ -239,28 +208,3 @@ class Tracker:
             except TrackingError as error:
                 logger.error("the run's records are kept, and the end of the run will fail: %s", error)
                 return
-
-
-def deliver_points(uri: str, run_id: str, run_url: str) -> tuple[int, int]:
-    """Deliver the metric points in a run's outbox; (delivered, refused). Those that the run has are left out.
-
-    Raises:
-        MlflowException and requests' errors: when the server is away; what was delivered is out of the outbox.
-        ValueError: a file that holds something else.
-    """
-    client = MlflowClient(uri)
-    known = Delivered(client, run_id)
-    delivered, refused = 0, 0
-    root = RunFolder(run_url).outbox_points
-    for name in storage.list_files(root):
-        url = storage.join(root, name)
-        points = known.fresh(points_from_jsonl(storage.read_bytes(url).decode(), url))
-        for start in range(0, len(points), POINTS_PER_BATCH):
-            batch = points[start : start + POINTS_PER_BATCH]
-            bad = send(client, run_id, batch)
-            if bad:
-                keep_points(RunFolder(run_url).outbox_refused, bad)
-            known.add(batch)
-            delivered, refused = delivered + len(batch) - len(bad), refused + len(bad)
-        storage.delete(url)
-    return delivered, refused

@@ -32,7 +32,7 @@ from pipelines.registry.folder import ExportError, export_model
 from pipelines.registry.open import open_model
 from pipelines.registry.publish import register_model
 from pipelines.registry.versions import PinnedModel, Registry, pin_model
-from pipelines.tracking.mlflow_run import open_run
+from pipelines.tracking.mlflow_run import RunRequest, open_run
 from tests.meteor_model.builders import model, processor
 from tests.stack_fixture import applied
 
@@ -160,7 +160,7 @@ def prepared(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     folder = export_model(model(), processor(), tmp_path_factory.mktemp("calibrate") / "model")
     with applied(stack):
         manifest = make("s3://meteor/data/calibrate")
-        run_id = open_run(stack.mlflow_uri, experiment="meteor", run_name="trained", settings={}, tags={}, documents={})
+        run_id = open_run(stack.mlflow_uri, RunRequest("meteor", "trained")).run_id
         register_model(
             folder, Registry(stack.mlflow_uri, "meteor"), aliases=("latest-pretrain",), run_id=run_id,
             tags={"manifest": manifest.url},

@@ -28,7 +28,7 @@ from pipelines.registry.promotion import what_is_lacking
 from pipelines.registry.publish import load_registered, register_model
 from pipelines.registry.variants import measure_parity
 from pipelines.registry.versions import Registry
-from pipelines.tracking.mlflow_run import open_run
+from pipelines.tracking.mlflow_run import RunRequest, open_run
 from tests.jobs.killing import ROOT, kill_when, own_environment
 from tests.pipelines.mlflow_fixture import Server, free_port
 from tests.tune.conftest import Bench, bench
@@ -70,14 +70,13 @@ def place(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pl
             estimator: {name: [{"mean": 4.0 + i, "std": 0.1} for i in range(3)] for name in bench.encoders}
             for estimator in ESTIMATORS
         }
-        run_id = open_run(
-            server.uri,
-            experiment="meteor",
-            run_name="base",
-            settings={},
+        request = RunRequest(
+            "meteor",
+            "base",
             tags={"manifest": bench.manifest.url},
             documents={"ranks.json": {"images": 4, "ranks": ranks}},
         )
+        run_id = open_run(server.uri, request).run_id
         register_model(bench.base, Registry(server.uri, "meteor"), aliases=("base",), run_id=run_id, tags={})
         settings = SweepSettings(
             model="models:/meteor@base",

@@ -31,7 +31,7 @@ from pipelines.evaluation.scoring import Suite, score_of_records
 from pipelines.registry.folder import export_model
 from pipelines.registry.publish import register_model
 from pipelines.registry.versions import RegisteredVersion, Registry
-from pipelines.tracking.mlflow_run import open_run
+from pipelines.tracking.mlflow_run import RunRequest, open_run
 
 MODEL_NAME = "meteor-test"
 SUITE = Suite("s3://bucket/data/manifest.parquet", "ab" * 32, "heldout", 4)
@@ -180,7 +180,7 @@ def parity_file(
 @pytest.fixture(scope="session")
 def run_id(server: Server) -> str:
     """A run to which models are registered."""
-    return open_run(server.uri, experiment="registry", run_name="first", settings={}, tags={}, documents={})
+    return open_run(server.uri, RunRequest("registry", "first")).run_id
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ from pipelines.registry.scores import StoredScore, score_tags, stored_scores
 from pipelines.registry.tags import is_known
 from pipelines.registry.variants import apply_pruning
 from pipelines.registry.versions import DESCRIPTION_LENGTH, shortened
-from pipelines.tracking.mlflow_run import TrackingError
+from pipelines.tracking.server import TrackingError
 from tests.pipelines.mlflow_fixture import SUITE, record, score_of, tiny_config, tiny_pruning
 
 RECORDS = [record(0), record(1), record(2, right=False, nll=1.5), record(3, kept=20)]

@@ -35,7 +35,8 @@ from pipelines.registry.scores import file_score, load_score
 from pipelines.registry.tags import is_known
 from pipelines.registry.variants import measure_parity, register_variant
 from pipelines.registry.versions import RegisteredVersion, Registry, pin_model
-from pipelines.tracking.mlflow_run import TrackingError, open_run, set_tags
+from pipelines.tracking.mlflow_run import MlflowRun, RunRequest, open_run
+from pipelines.tracking.server import TrackingError
 from tests.pipelines.mlflow_fixture import SUITE, Server, record, score_of, tiny_pruning
 from tests.pipelines.registry.test_versions import png
 
@@ -49,7 +50,7 @@ POORER = [record(0, right=False, nll=0.9, kept=6), *[record(number, kept=6) for 
 @pytest.fixture(scope="module")
 def run_id(server: Server) -> str:
     """A run for this module's versions."""
-    return open_run(server.uri, experiment="registry", run_name="variants", settings={}, tags={}, documents={})
+    return open_run(server.uri, RunRequest("registry", "variants")).run_id
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +290,7 @@ def test_parity_of_a_registered_version_is_measured_again(
         measure_parity(registry, base.version)
 
     run = tmp_path / "runs" / "first"
-    set_tags(server.uri, base.run_id, {"run_url": str(run)})
+    MlflowRun(server.uri, base.run_id).set_tags({"run_url": str(run)})
     with pytest.raises(TrackingError, match=r"run first of .* has no checkpoint"):
         measure_parity(registry, base.version)
     latest = {"latest_checkpoint_result": {"checkpoint_dir_name": "step-4"}}

@@ -25,7 +25,7 @@ from pipelines.registry.folder import ExportError
 from pipelines.registry.publish import pull_model, register_model
 from pipelines.registry.pyfunc_model import MeteorPyfunc
 from pipelines.registry.versions import RegisteredVersion, Registry, pin_model
-from pipelines.tracking.mlflow_run import TrackingError
+from pipelines.tracking.server import TrackingError
 from tests.pipelines.mlflow_fixture import MODEL_NAME, Server
 
 pytestmark = pytest.mark.stack

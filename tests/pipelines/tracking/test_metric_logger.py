@@ -20,10 +20,12 @@ from mlflow.exceptions import MlflowException
 from pipelines.io import storage
 from pipelines.io.run_folder import RunFolder
 from pipelines.tracking import metric_logger as metric_log
-from pipelines.tracking.metric_logger import MetricLogger, SystemMetrics
-from pipelines.tracking.mlflow_run import TrackingAwayError, is_passing, open_run, require_tracking
+from pipelines.tracking.delivery import Sent, deliver_outbox, send
+from pipelines.tracking.metric_logger import MetricLogger
+from pipelines.tracking.mlflow_run import RunRequest, open_run
 from pipelines.tracking.points import Point, points_from_jsonl, points_to_jsonl
-from pipelines.tracking.run_tracker import deliver_points
+from pipelines.tracking.server import TrackingAwayError, is_passing, require_tracking
+from pipelines.tracking.system_metrics import SystemMetrics
 from tests.pipelines.mlflow_fixture import Server, answering, free_port
 
 pytestmark = pytest.mark.stack
@@ -32,7 +34,7 @@ DEAD = "http://127.0.0.1:9"
 
 
 def new_run(server: Server, name: str) -> str:
-    return open_run(server.uri, experiment="metrics", run_name=name, settings={}, tags={}, documents={})
+    return open_run(server.uri, RunRequest("metrics", name)).run_id
 
 
 def history(server: Server, run_id: str, name: str) -> list[Metric]:
@@ -145,7 +147,7 @@ def test_every_point_comes_once_over_an_outage(server: Server, tmp_path: Path, m
     assert storage.list_files(lasting_url) == [], "what was kept and delivered is removed"
 
     assert history(server, closed_run, "loss") == []
-    assert deliver_points(server.uri, closed_run, closed_url) == (100, 0)
+    assert deliver_outbox(server.uri, closed_run, closed_url) == Sent(100, 0, ())
     assert [point.step for point in history(server, closed_run, "loss")] == list(range(200, 300))
     assert storage.list_files(closed_url) == []
 
@@ -197,7 +199,7 @@ def test_equal_points_collapse_in_mlflow(server: Server) -> None:
     """What a batch whose answer was lost relies on; equal values of another time do not collapse."""
     run_id, client = new_run(server, "equal"), MlflowClient(server.uri)
     for points in ([(1, 1), (1, 2)], [(1, 2), (1, 3)], [(2, 3)]):
-        metric_log.send(client, run_id, [Point("loss", 0.5, time_ms, step) for time_ms, step in points])
+        send(client, run_id, [Point("loss", 0.5, time_ms, step) for time_ms, step in points])
     assert [(point.step, point.timestamp) for point in history(server, run_id, "loss")] == [
         (1, 1),
         (2, 1),
@@ -243,7 +245,7 @@ def test_faults_of_the_server_are_no_refusals(
     with answering(status, body) as uri:
         if away:
             with pytest.raises(MlflowException) as caught:
-                metric_log.send(MlflowClient(uri), "run", points)
+                send(MlflowClient(uri), "run", points)
             assert is_passing(caught.value)
         else:
-            assert metric_log.send(MlflowClient(uri), "run", points) == points
+            assert send(MlflowClient(uri), "run", points) == points

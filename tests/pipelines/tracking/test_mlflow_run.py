@@ -13,16 +13,8 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from pipelines.tracking.mlflow_run import (
-    TrackingAwayError,
-    TrackingError,
-    finish_run,
-    git_commit,
-    log_files,
-    open_run,
-    patiently,
-    require_tracking,
-)
+from pipelines.tracking.mlflow_run import RunRequest, git_commit, open_run
+from pipelines.tracking.server import TrackingAwayError, TrackingError, call_mlflow, require_tracking
 from tests.pipelines.mlflow_fixture import Server, answering, free_port
 
 pytestmark = pytest.mark.stack
@@ -73,14 +65,10 @@ def test_addresses_that_cannot_serve_a_cluster(uri: str, message: str) -> None:
 def test_open_log_finish_resume(server: Server, tmp_path: Path) -> None:
     settings = {f"group.{number}": {"value": number} for number in range(120)} | {"password": "hunter2", "workers": 2}
     settings["data"] = {"mixture": {"s3://bucket/more": 2.0}}
-    run_id = open_run(
-        server.uri,
-        experiment="tracking",
-        run_name="a run",
-        settings=settings,
-        tags={"git_commit": "abc", "recipe": "tiny"},
-        documents={"recipe.json": settings, "ranks.json": {"clip": [3.5]}},
-    )
+    tags = {"git_commit": "abc", "recipe": "tiny"}
+    documents = {"recipe.json": settings, "ranks.json": {"clip": [3.5]}}
+    opened = open_run(server.uri, RunRequest("tracking", "a run", settings, tags, documents))
+    run_id = opened.run_id
     client = MlflowClient(server.uri)
     run = client.get_run(run_id)
     assert len(run.data.params) == 123
@@ -93,20 +81,19 @@ def test_open_log_finish_resume(server: Server, tmp_path: Path) -> None:
 
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "one.png").write_bytes(b"png")
-    log_files(server.uri, run_id, tmp_path / "pictures", "kept")
+    opened.log_files(tmp_path / "pictures", "kept")
     assert artifact(server, run_id, "kept/one.png") == b"png"
     with pytest.raises(TrackingError, match="does not exist"):
-        log_files(server.uri, run_id, tmp_path / "none.png")
+        opened.log_files(tmp_path / "none.png")
 
-    finish_run(server.uri, run_id, "FAILED")
+    opened.finish("FAILED")
     assert client.get_run(run_id).info.status == "FAILED"
 
-    again = open_run(
-        server.uri, experiment="tracking", run_name="a run", settings={**settings, "workers": 3, "new": 1}, tags={},
-        documents={"ranks.json": {"clip": [4.0]}}, run_id=run_id,
-    )  # fmt: skip
-    resumed = client.get_run(again)
-    assert (again, resumed.info.status) == (run_id, "RUNNING")
+    changed = {**settings, "workers": 3, "new": 1}
+    request = RunRequest("tracking", "a run", changed, documents={"ranks.json": {"clip": [4.0]}})
+    assert open_run(server.uri, request, run_id=run_id) == opened
+    resumed = client.get_run(run_id)
+    assert resumed.info.status == "RUNNING"
     assert (resumed.data.params["workers"], resumed.data.tags["resumed.workers"]) == ("2", "3")
     assert resumed.data.params["new"] == "1"
     assert [tag for tag in resumed.data.tags if tag.startswith("resumed.")] == ["resumed.workers"]
@@ -115,7 +102,7 @@ def test_open_log_finish_resume(server: Server, tmp_path: Path) -> None:
 
 def test_runs_and_experiments_that_cannot_be_resumed(server: Server) -> None:
     def reopen(run_id: str | None, experiment: str = "gone") -> None:
-        open_run(server.uri, experiment=experiment, run_name="r", settings={}, tags={}, documents={}, run_id=run_id)
+        open_run(server.uri, RunRequest(experiment, "r"), run_id=run_id)
 
     with pytest.raises(TrackingError, match=r"no run 0{32}.*MLFLOW_TRACKING_URI"):
         reopen("0" * 32)
@@ -139,13 +126,13 @@ def test_a_call_outlasts_a_short_absence_and_names_a_long_one() -> None:
             raise answer
         return answer
 
-    assert patiently("it", action, patience_s=5) == "here"
+    assert call_mlflow("it", action, patience_s=5) == "here"
     answers = iter([MlflowException("still away")] * 9)
     with pytest.raises(TrackingError, match="did not take the thing within 1 s: still away"):
-        patiently("the thing", action, patience_s=1)
+        call_mlflow("the thing", action, patience_s=1)
     answers = iter([MlflowException.invalid_parameter_value("nonsense"), "never asked again"])
     with pytest.raises(TrackingError, match="refused the thing: nonsense"):
-        patiently("the thing", action, patience_s=60)
+        call_mlflow("the thing", action, patience_s=60)
 
 
 def test_commit_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,9 +23,10 @@ from pipelines.io.run_folder import RunFolder, run_folder
 from pipelines.job import run
 from pipelines.tracking import mlflow_run as tracking
 from pipelines.tracking.metric_logger import MetricLogger
-from pipelines.tracking.mlflow_run import TRAINING_TAG, TrackingAwayError, TrackingError
+from pipelines.tracking.mlflow_run import TRAINING_TAG, RunRequest
 from pipelines.tracking.points import Point
-from pipelines.tracking.run_tracker import RunRequest, Tracker
+from pipelines.tracking.run_tracker import RunTracker
+from pipelines.tracking.server import TrackingAwayError, TrackingError
 from tests.pipelines.mlflow_fixture import Server, free_port
 
 pytestmark = pytest.mark.stack
@@ -37,12 +38,12 @@ def request(training_id: str) -> RunRequest:
     return RunRequest("tracker", "a run", settings, tags, {"recipe.json": settings}, training_id, started_ms=1_700_000)
 
 
-def tracker_of(uri: str, folder: Path, training_id: str, patience_s: float = 30, **changes: Any) -> Tracker:
+def tracker_of(uri: str, folder: Path, training_id: str, patience_s: float = 30, **changes: Any) -> RunTracker:
     def store(run_id: str) -> None:
         storage.write_json(RunFolder(str(folder)).record, {"mlflow_run_id": run_id})
 
     options = {"run_id": None, "store_run_id": store, "patience_s": patience_s, **changes}
-    return Tracker(uri, str(folder), request(training_id), **options)
+    return RunTracker(uri, str(folder), request(training_id), **options)
 
 
 def runs_of(server: Server, training_id: str) -> list[Run]:
@@ -89,7 +90,7 @@ def test_a_training_begins_without_the_server(
         with pytest.raises(
             TrackingAwayError, match=r"MLflow lacks 6 files of records, which are kept in .*/run/outbox"
         ):
-            tracker.settle()
+            tracker.deliver()
         tracker_of(server.uri, folder, "late").fail()
         assert "is not marked as FAILED" in caplog.text
         assert tracker.run_id is None
@@ -127,7 +128,7 @@ def test_a_half_opened_run_is_adopted(server: Server, tmp_path: Path, monkeypatc
         raise Died
 
     with monkeypatch.context() as dying:
-        dying.setattr(tracking, "set_tags", die)
+        dying.setattr(tracking.MlflowRun, "set_tags", die)
         with pytest.raises(Died):
             tracker_of(server.uri, tmp_path, "half").open()
     with pytest.raises(Died):
@@ -161,9 +162,9 @@ def test_a_failing_artifact_store_is_waited_out(server: Server, tmp_path: Path) 
     (tmp_path / "one.png").write_bytes(b"png")
     tracker.log_files(tmp_path, "pictures")
     with pytest.raises(TrackingAwayError, match="did not take"):
-        tracker.settle()
+        tracker.deliver()
     (folder / "pictures").unlink()
-    tracker.settle()
+    tracker.deliver()
     assert artifact(server, run_id, "pictures/one.png") == b"png"
 
 
