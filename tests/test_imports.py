@@ -24,12 +24,12 @@ ALLOWED = {
     "infra": {"infra"},
 }
 LEVELS: tuple[dict[str, set[str]], ...] = (
-    {"io": set()},
-    {"data": {"io"}, "parts": {"io"}, "recovery": {"io"}, "tracking": {"io"}},
+    {"compat": set(), "io": set()},
+    {"data": {"io"}, "parts": {"io"}, "recovery": {"compat", "io"}, "tracking": {"io"}},
     {"config": {"data", "io"}, "evaluation": {"data", "io"}},
-    {"checkpoint": {"config", "data", "io"}},
+    {"checkpoint": {"compat", "config", "data", "io"}},
     {
-        "training": {"checkpoint", "config", "data", "io", "recovery", "tracking"},
+        "training": {"checkpoint", "compat", "config", "data", "io", "recovery", "tracking"},
         "registry": {"checkpoint", "config", "data", "evaluation", "io", "parts", "tracking"},
     },
     {

@@ -7,7 +7,6 @@ torch nor transformers (6 s of CPU).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -15,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from pipelines.checkpoint.losses import remove_uncommitted_losses
 from pipelines.checkpoint.state import STATE_FILE, CheckpointError, TrainState
+from pipelines.compat.ray import Snapshot, parse_snapshot
 from pipelines.io import storage
-from pipelines.io.run_folder import run_folder
+from pipelines.io.run_folder import RunFolder, run_folder
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -44,16 +44,22 @@ def latest_checkpoint(root: str, run_name: str) -> CheckpointRef | None:
     folder = run_folder(root, run_name)
     if not storage.exists(folder.snapshot):
         return None
-    try:
-        latest = json.loads(storage.read_bytes(folder.snapshot))["latest_checkpoint_result"]
-        if latest is None:
-            return None
-        url = folder.checkpoint(latest["checkpoint_dir_name"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{folder.snapshot} is damaged ({error!r}); start again under another run name, or remove {folder.train}"
-        ) from error
+    latest = _read_snapshot(folder).latest
+    if latest is None:
+        return None
+    url = folder.checkpoint(latest)
     return CheckpointRef(url, read_state(url))
+
+
+def _read_snapshot(folder: RunFolder) -> Snapshot:
+    try:
+        return parse_snapshot(storage.read_bytes(folder.snapshot))
+    except storage.StorageError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(
+            f"{folder.snapshot} is damaged ({error}); start again under another run name, or remove {folder.train}"
+        ) from error
 
 
 def read_state(url: str) -> TrainState:
@@ -97,11 +103,10 @@ def remove_uncommitted(root: str, run_name: str) -> list[str]:
     names = {path.partition("/")[0] for path in files}
     # Asked of the same listing, so that a false "not found" cannot cost a checkpoint.
     if PurePosixPath(folder.snapshot).name in listed:
-        snapshot = json.loads(storage.read_bytes(folder.snapshot))
-        named = [snapshot["latest_checkpoint_result"], *snapshot["checkpoint_results"]]
-        names -= {result["checkpoint_dir_name"] for result in named if result is not None}
-        if named[0] is not None:
-            committed_step = read_state(folder.checkpoint(named[0]["checkpoint_dir_name"])).step
+        snapshot = _read_snapshot(folder)
+        names -= snapshot.names
+        if snapshot.latest is not None:
+            committed_step = read_state(folder.checkpoint(snapshot.latest)).step
     for path in files:
         if path.partition("/")[0] in names:
             storage.delete(folder.checkpoint(path))

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from pipelines.checkpoint.state import ZERO3_TAG, CheckpointError
-from pipelines.checkpoint.zero3 import import_deepspeed
+from pipelines.compat.deepspeed import import_deepspeed
 
 
 def consolidate(

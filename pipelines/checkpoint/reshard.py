@@ -13,7 +13,6 @@ elements, the last of them padded. A sub-group is a list of parameters of one pa
 them, one after another, are one flat tensor. Which parameters a sub-group has depends on W.
 """
 
-import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pipelines.checkpoint.state import ZERO3_TAG, CheckpointError
+from pipelines.compat.deepspeed import engine_layout, load_into_engine
 
 SHARD_NAME = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_(model|optim)_states\.pt")
 
@@ -166,34 +166,17 @@ def load_universal(engine: Any, directory: Path) -> None:
         CheckpointError: if shards are missing or damaged, if parameter groups, names or shapes are others than the
             engine's, or if the old workers disagree about what they must have in common.
     """
-    optimizer = engine.optimizer
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     shards = Shards(directory)
     model = shards.model(0)
-    names = engine.param_names
-    layout = Layout(
-        world,
-        [{names[parameter]: parameter.ds_shape for parameter in group} for group in optimizer.fp16_groups],
-        [optimizer.sub_group_to_group_id[sub_group] for sub_group in range(len(optimizer.fp16_groups))],
-    )
-    trained = set(itertools.chain.from_iterable(optimizer.fp16_groups))
-    frozen = {
-        names[parameter]: parameter.ds_shape for parameter in engine.module.parameters() if parameter not in trained
-    }
+    own = engine_layout(engine)
+    layout = Layout(world, own.sub_groups, own.group_of)
     old_layout = layout_of(shards)
     check_groups(old_layout.groups(), layout.groups(), directory)
-    check_shapes("frozen parameters", model["frozen_param_shapes"], frozen, directory)
+    check_shapes("frozen parameters", model["frozen_param_shapes"], own.frozen, directory)
     state = optimizer_state(shards, old_layout, layout, rank)
-    fragments = {name: frozen_partition(shards, name, shape.numel(), world, rank) for name, shape in frozen.items()}
-
-    optimizer.checkpoint_event_prologue()
-    module = {**engine.module.state_dict(), **common_buffers(shards)}
-    engine.load_module_state_dict({"module": module, "frozen_param_fragments": fragments})
-    optimizer.load_state_dict([None] * rank + [state])
-    optimizer.checkpoint_event_epilogue()
-    engine.global_steps = model["global_steps"]
-    engine.global_samples = model["global_samples"]
-    engine.skipped_steps = model["skipped_steps"]
+    fragments = {name: frozen_partition(shards, name, shape.numel(), world, rank) for name, shape in own.frozen.items()}
+    load_into_engine(engine, rank, state, common_buffers(shards), fragments, model)
 
 
 def layout_of(shards: Shards) -> Layout:

@@ -5,7 +5,6 @@ the accelerator has been chosen.
 """
 
 import math
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from pipelines.compat.deepspeed import import_deepspeed, whole_shape
 from pipelines.config.settings import PARTS, OptimizerSettings, Part, ScheduleSettings, SettingsError, TrainingSettings
 
 PART_OF_MODULE: dict[str, Part] = {
@@ -31,23 +31,6 @@ PART_OF_MODULE: dict[str, Part] = {
 
 class WeightsError(ValueError):
     """The weights in a folder do not fit the model; the message names the parameter, the file and the shapes."""
-
-
-def import_deepspeed(uses_gpu: bool) -> ModuleType:
-    """Import DeepSpeed for GPUs or for CPUs.
-
-    On CPUs two habits of it are switched off. It would find out which of its native operators can be built, and build
-    one (for inference, in shared memory) at its first process group, which needs a C++ compiler and half a minute; this
-    project uses none of them there. And it would open a range for NVIDIA's profiler thousands of times a step.
-    """
-    if not uses_gpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-
-    if not uses_gpu:
-        deepspeed.ops.__compatible_ops__ = {}
-        deepspeed.utils.nvtx.enable_nvtx = False
-    return deepspeed
 
 
 def deepspeed_config(settings: TrainingSettings) -> dict[str, Any]:
@@ -174,7 +157,7 @@ def _names_in_files(model: nn.Module, files: WeightFiles) -> dict[nn.Parameter, 
         stored = [candidate for candidate in candidates if candidate in files]
         if not stored:
             raise WeightsError(f"{files.directory} holds no weights for {' = '.join(candidates)}")
-        found, wanted = files.shape(stored[0]), tuple(parameter.ds_shape)  # type: ignore[attr-defined]
+        found, wanted = files.shape(stored[0]), tuple(whole_shape(parameter))
         if found != wanted:
             raise WeightsError(
                 f"{files.directory} holds {stored[0]} with shape {found}, but the model's config asks for {wanted}"

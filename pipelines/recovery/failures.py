@@ -1,17 +1,13 @@
 """From what Ray Train raises to the error that a user can act on."""
 
-import re
-
 import ray.exceptions
 import ray.train
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
+from pipelines.compat.ray import health_check_failure, place_of_dead_actor, without_retry_advice
 from pipelines.io.errors import TransientError
 from pipelines.recovery.preemption import Preempted
 
 SHOWN_LINES = 12
-# Ray Data appends to an error's own message what it thinks of retrying it.
-_RETRY_ADVICE = re.compile(r"\nFailed to [^\n]* after \d+/\d+ attempts \(total backoff .*", re.DOTALL)
 
 
 class TrainingError(RuntimeError):
@@ -59,8 +55,8 @@ def _distance(failure: BaseException) -> int:
 
 def _what_happened(failure: BaseException) -> str:
     if isinstance(failure, ray.exceptions.RayActorError):
-        found = dict(re.findall(r"^\s*(pid|ip): (\S+)", str(failure), re.MULTILINE))
-        where = f" (pid {found['pid']} on {found['ip']})" if len(found) == 2 else ""
+        place = place_of_dead_actor(failure)
+        where = f" (pid {place[0]} on {place[1]})" if place else ""
         return f"died{where}: killed from outside, out of memory, or its node is gone"
     lines = str(failure).splitlines()
     return f"failed with {type(failure).__name__}: " + "\n".join(lines[:SHOWN_LINES])
@@ -76,15 +72,13 @@ def _failures(error: ray.train.TrainingFailedError) -> list[tuple[str, BaseExcep
 
 def _unwrap(error: BaseException) -> BaseException:
     """The innermost error that a Ray task, a data operator or a health check wraps."""
-    inner: BaseException | None = None
+    inner = health_check_failure(error)
     if isinstance(error, ray.exceptions.RayTaskError):
         inner = error.cause
-    elif isinstance(error, WorkerHealthCheckFailedError):
-        inner = error.health_check_failure
     elif isinstance(error, ray.exceptions.UserCodeException):
         inner = error.__cause__
     if inner is not None and inner is not error:
         return _unwrap(inner)
     if error.args and isinstance(error.args[0], str):
-        error.args = (_RETRY_ADVICE.sub("", error.args[0]), *error.args[1:])
+        error.args = (without_retry_advice(error.args[0]), *error.args[1:])
     return error

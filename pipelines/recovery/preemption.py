@@ -22,12 +22,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from types import FrameType
-from typing import Any, Literal
+from typing import Literal
 
 import ray.train
 from ray.train import CheckpointConsistencyMode
-from ray.train.torch import TorchConfig
-from ray.train.torch.config import _TorchBackend
 
 POLL_S = 2.0  # between two looks at Ray's drain notices: one takes some ms on every worker; Ray itself looks every 5 s
 
@@ -82,25 +80,9 @@ TERM_NOTICE = TermNotice()
 """This process's notice; a signal handler belongs to the whole process."""
 
 
-def _listen() -> None:
+def listen() -> None:
+    """Take SIGTERM as a notice in this process (`TERM_NOTICE`); for the main thread of a worker."""
     TERM_NOTICE.listen()
-
-
-class _ListeningBackend(_TorchBackend):
-    """Ray runs what a backend starts in the main thread of each worker; the training itself runs in another thread."""
-
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
-        worker_group.execute(_listen)
-        super().on_start(worker_group, backend_config)
-
-
-class ListeningTorchConfig(TorchConfig):
-    """Ray Train's TorchConfig; its workers take a SIGTERM as a notice (`TERM_NOTICE`) instead of exiting."""
-
-    @property
-    def backend_cls(self) -> type[_TorchBackend]:
-        """The backend that starts the workers."""
-        return _ListeningBackend
 
 
 # ------------------------------------------------------------------------------------------- the workers' common notice

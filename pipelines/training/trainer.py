@@ -18,9 +18,7 @@ there are then. Workers that fail are started again by `fit` itself (`pipelines.
 
 import dataclasses
 import itertools
-import logging
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +31,6 @@ import ray.exceptions
 import ray.train
 import torch
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.execution import context as ray_train_context
 from transformers import PreTrainedModel
 
 from pipelines.checkpoint.committed import (
@@ -49,11 +46,13 @@ from pipelines.checkpoint.state import POINTS_FILE, CheckpointError, TrainState,
 from pipelines.checkpoint.zero3 import (
     checkpoint_activations,
     deepspeed_config,
-    import_deepspeed,
     load_sharded,
     parameter_groups,
     weight_dtype,
 )
+from pipelines.compat.deepspeed import ignore_deprecated_collectives, import_deepspeed
+from pipelines.compat.ray import log_no_reports
+from pipelines.compat.ray_torch import StartHookTorchConfig
 from pipelines.config.settings import SettingsError, TrainingSettings
 from pipelines.data.ledger import Ledger
 from pipelines.data.sample_id import Int64s
@@ -63,7 +62,7 @@ from pipelines.io.console import say, warn_from_worker
 from pipelines.io.run_folder import TRAIN_NAME, RunFolder, run_folder
 from pipelines.io.upload import CheckpointUpload
 from pipelines.recovery.failures import TrainingError, root_cause
-from pipelines.recovery.preemption import ListeningTorchConfig, PreemptionWatch
+from pipelines.recovery.preemption import PreemptionWatch, listen
 from pipelines.recovery.restart_policy import RestartPolicy
 from pipelines.recovery.run_lock import Claim, TellsOfFailure, exclusive
 from pipelines.tracking.points import Point, points_from_jsonl
@@ -249,8 +248,8 @@ def _trainer(job: TrainingJob, claim: Claim) -> TorchTrainer:
     return TorchTrainer(
         train_worker,
         train_loop_config={"job": ray.cloudpickle.dumps(job)},  # bytes: the controller need not import what is in it
-        torch_config=ListeningTorchConfig(
-            backend="nccl" if settings.uses_gpu else "gloo", timeout_s=settings.timeout_s
+        torch_config=StartHookTorchConfig(
+            start_hook=listen, backend="nccl" if settings.uses_gpu else "gloo", timeout_s=settings.timeout_s
         ),
         scaling_config=ray.train.ScalingConfig(
             num_workers=(settings.min_workers, settings.workers) if elastic else settings.workers,
@@ -309,7 +308,9 @@ def train_worker(config: Mapping[str, Any]) -> None:
     job: TrainingJob = ray.cloudpickle.loads(config["job"])
     settings = job.settings
     # 1. join
-    _quieten()
+    warn_from_worker()
+    log_no_reports()
+    ignore_deprecated_collectives()
     if not settings.uses_gpu:
         torch.set_num_threads(settings.threads_per_worker)
     deepspeed = import_deepspeed(settings.uses_gpu)
@@ -428,14 +429,3 @@ def _saver(job: TrainingJob, engine: Any, start: Start, rank: int, world: int) -
         validate_every=settings.validate_every_checkpoints,
         saved=start.state.step // settings.checkpoint_every_steps,
     )
-
-
-def _quieten() -> None:
-    """Leave out what the libraries say in every run, and show this project's own warnings.
-
-    Left out are a report's repetition of its metrics, and a deprecation inside DeepSpeed.
-    """
-    warn_from_worker()
-    logging.getLogger(ray_train_context.__file__).setLevel(logging.WARNING)
-    deprecated = r".*(all_gather_into_tensor|reduce_scatter_tensor).*"
-    warnings.filterwarnings("ignore", message=deprecated, category=FutureWarning)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from pipelines.checkpoint.reshard import load_universal
 from pipelines.checkpoint.state import ZERO3_TAG
-from pipelines.checkpoint.zero3 import deepspeed_config, import_deepspeed, parameter_groups, schedule_factor
+from pipelines.checkpoint.zero3 import deepspeed_config, parameter_groups, schedule_factor
+from pipelines.compat.deepspeed import import_deepspeed
 from pipelines.config.settings import LearningRates, OptimizerSettings, TrainingSettings
 
 VOCABULARY, WIDTH, LENGTH = 13, 7, 5

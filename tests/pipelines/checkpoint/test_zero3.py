@@ -22,12 +22,12 @@ from pipelines.checkpoint.zero3 import (
     WeightsError,
     checkpoint_activations,
     deepspeed_config,
-    import_deepspeed,
     load_sharded,
     parameter_groups,
     save_for_sharding,
     weight_dtype,
 )
+from pipelines.compat.deepspeed import import_deepspeed
 from pipelines.config.settings import LearningRates, OptimizerSettings, TrainingSettings
 from tests.meteor_model.towers import TOWERS
 

@@ -20,8 +20,9 @@ import torch
 from ray.core.generated import autoscaler_pb2
 from ray.train.torch import TorchTrainer
 
+from pipelines.compat.ray_torch import StartHookTorchConfig
 from pipelines.recovery import preemption
-from pipelines.recovery.preemption import ListeningTorchConfig, PreemptionWatch, preempted, wait_committed
+from pipelines.recovery.preemption import PreemptionWatch, listen, preempted, wait_committed
 
 GRACE_S = 20.0
 DRAIN_S = 60
@@ -107,7 +108,7 @@ def main(root: Path) -> None:
     TorchTrainer(
         train,
         train_loop_config={"root": str(root)},
-        torch_config=ListeningTorchConfig(backend="gloo", timeout_s=60),
+        torch_config=StartHookTorchConfig(start_hook=listen, backend="gloo", timeout_s=60),
         scaling_config=ray.train.ScalingConfig(num_workers=2, resources_per_worker={"CPU": 1}),
         run_config=ray.train.RunConfig(
             name="train",

@@ -1,0 +1,107 @@
+"""Ray's private parts are there and behave as `pipelines.compat.ray` uses them: the library's own code is called."""
+
+import asyncio
+import logging
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pytest
+import ray.exceptions
+from ray.core.generated.common_pb2 import ActorDiedErrorContext
+from ray.data._internal.util import _annotate_exception_with_retry_context
+from ray.train import Checkpoint, CheckpointConfig
+from ray.train.torch import TorchConfig
+from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.execution import context
+from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
+from ray.train.v2._internal.execution.storage import StorageContext
+from ray.train.v2._internal.execution.training_report import _TrainingReport
+
+from pipelines.compat.ray import (
+    Snapshot,
+    health_check_failure,
+    log_no_reports,
+    parse_snapshot,
+    place_of_dead_actor,
+    without_retry_advice,
+)
+from pipelines.compat.ray_torch import StartHookTorchConfig
+from pipelines.io.run_folder import RunFolder
+
+
+def test_the_snapshot_that_ray_writes_is_read(tmp_path: Path) -> None:
+    run = RunFolder(str(tmp_path))
+    assert PurePosixPath(run.snapshot).name == CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+    place = StorageContext(str(tmp_path), "train")
+
+    async def commit() -> None:
+        manager = CheckpointManager(CheckpointConfig(num_to_keep=2), place)
+        manager._write_state_to_storage()
+        assert parse_snapshot(Path(run.snapshot).read_bytes()) == Snapshot(None, frozenset())
+        for step in (2, 4, 6):
+            Path(run.checkpoint(f"step-{step}")).mkdir()
+            manager.register_checkpoint(_TrainingReport(Checkpoint(run.checkpoint(f"step-{step}")), {}, False))
+
+    asyncio.run(commit())
+    assert parse_snapshot(Path(run.snapshot).read_bytes()) == Snapshot("step-6", frozenset({"step-4", "step-6"}))
+    assert not Path(run.checkpoint("step-2")).exists()
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"{", b"[]", b"{}", b'{"latest_checkpoint_result": 3, "checkpoint_results": []}']
+)
+def test_a_damaged_snapshot_is_an_error(data: bytes) -> None:
+    with pytest.raises(ValueError, match="no snapshot of Ray's checkpoint manager"):
+        parse_snapshot(data)
+
+
+def test_a_health_check_wraps_the_worker_s_error() -> None:
+    failure = KeyError("x")
+    assert health_check_failure(WorkerHealthCheckFailedError("worker 1 is ill", failure)) is failure
+    assert health_check_failure(failure) is None
+
+
+def test_ray_data_appends_advice_that_is_taken_off() -> None:
+    told = _annotate_exception_with_retry_context(
+        ValueError("shard 3 is truncated\nat byte 7"),
+        description="apply UDF transform",
+        attempts=1,
+        max_attempts=1,
+        total_backoff_s=0.0,
+        exception_str="",
+    )
+    assert "total backoff" in str(told)
+    assert without_retry_advice(str(told)) == "shard 3 is truncated\nat byte 7"
+
+
+def test_a_dead_actor_has_its_place_in_the_message() -> None:
+    cause = ActorDiedErrorContext(pid=71, node_ip_address="10.0.0.2", class_name="Worker", actor_id=bytes(16))
+    assert place_of_dead_actor(ray.exceptions.ActorDiedError(cause)) == ("71", "10.0.0.2")
+    assert place_of_dead_actor(ray.exceptions.ActorDiedError()) is None
+
+
+def test_reports_are_logged_by_a_logger_named_after_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert context.logger.name == context.__file__
+    monkeypatch.setattr(context.logger, "level", logging.INFO)
+    log_no_reports()
+    assert context.logger.level == logging.WARNING
+
+
+class Hooked(Exception):
+    """The hook was given to the workers."""
+
+
+class Group:
+    """A worker group whose first call ends the start."""
+
+    def execute(self, function: Any) -> None:
+        raise Hooked(function)
+
+
+def test_the_torch_backend_starts_with_the_hook() -> None:
+    assert isinstance(vars(TorchConfig)["backend_cls"], property)
+    config = StartHookTorchConfig(backend="gloo", timeout_s=60, start_hook=print)
+    with pytest.raises(Hooked) as raised:
+        config.backend_cls().on_start(Group(), config)
+    assert raised.value.args == (print,)
