@@ -1,17 +1,24 @@
-"""The checkpoint with the lowest validated loss: a whole copy in the run's `best/`, which Ray Train does not delete."""
+"""The checkpoint with the lowest held-out loss, and which checkpoint of a run is exported.
+
+Validation beside the training keeps the best validated checkpoint as a whole copy in the run's `best/`, which Ray Train
+does not delete.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 from pipelines.checkpoint.committed import CheckpointRef, read_state
-from pipelines.checkpoint.state import CheckpointError
+from pipelines.checkpoint.state import PARITY_FILE, CheckpointError
 from pipelines.io import codec, storage
 from pipelines.io.run_folder import RunFolder, run_folder
 
 BEST_VERSION = 1
+HELDOUT_LOSS = "heldout_loss"
 
 
 @dataclass(frozen=True)
@@ -21,16 +28,19 @@ class Best:
     version: int
     step: int
     loss: float
+    """Its held-out loss."""
     source: str
     """Address that the checkpoint was copied from; Ray deletes it when newer ones come."""
     folder: str
     """Name of the copy, beside the file."""
     files: dict[str, int]
     """Bytes of every file of the copy."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """All its held-out metrics, under the names of `TrainState.final`; in the first runs the loss alone was kept."""
 
 
-def keep_best(run: str, checkpoint_url: str, step: int, loss: float) -> bool:
-    """Keep a copy of the checkpoint if its loss is lower than that of the best one so far; returns whether it is.
+def keep_best(run: str, checkpoint_url: str, step: int, metrics: Mapping[str, float]) -> bool:
+    """Keep a copy of the checkpoint if its held-out loss is the lowest so far; returns whether it is.
 
     Killed at any point, `best.json` names a whole copy; what a killed call left is removed by the next. One process at
     a time may call it for a run.
@@ -39,14 +49,14 @@ def keep_best(run: str, checkpoint_url: str, step: int, loss: float) -> bool:
         StorageError: if storage fails, or the copy is not like the checkpoint.
         CheckpointError: if `best.json` is damaged.
     """
-    place = RunFolder(run)
+    place, loss = RunFolder(run), metrics[HELDOUT_LOSS]
     best = _read_best(place)
     better = math.isfinite(loss) and (best is None or loss < best.loss)
     if better:
         folder = PurePosixPath(checkpoint_url).name
         copied = best is not None and best.folder == folder  # it is whole: do not touch it
         files = best.files if best is not None and copied else _copy(checkpoint_url, storage.join(place.best, folder))
-        best = Best(BEST_VERSION, step, loss, checkpoint_url, folder, files)
+        best = Best(BEST_VERSION, step, loss, checkpoint_url, folder, files, dict(metrics))
         storage.write_json(place.best_record, asdict(best))
     kept = f"{best.folder}/" if best is not None else None
     for name in storage.list_files(place.best):
@@ -58,6 +68,8 @@ def keep_best(run: str, checkpoint_url: str, step: int, loss: float) -> bool:
 
 def best_checkpoint(root: str, run_name: str) -> CheckpointRef | None:
     """The checkpoint of run `run_name` of storage `root` with the lowest validated loss; None before there is one.
+
+    Its state has the metrics of the validation as `final`.
 
     Raises:
         CheckpointError: if it is damaged.
@@ -74,7 +86,42 @@ def best_checkpoint(root: str, run_name: str) -> CheckpointRef | None:
         raise CheckpointError(
             f"{url} is not what {place.best_record} says: {', '.join(sorted(wrong)[:5])}; remove {place.best}"
         )
-    return CheckpointRef(url, read_state(url))
+    return CheckpointRef(url, replace(read_state(url), final={HELDOUT_LOSS: best.loss, **best.metrics}))
+
+
+def checkpoint_to_export(
+    root: str, run_name: str, last: CheckpointRef, which: Literal["best", "last"]
+) -> CheckpointRef:
+    """The checkpoint of a finished training that becomes its model; its state has its held-out metrics as `final`.
+
+    Args:
+        root: the storage.
+        run_name: the run.
+        last: its last checkpoint, whose held-out loss was measured at the end of the training.
+        which: `last`, or `best`: the one with the lowest held-out loss of all validated ones and the last.
+
+    Raises:
+        CheckpointError: if `best` is asked for and no checkpoint was validated, or the best one cannot be proven equal
+            after export.
+        StorageError: if storage cannot be read.
+    """
+    if which == "last":
+        return last
+    best = best_checkpoint(root, run_name)
+    if best is None:
+        raise CheckpointError(
+            f"run {run_name!r} has no validated checkpoint, so none is the best: train with "
+            "training.validate_every_checkpoints of at least 1 and checkpoints before the last step "
+            "(training.checkpoint_every_steps), or export the last one with run.export last"
+        )
+    if last.state.final[HELDOUT_LOSS] <= best.state.final[HELDOUT_LOSS]:
+        return last
+    if not storage.exists(storage.join(best.url, PARITY_FILE)):
+        raise CheckpointError(
+            f"{best.url} was made by an earlier version of this code and holds no {PARITY_FILE}, so its export cannot "
+            "be proven equal: use run.export last"
+        )
+    return best
 
 
 def _read_best(place: RunFolder) -> Best | None:

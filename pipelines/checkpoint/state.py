@@ -7,7 +7,7 @@ A checkpoint is a folder `{storage}/runs/{run}/train/step-...` with
     ledger.bin              which samples were trained (`pipelines.data.ledger`)
     recipe.json             every setting of the run
     metrics.jsonl           metrics that MLflow had not taken yet
-    parity.safetensors      only in the last one: a held-out batch and the training model's logits on it
+    parity.safetensors      in the last one and in validated ones: a batch and the training model's logits on it
 
 all but the first written by rank 0. Random numbers need no file: they are a function of (seed, step, rank).
 """
@@ -103,7 +103,7 @@ class TrainState:
     step_seconds: float = 0.0
     """Wall-clock seconds of all steps, waiting for data included; without the start of workers and checkpoints."""
     final: dict[str, float] = field(default_factory=dict)
-    """Held-out metrics; only after the last step."""
+    """Held-out metrics; after the last step alone."""
     losses_in_version_2: tuple[float, ...] = ()
     """Loss of every step, of a state that was read from a checkpoint of version 2, which held them; never written."""
 

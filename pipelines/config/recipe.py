@@ -103,6 +103,9 @@ class RunSettings:
     """Folder of the machine that runs the job where the summary and the pictures are written as well."""
     pictures: NonNegativeInt = 3
     """Held-out images for which the kept tokens are drawn."""
+    export: Literal["best", "last"] = "last"
+    """Checkpoint that becomes the exported, registered model. best: the one with the lowest held-out loss of those that
+    were validated (training.validate_every_checkpoints) and the last."""
 
 
 def _default_pruning() -> PruningConfig:
@@ -135,6 +138,11 @@ class Recipe:
     """Name and place of the run."""
 
     def __post_init__(self) -> None:
+        if self.run.export == "best" and not self.training.validate_every_checkpoints:
+            raise SettingsError(
+                "run.export is best, but training.validate_every_checkpoints is 0, so none would be validated: set it "
+                "to 1 or more, or run.export to last"
+            )
         if self.model.start is None:  # a pulled model is checked when it is there
             build_config(self.model.architecture, self.pruning, self.model.vocab_size, {}, image_token_id=0)
 
@@ -151,7 +159,7 @@ class Recipe:
         plain = self.to_dict()
         for where, keys in {
             "model": ("parts_dir",),
-            "run": ("name", "output", "storage", "pictures"),
+            "run": ("name", "output", "storage", "pictures", "export"),
             "tracking": tuple(plain["tracking"]),
             "training": OPERATION,
             "data": ("data_task_cpus", "data_tasks", "read_patience_s", "bad_shards"),

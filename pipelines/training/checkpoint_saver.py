@@ -84,6 +84,10 @@ class Saver:
             self._trained += batch.samples
             self._dropped += [dropped.sample for dropped in batch.dropped]
 
+    def validates_next(self, state: TrainState) -> bool:
+        """Whether the next checkpoint, of `state`, is to be validated. The last one has held-out metrics already."""
+        return self.validate_every > 0 and (self.saved + 1) % self.validate_every == 0 and not state.done
+
     def save(self, state: TrainState, pending: Sequence[Point], parity: Parity | None = None) -> str:
         """Save a checkpoint of `state`; every worker must call it. Returns the name of its folder in storage.
 
@@ -101,8 +105,8 @@ class Saver:
             (folder / POINTS_FILE).write_text(points_to_jsonl(pending))
             if parity is not None:
                 save_parity(parity, folder / PARITY_FILE, self.precision)
+        validate = self.validates_next(state)
         self.saved += 1
-        validate = self.validate_every > 0 and self.saved % self.validate_every == 0 and not state.done
         # Unique, so that files of an upload that was cut short never mix with those of its repetition; the clock of
         # rank 0 counts.
         names = [f"{CHECKPOINT_PREFIX}{state.step:07d}-{time.time_ns():x}"]

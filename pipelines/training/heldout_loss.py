@@ -1,5 +1,9 @@
 """Held-out loss, the proof that the model looks at its images, and the batch for the comparison after export.
 
+The comparison needs the logits of the training model itself: a model that is made from a checkpoint's files, whoever
+makes it, cannot prove that the files are right. So the workers compute them at every checkpoint that may be exported:
+the last one, on a held-out batch, and those that are validated, on a batch of the step before.
+
 Every worker runs the same number of micro-batches, since under ZeRO-3 every forward is a collective.
 
 Legend: B samples, T tokens, M images of all samples in order, S image size.
@@ -28,9 +32,9 @@ def evaluate(engine: Any, batches: Iterator[MicroBatch]) -> tuple[dict[str, floa
         the metrics (`_metrics`) over all workers, the same on every one, and the parity batch: worker 0's first
         micro-batch.
     """
-    engine.eval()
     first = next(batches)
-    parity = _parity(engine, _inputs(first, engine.device))
+    parity = parity_batch(engine, first)
+    engine.eval()
     sums = _sums(engine, chain([first], batches), engine.device)
     torch.distributed.all_reduce(sums)
     engine.train()
@@ -105,13 +109,19 @@ def shuffle_images(pixel_values: Tensor, num_images: Sequence[int]) -> tuple[Ten
     return pixel_values[torch.tensor(source, dtype=torch.int64, device=pixel_values.device)], changed
 
 
-def _parity(engine: Any, inputs: dict[str, Tensor]) -> Parity:
-    """Worker 0's inputs, sent to all so that every worker runs the same forward, and the logits."""
-    shared: list[Any] = [{name: tensor.cpu() for name, tensor in inputs.items()}]
+@torch.no_grad()
+def parity_batch(engine: Any, batch: MicroBatch) -> Parity:
+    """The inputs of worker 0's `batch`, and the model's logits on them; every worker must call it.
+
+    The inputs are sent to all, so that every worker runs the same forward.
+    """
+    shared: list[Any] = [{name: tensor.cpu() for name, tensor in batch.inputs.items()}]
     torch.distributed.broadcast_object_list(shared, src=0)
-    batch: dict[str, Tensor] = shared[0]
-    logits = engine(**{name: tensor.to(engine.device) for name, tensor in batch.items()}).logits
-    return {**batch, "logits": logits.float().cpu()}
+    inputs: dict[str, Tensor] = shared[0]
+    engine.eval()
+    logits = engine(**{name: tensor.to(engine.device) for name, tensor in inputs.items()}).logits
+    engine.train()
+    return {**inputs, "logits": logits.float().cpu()}
 
 
 def save_parity(parity: Parity, path: Path, precision: str) -> None:

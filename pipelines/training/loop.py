@@ -23,7 +23,7 @@ from pipelines.recovery.preemption import Preemption, preempted
 from pipelines.tracking.points import Point
 from pipelines.training.batches import Counts, MicroBatch
 from pipelines.training.checkpoint_saver import Saver
-from pipelines.training.heldout_loss import Parity
+from pipelines.training.heldout_loss import Parity, parity_batch
 
 FEWEST_JUDGED_SAMPLES = 1000
 NAMED_SAMPLES = 16
@@ -133,9 +133,9 @@ class Loop:
             if self.state.done:
                 continue
             if notice is not None:
-                self._last_checkpoint(notice)
+                self._checkpoint_for(notice, members)
             elif step % settings.checkpoint_every_steps == 0:
-                self._checkpoint()
+                self._checkpoint(members)
 
     def _optimizer_step(self, members: Sequence[MicroBatch], counts: Counts) -> float:
         """Forward, backward and update; returns the mean loss over the supervised tokens of the global batch.
@@ -255,16 +255,21 @@ class Loop:
         if self.logger is not None:
             self.logger.log(metrics, self.state.step)
 
-    def _last_checkpoint(self, notice: Preemption) -> None:
+    def _checkpoint_for(self, notice: Preemption, members: Sequence[MicroBatch]) -> None:
         """Just in time. After a drain notice the training goes on: its end is up to Ray."""
-        name = self._checkpoint()
+        name = self._checkpoint(members)
         if notice.kind == "signal":
             committed = self.saver.wait_committed(name, notice.seconds_left(self.settings.preemption_grace_s))
             raise preempted(notice, self.state.step, committed)
         if self.rank == 0:
             say_from_worker(f"  {notice.detail}: checkpoint of step {self.state.step}; the training goes on")
 
-    def _checkpoint(self, parity: Parity | None = None) -> str:
+    def _checkpoint(self, members: Sequence[MicroBatch]) -> str:
+        """The checkpoint of the step that trained `members`; one that is validated may be exported."""
+        validated = self.saver.validates_next(self.state)
+        return self._save(parity_batch(self.engine, members[0]) if validated else None)
+
+    def _save(self, parity: Parity | None) -> str:
         self._gather_drops()
         pending = self.logger.pending_points() if self.logger is not None else []
         return self.saver.save(self.state, pending, parity)
@@ -274,7 +279,7 @@ class Loop:
         self.state = dataclasses.replace(self.state, final=final)
         if self.logger is not None:
             self.logger.log(final, self.state.step)
-        self._checkpoint(parity)
+        self._save(parity)
         if self.logger is not None:
             self.logger.close()
 

@@ -178,8 +178,14 @@ def _validate_task(checkpoint: ray.train.Checkpoint, payload: bytes, use_gpu: bo
     validation: Validation = ray.cloudpickle.loads(payload)
     metrics, step = validate(checkpoint, validation, use_gpu)
     url = RunFolder(validation.run).checkpoint(PurePosixPath(checkpoint.path).name)
-    keep_best(validation.run, url, step, metrics[PREFIX + "heldout_loss"])
+    keep_best(validation.run, url, step, heldout_metrics(metrics))
     return metrics, step
+
+
+def heldout_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of a validation that are of the model, under the names that the end of a training gives them."""
+    names = {name: name.removeprefix(PREFIX) for name in metrics if name.startswith(PREFIX + "heldout_")}
+    return {short: metrics[name] for name, short in names.items()}
 
 
 def validate(checkpoint: ray.train.Checkpoint, validation: Validation, use_gpu: bool) -> tuple[dict[str, float], int]:

@@ -1,6 +1,7 @@
 """The loop on a real Ray Train group of two workers, against one plain process and against itself after a kill."""
 
 import dataclasses
+import math
 import os
 import signal
 import subprocess
@@ -17,7 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from meteor_model.processing_meteor import collate
-from pipelines.checkpoint.committed import latest_checkpoint
+from pipelines.checkpoint.best import checkpoint_to_export
+from pipelines.checkpoint.committed import CheckpointRef, latest_checkpoint
 from pipelines.checkpoint.consolidate import consolidate
 from pipelines.checkpoint.losses import read_losses
 from pipelines.checkpoint.state import PARITY_FILE, load_ledger
@@ -271,6 +273,26 @@ def test_another_number_of_workers_trains_the_same(trained: tuple[Path, Training
     weights = consolidated(root, result).state_dict()
     for name, tensor in consolidated(root, whole).state_dict().items():
         torch.testing.assert_close(weights[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_validated_checkpoint_can_be_exported_and_leaves_the_training_as_it_is(
+    trained: tuple[Path, TrainingResult],
+) -> None:
+    root, whole = trained
+    init = write_init(root, "validated")
+    result = fit(make_job(root, "validated", dataclasses.replace(SETTINGS, validate_every_checkpoints=1)))
+    losses = [read_losses(run_folder(str(root), name), result.checkpoint.state) for name in ("validated", "whole")]
+    assert losses[0].tobytes() == losses[1].tobytes()
+    assert result.checkpoint.state.final == whole.checkpoint.state.final
+    worst = CheckpointRef("last", dataclasses.replace(result.checkpoint.state, final={"heldout_loss": math.inf}))
+    best = checkpoint_to_export(str(root), "validated", worst, "best")
+    assert best.state.step in (2, 4)
+    assert best.state.final.keys() == result.checkpoint.state.final.keys()
+    parity: dict[str, Tensor] = load_file(Path(best.url) / PARITY_FILE)
+    logits = parity.pop("logits")
+    with torch.no_grad():
+        again = consolidate(Path(best.url), StandInModel, init)(**parity).logits
+    torch.testing.assert_close(again, logits, rtol=0, atol=1e-5)
 
 
 def test_a_fault_in_a_data_task_reaches_the_driver(tmp_path: Path, cluster: None) -> None:

@@ -73,6 +73,9 @@ class NothingSaved:
         self.losses.append(loss)
         self.samples += sum(batch.seen + len(batch.dropped) for batch in members)
 
+    def validates_next(self, state: TrainState) -> bool:
+        return False
+
     def save(self, state: TrainState, pending: object, parity: object = None) -> str:
         self.steps.append(state.step)
         return f"step-{state.step}"
