@@ -275,7 +275,7 @@ class FinetuneTrial(Trial):
             manifests = ensure_shards(recipe)
             prepare_start(recipe, manifests[0], run_folder(recipe.run.storage, self.run_name).url)
             # What MLflow is told of a trial, the sweep tells it.
-            self.outcome = train(recipe, manifests, self.run_name, metrics_run=None).checkpoint
+            self.outcome = train(recipe, manifests, self.run_name, metrics_run=None).exported
         except Exception as error:  # the step raises it
             self.outcome = error
 

@@ -13,10 +13,8 @@ from meteor_model.loading import load_model_and_processor
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from meteor_model.visualize import draw_ranks
-from pipelines.checkpoint.committed import CheckpointRef
 from pipelines.checkpoint.local import local_copy
 from pipelines.checkpoint.losses import read_losses
-from pipelines.checkpoint.state import TrainState
 from pipelines.config.recipe import Recipe
 from pipelines.data import shards
 from pipelines.data.schema import RawSample
@@ -28,6 +26,7 @@ from pipelines.io.run_folder import RunFolder
 from pipelines.io.upload import upload_folder
 from pipelines.job.export import complete, completed
 from pipelines.job.pictures import draw_loss
+from pipelines.job.train import Training
 from pipelines.tracking.run_tracker import RunTracker
 
 PICTURES_FOLDER = "pictures"
@@ -75,7 +74,7 @@ def answer_heldout(
     run: RunFolder,
     tracker: RunTracker,
     manifest: shards.Manifest,
-    checkpoint: CheckpointRef,
+    training: Training,
     ranks: dict[str, Any],
     folder: Path,
     pictures: Path,
@@ -89,12 +88,12 @@ def answer_heldout(
         run: its folder in storage.
         tracker: of its MLflow run.
         manifest: of its first dataset.
-        checkpoint: that was exported.
+        training: that was exported.
         ranks: content of `ranks.json`.
         folder: the export.
         pictures: a new folder, which is filled.
     """
-    if done := completed(run.answers, checkpoint):
+    if done := completed(run.answers, training.exported):
         with local_copy(run.pictures) as earlier:
             shutil.copytree(earlier, pictures)
         say("  answered by an earlier start")
@@ -106,26 +105,27 @@ def answer_heldout(
     pictures.mkdir(parents=True)
     for name, picture in draw_samples(model, processor, samples, recipe.run.pictures):
         picture.save(pictures / name)
-    _draw_training(run, checkpoint.state, ranks, pictures)
+    _draw_training(run, training, ranks, pictures)
     upload_folder(pictures, run.pictures)
     tracker.log_files(pictures, PICTURES_FOLDER)
     tracker.log_documents(
         {
             "ranks.json": ranks,
             "heldout_answers.json": [asdict(answer) for answer in answers.answers],
-            "dropped_samples.json": [dropped.to_dict() for dropped in checkpoint.state.dropped_samples],
+            "dropped_samples.json": [dropped.to_dict() for dropped in training.last.state.dropped_samples],
         }
     )
-    complete(run.answers, checkpoint, answers.to_dict())
+    complete(run.answers, training.exported, answers.to_dict())
     return answers
 
 
-def _draw_training(run: RunFolder, state: TrainState, ranks: dict[str, Any], pictures: Path) -> None:
+def _draw_training(run: RunFolder, training: Training, ranks: dict[str, Any], pictures: Path) -> None:
+    final = training.exported.state.final
     heldout = {
-        "held out": state.final["heldout_loss"],
-        "held out, images shuffled": state.final["heldout_loss_shuffled_images"],
+        "held out": final["heldout_loss"],
+        "held out, images shuffled": final["heldout_loss_shuffled_images"],
     }
-    draw_loss(read_losses(run, state), pictures / "loss.png", heldout)
+    draw_loss(read_losses(run, training.last.state), pictures / "loss.png", heldout)
     draw_ranks(ranks).save(pictures / "ranks.png")
 
 

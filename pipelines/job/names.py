@@ -51,6 +51,7 @@ class RunFacts:
         started_ms: milliseconds since the epoch of the first start, which is also the start of the MLflow run.
         mlflow_run_id: None until MLflow has the run.
         finished: whether every phase is complete.
+        export: `run.export` of the start that finished it.
     """
 
     job: str
@@ -61,6 +62,7 @@ class RunFacts:
     started_ms: int
     mlflow_run_id: str | None = None
     finished: bool = False
+    export: str = "last"
 
     @classmethod
     def begun(cls, recipe: Recipe, job: JobName, manifests: Sequence[shards.Manifest]) -> RunFacts:

@@ -7,21 +7,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mlflow.entities.model_registry import ModelVersion
+
 from meteor_model.configuration_meteor import MeteorConfig
 from pipelines.checkpoint.committed import CheckpointRef
-from pipelines.checkpoint.state import POINTS_FILE, TrainState
+from pipelines.checkpoint.state import POINTS_FILE
 from pipelines.config.recipe import Recipe
 from pipelines.data import shards
 from pipelines.io import storage
 from pipelines.io.console import say
 from pipelines.job.answers import HeldoutAnswers
+from pipelines.job.train import Training
 from pipelines.registry.aliases import move_alias
 from pipelines.registry.card import card
 from pipelines.registry.folder import write_card
 from pipelines.registry.provenance import training_tags
 from pipelines.registry.publish import register_model
 from pipelines.registry.scores import file_score, stored_scores, suite_name
-from pipelines.registry.tags import BASE_TAG, COMMIT_TAG, PARITY_TAG, PARITY_TOLERANCE_TAG
+from pipelines.registry.tags import BASE_TAG, COMMIT_TAG, PARITY_TAG, PARITY_TOLERANCE_TAG, STEP_TAG
 from pipelines.registry.versions import RegisteredVersion, Registry
 from pipelines.tracking.points import Point, points_from_jsonl
 
@@ -50,7 +53,7 @@ class TrainedRun:
         run_name: of the run.
         run_id: its run in MLflow.
         commit: of the code.
-        state: of the last checkpoint.
+        training: that has ended.
         parity: largest difference of a logit between export and training.
         manifests: of the data.
     """
@@ -60,7 +63,7 @@ class TrainedRun:
     run_name: str
     run_id: str
     commit: str
-    state: TrainState
+    training: Training
     parity: float
     manifests: Sequence[shards.Manifest]
 
@@ -68,7 +71,7 @@ class TrainedRun:
 def register_run(trained: TrainedRun, folder: Path, answers: HeldoutAnswers) -> RegisteredVersion:
     """A version in the registry with its card and its score, under the alias `latest-JOB`.
 
-    A new one, or the one that an earlier start made of this run. The alias moves last.
+    A new one, or the one that an earlier start made of this run's checkpoint. The alias moves last.
 
     Args:
         trained: what is registered.
@@ -78,7 +81,9 @@ def register_run(trained: TrainedRun, folder: Path, answers: HeldoutAnswers) -> 
     tracking, run_id, commit = trained.recipe.tracking, trained.run_id, trained.commit
     registry, alias = Registry(tracking.uri, tracking.registered_model), f"latest-{trained.job}"
     # Variants may be filed under the training's run, too.
-    found = [item for item in registry.versions(run_id) if BASE_TAG not in item.tags]
+    of_training = [item for item in registry.versions(run_id) if BASE_TAG not in item.tags]
+    step = trained.training.exported.state.step
+    found = [item for item in of_training if _exported_step(item, trained.training) == step]
     scores = stored_scores(found[-1]) if found else {}
     if found:
         model_id = str(found[-1].source).removeprefix("models:/")
@@ -95,8 +100,13 @@ def register_run(trained: TrainedRun, folder: Path, answers: HeldoutAnswers) -> 
     return replace(version, aliases=(alias,))
 
 
+def _exported_step(version: ModelVersion, training: Training) -> int:
+    """Step of the checkpoint that a version of this training holds; the first versions did not say: the last."""
+    return int(version.tags.get(STEP_TAG, training.last.state.step))
+
+
 def _version_tags(trained: TrainedRun) -> dict[str, str]:
-    recipe = trained.recipe
+    recipe, exported = trained.recipe, trained.training.exported.state
     return {
         "job": trained.job,
         "run_name": trained.run_name,
@@ -104,6 +114,7 @@ def _version_tags(trained: TrainedRun) -> dict[str, str]:
         COMMIT_TAG: trained.commit,
         PARITY_TAG: f"{trained.parity:.3g}",
         PARITY_TOLERANCE_TAG: f"{recipe.tracking.parity_tolerance:g}",
-        "heldout_loss": f"{trained.state.final['heldout_loss']:.4f}",
+        STEP_TAG: str(exported.step),
+        "heldout_loss": f"{exported.final['heldout_loss']:.4f}",
         **training_tags(recipe, trained.manifests),
     }

@@ -96,7 +96,7 @@ def run_job(recipe: Recipe, job: JobName) -> dict[str, Any]:
         check_places(recipe)
         manifests = ensure_shards(recipe)
         chosen = choose_run(recipe, job, manifests)
-        if chosen.facts.finished:
+        if chosen.facts.finished and chosen.facts.export == recipe.run.export:
             say(f"run {chosen.name} is finished; choose another --run.name to train again")
             return load_summary(recipe, run_folder(recipe.run.storage, chosen.name))
         run = _open(recipe, job, chosen, manifests)
@@ -118,7 +118,8 @@ def run_job(recipe: Recipe, job: JobName) -> dict[str, Any]:
         if isinstance(error, TrackingAwayError):
             raise TrackingAwayError(f"{error}. {_how_to_go_on(run, phases)}") from error
         raise
-    store_facts(recipe.run.storage, run.name, replace(run.facts, mlflow_run_id=tracker.run_id, finished=True))
+    done = replace(run.facts, mlflow_run_id=tracker.run_id, finished=True, export=recipe.run.export)
+    store_facts(recipe.run.storage, run.name, done)
     say("\n" + readable(summary, answers.answers))
     return summary
 
@@ -153,25 +154,24 @@ def _phases(run: Run, phases: Phases) -> tuple[dict[str, Any], HeldoutAnswers]:
         _tell_of_start(run, ranks)
     with phases("train", f"{recipe.training.workers} workers, ZeRO-3"):
         metrics_run = MetricsRun(recipe.tracking.uri, tracker.run_id)
-        checkpoint, planned_samples = train(recipe, run.manifests, run.name, metrics_run)
+        training = train(recipe, run.manifests, run.name, metrics_run)
     with tempfile.TemporaryDirectory(prefix="meteor-export-") as name:
         folder, pictures = Path(name) / "model", Path(name) / "pictures"
         with phases("export", "consolidate, solve lambda, reload, compare logits"):
-            parity = export_run(recipe, run.folder, manifest, checkpoint, folder)
+            parity = export_run(recipe, run.folder, manifest, training.exported, folder)
         with phases("answer", "held-out questions, pictures of the kept tokens"):
-            answers = answer_heldout(recipe, run.folder, tracker, manifest, checkpoint, ranks, folder, pictures)
+            answers = answer_heldout(recipe, run.folder, tracker, manifest, training, ranks, folder, pictures)
         with phases("register", f"{recipe.tracking.registered_model} in MLflow"):
-            tracker.log_points(undelivered_points(checkpoint))
+            tracker.log_points(undelivered_points(training.last))
             mlflow_run_id = tracker.deliver().run_id
             trained = TrainedRun(
-                recipe, run.job, run.name, mlflow_run_id, run.facts.commit, checkpoint.state, parity, run.manifests
+                recipe, run.job, run.name, mlflow_run_id, run.facts.commit, training, parity, run.manifests
             )
             version = register_run(trained, folder, answers)
         summary = build_summary(
             trained,
             answers,
             version,
-            planned_samples=planned_samples,
             ranks=ranks,
             config=MeteorConfig.from_pretrained(folder),
             wall_s=phases.seconds,

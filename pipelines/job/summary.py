@@ -39,7 +39,6 @@ def build_summary(
     answers: HeldoutAnswers,
     version: RegisteredVersion,
     *,
-    planned_samples: int,
     ranks: Mapping[str, Any],
     config: MeteorConfig,
     wall_s: Mapping[str, float],
@@ -50,12 +49,12 @@ def build_summary(
         trained: the run.
         answers: to held-out questions.
         version: in the registry.
-        planned_samples: of all epochs.
         ranks: content of `ranks.json`.
         config: of the exported model.
         wall_s: seconds of each phase.
     """
-    state, given = trained.state, answers.answers
+    training, given = trained.training, answers.answers
+    state, exported = training.last.state, training.exported.state
     right = sum(normalise(answer.answer) == normalise(answer.expected) for answer in given)
     return {
         "run_name": trained.run_name,
@@ -64,14 +63,15 @@ def build_summary(
         "model_alias_uri": f"models:/{version.name}@{version.alias}",
         "world_size": state.world_size,
         "steps": state.step,
-        "samples_expected": planned_samples,
+        "samples_expected": training.planned_samples,
         "samples_seen": state.samples_seen,
         "dropped": dict(state.dropped),
         "padding_share": state.padding_share,
         "restarts": state.restarts,
         "loss_first": state.loss_first,
         "loss_last": state.loss_last,
-        **state.final,
+        "exported_step": exported.step,
+        **exported.final,
         "heldout_answers": len(given),
         "heldout_answers_right": right,
         "visual_tokens": visual_tokens(config, given),
@@ -140,6 +140,10 @@ def readable(summary: Mapping[str, Any], answers: Sequence[HeldoutAnswer] = ()) 
         ("model", f"{summary['model_uri']} = {summary['model_alias_uri']}"),
         ("seconds", ", ".join(f"{name} {seconds:.0f}" for name, seconds in summary["wall_s"].items())),
     ]
+    if summary["exported_step"] != summary["steps"]:
+        lines.insert(
+            3, ("exported", f"the checkpoint of step {summary['exported_step']}, the best on held-out samples")
+        )
     text = "\n".join(f"  {name:<9} {value}" for name, value in lines)
     for answer in list(answers)[:4]:
         text += f"\n  {'asked':<9} {answer.question!r}: {answer.answer!r} (expected {answer.expected!r})"

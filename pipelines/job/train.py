@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
+from pipelines.checkpoint.best import checkpoint_to_export
 from pipelines.checkpoint.committed import CheckpointRef
 from pipelines.config.recipe import Recipe
 from pipelines.data import shards
@@ -12,10 +13,18 @@ from pipelines.job.assemble import MetricsRun, assemble_training
 from pipelines.training.trainer import fit
 
 
-class Training(NamedTuple):
-    """A training that has ended: its last checkpoint, and the samples that its plan holds."""
+@dataclass(frozen=True)
+class Training:
+    """A training that has ended.
 
-    checkpoint: CheckpointRef
+    Attributes:
+        last: its last checkpoint.
+        exported: the one that becomes its model (`run.export`); `final` of its state are its own held-out metrics.
+        planned_samples: of all epochs.
+    """
+
+    last: CheckpointRef
+    exported: CheckpointRef
     planned_samples: int
 
 
@@ -32,7 +41,10 @@ def train(
 
     Raises:
         ValueError: naming the setting, dataset or sample that is wrong.
+        CheckpointError: where the best checkpoint is to be exported and there is none.
         TrainingError: a training that ended too often.
     """
     job = assemble_training(recipe, manifests, run_name, metrics_run)
-    return Training(fit(job).checkpoint, job.plan.total_samples)
+    last = fit(job).checkpoint
+    exported = checkpoint_to_export(recipe.run.storage, run_name, last, recipe.run.export)
+    return Training(last, exported, job.plan.total_samples)

@@ -18,6 +18,7 @@ from pipelines.registry.tags import (
     MANIFEST_TAG,
     PARITY_TAG,
     PARITY_TOLERANCE_TAG,
+    STEP_TAG,
     TRAINING_COMMIT_TAG,
 )
 from pipelines.tracking.redact import redact
@@ -39,7 +40,8 @@ _ORIGIN = {
     "mixture": "further manifests",
     COMMIT_TAG: "commit",
     TRAINING_COMMIT_TAG: "commit of the training",
-    "heldout_loss": "held-out loss at the end of the training",
+    STEP_TAG: "optimizer steps of the exported checkpoint",
+    "heldout_loss": "held-out loss of the exported checkpoint",
 }
 """Tags that say where a version comes from, and what the card calls them."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 PARITY_TAG = "parity_max_abs_diff"
 PARITY_TOLERANCE_TAG = "parity_tolerance"
+STEP_TAG = "checkpoint_step"
 BASE_TAG = "base"
 LICENCE_TAG = "licence."
 TOKENS_TAG = "visual_tokens."
@@ -35,7 +36,8 @@ VERSION_TAGS = {
     "mixture": "further manifests of the training, each with the start of its hash",
     COMMIT_TAG: "commit of the code that made it",
     TRAINING_COMMIT_TAG: "commit of the code that trained its weights, where it is a variant",
-    "heldout_loss": "held-out loss at the end of the training",
+    STEP_TAG: "optimizer steps of the checkpoint that was exported; versions without it are of the last one",
+    "heldout_loss": "held-out loss of that checkpoint",
     PARITY_TAG: "largest difference of a logit between its folder, loaded again, and the model that it was made of",
     PARITY_TOLERANCE_TAG: "the difference that was allowed",
     BASE_TAG: "the version whose weights it has, where it is a variant",

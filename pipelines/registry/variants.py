@@ -16,9 +16,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from mlflow.entities.model_registry import ModelVersion
+
 from meteor_model.configuration_meteor import MeteorConfig, PruningConfig
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
+from pipelines.checkpoint.best import best_checkpoint
 from pipelines.checkpoint.committed import latest_checkpoint
 from pipelines.checkpoint.local import local_copy
 from pipelines.checkpoint.state import PARITY_FILE
@@ -39,6 +42,7 @@ from pipelines.registry.tags import (
     LICENCE_TAG,
     PARITY_TAG,
     PARITY_TOLERANCE_TAG,
+    STEP_TAG,
     TRAINING_COMMIT_TAG,
     TRAINING_TAGS,
 )
@@ -170,7 +174,7 @@ def measure_parity(registry: Registry, version: int, tolerance: float = PARITY_T
     """Measure the parity of a version that is registered, and file it in its tags.
 
     A variant is compared with its base under the variant's settings; what a training made with the logits that the
-    training left in its last checkpoint.
+    training left in the checkpoint that was exported.
 
     Returns:
         The largest difference of a logit.
@@ -189,16 +193,16 @@ def measure_parity(registry: Registry, version: int, tolerance: float = PARITY_T
             apply_pruning(model.float(), processor, config.pruning, config.ranks)
             parity = _parity_of(model, processor, folder, tolerance)
         else:
-            with local_copy(_training_checkpoint(registry, version, found.run_id)) as checkpoint:
+            with local_copy(_training_checkpoint(registry, found)) as checkpoint:
                 parity = check_parity(folder, checkpoint / PARITY_FILE, tolerance)
     tags = {PARITY_TAG: f"{parity:.3g}", PARITY_TOLERANCE_TAG: f"{tolerance:g}"}
     registry.describe_version(version, tags=tags)
     return parity
 
 
-def _training_checkpoint(registry: Registry, version: int, run_id: str | None) -> str:
-    """Address of the last checkpoint of the training that made a version."""
-    which, client = f"version {version} of {registry.name}", registry.client
+def _training_checkpoint(registry: Registry, version: ModelVersion) -> str:
+    """Address of the checkpoint that a version was exported from."""
+    which, client, run_id = f"version {version.version} of {registry.name}", registry.client, version.run_id
     unknown = f"{which} names neither a base nor a training: register it again from its run"
     if not run_id:
         raise ExportError(unknown)
@@ -207,7 +211,15 @@ def _training_checkpoint(registry: Registry, version: int, run_id: str | None) -
         root, run_name = split_run_url(run.data.tags.get("run_url", ""))
     except storage.StorageError as error:
         raise ExportError(unknown) from error
-    checkpoint = latest_checkpoint(root, run_name)
-    if checkpoint is None:
+    last = latest_checkpoint(root, run_name)
+    if last is None:
         raise TrackingError(f"run {run_name} of {root}, which made {which}, has no checkpoint")
-    return checkpoint.url
+    step = int(version.tags.get(STEP_TAG, last.state.step))
+    if step == last.state.step:
+        return last.url
+    best = best_checkpoint(root, run_name)
+    if best is None or best.state.step != step:
+        raise ExportError(
+            f"{which} was exported from the checkpoint of step {step}, which run {run_name} keeps no more"
+        )
+    return best.url

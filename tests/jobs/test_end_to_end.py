@@ -164,3 +164,39 @@ def test_wrong_places_fail_at_once_and_are_named(in_stack: Stack, arguments: tup
 
     with pytest.raises(ValueError, match=message):
         prepare(JOB.parse([*SMALL, *arguments]).settings)
+
+
+def test_the_best_checkpoint_of_a_finished_run_is_exported_answers_and_is_registered(
+    in_stack: Stack, pretrained: dict[str, Any], tmp_path: Path
+) -> None:
+    """The run's only validated checkpoint is made the best by its record: in 16 steps the last one always is."""
+    from mlflow import MlflowClient
+
+    from pipelines.io import storage
+    from pipelines.io.run_folder import run_folder
+    from pipelines.registry.variants import measure_parity
+    from pipelines.registry.versions import Registry
+
+    record = run_folder(os.environ["METEOR_STORAGE"], "first").best_record
+    best = storage.read_json(record)
+    assert best["step"] == 8
+    assert best["metrics"]["heldout_loss"] == best["loss"] > pretrained["heldout_loss"]
+    storage.write_json(record, {**best, "loss": 0.5, "metrics": {**best["metrics"], "heldout_loss": 0.5}})
+    done = submit(
+        in_stack, "pretrain", "--run.name", "first", "--run.export", "best", "--run.output", str(tmp_path), *SMALL
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["exported_step"], summary["steps"], summary["heldout_loss"]) == (8, 16, 0.5)
+    assert summary["parity_max_abs_diff"] < 1e-3
+    assert summary["loss_last"] == pretrained["loss_last"]
+    assert summary["model_uri"] != pretrained["model_uri"]
+    client = MlflowClient(in_stack.mlflow_uri)
+    versions = {
+        uri: client.get_model_version("meteor", uri.rpartition("/")[2])
+        for uri in (summary["model_uri"], pretrained["model_uri"])
+    }
+    assert [version.tags["checkpoint_step"] for version in versions.values()] == ["8", "16"]
+    assert what_is_lacking(versions[summary["model_uri"]]) == []
+    registry = Registry(in_stack.mlflow_uri, "meteor")
+    assert measure_parity(registry, int(versions[summary["model_uri"]].version)) < 1e-3

@@ -18,6 +18,7 @@ from pipelines.io.run_folder import RunFolder
 from pipelines.job.answers import HeldoutAnswer, HeldoutAnswers, answer_heldout
 from pipelines.job.export import export_run
 from pipelines.job.register import POINTS_FILE, TrainedRun, register_run, undelivered_points
+from pipelines.job.train import Training
 from pipelines.registry.folder import ExportError
 from pipelines.registry.versions import RegisteredVersion
 from pipelines.tracking.points import Point, points_to_jsonl
@@ -32,6 +33,10 @@ UNUSED = cast(Any, None)
 def checkpoint(tmp_path: Path) -> CheckpointRef:
     state = TrainState("hash", 2, 4, step=4, final={"heldout_loss": 1.5})
     return CheckpointRef(str(tmp_path / "step-4"), state)
+
+
+def ended(last: CheckpointRef) -> Training:
+    return Training(last, last, planned_samples=8)
 
 
 def test_an_earlier_export_is_brought_whole_or_refused(
@@ -56,7 +61,7 @@ def test_earlier_answers_and_pictures_are_brought(tmp_path: Path, checkpoint: Ch
     storage.write_bytes(str(run_url / "pictures" / "loss.png"), b"png")
     answers = HeldoutAnswers((answer,), SUITE, score_of([record(0), record(1, right=False, nll=1 / 3)]))
     storage.write_json(str(run_url / "answers.json"), {"checkpoint": checkpoint.url, **answers.to_dict()})
-    found = answer_heldout(Recipe(), RunFolder(str(run_url)), UNUSED, UNUSED, checkpoint, {}, UNUSED, pictures)
+    found = answer_heldout(Recipe(), RunFolder(str(run_url)), UNUSED, UNUSED, ended(checkpoint), {}, UNUSED, pictures)
     assert found == answers
     assert (pictures / "loss.png").read_bytes() == b"png"
 
@@ -67,7 +72,7 @@ def test_the_version_of_an_earlier_start_is_taken(
     recipe = Recipe(tracking=TrackingSettings(uri=server.uri, registered_model=MODEL_NAME))
     client = MlflowClient(server.uri)
     before = client.search_model_versions(f"name = '{MODEL_NAME}'")
-    trained = TrainedRun(recipe, "adopt", "r", registered.run_id, "abc", checkpoint.state, 0.0, ())
+    trained = TrainedRun(recipe, "adopt", "r", registered.run_id, "abc", ended(checkpoint), 0.0, ())
     again = register_run(trained, UNUSED, HeldoutAnswers())
     newest = max(before, key=lambda item: int(item.version))
     assert again.version == int(newest.version)
