@@ -20,7 +20,7 @@ def test_a_failed_job_says_what_is_kept(tmp_path: Path) -> None:
     (folder / "step-4").mkdir(parents=True)
     (folder / "step-4" / "train_state.json").write_text(state(step=4).to_json())
     snapshot = folder / "checkpoint_manager_snapshot.json"
-    snapshot.write_text('{"latest_checkpoint_result": {"checkpoint_dir_name": "step-4"}}')
+    snapshot.write_text('{"latest_checkpoint_result": {"checkpoint_dir_name": "step-4"}, "checkpoint_results": []}')
     assert "the checkpoint of step 4 of 6" in what_is_kept(str(tmp_path), "a")
     snapshot.write_text("{")
     assert "cannot be read just now" in what_is_kept(str(tmp_path), "a")
