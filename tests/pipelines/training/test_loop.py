@@ -130,7 +130,9 @@ def test_progress_is_shown_and_counted(capsys: pytest.CaptureFixture[str]) -> No
     assert (loop.state.samples_seen, loop.state.dropped) == (SAMPLES - 1, {"undecodable_image": 1})
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6
-    assert lines[0].startswith(f"step 1/6  loss {loop.state.first_losses[0]:.4f}  lr 1.00e-02  grad 1.00  ")
+    assert lines[0].startswith(
+        f"[meteor 1/6] step 1/6  loss {loop.state.first_losses[0]:.4f}  lr 1.00e-02  grad 1.00  "
+    )
     assert " samples/s  " in lines[0]
     assert lines[-1].endswith("1 kept  dropped 1")
     assert loop.state.first_losses == loop.state.last_losses == tuple(loop.saver.losses)  # type: ignore[arg-type]
