@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help predict-shards serve setup lock up status down pretrain finetune sweep predict calibrate evaluate register shards parts visualize flops bench-prune bench-gpu bench-order bench-ranks bench-serve \
-  chaos check docs format test test-slow test-versions clean
+  chaos check docs docs-check format test test-slow test-versions clean
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -118,8 +118,12 @@ check: setup  ## Lint, format, types, import direction
 	@$(BIN)/mypy
 	@$(PY) -m pytest -q tests/test_imports.py
 
-docs: setup  ## Write docs/settings.md from the code
+docs: setup  ## Write docs/settings.md and the table of levels from the code
 	@$(PY) -m docs.tools.settings
+	@$(PY) -m docs.tools.levels
+
+docs-check: setup  ## Run every command of README and docs/, shortened, on a stack of its own: make docs-check ARGS="--only sweep"
+	@$(PY) -m docs.tools.check $(ARGS)
 
 format: setup  ## Format and fix what can be fixed
 	@$(BIN)/ruff check --fix .

@@ -16,6 +16,8 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
+from pipelines.io.validation import bounds
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "settings.md"
 FROM_ENVIRONMENT = ("METEOR_STORAGE", "METEOR_PARTS_DIR", "MLFLOW_TRACKING_URI")
@@ -26,9 +28,9 @@ HEAD = """\
 Written from the code by `make docs`; do not edit.
 
 Every setting of a job can be given on its command line by its dotted name, with `-` for `_`:
-`make pretrain ARGS="--training.global-batch 64 --pruning.fuse.keep 16"`. Lists take several values, mappings pairs, and
-`None` is a value. What is out of its range, contradicts another setting or is misspelt stops the job before anything
-starts, with an error that names it.
+`make pretrain ARGS="--training.epochs 2 --pruning.fuse.keep 16"`. Lists take several values, mappings pairs, and
+`None` is a value; `python jobs/pretrain.py --help` shows them as well. What is out of its range, contradicts another
+setting or is misspelt stops the job before anything starts, with an error that names it.
 """
 
 
@@ -162,8 +164,6 @@ def field_texts(cls: type) -> dict[str, str]:
 
 def type_in_words(hint: Any) -> str:
     """A type for people, with its range."""
-    from pipelines.io.validation import bounds
-
     parts = [hint]
     if optional := type(None) in get_args(hint):
         parts = [part for part in get_args(hint) if part is not type(None)]
@@ -178,11 +178,12 @@ def _words(hint: Any) -> str:
         return _words(inner[0])
     if origin is Literal:
         return " or ".join(f"`{value}`" for value in inner)
-    if origin is tuple:
-        same = inner[-1] is Ellipsis
-        return f"list of {_words(inner[0])}" if same else f"{len(inner)} of {_words(inner[0])}"
-    if origin is dict:
-        return f"mapping of {_words(inner[0])} to {_words(inner[1])}"
+    if origin in (tuple, dict):
+        each = f", each {allowed}" if (allowed := bounds(inner[-1 if origin is dict else 0])) else ""
+        if origin is dict:
+            return f"mapping of {_words(inner[0])} to {_words(inner[1])}{each}"
+        many = "list" if inner[-1] is Ellipsis else str(len(inner))
+        return f"{many} of {_words(inner[0])}{each}"
     return {"str": "text", "int": "whole number", "float": "number", "bool": "True or False", "Path": "file"}.get(
         getattr(hint, "__name__", ""), str(hint)
     )

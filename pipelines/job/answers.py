@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from pipelines.data.schema import RawSample
 from pipelines.evaluation.questions import draw_samples, question_of, readable_samples
 from pipelines.evaluation.scores import Score
 from pipelines.evaluation.scoring import Suite, score_model
+from pipelines.io import codec
 from pipelines.io.console import say
 from pipelines.io.run_folder import RunFolder
 from pipelines.io.upload import upload_folder
@@ -61,12 +62,9 @@ class HeldoutAnswers:
         }
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> HeldoutAnswers:
-        """What `to_dict` gave."""
-        answers = tuple(HeldoutAnswer(**answer) for answer in data["answers"])
-        if data["score"] is None:
-            return cls(answers)
-        return cls(answers, Suite(**data["suite"]), Score.from_dict(data["score"]))
+    def from_dict(cls, data: Mapping[str, Any], where: str) -> HeldoutAnswers:
+        """What `to_dict` gave, among what else `data` holds. Raises ValueError that names `where` and the field."""
+        return codec.from_plain(cls, {item.name: data[item.name] for item in fields(cls)}, where)
 
 
 def answer_heldout(
@@ -97,7 +95,7 @@ def answer_heldout(
         with local_copy(run.pictures) as earlier:
             shutil.copytree(earlier, pictures)
         say("  answered by an earlier start")
-        return HeldoutAnswers.from_dict(done)
+        return HeldoutAnswers.from_dict(done, run.answers)
     model, processor = load_model_and_processor(folder)
     available = readable_samples(manifest, recipe.data.heldout_split, processor)
     samples = list(islice(available, recipe.data.heldout_samples))

@@ -1,4 +1,4 @@
-"""One test per entry of meteor_model/compat.py, and README's example as it stands."""
+"""One test per entry of meteor_model/compat.py, and the example of docs/model.md as it stands."""
 
 from __future__ import annotations
 
@@ -80,11 +80,10 @@ def test_nothing_of_the_model_uses_a_deprecated_name(caplog: pytest.LogCaptureFi
     assert "deprecated" not in caplog.text
 
 
-def test_the_example_of_the_readme_runs(tmp_path: Path) -> None:
-    text = (REPOSITORY / "README.md").read_text()
-    section = text[text.index("## The model alone") :]
-    found = re.search(r"```python\n(.*?)```", section, flags=re.DOTALL)
-    assert found is not None, "README shows how the model is used alone"
+def test_the_example_of_the_page_runs(tmp_path: Path) -> None:
+    text = (REPOSITORY / "docs" / "model.md").read_text()
+    found = re.search(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert found is not None, "docs/model.md shows how the model is used alone"
     (tmp_path / "example.py").write_text(found.group(1))
     model(PRUNED).save_pretrained(tmp_path / "pulled")
     processor(PRUNED).save_pretrained(tmp_path / "pulled")
