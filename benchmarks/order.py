@@ -182,10 +182,10 @@ def measure_state(steps: int) -> dict[str, Any]:
         run = RunFolder(folder)
         for last in range(STEPS_PER_CHECKPOINT, steps, STEPS_PER_CHECKPOINT):
             file = LossFile(last - STEPS_PER_CHECKPOINT, last)
-            write_losses(run, file, np.array(losses).tobytes(), patience_s=0.0)
+            write_losses(run, file, np.array(losses).tobytes(), retry_s=0.0)
         text, (file, content) = state.to_json(), log.take()
         out["state_s"] = best_of(state.to_json)
-        out["losses_s"] = best_of(lambda: write_losses(run, file, content, patience_s=0.0))
+        out["losses_s"] = best_of(lambda: write_losses(run, file, content, retry_s=0.0))
         out["checkpoint_bytes"] = len(text) + len(content)
         again = TrainState.from_json(text, "here")
         out["start_s"] = best_of(lambda: TrainState.from_json(text, "here"))

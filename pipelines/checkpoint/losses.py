@@ -71,13 +71,13 @@ class LossLog:
         return file, content
 
 
-def write_losses(run: RunFolder, file: LossFile, content: bytes, patience_s: float) -> None:
+def write_losses(run: RunFolder, file: LossFile, content: bytes, retry_s: float) -> None:
     """Store one file of a run; written again, it is the same.
 
     Raises:
-        StorageError: if storage refuses, or fails for longer than `patience_s` seconds.
+        StorageError: if storage refuses, or fails for longer than `retry_s` seconds.
     """
-    storage.write_bytes(storage.join(run.losses, file.name), content, patience_s)
+    storage.write_bytes(storage.join(run.losses, file.name), content, retry_s)
 
 
 def read_losses(run: RunFolder, state: TrainState) -> npt.NDArray[np.float64]:

@@ -8,10 +8,10 @@ without one is unfinished. Every read checks length, checksum and sample count a
 import io
 import json
 import re
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from math import inf
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -29,7 +29,7 @@ from pipelines.data.tar_format import (
 )
 from pipelines.io import storage
 from pipelines.io.fingerprint import canonical_json, sha256, sha256_of_json
-from pipelines.io.retry import FIRST_PAUSE_S, PATIENCE_S
+from pipelines.io.retry import RETRY_S, Backoff, retry
 
 MANIFEST_NAME = "manifest.parquet"
 FORMAT_VERSION = 1
@@ -126,14 +126,14 @@ def save_manifest(url: str, shards: Iterable[ShardInfo], spec: Mapping[str, Any]
     return manifest
 
 
-def load_manifest(url: str, patience_s: float = PATIENCE_S) -> Manifest:
-    """Read the manifest of a dataset prefix (or at the address of the manifest itself), with `patience_s` for storage.
+def load_manifest(url: str, retry_s: float = RETRY_S) -> Manifest:
+    """Read the manifest of a dataset prefix (or at the address of the manifest itself), retried for `retry_s` seconds.
 
     Raises ShardError when there is none or it is not one of ours, StorageError when storage cannot be used.
     """
     address = manifest_url(url)
     try:
-        data = storage.read_bytes(address, patience_s)
+        data = storage.read_bytes(address, retry_s)
     except storage.ObjectMissingError as error:
         detail = (
             "there is no manifest here: the prefix is empty or its shards are unfinished; make them with "
@@ -169,50 +169,54 @@ def _body_fault(shard: str, data: bytes, info: ShardInfo) -> ShardError | None:
 
 
 def read_shard(
-    manifest: str, info: ShardInfo, patience_s: float = PATIENCE_S, pause_s: float = FIRST_PAUSE_S
+    manifest: str, info: ShardInfo, retry_s: float = RETRY_S, backoff: Backoff | None = None
 ) -> list[tuple[str, dict[str, bytes]]]:
     """The samples of one shard, in order: (key, members by lower-case extension).
 
     `manifest` is the manifest's URL or its prefix. The object is read whole and compared with the manifest. A fault of
-    storage is met by full re-reads until `patience_s` after the first one. A wrong body, and a missing object, may be a
-    fault on the wire or of a server that just starts: they are believed after AT_REST_READS reads, with pauses from
-    `pause_s` on, doubling.
+    storage is met by full re-reads until `retry_s` after the first one. A wrong body, and a missing object, may be a
+    fault on the wire or of a server that just starts: they are believed after AT_REST_READS reads, with the
+    pauses of `backoff` (None: the usual ones).
 
-    Raises ShardError naming the shard and the fault (`unreadable` where storage failed for longer than `patience_s`);
-    StorageError for a missing bucket or refused credentials.
+    Raises ShardError naming the shard and the fault, ShardUnreadableError where storage failed for longer than
+    `retry_s`; StorageError for a missing bucket or refused credentials.
     """
     url = shard_url(manifest, info)
-    fault: ShardError | None = None
-    for read in range(AT_REST_READS):
-        if read:
-            time.sleep(pause_s * 2 ** (read - 1))
-        try:
-            data = storage.read_bulk(url, patience_s)
-        except storage.ObjectMissingError:
-            detail = (
-                "missing, but the manifest lists it; restore it, or make the manifest anew with jobs/make_shards.py"
-            )
-            fault = ShardError(url, "missing", detail)
-            continue
-        except storage.TransientStorageError as error:
-            detail = (
-                f"could not be read, though it was tried again for {patience_s:.0f} s (data.read_patience_s); start "
-                f"the same command again when storage answers: {error}"
-            )
-            raise ShardUnreadableError(url, "unreadable", detail) from error
-        fault = _body_fault(url, data, info)
-        if fault is None:
-            samples = parse_shard(data, url).samples
-            if len(samples) != info.samples:
-                detail = f"{len(samples)} samples, but the manifest says {info.samples}; make the manifest anew"
-                raise ShardError(url, "wrong_count", detail)
-            return samples
-    assert fault is not None
-    raise fault
+    data = retry(
+        lambda: _verified_body(url, info, retry_s),
+        url,
+        retry_s=inf,
+        transient=lambda error: isinstance(error, ShardError) and not isinstance(error, ShardUnreadableError),
+        backoff=backoff,
+        attempts=AT_REST_READS,
+    )
+    samples = parse_shard(data, url).samples
+    if len(samples) != info.samples:
+        detail = f"{len(samples)} samples, but the manifest says {info.samples}; make the manifest anew"
+        raise ShardError(url, "wrong_count", detail)
+    return samples
+
+
+def _verified_body(url: str, info: ShardInfo, retry_s: float) -> bytes:
+    """The bytes of a shard, the ones that the manifest was written of. Raises ShardError, StorageError."""
+    try:
+        data = storage.read_bulk(url, retry_s)
+    except storage.ObjectMissingError as error:
+        detail = "missing, but the manifest lists it; restore it, or make the manifest anew with jobs/make_shards.py"
+        raise ShardError(url, "missing", detail) from error
+    except storage.TransientStorageError as error:
+        detail = (
+            f"could not be read, though it was tried again for {retry_s:.0f} s (data.read_patience_s); start "
+            f"the same command again when storage answers: {error}"
+        )
+        raise ShardUnreadableError(url, "unreadable", detail) from error
+    if fault := _body_fault(url, data, info):
+        raise fault
+    return data
 
 
 def fetch_shard(
-    manifest: str, info: ShardInfo, patience_s: float = PATIENCE_S, bad_shards: BadShards = "fail"
+    manifest: str, info: ShardInfo, retry_s: float = RETRY_S, bad_shards: BadShards = "fail"
 ) -> list[tuple[str, dict[str, bytes]]]:
     """What a stream trains on: `read_shard`, and what becomes of a shard that is wrong at rest.
 
@@ -221,7 +225,7 @@ def fetch_shard(
     shard that storage does not deliver (`unreadable`) is never dropped. Raises ShardError, StorageError.
     """
     try:
-        return read_shard(manifest, info, patience_s)
+        return read_shard(manifest, info, retry_s)
     except ShardError as error:
         if bad_shards == "fail" or isinstance(error, ShardUnreadableError):
             raise

@@ -1,4 +1,8 @@
-"""Patience: how long a call outlasts a storage that fails for a while, and how long one try of it may stall."""
+"""The one loop that tries a call again, and the limit for a try that makes no progress.
+
+Written by hand and not with tenacity: what is particular here (time counted from the first fault, a last try at the
+very end, one line of log after some seconds) would be three callbacks around a loop of the same length.
+"""
 
 import logging
 import threading
@@ -7,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-PATIENCE_S = 120.0
-"""Seconds for which reads and small writes are tried again after their first fault."""
-FIRST_PAUSE_S = 0.25
-LONGEST_PAUSE_S = 5.0
+from pipelines.io.errors import TransientError
+
+RETRY_S = 120.0
+"""Seconds for which reads and small writes are retried, from their first fault on."""
 QUIET_S = 5.0  # a fault that lasts longer is logged
 
 logger = logging.getLogger(__name__)
@@ -21,33 +25,63 @@ class StalledError(OSError):
     """A try made no progress for too long."""
 
 
-def pause_before(attempt: int) -> float:
-    """Seconds to wait before try number `attempt` (the first try is 0): 0.25, 0.5, ... up to 5."""
-    return min(FIRST_PAUSE_S * 2 ** (attempt - 1), LONGEST_PAUSE_S) if attempt else 0.0
+@dataclass(frozen=True)
+class Backoff:
+    """Pauses between tries: `first_s`, then twice as long each time, at most `longest_s`."""
+
+    first_s: float = 0.25
+    longest_s: float = 5.0
+
+    def pause_s(self, failures: int) -> float:
+        """Seconds to wait after that many failures in a row (at least 1)."""
+        return min(self.first_s * 2.0 ** (failures - 1), self.longest_s)
 
 
-def patiently(call: Callable[[], T], transient: type[Exception], patience_s: float, what: str) -> T:
-    """The result of `call`, which is made again as long as it raises `transient`.
+BACKOFF = Backoff()
 
-    Until `patience_s` after its first fault; then that error is raised. A pause is never longer than what is left, so
-    the last try is at the very end.
 
-    `what` names the call for the log.
+def is_transient(error: Exception) -> bool:
+    """Whether it is a TransientError."""
+    return isinstance(error, TransientError)
+
+
+def retry(
+    call: Callable[[], T],
+    what: str,
+    *,
+    retry_s: float = RETRY_S,
+    transient: Callable[[Exception], bool] = is_transient,
+    backoff: Backoff | None = None,
+    attempts: int | None = None,
+) -> T:
+    """The result of `call`, which is made again while it fails with a transient fault.
+
+    Args:
+        call: without arguments.
+        what: names it in the log.
+        retry_s: seconds from the first fault on; no pause goes beyond them, so the last try is at the very end.
+        transient: whether a fault may pass; any other error is raised at once.
+        backoff: pauses between tries; None: `BACKOFF`.
+        attempts: tries at most; None: as many as fit.
+
+    Raises:
+        the last fault.
     """
-    first_fault, attempt, told = 0.0, 0, False
+    pauses = backoff or BACKOFF
+    first_fault, failures, told = 0.0, 0, False
     while True:
         try:
             return call()
-        except transient as error:
-            attempt += 1
+        except Exception as error:
+            failures += 1
             first_fault = first_fault or time.monotonic()
             waited = time.monotonic() - first_fault
-            if waited >= patience_s:
+            if not transient(error) or waited >= retry_s or failures == attempts:
                 raise
             if waited >= QUIET_S and not told:
                 told = True
-                logger.warning("%s fails for %.0f s, is tried for up to %.0f s: %s", what, waited, patience_s, error)
-            time.sleep(min(pause_before(attempt), patience_s - waited))
+                logger.warning("%s fails for %.0f s, is tried for up to %.0f s: %s", what, waited, retry_s, error)
+            time.sleep(min(pauses.pause_s(failures), retry_s - waited))
 
 
 @dataclass
@@ -61,7 +95,7 @@ class Progress:
         self.at = time.monotonic()
 
 
-def unless_stalled(call: Callable[[Progress], T], stall_s: float) -> T:
+def with_stall_limit(call: Callable[[Progress], T], stall_s: float) -> T:
     """The result of `call(progress)`. Raises StalledError once `stall_s` passed without `progress.note()`.
 
     The call runs in a thread of its own, which a stall leaves behind: clients have no limit for a body that trickles.

@@ -11,8 +11,8 @@ Two clients, each for what it does well:
 A filesystem holds sockets and threads, so it is made on first use inside the process that uses it (never before a
 fork): the caches below are keyed by the process id.
 
-Faults that may pass are met with patience: each call is made again until `patience_s` after its first fault, so that
-the restart of a server costs time and nothing else. What is wrong for good (a missing bucket, refused credentials, a
+Transient faults are retried: each call is made again until `retry_s` after its first fault, so that the restart of a
+server costs time and nothing else. What is wrong for good (a missing bucket, refused credentials, a
 refused request) fails at once. No try may stall either: one that makes no progress for STALL_S is given up.
 """
 
@@ -32,7 +32,7 @@ import pyarrow.fs
 
 from pipelines.io.errors import TransientError
 from pipelines.io.fingerprint import sha256
-from pipelines.io.retry import PATIENCE_S, Progress, patiently, unless_stalled
+from pipelines.io.retry import RETRY_S, Progress, retry, with_stall_limit
 
 T = TypeVar("T")
 
@@ -40,7 +40,7 @@ S3_SCHEME = "s3://"
 DEFAULT_REGION = "us-east-1"
 CONNECT_TIMEOUT_S = 5.0
 REQUEST_TIMEOUT_S = 30.0
-BULK_ATTEMPTS = 2  # of pyarrow within one try of a bulk read, which has a patience of its own
+BULK_ATTEMPTS = 2  # of pyarrow within one try of a bulk read, which is retried as a whole
 FILESYSTEM_ATTEMPTS = 12  # of pyarrow for Ray, about a minute: with fewer, Ray's controller dies of a server's restart
 STALL_S = 60.0
 """Seconds in which PIECE_BYTES of a bulk read must arrive."""
@@ -270,7 +270,7 @@ def translate(url: str, error: BaseException) -> StorageError:
         )
     if isinstance(error, FileNotFoundError) or "no_such_key" in text or "path does not exist" in text:
         return ObjectMissingError(f"{url}: no such object in the bucket {bucket!r} at {_where()}")
-    # Ray repeats on its own what speaks of an "AWS Error", up to ten times, patience included.
+    # Ray repeats on its own what speaks of an "AWS Error", up to ten times, with all our retries inside each.
     detail = f"{type(error).__name__}: {error}".replace("AWS Error", "S3 error")
     if any(word in text for word in _REFUSED_WORDS):
         return StorageError(f"{url}: {_where()} refused the request: {detail}")
@@ -300,7 +300,7 @@ def storage_errors(url: str) -> Iterator[None]:
 def require_bucket(url: str) -> None:
     """Raise StorageError unless the bucket of `url` exists and the credentials may use it; nothing for local paths.
 
-    It has no patience: jobs ask it first, and who mistypes an address wants to know at once.
+    Nothing is retried: jobs ask it first, and who mistypes an address wants to know at once.
     """
     if not is_s3(url):
         return
@@ -327,7 +327,7 @@ def _missing(url: str, error: ObjectMissingError) -> StorageError:
     return error
 
 
-def _patiently(url: str, call: Callable[[], T], patience_s: float) -> T:
+def _retried(url: str, call: Callable[[], T], retry_s: float) -> T:
     def attempt() -> T:
         try:
             with storage_errors(url):
@@ -335,20 +335,20 @@ def _patiently(url: str, call: Callable[[], T], patience_s: float) -> T:
         except ObjectMissingError as error:
             raise _missing(url, error) from error
 
-    return patiently(attempt, TransientStorageError, patience_s, url)
+    return retry(attempt, url, retry_s=retry_s)
 
 
-def read_bytes(url: str, patience_s: float = PATIENCE_S) -> bytes:
-    """The whole object. Raises ObjectMissingError, StorageError, or, after `patience_s`, TransientStorageError."""
+def read_bytes(url: str, retry_s: float = RETRY_S) -> bytes:
+    """The whole object. Raises ObjectMissingError, StorageError, or, after `retry_s`, TransientStorageError."""
 
     def read(_: Progress) -> bytes:
         fs, path = fsspec_filesystem(url)
         return bytes(fs.cat_file(path))
 
-    return _patiently(url, lambda: unless_stalled(read, SMALL_READ_S), patience_s)
+    return _retried(url, lambda: with_stall_limit(read, SMALL_READ_S), retry_s)
 
 
-def read_bulk(url: str, patience_s: float = PATIENCE_S) -> bytes:
+def read_bulk(url: str, retry_s: float = RETRY_S) -> bytes:
     """The whole object through pyarrow (ranged GETs of PIECE_BYTES); for shards. Errors as read_bytes."""
 
     def read(progress: Progress) -> bytes:
@@ -362,20 +362,20 @@ def read_bulk(url: str, patience_s: float = PATIENCE_S) -> bytes:
                     break
             return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    return _patiently(url, lambda: unless_stalled(read, STALL_S), patience_s)
+    return _retried(url, lambda: with_stall_limit(read, STALL_S), retry_s)
 
 
-def size_of(url: str, patience_s: float = PATIENCE_S) -> int:
+def size_of(url: str, retry_s: float = RETRY_S) -> int:
     """Bytes of the object as storage states it. Errors as read_bytes."""
 
     def ask() -> int:
         fs, path = fsspec_filesystem(url)
         return int(fs.info(path)["size"])
 
-    return _patiently(url, ask, patience_s)
+    return _retried(url, ask, retry_s)
 
 
-def write_bytes(url: str, data: bytes, patience_s: float = PATIENCE_S) -> None:
+def write_bytes(url: str, data: bytes, retry_s: float = RETRY_S) -> None:
     """Write the whole object at once: a reader sees all of it or nothing. Raises StorageError."""
 
     def write() -> None:
@@ -395,10 +395,10 @@ def write_bytes(url: str, data: bytes, patience_s: float = PATIENCE_S) -> None:
             Path(name).unlink(missing_ok=True)
             raise
 
-    _patiently(url, write, patience_s)
+    _retried(url, write, retry_s)
 
 
-def delete(url: str, patience_s: float = PATIENCE_S) -> None:
+def delete(url: str, retry_s: float = RETRY_S) -> None:
     """Remove one object; one that is not there is no error. Raises StorageError."""
 
     def remove() -> None:
@@ -408,10 +408,10 @@ def delete(url: str, patience_s: float = PATIENCE_S) -> None:
         except FileNotFoundError:
             return
 
-    _patiently(url, remove, patience_s)
+    _retried(url, remove, retry_s)
 
 
-def exists(url: str, patience_s: float = PATIENCE_S) -> bool:
+def exists(url: str, retry_s: float = RETRY_S) -> bool:
     """Whether an object or a prefix with objects is there. A missing bucket is a StorageError, not False."""
 
     def ask() -> None:
@@ -419,13 +419,13 @@ def exists(url: str, patience_s: float = PATIENCE_S) -> bool:
         fs.info(path)
 
     try:
-        _patiently(url, ask, patience_s)
+        _retried(url, ask, retry_s)
     except ObjectMissingError:
         return False
     return True
 
 
-def list_sizes(url: str, patience_s: float = PATIENCE_S) -> dict[str, int]:
+def list_sizes(url: str, retry_s: float = RETRY_S) -> dict[str, int]:
     """Bytes of every file below a prefix by its path relative to it, sorted by path; {} where there are none.
 
     A missing bucket is a StorageError.
@@ -439,15 +439,15 @@ def list_sizes(url: str, patience_s: float = PATIENCE_S) -> dict[str, int]:
         root = path.rstrip("/") + "/"
         return {name.removeprefix(root): int(found[name]["size"]) for name in sorted(found) if name.startswith(root)}
 
-    return _patiently(url, find, patience_s)
+    return _retried(url, find, retry_s)
 
 
-def list_files(url: str, patience_s: float = PATIENCE_S) -> list[str]:
+def list_files(url: str, retry_s: float = RETRY_S) -> list[str]:
     """Paths of all files below a prefix, relative to it, sorted; [] where there are none. Raises StorageError."""
-    return list(list_sizes(url, patience_s))
+    return list(list_sizes(url, retry_s))
 
 
-def list_folders(url: str, patience_s: float = PATIENCE_S) -> list[str]:
+def list_folders(url: str, retry_s: float = RETRY_S) -> list[str]:
     """Names of the folders directly below a prefix, sorted; [] where there are none.
 
     One listing (S3 gives a thousand names a page), whatever the folders hold. Raises StorageError, also for a missing
@@ -463,19 +463,19 @@ def list_folders(url: str, patience_s: float = PATIENCE_S) -> list[str]:
             return []
         return sorted(entry["name"].rstrip("/").rpartition("/")[2] for entry in found if entry["type"] == "directory")
 
-    return _patiently(url, find, patience_s)
+    return _retried(url, find, retry_s)
 
 
-def read_json(url: str, patience_s: float = PATIENCE_S) -> Any:
+def read_json(url: str, retry_s: float = RETRY_S) -> Any:
     """Parse the object as JSON. Raises StorageError naming the URL when it is not JSON; else as read_bytes."""
-    data = read_bytes(url, patience_s)
+    data = read_bytes(url, retry_s)
     try:
         return json.loads(data)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise StorageError(f"{url}: not JSON: {error}") from error
 
 
-def write_json(url: str, value: Any, patience_s: float = PATIENCE_S) -> None:
+def write_json(url: str, value: Any, retry_s: float = RETRY_S) -> None:
     """Write `value` as indented JSON with sorted keys. Raises StorageError."""
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    write_bytes(url, text.encode(), patience_s)
+    write_bytes(url, text.encode(), retry_s)

@@ -12,9 +12,9 @@ from pathlib import Path
 import ray.train
 
 from pipelines.io import storage
-from pipelines.io.retry import Progress, patiently, unless_stalled
+from pipelines.io.retry import Progress, retry, with_stall_limit
 
-UPLOAD_PATIENCE_S = 300.0
+UPLOAD_RETRY_S = 300.0
 PIECE_BYTES = 8 * 2**20
 UPLOAD_ATTEMPTS = 2  # of pyarrow within one try, which is repeated as a whole
 
@@ -23,12 +23,12 @@ class UploadError(RuntimeError):
     """A file could not be brought to storage; the message says which, and what was kept. No fault of the settings."""
 
 
-def upload_file(local: Path, url: str, patience_s: float = UPLOAD_PATIENCE_S) -> int:
-    """Bring one file to an address, however often that takes until `patience_s` after the first fault; its bytes.
+def upload_file(local: Path, url: str, retry_s: float = UPLOAD_RETRY_S) -> int:
+    """Bring one file to an address, however often that takes until `retry_s` after the first fault; its bytes.
 
     Raises:
         StorageError: for a missing bucket, refused credentials or a refused request, at once.
-        TransientStorageError: storage failed for longer than `patience_s`.
+        TransientStorageError: storage failed for longer than `retry_s`.
         FileNotFoundError: there is no such local file.
     """
     size = local.stat().st_size
@@ -48,14 +48,14 @@ def upload_file(local: Path, url: str, patience_s: float = UPLOAD_PATIENCE_S) ->
 
     def attempt() -> None:
         with storage.storage_errors(url):
-            unless_stalled(send, storage.STALL_S)
+            with_stall_limit(send, storage.STALL_S)
 
-    patiently(attempt, storage.TransientStorageError, patience_s, url)
+    retry(attempt, url, retry_s=retry_s)
     return size
 
 
-def upload_folder(folder: Path, url: str, patience_s: float = UPLOAD_PATIENCE_S) -> dict[str, int]:
-    """Bring every file of a local folder below a URL; bytes by path. `patience_s` counts for each file.
+def upload_folder(folder: Path, url: str, retry_s: float = UPLOAD_RETRY_S) -> dict[str, int]:
+    """Bring every file of a local folder below a URL; bytes by path. `retry_s` counts for each file.
 
     Raises UploadError naming the file and the address; StorageError where repeating is of no use (see upload_file).
     """
@@ -64,10 +64,10 @@ def upload_folder(folder: Path, url: str, patience_s: float = UPLOAD_PATIENCE_S)
     for path in paths:
         name = path.relative_to(folder).as_posix()
         try:
-            sizes[name] = upload_file(path, storage.join(url, name), patience_s)
+            sizes[name] = upload_file(path, storage.join(url, name), retry_s)
         except storage.TransientStorageError as error:
             raise UploadError(
-                f"{path} could not be uploaded, though it was tried again for {patience_s:.0f} s; {len(sizes)} of "
+                f"{path} could not be uploaded, though it was tried again for {retry_s:.0f} s; {len(sizes)} of "
                 f"{len(paths)} files of the folder are in {url}: {error}"
             ) from error
     return sizes
@@ -82,11 +82,11 @@ class CheckpointUpload:
 
     Args:
         folder: address of the folder that Ray Train keeps its checkpoints in.
-        patience_s: seconds for which one file outlasts a storage that fails.
+        retry_s: seconds for which one file outlasts a storage that fails.
     """
 
     folder: str
-    patience_s: float = UPLOAD_PATIENCE_S
+    retry_s: float = UPLOAD_RETRY_S
 
     def __call__(self, checkpoint: ray.train.Checkpoint, checkpoint_dir_name: str) -> ray.train.Checkpoint:
         """The checkpoint in storage, for a local one. Raises UploadError, StorageError."""
@@ -96,7 +96,7 @@ class CheckpointUpload:
                 f"{self.folder}: no such folder on this machine; all must share the run's storage"
             )
         try:
-            upload_folder(Path(os.fspath(checkpoint.path)), url, self.patience_s)
+            upload_folder(Path(os.fspath(checkpoint.path)), url, self.retry_s)
         except UploadError as error:
             raise UploadError(
                 f"{error}\nThis checkpoint does not count; the one before it is kept and whole. Make room or bring the "

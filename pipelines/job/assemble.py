@@ -69,7 +69,7 @@ def assemble_training(
         micro_batch=training.micro_batch,
         cpus_per_task=data.data_task_cpus,
         read_concurrency=data.data_tasks,
-        fetch=partial(shards.fetch_shard, patience_s=data.read_patience_s, bad_shards=data.bad_shards),
+        fetch=partial(shards.fetch_shard, retry_s=data.read_patience_s, bad_shards=data.bad_shards),
     )
     train_stream = partial(stream, others=manifests[1:], spare_rows=training.spare_rows)
     return TrainingJob(

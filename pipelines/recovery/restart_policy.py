@@ -7,9 +7,10 @@ checkpoint in between shows that the training moves, and months of it may meet m
 
 from dataclasses import dataclass
 
+from pipelines.io.retry import Backoff
 from pipelines.recovery.failures import TrainingError
 
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
+BACKOFF = Backoff(1.0, 60.0)
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,8 @@ class RestartPolicy:
         self._last_step = step
         if self._failures > self.max_failures:
             raise error
-        pause = min(FIRST_PAUSE_S * 2.0 ** (self._failures - 1), LONGEST_PAUSE_S)
         count = f"restart {self._failures} of at most {self.max_failures} in a row"
-        return Restart(pause, f"{error.summary}; {count}, from {_place(step)}")
+        return Restart(BACKOFF.pause_s(self._failures), f"{error.summary}; {count}, from {_place(step)}")
 
 
 def _place(step: int) -> str:

@@ -4,22 +4,23 @@ The claim is an actor, so it also carries the word that an attempt to train has 
 validations beside it (`pipelines.training.validation`).
 """
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+import ray.actor
 import ray.exceptions
 import ray.train
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.io.fingerprint import sha256
+from pipelines.io.retry import Backoff, retry
 
 NAMESPACE = "meteor"
-PATIENCE_S = 60.0  # the claim of a driver that was killed lives on for some seconds
-PAUSE_S = 1.0
+WAIT_S = 60.0  # the claim of a driver that was killed lives on for some seconds
+EVERY_SECOND = Backoff(1.0, 1.0)
 
 
 class RunInUseError(ValueError):
@@ -73,30 +74,33 @@ class TellsOfFailure(ray.train.UserCallback):
 
 
 @contextmanager
-def exclusive(run_url: str, subject: str, patience_s: float = PATIENCE_S) -> Iterator[Claim]:
+def exclusive(run_url: str, subject: str, wait_s: float = WAIT_S) -> Iterator[Claim]:
     """Hold the run at `run_url` for this driver inside the block; Ray must be initialised.
 
     It covers the jobs of one Ray cluster, and ends with the driver, however that ends.
 
     Raises:
-        RunInUseError: if another driver still holds it after `patience_s` seconds.
+        RunInUseError: if another driver still holds it after `wait_s` seconds.
     """
     name = f"run-{sha256(run_url)[:16]}"
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)  # ends with the driver
-    deadline = time.monotonic() + patience_s
-    while True:
-        try:
-            actor = ray.remote(num_cpus=0)(_ClaimActor)
-            claim = actor.options(name=name, namespace=NAMESPACE, scheduling_strategy=here).remote()
-            ray.get(claim.failed.remote(0))
-            break
-        except (ValueError, ray.exceptions.RayActorError) as error:  # the name is taken, or its node went just now
-            if time.monotonic() > deadline:
-                raise RunInUseError(
-                    f"{subject} is being trained by another job: wait for it, stop it (`ray job list`, "
-                    f"`ray job stop`), or use another --run.name ({error})"
-                ) from error
-            time.sleep(PAUSE_S)
+    taken = (ValueError, ray.exceptions.RayActorError)  # the name is taken, or its node went just now
+
+    def take() -> ray.actor.ActorHandle:
+        actor = ray.remote(num_cpus=0)(_ClaimActor)
+        handle = actor.options(name=name, namespace=NAMESPACE, scheduling_strategy=here).remote()
+        ray.get(handle.failed.remote(0))
+        return handle
+
+    try:
+        claim = retry(
+            take, subject, retry_s=wait_s, transient=lambda error: isinstance(error, taken), backoff=EVERY_SECOND
+        )
+    except taken as error:
+        raise RunInUseError(
+            f"{subject} is being trained by another job: wait for it, stop it (`ray job list`, `ray job stop`), or use "
+            f"another --run.name ({error})"
+        ) from error
     try:
         yield Claim(name)
     finally:

@@ -52,7 +52,7 @@ class Saver:
         ledger: samples of the checkpoint that the training started at; used on rank 0 alone.
         losses: of the steps since the last checkpoint; stored by rank 0.
         upload: moves a folder to storage.
-        patience_s: seconds for which the losses' upload outlasts a storage that fails.
+        retry_s: seconds for which the losses' upload outlasts a storage that fails.
         validate_every: checkpoints between two validations; 0 for none.
         saved: checkpoints made so far.
     """
@@ -66,7 +66,7 @@ class Saver:
     ledger: Ledger
     losses: LossLog
     upload: Upload
-    patience_s: float
+    retry_s: float
     validate_every: int
     saved: int
     _uploaded: threading.Event = field(default_factory=threading.Event)
@@ -154,7 +154,7 @@ class Saver:
 
     def _upload(self, checkpoint: Checkpoint, name: str) -> Checkpoint:
         if self.rank == 0 and self._loss_file is not None:  # first: a committed checkpoint has its losses
-            write_losses(RunFolder(self.run_url), *self._loss_file, self.patience_s)
+            write_losses(RunFolder(self.run_url), *self._loss_file, self.retry_s)
         uploaded = self.upload(checkpoint, name)
         self._uploaded.set()
         return uploaded

@@ -425,7 +425,7 @@ def _saver(job: TrainingJob, engine: Any, start: Start, rank: int, world: int) -
         ledger=start.ledger,
         losses=start.losses,
         upload=CheckpointUpload(RunFolder(job.url).train, settings.upload_patience_s),
-        patience_s=settings.upload_patience_s,
+        retry_s=settings.upload_patience_s,
         validate_every=settings.validate_every_checkpoints,
         saved=start.state.step // settings.checkpoint_every_steps,
     )

@@ -32,7 +32,7 @@ def test_only_what_no_snapshot_names_is_removed(tmp_path: Path) -> None:
         (folder / name / "zero3" / "file").write_text("x")
     (folder / "step-0000004-b" / "train_state.json").write_text(TrainState("abc", 2, 9, step=4).to_json())
     for first, last in ((0, 2), (2, 4), (4, 6)):
-        write_losses(RunFolder(str(folder.parent)), LossFile(first, last), b"", patience_s=0.0)
+        write_losses(RunFolder(str(folder.parent)), LossFile(first, last), b"", retry_s=0.0)
     latest, older = {"checkpoint_dir_name": "step-0000004-b"}, {"checkpoint_dir_name": "step-0000002-a"}
     snapshot = {"latest_checkpoint_result": latest, "checkpoint_results": [older, latest]}
     (folder / "checkpoint_manager_snapshot.json").write_text(json.dumps(snapshot))

@@ -40,7 +40,7 @@ class Run:
             self.state = dataclasses.replace(self.state.with_loss(loss), step=self.state.step + 1)
 
     def save(self, committed: bool) -> None:
-        write_losses(self.folder, *self.log.take(), patience_s=0.0)
+        write_losses(self.folder, *self.log.take(), retry_s=0.0)
         if committed:
             self.committed = TrainState.from_json(self.state.to_json(), "here")
             self.expected = list(self.losses)

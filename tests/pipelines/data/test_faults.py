@@ -38,8 +38,7 @@ from pipelines.data.shards import (
     save_manifest,
     write_shards,
 )
-from pipelines.io import retry as patience
-from pipelines.io import storage
+from pipelines.io import retry, storage
 from tests.pipelines.s3_fixture import BUCKET, S3Server
 from tests.stack_fixture import start_stack, stop_stack
 
@@ -62,8 +61,8 @@ def dataset(s3: S3Server) -> tuple[Manifest, Samples]:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pauses that fit a test; the number of tries is what patience is about."""
-    monkeypatch.setattr(patience, "LONGEST_PAUSE_S", 0.1)
+    """Pauses that fit a test; what counts is the number of tries."""
+    monkeypatch.setattr(retry, "BACKOFF", retry.Backoff(longest_s=0.1))
 
 
 @pytest.fixture
@@ -98,7 +97,7 @@ def test_no_fault_on_the_way_loses_a_sample(dataset: tuple[Manifest, Samples], p
     manifest, samples = dataset
     fault, times = READ_FAULTS[name]
     proxy.add(Rule(fault, method="GET", path=r"\.tar", times=times))
-    assert read_shard(manifest.url, manifest.shards[0], pause_s=0.01) == samples
+    assert read_shard(manifest.url, manifest.shards[0], backoff=retry.Backoff(0.01)) == samples
     assert len(proxy.injected) == times
     assert {one.path.partition("?")[0] for one in proxy.injected} == {f"/{BUCKET}/faults/train-000000.tar"}
 
@@ -109,7 +108,7 @@ def test_seeded_chance_of_all_faults_at_once(dataset: tuple[Manifest, Samples], 
     proxy.add(*(Rule(kind, times=None, share=0.15, seed=seed) for seed, kind in enumerate(kinds)))
     for _ in range(3):
         assert load_manifest(manifest.url) == manifest
-        assert read_shard(manifest.url, manifest.shards[0], pause_s=0.01) == samples
+        assert read_shard(manifest.url, manifest.shards[0], backoff=retry.Backoff(0.01)) == samples
     assert len({type(one.rule.fault) for one in proxy.injected}) >= 2
     assert len(proxy.injected) >= 3
 
@@ -138,12 +137,12 @@ def test_small_calls_outlast_faults(proxy: FaultProxy, name: str) -> None:
     assert len(proxy.injected) == 6
 
 
-def test_patience_has_an_end_and_says_so(dataset: tuple[Manifest, Samples], proxy: FaultProxy) -> None:
+def test_retries_have_an_end_and_say_so(dataset: tuple[Manifest, Samples], proxy: FaultProxy) -> None:
     manifest, _ = dataset
     proxy.add(Rule(INTERNAL_ERROR, times=None))
     start = time.monotonic()
     with pytest.raises(ShardError, match=r"train-000000\.tar: could not be read, .* for 2 s .*same command") as caught:
-        fetch_shard(manifest.url, manifest.shards[0], patience_s=2.0, bad_shards="drop")
+        fetch_shard(manifest.url, manifest.shards[0], retry_s=2.0, bad_shards="drop")
     assert 2 <= time.monotonic() - start < 15
     assert caught.value.fault == "unreadable"
     assert "AWS Error" not in str(caught.value)  # what Ray repeats on its own, ten times
@@ -172,7 +171,7 @@ def test_what_is_wrong_for_good_fails_at_once(
     manifest, _ = dataset
     start = time.monotonic()
     with pytest.raises(ShardError, match="missing, but the manifest lists it"):
-        read_shard(f"s3://{BUCKET}/elsewhere", manifest.shards[0], pause_s=0.01)
+        read_shard(f"s3://{BUCKET}/elsewhere", manifest.shards[0], backoff=retry.Backoff(0.01))
     with pytest.raises(storage.StorageError, match="bucket 'nowhere' does not exist"):
         fetch_shard("s3://nowhere/x", manifest.shards[0], bad_shards="drop")
     with pytest.raises(storage.StorageError, match="refused the request") as caught:
@@ -252,7 +251,7 @@ def test_the_port_stays_the_proxys_while_it_refuses(dataset: object, proxy: Faul
     endpoint = proxy.endpoint
     proxy.refuse(60)
     with pytest.raises(storage.TransientStorageError, match="cannot be reached"):
-        storage.read_bytes(f"{URL}/manifest.parquet", patience_s=0.0)
+        storage.read_bytes(f"{URL}/manifest.parquet", retry_s=0.0)
     proxy.clear()
     assert proxy.endpoint == endpoint
-    assert storage.exists(f"{URL}/manifest.parquet", patience_s=0.0)
+    assert storage.exists(f"{URL}/manifest.parquet", retry_s=0.0)

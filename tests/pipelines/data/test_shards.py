@@ -5,6 +5,7 @@ import hashlib
 import io
 import pickle
 import tarfile
+import time
 from pathlib import Path
 from typing import get_args
 
@@ -27,6 +28,7 @@ from pipelines.data.shards import (
 )
 from pipelines.data.tar_format import ShardFault, pack_shard, parse_shard
 from pipelines.io import storage
+from pipelines.io.retry import Backoff
 from tests.pipelines.s3_fixture import BUCKET, S3Server
 
 SAMPLES = [(f"k{number:03d}", {"json": b"{}", "jpg": bytes([number]) * (number * 37)}) for number in range(20)]
@@ -222,7 +224,7 @@ def damaged(tmp_path: Path, change: bytes | None) -> ShardError:
     file = tmp_path / "train-000001.tar"
     file.unlink() if change is None else file.write_bytes(change)
     with pytest.raises(ShardError, match="train-000001") as caught:
-        read_shard(manifest.url, manifest.shards[1], pause_s=0.0)
+        read_shard(manifest.url, manifest.shards[1], backoff=Backoff(0.0))
     assert read_shard(manifest.url, manifest.shards[0]) == SAMPLES[:8]
     return caught.value
 
@@ -265,27 +267,27 @@ def test_wrong_bodies_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyP
     manifest = make(str(tmp_path))
     good, calls = storage.read_bulk, []
 
-    def flaky(url: str, patience_s: float) -> bytes:
+    def flaky(url: str, retry_s: float) -> bytes:
         calls.append(url)
         if len(calls) == 1:
             raise storage.ObjectMissingError("a server that just starts")
         return good(url)[: 2000 if len(calls) == 2 else None]
 
     monkeypatch.setattr(storage, "read_bulk", flaky)
-    assert read_shard(manifest.url, manifest.shards[0], pause_s=0.0) == SAMPLES[:8]
+    assert read_shard(manifest.url, manifest.shards[0], backoff=Backoff(0.0)) == SAMPLES[:8]
     assert len(calls) == 3
 
 
-def test_patience_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retries_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = make(str(tmp_path))
 
-    def down(url: str, patience_s: float) -> bytes:
+    def down(url: str, retry_s: float) -> bytes:
         raise storage.TransientStorageError("connection refused")
 
     monkeypatch.setattr(storage, "read_bulk", down)
     wanted = r"train-000000\.tar: could not be read, .* for 7 s \(data\.read_patience_s\).*: connection refused"
     with pytest.raises(ShardError, match=wanted) as caught:
-        read_shard(manifest.url, manifest.shards[0], patience_s=7.0)
+        read_shard(manifest.url, manifest.shards[0], retry_s=7.0)
     assert caught.value.fault == "unreadable"
     again = pickle.loads(pickle.dumps(caught.value))
     assert (again.shard, again.fault, str(again)) == (caught.value.shard, "unreadable", str(caught.value))
@@ -319,7 +321,7 @@ def damage(root: Path, manifest: Manifest, fault: ShardFault) -> ShardInfo:
 def test_a_bad_shard_fails_or_drops_all_its_samples_with_a_reason(
     tmp_path: Path, fault: ShardFault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     manifest = make(str(tmp_path))
     info = damage(tmp_path, manifest, fault)
     with pytest.raises(ShardError, match=r"train-000001\.tar") as caught:
@@ -358,10 +360,10 @@ def test_over_s3(s3: S3Server) -> None:
     assert [read_shard(url, shard) for shard in load_manifest(url).shards] == [SAMPLES[:8], SAMPLES[8:16], SAMPLES[16:]]
     storage.write_bytes(f"{url}/train-000001.tar", pack_shard(SAMPLES[8:16])[:3000])
     with pytest.raises(ShardError, match=r"s3://meteor/set/train-000001\.tar: truncated: 3000 of"):
-        read_shard(url, manifest.shards[1], pause_s=0.0)
+        read_shard(url, manifest.shards[1], backoff=Backoff(0.0))
     storage.delete(f"{url}/train-000001.tar")
     with pytest.raises(ShardError, match="missing, but the manifest lists it"):
-        read_shard(url, manifest.shards[1], pause_s=0.0)
+        read_shard(url, manifest.shards[1], backoff=Backoff(0.0))
     with pytest.raises(ShardError, match=r"s3://meteor/empty/manifest\.parquet: there is no manifest here"):
         load_manifest(f"s3://{BUCKET}/empty")
     with pytest.raises(storage.StorageError, match="bucket 'nowhere' does not exist"):

@@ -146,7 +146,7 @@ def test_wrong_credentials_are_named_without_the_secret(
 
 
 def at_once(use: Callable[..., object]) -> Callable[[str], object]:
-    return lambda url: use(url, patience_s=0.0)
+    return lambda url: use(url, retry_s=0.0)
 
 
 @pytest.mark.parametrize(

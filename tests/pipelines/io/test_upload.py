@@ -19,8 +19,7 @@ from infra.fault_proxy import (
     Reset,
     Rule,
 )
-from pipelines.io import retry as patience
-from pipelines.io import storage
+from pipelines.io import retry, storage
 from pipelines.io.upload import CheckpointUpload, UploadError, upload_folder
 from tests.pipelines.s3_fixture import BUCKET, S3Server
 
@@ -39,7 +38,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def proxy(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    monkeypatch.setattr(patience, "LONGEST_PAUSE_S", 0.1)
+    monkeypatch.setattr(retry, "BACKOFF", retry.Backoff(longest_s=0.1))
     with FaultProxy(s3.endpoint) as running:
         monkeypatch.setenv("AWS_ENDPOINT_URL", running.endpoint)
         yield running
@@ -86,7 +85,7 @@ def test_no_fault_on_the_way_loses_a_byte(folder: Path, proxy: FaultProxy, name:
 @pytest.mark.parametrize("fault", [DISK_FULL, INSUFFICIENT_STORAGE], ids=["500", "507"])
 def test_a_disk_that_stays_full_is_an_error_that_helps(folder: Path, proxy: FaultProxy, fault: Fault) -> None:
     train = f"s3://{BUCKET}/runs/full{fault.code}/train"  # type: ignore[union-attr]
-    upload = CheckpointUpload(train, patience_s=1.0)
+    upload = CheckpointUpload(train, retry_s=1.0)
     proxy.add(Rule(fault, method="PUT", path="model.bin", times=None))
     with pytest.raises(UploadError) as caught:
         upload(ray.train.Checkpoint.from_directory(str(folder)), "step-1")
@@ -95,7 +94,7 @@ def test_a_disk_that_stays_full_is_an_error_that_helps(folder: Path, proxy: Faul
         assert part in text
     assert "the one before it is kept" in text
     assert "the same command again under the same run name" in text
-    assert not any(token in text for token in AWS_RETRYABLE_TOKENS)  # Ray would have patience three times over
+    assert not any(token in text for token in AWS_RETRYABLE_TOKENS)  # Ray would retry all of it three times over
     assert proxy.injected
     assert storage.list_sizes(f"{train}/step-1") == {"a.json": 500}  # nothing of the file that broke off is visible
     proxy.clear()

@@ -31,7 +31,7 @@ def test_losses_are_stored_before_the_checkpoint_that_is_then_committed(tmp_path
         ledger=Ledger([[1]]),
         losses=LossLog(state),
         upload=upload,
-        patience_s=0.0,
+        retry_s=0.0,
         validate_every=0,
         saved=0,
     )

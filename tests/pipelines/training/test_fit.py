@@ -187,7 +187,7 @@ def test_a_run_is_for_one_job_at_a_time(cluster: None) -> None:
         exclusive("s3://b/runs/a", "run 'a'"),
         exclusive("s3://b/runs/b", "run 'b'"),
         pytest.raises(RunInUseError, match="run 'a' is being trained by another job"),
-        exclusive("s3://b/runs/a", "run 'a'", patience_s=0.0),
+        exclusive("s3://b/runs/a", "run 'a'", wait_s=0.0),
     ):
         pass
     with exclusive("s3://b/runs/a", "run 'a'"):
