@@ -146,7 +146,7 @@ class Console:
 
         began = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(self.log.stat().st_ctime))
         try:
-            storage.write_bytes(storage.join(folder, f"{began}-{self.log.name}"), self.log.read_bytes(), patience_s=10)
+            storage.write_bytes(storage.join(folder, f"{began}-{self.log.name}"), self.log.read_bytes(), retry_s=10)
         except ValueError as error:
             self.write(_marked(f"  warning: the log is not kept with the run: {error}"))
 
