@@ -18,7 +18,7 @@ LIGHT: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("pipelines.registry.tags", SERVICES),
     ("pipelines.tracking.redact", SERVICES),
     ("pipelines.io.storage", SERVICES),
-    ("pipelines.tracking.points", SERVICES),
+    ("pipelines.tracking.metric_points", SERVICES),
     ("pipelines.evaluation.scores", SERVICES),
     ("pipelines.registry.folder", SERVICES),
     ("pipelines.registry.card", SERVICES),

@@ -26,7 +26,7 @@ from pipelines.io.upload import upload_folder
 from pipelines.job.datasets import ensure_shards
 from pipelines.job.names import last_number, numbered
 from pipelines.registry.publish import pull_model
-from pipelines.registry.versions import PinnedModel, Registry, pin_model, trained_on
+from pipelines.registry.versions import PinnedModel, Registry, pin_model, training_manifest
 from pipelines.tracking.mlflow_run import git_commit
 from pipelines.tracking.server import TrackingAwayError, TrackingError, require_tracking
 from tune.logbook import Logbook
@@ -169,7 +169,7 @@ def _find_subject(settings: SweepSettings) -> _Subject:
     if pinned.registry is None:
         raise SettingsError(f"--model is {settings.model!r}; a sweep wants a registered model: models:/NAME@ALIAS")
     report = _rank_report(pinned.registry, pinned.version)
-    address = settings.manifest or trained_on(pinned)
+    address = settings.manifest or training_manifest(pinned)
     if not address:
         raise SettingsError(
             f"the run of {pinned.address} does not say which data it was trained on: give --manifest ADDRESS"

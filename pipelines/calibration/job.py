@@ -30,7 +30,7 @@ from pipelines.data.shards import load_manifest
 from pipelines.io.console import say
 from pipelines.registry.folder import weights_digest
 from pipelines.registry.open import device_for, open_model
-from pipelines.registry.versions import PinnedModel, pin_model, trained_on
+from pipelines.registry.versions import PinnedModel, pin_model, training_manifest
 from pipelines.tracking.mlflow_run import git_commit
 from pipelines.tracking.redact import hide_passwords
 from pipelines.tracking.server import require_tracking
@@ -47,7 +47,7 @@ def calibrate(settings: CalibrateSettings, uri: str) -> Calibration:
         ValueError: of several kinds, naming the model, dataset or setting that is wrong.
     """
     subject = pin_model(settings.model, uri)
-    address = settings.manifest or trained_on(subject)
+    address = settings.manifest or training_manifest(subject)
     if not address:
         raise CalibrationError(f"manifest is missing: {settings.model} does not say what it was trained on")
     manifest = load_manifest(address)

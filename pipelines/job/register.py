@@ -23,20 +23,20 @@ from pipelines.registry.card import card
 from pipelines.registry.folder import write_card
 from pipelines.registry.provenance import training_tags
 from pipelines.registry.publish import register_model
-from pipelines.registry.scores import file_score, stored_scores, suite_name
+from pipelines.registry.scores import store_score, stored_scores, suite_name
 from pipelines.registry.tags import BASE_TAG, COMMIT_TAG, PARITY_TAG, PARITY_TOLERANCE_TAG, STEP_TAG
 from pipelines.registry.versions import RegisteredVersion, Registry
-from pipelines.tracking.points import Point, points_from_jsonl
+from pipelines.tracking.metric_points import MetricPoint, points_from_jsonl
 
 
-def undelivered_points(checkpoint: CheckpointRef) -> list[Point]:
+def undelivered_points(checkpoint: CheckpointRef) -> list[MetricPoint]:
     """The metric points that the last checkpoint holds, and its held-out metrics.
 
     What MLflow lacks where rank 0 ended before its logger was done. Points that MLflow has by now are left out when
     they are delivered.
     """
     now_ms = time.time_ns() // 1_000_000
-    points = [Point(name, value, now_ms, checkpoint.state.step) for name, value in checkpoint.state.final.items()]
+    points = [MetricPoint(name, value, now_ms, checkpoint.state.step) for name, value in checkpoint.state.final.items()]
     url = storage.join(checkpoint.url, POINTS_FILE)
     if storage.exists(url):
         points = points_from_jsonl(storage.read_bytes(url).decode(), url) + points
@@ -95,7 +95,7 @@ def register_run(trained: TrainedRun, folder: Path, answers: HeldoutAnswers) -> 
         write_card(folder, card(MeteorConfig.from_pretrained(folder), tags, whole))
         version = register_model(folder, registry, aliases=(), run_id=run_id, tags=tags)
     if answers.score is not None and answers.score.suite not in scores:
-        file_score(registry, version.version, answers.score, answers.suite, {"git_commit": commit})
+        store_score(registry, version.version, answers.score, answers.suite, {"git_commit": commit})
     move_alias(registry, alias, version.version)
     return replace(version, aliases=(alias,))
 

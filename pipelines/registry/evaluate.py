@@ -13,8 +13,8 @@ from pipelines.evaluation.scores import Score
 from pipelines.evaluation.scoring import Suite, score_model
 from pipelines.io.console import say
 from pipelines.registry.publish import load_model
-from pipelines.registry.scores import file_score
-from pipelines.registry.versions import pin_model, trained_on
+from pipelines.registry.scores import store_score
+from pipelines.registry.versions import pin_model, training_manifest
 from pipelines.tracking.mlflow_run import git_commit
 
 
@@ -45,7 +45,7 @@ def evaluate(
         ValueError: of several kinds, naming the model or dataset that is wrong.
     """
     pinned = pin_model(model, uri)
-    address = manifest or trained_on(pinned)
+    address = manifest or training_manifest(pinned)
     if not address:
         raise ValueError(f"manifest is missing: {model} does not say what it was trained on")
     shards = load_manifest(address)
@@ -55,7 +55,7 @@ def evaluate(
     score = score_model(loaded, processor, samples, suite.digest, batch)
     if pinned.registry is not None:
         setting = {"git_commit": git_commit(Path(__file__).resolve().parents[2]), "device": device}
-        file_score(pinned.registry, pinned.version, score, suite, setting)
+        store_score(pinned.registry, pinned.version, score, suite, setting)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         document = {"model": pinned.address, "suite": asdict(suite), "score": score.to_dict(records=True)}

@@ -34,7 +34,7 @@ def promote(registry: Registry, version: int, alias: str, tolerance: float = PAR
         PromotionError: for a version without them.
         TrackingError: an unknown version, or a server that is away.
     """
-    if lacking := what_is_lacking(registry.version(version), tolerance):
+    if lacking := missing_evidence(registry.version(version), tolerance):
         raise PromotionError(
             f"version {version} of {registry.name} is not promoted to {alias}:\n"
             + "\n".join(f"  - {item}" for item in lacking)
@@ -42,7 +42,7 @@ def promote(registry: Registry, version: int, alias: str, tolerance: float = PAR
     return move_alias(registry, alias, version)
 
 
-def what_is_lacking(version: ModelVersion, tolerance: float = PARITY_TOLERANCE) -> list[str]:
+def missing_evidence(version: ModelVersion, tolerance: float = PARITY_TOLERANCE) -> list[str]:
     """What keeps a version from being promoted, each with the command that makes it good; empty where nothing does.
 
     Raises:

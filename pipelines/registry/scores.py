@@ -92,7 +92,7 @@ def stored_scores(version: ModelVersion) -> dict[str, StoredScore]:
     }
 
 
-def file_score(
+def store_score(
     registry: Registry, version: int, score: Score, suite: Suite | None, settings: Mapping[str, Any] | None = None
 ) -> None:
     """File a score with a version: the whole as an artifact first, then the tags that name it, then the description.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipelines.evaluation.scores import Score
 from pipelines.registry.aliases import Move, alias_history
-from pipelines.registry.promotion import what_is_lacking
+from pipelines.registry.promotion import missing_evidence
 from pipelines.registry.scores import VersionComparison, compare_versions
 from pipelines.registry.tags import BASE_TAG, HISTORY_TAG, PARITY_TAG
 from pipelines.registry.versions import Registry
@@ -25,7 +25,7 @@ def show_versions(registry: Registry) -> str:
         aliases = sorted(name for name, number in registered.aliases.items() if int(number) == int(version.version))
         made_by = tags.get(BASE_TAG) or tags.get("run_name") or tags.get("job") or "-"
         numbers = [tags.get(key, "-") for key in (PARITY_TAG, "accuracy", "answer_nll", "visual_tokens_mean", "tflops")]
-        ready = "no" if what_is_lacking(version) else "yes"
+        ready = "no" if missing_evidence(version) else "yes"
         rows.append((str(version.version), ", ".join(aliases) or "-", made_by, *numbers, ready))
     lines = [_table(rows)]
     for tag in sorted(registered.tags):

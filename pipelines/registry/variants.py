@@ -34,7 +34,7 @@ from pipelines.registry.card import card
 from pipelines.registry.folder import PARITY_TOLERANCE, ExportError, export_model, write_card
 from pipelines.registry.parity import ParityError, check_parity, write_parity_batch
 from pipelines.registry.publish import load_model, load_registered, pull_model, register_model
-from pipelines.registry.scores import file_score, suite_name
+from pipelines.registry.scores import store_score, suite_name
 from pipelines.registry.tags import (
     BASE_TAG,
     COMMIT_TAG,
@@ -128,7 +128,7 @@ def register_variant(  # noqa: PLR0913 - what a version is made of, by name
         }
         write_card(folder, card(model.config, all_tags, {suite_name(suite): score}))
         version = register_model(folder, registry, aliases=(), run_id=run_id, tags=all_tags)
-    file_score(registry, version.version, score, suite)
+    store_score(registry, version.version, score, suite)
     for alias in aliases:
         move_alias(registry, alias, version.version)
     return replace(version, aliases=tuple(aliases))

@@ -243,7 +243,7 @@ def pin_model(model: str, uri: str | None = None) -> PinnedModel:
     return PinnedModel(registry.address(version), registry, version)
 
 
-def trained_on(model: PinnedModel) -> str:
+def training_manifest(model: PinnedModel) -> str:
     """The manifest that a version's tags name, or those of its run; empty where neither does, and for a folder."""
     if model.registry is None:
         return ""

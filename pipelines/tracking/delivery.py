@@ -12,7 +12,7 @@ from mlflow.exceptions import MlflowException
 
 from pipelines.io import storage
 from pipelines.io.run_folder import RunFolder
-from pipelines.tracking.points import Point, keep_points, points_from_jsonl
+from pipelines.tracking.metric_points import MetricPoint, points_from_jsonl, write_points
 from pipelines.tracking.server import is_passing
 
 logger = logging.getLogger(__name__)
@@ -35,10 +35,10 @@ class Sent:
 
     delivered: int
     repeated: int
-    refused: tuple[Point, ...]
+    refused: tuple[MetricPoint, ...]
 
 
-class Delivered:
+class LoggedSteps:
     """The steps of each metric that an MLflow run had before this process sent any; asked once per metric.
 
     Equal points collapse in MLflow only with equal times, and the times of a step that is made again differ.
@@ -50,7 +50,7 @@ class Delivered:
         self._names: frozenset[str] | None = None
         self._steps: dict[str, set[int]] = {}
 
-    def fresh(self, points: Sequence[Point]) -> list[Point]:
+    def fresh(self, points: Sequence[MetricPoint]) -> list[MetricPoint]:
         """The points whose (name, step) the run does not have.
 
         Raises:
@@ -63,13 +63,13 @@ class Delivered:
             self._steps[name] = {metric.step for metric in history}
         return [point for point in points if point.step not in self._steps[point.name]]
 
-    def add(self, points: Sequence[Point]) -> None:
+    def add(self, points: Sequence[MetricPoint]) -> None:
         """Count points that `fresh` was asked about as delivered."""
         for point in points:
             self._steps[point.name].add(point.step)
 
 
-def send(client: MlflowClient, run_id: str, points: Sequence[Point]) -> list[Point]:
+def send(client: MlflowClient, run_id: str, points: Sequence[MetricPoint]) -> list[MetricPoint]:
     """Send up to POINTS_PER_BATCH points; the points that the server refuses for what they are.
 
     Raises:
@@ -88,14 +88,14 @@ def send(client: MlflowClient, run_id: str, points: Sequence[Point]) -> list[Poi
     return []
 
 
-def deliver(client: MlflowClient, known: Delivered, points: Sequence[Point]) -> Sent:
+def deliver(client: MlflowClient, known: LoggedSteps, points: Sequence[MetricPoint]) -> Sent:
     """Send the points that the run does not have, in batches that MLflow accepts.
 
     Raises:
         MlflowException and requests' errors: when the server is away; batches before the failing one have arrived.
     """
     fresh = known.fresh(points)
-    refused: list[Point] = []
+    refused: list[MetricPoint] = []
     for start in range(0, len(fresh), POINTS_PER_BATCH):
         refused += send(client, known.run_id, fresh[start : start + POINTS_PER_BATCH])
     return Sent(len(fresh) - len(refused), len(points) - len(fresh), tuple(refused))
@@ -109,14 +109,14 @@ def deliver_outbox(uri: str, run_id: str, run_url: str) -> Sent:
         ValueError: a file that holds something else.
     """
     client = MlflowClient(uri)
-    known, total = Delivered(client, run_id), Sent(0, 0, ())
+    known, total = LoggedSteps(client, run_id), Sent(0, 0, ())
     root = RunFolder(run_url).outbox_points
     for name in storage.list_files(root):
         url = storage.join(root, name)
         points = points_from_jsonl(storage.read_bytes(url).decode(), url)
         sent = deliver(client, known, points)
         if sent.refused:
-            keep_points(RunFolder(run_url).outbox_refused, sent.refused)
+            write_points(RunFolder(run_url).outbox_refused, sent.refused)
         known.add(points)  # the next file may hold them again
         total = Sent(total.delivered + sent.delivered, total.repeated + sent.repeated, (*total.refused, *sent.refused))
         storage.delete(url)

@@ -9,7 +9,8 @@ While the server is away the thread also writes the points to the run's outbox i
 checkpoint holds `pending_points`, and the logger of the next start begins with them.
 
 A resumed training makes the steps after its checkpoint again. One value per metric and step is stored, the one that
-reached the server first: a new logger asks once which steps of a metric the run has and leaves those out (`Delivered`).
+reached the server first: a new logger asks once which steps of a metric the run has and leaves those out
+(`pipelines.tracking.delivery.LoggedSteps`).
 """
 
 import logging
@@ -27,8 +28,8 @@ from mlflow.exceptions import MlflowException
 
 from pipelines.io import storage
 from pipelines.io.run_folder import RunFolder
-from pipelines.tracking.delivery import POINTS_PER_BATCH, Delivered, Sent, deliver
-from pipelines.tracking.points import Point, keep_points
+from pipelines.tracking.delivery import POINTS_PER_BATCH, LoggedSteps, Sent, deliver
+from pipelines.tracking.metric_points import MetricPoint, write_points
 from pipelines.tracking.redact import hide_passwords
 from pipelines.tracking.server import limit_http_waits
 
@@ -69,12 +70,12 @@ class MetricLogger:
         initial: points to deliver first, in their order: the `pending_points` of the checkpoint that is resumed from.
     """
 
-    def __init__(self, run_id: str | None, uri: str, run_url: str, initial: Sequence[Point] = ()) -> None:
+    def __init__(self, run_id: str | None, uri: str, run_url: str, initial: Sequence[MetricPoint] = ()) -> None:
         self.run_id = run_id
         self.uri = uri
         self.run_url = run_url
-        self._points: deque[Point] = deque(initial)
-        self._refused: list[Point] = []
+        self._points: deque[MetricPoint] = deque(initial)
+        self._refused: list[MetricPoint] = []
         self._delivered = 0
         self._repeated = 0
         self._kept = 0  # the first points of the queue that are in the outbox, in `_kept_files`
@@ -95,7 +96,7 @@ class MetricLogger:
         points = []
         for name, value in metrics.items():
             try:
-                points.append(Point(name, float(value), now_ms, int(step)))
+                points.append(MetricPoint(name, float(value), now_ms, int(step)))
             except (TypeError, ValueError):
                 logger.warning("metric %s at step %s is no number: %.80r; left out", name, step, value)
         with self._changed:
@@ -106,7 +107,7 @@ class MetricLogger:
             self._start()
             self._changed.notify_all()
 
-    def pending_points(self) -> list[Point]:
+    def pending_points(self) -> list[MetricPoint]:
         """Points that the server has not taken yet, oldest first, for a checkpoint. Waits for nobody."""
         with self._changed:
             return list(self._points)
@@ -153,14 +154,14 @@ class MetricLogger:
         """The thread: batch by batch, oldest first, until closed and empty or without a server, or given up."""
         limit_http_waits()
         client = MlflowClient(self.uri)
-        known: Delivered | None = None
+        known: LoggedSteps | None = None
         pause_s = 0.0
         while not self._given_up:
             batch = self._next_batch()
             if not batch:
                 return
             try:
-                known = known or Delivered(client, self._find_run())
+                known = known or LoggedSteps(client, self._find_run())
                 sent = deliver(client, known, batch)
             except (MlflowException, requests.RequestException, OSError, ValueError) as error:
                 if not pause_s:
@@ -186,7 +187,7 @@ class MetricLogger:
             raise NoRunYetError("the run is not open yet")
         return self.run_id
 
-    def _next_batch(self) -> list[Point]:
+    def _next_batch(self) -> list[MetricPoint]:
         """The oldest points, which stay in the queue.
 
         Waits for some, and for those of the same moment to come along. Empty once closed and all delivered.
@@ -228,9 +229,9 @@ class MetricLogger:
                 self._kept_files.append(url)
 
 
-def _try_to_keep(folder: str, points: Sequence[Point]) -> str | None:
+def _try_to_keep(folder: str, points: Sequence[MetricPoint]) -> str | None:
     try:
-        return keep_points(folder, points)
+        return write_points(folder, points)
     except storage.StorageError as error:
         logger.warning("%d metric points cannot be written to the run's outbox: %s", len(points), error)
         return None

@@ -22,12 +22,12 @@ from typing import Any
 from pipelines.io import storage
 from pipelines.io.run_folder import RunFolder
 from pipelines.tracking.delivery import deliver_outbox
-from pipelines.tracking.mlflow_run import MlflowRun, RunRequest, document, open_run
-from pipelines.tracking.points import (
-    Point,
-    keep_points,
+from pipelines.tracking.metric_points import (
+    MetricPoint,
     unique_name,
+    write_points,
 )
+from pipelines.tracking.mlflow_run import MlflowRun, RunRequest, document, open_run
 from pipelines.tracking.server import (
     TrackingAwayError,
     TrackingError,
@@ -100,10 +100,10 @@ class RunTracker:
         paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         self._keep({f"{artifact_path}/{path.relative_to(folder).as_posix()}": path.read_bytes() for path in paths})
 
-    def log_points(self, points: Sequence[Point]) -> None:
+    def log_points(self, points: Sequence[MetricPoint]) -> None:
         """Metric points, delivered by `deliver`; those whose metric and step the run has are left out there."""
         if points:
-            keep_points(RunFolder(self.run_url).outbox_points, points)
+            write_points(RunFolder(self.run_url).outbox_points, points)
 
     def deliver(self) -> MlflowRun:
         """Deliver everything that is in the outbox, points included; the run.

@@ -35,7 +35,7 @@ from pipelines.data.ledger import Ledger
 from pipelines.data.sample_id import SampleId, SampleIds
 from pipelines.io.run_folder import RunFolder
 from pipelines.recovery.preemption import wait_committed
-from pipelines.tracking.points import Point, points_to_jsonl
+from pipelines.tracking.metric_points import MetricPoint, points_to_jsonl
 from pipelines.training.batches import MicroBatch
 from pipelines.training.heldout_loss import Parity, save_parity
 
@@ -88,7 +88,7 @@ class Saver:
         """Whether the next checkpoint, of `state`, is to be validated. The last one has held-out metrics already."""
         return self.validate_every > 0 and (self.saved + 1) % self.validate_every == 0 and not state.done
 
-    def save(self, state: TrainState, pending: Sequence[Point], parity: Parity | None = None) -> str:
+    def save(self, state: TrainState, pending: Sequence[MetricPoint], parity: Parity | None = None) -> str:
         """Save a checkpoint of `state`; every worker must call it. Returns the name of its folder in storage.
 
         The last checkpoint of a training is uploaded before it returns.

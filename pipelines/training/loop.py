@@ -20,7 +20,7 @@ from pipelines.config.settings import TrainingSettings
 from pipelines.data.sample_id import SampleId
 from pipelines.io.console import progress_from_worker, say_from_worker
 from pipelines.recovery.preemption import Preemption, preempted
-from pipelines.tracking.points import Point
+from pipelines.tracking.metric_points import MetricPoint
 from pipelines.training.batches import Counts, MicroBatch
 from pipelines.training.checkpoint_saver import Saver
 from pipelines.training.heldout_loss import Parity, parity_batch
@@ -62,7 +62,7 @@ class MetricLogger(Protocol):
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Log `metrics` of optimizer step `step` (from 1)."""
 
-    def pending_points(self) -> list[Point]:
+    def pending_points(self) -> list[MetricPoint]:
         """What is not delivered yet; the logger of the next start begins with it."""
 
     def close(self, deadline_s: float = ...) -> object:

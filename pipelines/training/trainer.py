@@ -65,7 +65,7 @@ from pipelines.recovery.failures import TrainingError, root_cause
 from pipelines.recovery.preemption import PreemptionWatch, listen
 from pipelines.recovery.restart_policy import RestartPolicy
 from pipelines.recovery.run_lock import Claim, TellsOfFailure, exclusive
-from pipelines.tracking.points import Point, points_from_jsonl
+from pipelines.tracking.metric_points import MetricPoint, points_from_jsonl
 from pipelines.training.batches import BatchReader, Collate, Share
 from pipelines.training.checkpoint_saver import Saver
 from pipelines.training.heldout_loss import evaluate
@@ -129,7 +129,7 @@ class TrainingJob:
     """Hash of the settings that decide the result."""
     mlflow_run_id: str | None = None
     """The MLflow run that the metrics go to; kept in every checkpoint."""
-    make_logger: Callable[[Sequence[Point]], MetricLogger] | None = None
+    make_logger: Callable[[Sequence[MetricPoint]], MetricLogger] | None = None
     """Makes rank 0's logger, at every start of the workers, from the metrics that the checkpoint still held."""
     log_validation: Log | None = None
     """Gets the metrics of every validation during training (picklable)."""
@@ -383,7 +383,7 @@ class Start:
     """The samples that are consumed; worker 0 alone knows."""
     losses: LossLog
     """Losses that no file holds."""
-    points: list[Point]
+    points: list[MetricPoint]
     """Metrics that were not delivered."""
 
 

@@ -24,7 +24,7 @@ from pipelines.config.recipe import CalibrationSettings, ModelSettings, Recipe, 
 from pipelines.config.settings import DataSettings, SettingsError, TrainingSettings
 from pipelines.evaluation.scoring import Suite, score_model
 from pipelines.io import storage
-from pipelines.registry.promotion import what_is_lacking
+from pipelines.registry.promotion import missing_evidence
 from pipelines.registry.publish import load_registered, register_model
 from pipelines.registry.variants import measure_parity
 from pipelines.registry.versions import Registry
@@ -304,7 +304,7 @@ def test_trials_that_train_side_by_side(place: Place, bench: Bench) -> None:
 
     uri, scored = settings.tracking.uri, result["best_per_budget"]["64"]
     version = place.client.get_model_version_by_alias("meteor", "budget-64")
-    assert what_is_lacking(version) == []
+    assert missing_evidence(version) == []
     base = place.client.get_model_version_by_alias("meteor", "base").version
     assert {name: version.tags[name] for name in ("trial", "run_name", "recipe", "manifest", "start")} == {
         "trial": "budget-64-000",

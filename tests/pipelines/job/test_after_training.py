@@ -21,7 +21,7 @@ from pipelines.job.register import POINTS_FILE, TrainedRun, register_run, undeli
 from pipelines.job.train import Training
 from pipelines.registry.folder import ExportError
 from pipelines.registry.versions import RegisteredVersion
-from pipelines.tracking.points import Point, points_to_jsonl
+from pipelines.tracking.metric_points import MetricPoint, points_to_jsonl
 from tests.pipelines.mlflow_fixture import MODEL_NAME, SUITE, Server, record, score_of
 
 pytestmark = pytest.mark.stack
@@ -84,7 +84,7 @@ def test_the_version_of_an_earlier_start_is_taken(
 
 def test_what_the_last_checkpoint_holds_is_delivered(checkpoint: CheckpointRef) -> None:
     assert [point.name for point in undelivered_points(checkpoint)] == ["heldout_loss"]
-    kept = [Point("loss", 0.5, 7, 3), Point("loss", 0.25, 8, 4)]
+    kept = [MetricPoint("loss", 0.5, 7, 3), MetricPoint("loss", 0.25, 8, 4)]
     storage.write_bytes(storage.join(checkpoint.url, POINTS_FILE), points_to_jsonl(kept).encode())
     *first, last = undelivered_points(checkpoint)
     assert first == kept

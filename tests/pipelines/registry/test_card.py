@@ -21,7 +21,7 @@ from pipelines.registry.aliases import alias_history
 from pipelines.registry.card import card, scores_section, with_scores
 from pipelines.registry.folder import ExportError, export_model, verify_checksums, write_card
 from pipelines.registry.parity import check_parity, write_parity_batch
-from pipelines.registry.promotion import what_is_lacking
+from pipelines.registry.promotion import missing_evidence
 from pipelines.registry.provenance import licence_tags
 from pipelines.registry.scores import StoredScore, score_tags, stored_scores
 from pipelines.registry.tags import is_known
@@ -129,7 +129,7 @@ EVALUATE = "python jobs/evaluate.py --model models:/meteor/7 --manifest s3://m"
     ],
 )
 def test_what_keeps_a_version_from_promotion(tags: dict[str, str], expected: list[str]) -> None:
-    lacking = "\n".join(what_is_lacking(version(tags)))
+    lacking = "\n".join(missing_evidence(version(tags)))
     assert bool(lacking) == bool(expected)
     for text in expected:
         assert text in lacking
@@ -137,8 +137,8 @@ def test_what_keeps_a_version_from_promotion(tags: dict[str, str], expected: lis
 
 def test_a_version_without_files_and_a_wider_tolerance() -> None:
     whole = {"parity_max_abs_diff": "0.002", **SCORED}
-    assert what_is_lacking(version(whole), tolerance=0.01) == []
-    assert "status FAILED_REGISTRATION" in what_is_lacking(version(whole, "FAILED_REGISTRATION"), tolerance=0.01)[0]
+    assert missing_evidence(version(whole), tolerance=0.01) == []
+    assert "status FAILED_REGISTRATION" in missing_evidence(version(whole, "FAILED_REGISTRATION"), tolerance=0.01)[0]
 
 
 def test_a_score_in_tags_comes_back_without_its_questions() -> None:

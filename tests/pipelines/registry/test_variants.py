@@ -31,7 +31,7 @@ from pipelines.registry.parity import ParityError
 from pipelines.registry.promotion import promote
 from pipelines.registry.provenance import training_tags
 from pipelines.registry.publish import load_registered, pull_model, register_model
-from pipelines.registry.scores import file_score, load_score
+from pipelines.registry.scores import load_score, store_score
 from pipelines.registry.tags import is_known
 from pipelines.registry.variants import measure_parity, register_variant
 from pipelines.registry.versions import RegisteredVersion, Registry, pin_model
@@ -133,7 +133,7 @@ def test_what_does_not_hold_is_not_registered(
         attempt(24, 24, tolerance=-1.0)
     assert "refused" not in [model.name for model in MlflowClient(server.uri).search_registered_models()]
     with pytest.raises(ScoringError, match="with its 4 questions, this one has 0"):
-        file_score(registry, variants[32].version, replace(score_of(GOOD), records=()), SUITE)
+        store_score(registry, variants[32].version, replace(score_of(GOOD), records=()), SUITE)
 
 
 def test_a_trained_folder_says_where_its_training_started(

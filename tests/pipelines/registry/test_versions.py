@@ -167,21 +167,6 @@ def test_pull_by_alias_and_by_version(
         pull_model(pin_model(registered.uri), tmp_path / "alias")
 
 
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        ("models:/nothing/1", f"no registered model 'nothing'; there are: .*{MODEL_NAME}"),
-        (f"models:/{MODEL_NAME}@best", r"no alias 'best'; it has: latest-pretrain \(version \d\)"),
-        (f"models:/{MODEL_NAME}/77", "no version 77; it has: 1"),
-        (f"models:/{MODEL_NAME}", "models:/NAME@ALIAS or models:/NAME/VERSION"),
-        (f"models:/{MODEL_NAME}/latest", "models:/NAME@ALIAS or models:/NAME/VERSION"),
-    ],
-)
-def test_unknown_models_are_named(server: Server, registered: RegisteredVersion, model: str, message: str) -> None:
-    with pytest.raises(TrackingError, match=message):
-        pin_model(model, server.uri)
-
-
 def test_a_file_changed_in_the_artifact_store_is_refused(
     server: Server, registered: RegisteredVersion, tmp_path: Path
 ) -> None:

@@ -22,8 +22,8 @@ from pipelines.io.run_folder import RunFolder
 from pipelines.tracking import metric_logger as metric_log
 from pipelines.tracking.delivery import Sent, deliver_outbox, send
 from pipelines.tracking.metric_logger import MetricLogger
+from pipelines.tracking.metric_points import MetricPoint, points_from_jsonl, points_to_jsonl
 from pipelines.tracking.mlflow_run import RunRequest, open_run
-from pipelines.tracking.points import Point, points_from_jsonl, points_to_jsonl
 from pipelines.tracking.server import TrackingAwayError, is_passing, require_tracking
 from pipelines.tracking.system_metrics import SystemMetrics
 from tests.pipelines.mlflow_fixture import Server, answering, free_port
@@ -80,9 +80,9 @@ def test_an_unused_logger_starts_nothing(tmp_path: Path) -> None:
 
 
 def test_points_keep_every_bit_as_text_and_other_lines_are_named() -> None:
-    points = [Point("a/b", value, 2**41, step) for step, value in enumerate((0.1 + 0.2, 5e-324, math.inf, -0.0))]
+    points = [MetricPoint("a/b", value, 2**41, step) for step, value in enumerate((0.1 + 0.2, 5e-324, math.inf, -0.0))]
     assert points_from_jsonl(points_to_jsonl(points), "here") == points
-    (nan,) = points_from_jsonl(points_to_jsonl([Point("x", math.nan, 1, 1)]), "here")
+    (nan,) = points_from_jsonl(points_to_jsonl([MetricPoint("x", math.nan, 1, 1)]), "here")
     assert math.isnan(nan.value)
     with pytest.raises(ValueError, match=r"here, line 2 is no metric point"):
         points_from_jsonl(points_to_jsonl(points[:1]) + '{"name": "b"}\n', "here")
@@ -156,7 +156,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from pipelines.tracking.metric_logger import MetricLogger
-from pipelines.tracking.points import points_to_jsonl
+from pipelines.tracking.metric_points import points_to_jsonl
 run_id, uri, run_url, checkpoint = sys.argv[1:]
 metrics = MetricLogger(run_id, uri, run_url)
 for step in range(1, 41):
@@ -180,7 +180,7 @@ def test_points_of_a_killed_process_come_from_its_checkpoint_and_replayed_steps_
     assert killed.returncode == -signal.SIGKILL
     pending = points_from_jsonl(checkpoint.read_text(), "checkpoint")
     assert [point.step for point in pending if point.name == "loss"] == list(range(1, 31))
-    reached = [*pending[:8], Point("loss", 1 / 35, pending[-1].time_ms + 1, 35)]
+    reached = [*pending[:8], MetricPoint("loss", 1 / 35, pending[-1].time_ms + 1, 35)]
     MetricLogger(run_id, server.uri, str(tmp_path), initial=reached).close(30)
     assert len(history(server, run_id, "loss")) == 5
 
@@ -199,7 +199,7 @@ def test_equal_points_collapse_in_mlflow(server: Server) -> None:
     """What a batch whose answer was lost relies on; equal values of another time do not collapse."""
     run_id, client = new_run(server, "equal"), MlflowClient(server.uri)
     for points in ([(1, 1), (1, 2)], [(1, 2), (1, 3)], [(2, 3)]):
-        send(client, run_id, [Point("loss", 0.5, time_ms, step) for time_ms, step in points])
+        send(client, run_id, [MetricPoint("loss", 0.5, time_ms, step) for time_ms, step in points])
     assert [(point.step, point.timestamp) for point in history(server, run_id, "loss")] == [
         (1, 1),
         (2, 1),
@@ -241,7 +241,7 @@ def test_faults_of_the_server_are_no_refusals(
     monkeypatch: pytest.MonkeyPatch, status: int, body: str, away: bool
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    points = [Point("loss", 1.0, 1, 1), Point("loss", 1.0, 1, 2)]
+    points = [MetricPoint("loss", 1.0, 1, 1), MetricPoint("loss", 1.0, 1, 2)]
     with answering(status, body) as uri:
         if away:
             with pytest.raises(MlflowException) as caught:

@@ -23,8 +23,8 @@ from pipelines.io.run_folder import RunFolder, run_folder
 from pipelines.job import run
 from pipelines.tracking import mlflow_run as tracking
 from pipelines.tracking.metric_logger import MetricLogger
+from pipelines.tracking.metric_points import MetricPoint
 from pipelines.tracking.mlflow_run import TRAINING_TAG, RunRequest
-from pipelines.tracking.points import Point
 from pipelines.tracking.run_tracker import RunTracker
 from pipelines.tracking.server import TrackingAwayError, TrackingError
 from tests.pipelines.mlflow_fixture import Server, free_port
@@ -86,7 +86,9 @@ def test_a_training_begins_without_the_server(
         tracker.log_documents({"ranks.json": {"clip": [3.5]}})
         tracker.log_files(pictures, "pictures")
         tracker.log_documents({"ranks.json": {"clip": [4.5]}, "token": "x"})
-        tracker.log_points([Point("loss", 1.0, 5, 1), Point("loss", 9.0, 5, 2), Point("final", 0.5, 5, 20)])
+        tracker.log_points(
+            [MetricPoint("loss", 1.0, 5, 1), MetricPoint("loss", 9.0, 5, 2), MetricPoint("final", 0.5, 5, 20)]
+        )
         with pytest.raises(
             TrackingAwayError, match=r"MLflow lacks 6 files of records, which are kept in .*/run/outbox"
         ):

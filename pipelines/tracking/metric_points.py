@@ -15,7 +15,7 @@ from pipelines.io import storage
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class MetricPoint:
     """One value of one metric; `time_ms` is milliseconds since the epoch."""
 
     name: str
@@ -24,12 +24,12 @@ class Point:
     step: int
 
 
-def points_to_jsonl(points: Iterable[Point]) -> str:
+def points_to_jsonl(points: Iterable[MetricPoint]) -> str:
     """One JSON object a line; values keep every bit, NaN and infinities included."""
     return "".join(json.dumps(asdict(point)) + "\n" for point in points)
 
 
-def points_from_jsonl(text: str, source: str) -> list[Point]:
+def points_from_jsonl(text: str, source: str) -> list[MetricPoint]:
     """The points of `points_to_jsonl`, read from `source`.
 
     Raises:
@@ -39,13 +39,15 @@ def points_from_jsonl(text: str, source: str) -> list[Point]:
     for number, line in enumerate(text.splitlines(), start=1):
         try:
             fields = json.loads(line)
-            points.append(Point(fields["name"], float(fields["value"]), int(fields["time_ms"]), int(fields["step"])))
+            points.append(
+                MetricPoint(fields["name"], float(fields["value"]), int(fields["time_ms"]), int(fields["step"]))
+            )
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{source}, line {number} is no metric point ({error})") from error
     return points
 
 
-def keep_points(folder: str, points: Sequence[Point]) -> str:
+def write_points(folder: str, points: Sequence[MetricPoint]) -> str:
     """Write points to a new file of a folder in storage (one of a run's outbox); its URL. Raises StorageError."""
     url = storage.join(folder, f"{unique_name()}.jsonl")
     storage.write_bytes(url, points_to_jsonl(points).encode())
