@@ -31,8 +31,8 @@ from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.visualize import draw_calibration
 from meteor_model.weights import load_parts
 from pipelines.calibration.drift import compare_ranks
-from pipelines.calibration.moments import Moments
 from pipelines.calibration.ranks import ESTIMATORS, RankReport, as_rows, budgets_of, measures_of, report_budgets
+from pipelines.calibration.statistics import RunningStatistics
 from pipelines.data.schema import parse_sample
 from pipelines.data.sources import TRAIN
 from pipelines.data.sources.openmoji import OpenMoji, OpenMojiSettings
@@ -142,7 +142,7 @@ def within(config: MeteorConfig, rows_MK: np.ndarray) -> tuple[RankReport, dict[
     An encoder's share at a boundary is its rank over the sum of those that are pruned there: what budgets are made of.
     """
     measures = measures_of(config)
-    report = RankReport.of(Moments.of(rows_MK), measures, {})
+    report = RankReport.of(RunningStatistics.of(rows_MK), measures, {})
     column = {measure: rows_MK[:, index] for index, measure in enumerate(measures)}
     last = max(boundary for _, _, boundary in measures)
     found: dict[str, Any] = {}

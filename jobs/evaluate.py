@@ -49,7 +49,7 @@ def check(settings: Evaluate) -> None:
 
 def run(settings: Evaluate) -> None:
     """Score, file, and say what was found."""
-    from pipelines.registry.evaluate import evaluate  # here: it loads torch, which --help does not need
+    from pipelines.registry.evaluate import evaluate
 
     evaluate(
         settings.model,

@@ -14,7 +14,7 @@ from jobs.command_line import Job
 from jobs.settings import Device, Tracking, check_gpus, check_manifest, check_model, cluster_gpus
 from pipelines.config.workers import Workers
 from pipelines.data.shards import BadShards, load_manifest
-from pipelines.inference.output import Questions
+from pipelines.inference.output import WhichQuestions
 from pipelines.io.console import say
 from pipelines.tracking.redact import hide_passwords
 
@@ -33,7 +33,7 @@ class PredictShards:
     """Split of the dataset."""
     prompt: str = ""
     """Asked of every sample with all its images; by default the samples' own questions."""
-    questions: Questions = "first"
+    questions: WhichQuestions = "first"
     """Which of a sample's own questions."""
     max_new_tokens: int = 32
     """Longest answer, in tokens."""

@@ -20,6 +20,7 @@ LIGHT: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("pipelines.io.storage", SERVICES),
     ("pipelines.tracking.metric_points", SERVICES),
     ("pipelines.evaluation.scores", SERVICES),
+    ("pipelines.evaluation.suite", SERVICES),
     ("pipelines.registry.folder", SERVICES),
     ("pipelines.registry.card", SERVICES),
     ("pipelines.data.shards", SERVICES),

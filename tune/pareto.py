@@ -14,11 +14,6 @@ class Point:
     cost: float
     score: float
 
-    def dominates(self, other: Point) -> bool:
-        """No worse in both, better in one."""
-        no_worse = self.cost <= other.cost and self.score >= other.score
-        return no_worse and (self.cost < other.cost or self.score > other.score)
-
 
 def front(points: Iterable[Point]) -> list[Point]:
     """The points that no other one dominates, by rising cost (of equal ones the first)."""

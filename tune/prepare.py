@@ -17,8 +17,8 @@ from pipelines.checkpoint.local import local_copy
 from pipelines.config.settings import SettingsError
 from pipelines.data import shards
 from pipelines.data.build import differences
-from pipelines.evaluation.questions import readable_samples
-from pipelines.evaluation.scoring import Suite
+from pipelines.evaluation.samples import samples_with_images
+from pipelines.evaluation.suite import Suite
 from pipelines.io import storage
 from pipelines.io.console import say
 from pipelines.io.fingerprint import sha256_of_json
@@ -190,7 +190,7 @@ def _require_questions(settings: SweepSettings, subject: _Subject, base: str) ->
         processor = MeteorProcessor.from_pretrained(folder)
     subject.suite.load(processor)
     manifest, split = subject.manifest, settings.train_split
-    if next(readable_samples(manifest, split, processor), None) is None:
+    if next(samples_with_images(manifest, split, processor), None) is None:
         raise SettingsError(f"split {split!r} of {manifest.url} has no prompt with images for lambda")
     return config
 

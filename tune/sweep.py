@@ -2,7 +2,7 @@
 
 1. prepare   the model is pulled and stored for the trials; its ranks, its data and the suite; the sweep has a name
 2. search    study by study: Tune runs the trials, Optuna chooses, ASHA stops the weaker ones of a budget early
-3. conclude  best per budget, fronts and hypervolumes, importances; pictures; MLflow; the JSON
+3. collect   best per budget, fronts and hypervolumes, importances; pictures; MLflow; the JSON
 4. register  where it is asked for, the best of each budget becomes a version of the model
 
 Killed anywhere and started again, a sweep goes on: trials that ended are read from storage, those under way run again.
@@ -25,8 +25,8 @@ from meteor_model.flops import count_flops
 from pipelines.config.settings import SettingsError
 from pipelines.io import storage
 from pipelines.io.console import say
-from tune.conclude import conclude, readable, register, write_output
 from tune.defaults import BELOW_BUDGET, TARGET_SHARES, paper_choices, paper_settings
+from tune.outcome import collect_results, register_winners, sweep_text, write_output
 from tune.prepare import Prepared, prepare, store_facts
 from tune.records import TrialRecord
 from tune.results import cost_of
@@ -51,9 +51,9 @@ def run_sweep(settings: SweepSettings) -> dict[str, Any]:
     try:
         studies = {plan.name: _search(settings, prepared, plan) for plan in settings.studies()}
         _require_completed(prepared)
-        result = conclude(settings, prepared, studies)
+        result = collect_results(settings, prepared, studies)
         if settings.register:
-            result["registered"] = register(settings, prepared)
+            result["registered"] = register_winners(settings, prepared)
         result["wall_s"] = round(time.monotonic() - begun, 1)
         storage.write_json(storage.join(prepared.url, RESULT_FILE), result)
         write_output(settings, prepared, result)
@@ -63,7 +63,7 @@ def run_sweep(settings: SweepSettings) -> dict[str, Any]:
         raise
     prepared.logbook.finish()
     store_facts(prepared.url, replace(prepared.facts, finished=True))
-    say(f"\n{readable(settings, prepared, result)}")
+    say(f"\n{sweep_text(settings, prepared, result)}")
     return result
 
 
@@ -129,7 +129,7 @@ def _search(settings: SweepSettings, prepared: Prepared, plan: StudyPlan) -> Stu
 
 
 def _require_completed(prepared: Prepared) -> None:
-    """Raise SettingsError where every trial failed: there is nothing to conclude from."""
+    """Raise SettingsError where every trial failed: there are no results."""
     everything = prepared.records.all()
     if not any(record.status == "completed" for record in everything):
         prepared.logbook.settle()

@@ -35,9 +35,12 @@ from pipelines.checkpoint.local import local_copy
 from pipelines.config.recipe import Recipe
 from pipelines.data import shards
 from pipelines.data.schema import RawSample
-from pipelines.evaluation.questions import draw_samples, readable_samples, solve_for_target
+from pipelines.evaluation.evaluate import longest_answer, score_model, score_of_records
+from pipelines.evaluation.pictures import draw_samples
+from pipelines.evaluation.samples import samples_with_images
 from pipelines.evaluation.scores import Record, Score
-from pipelines.evaluation.scoring import Suite, longest_answer, score_model, score_of_records
+from pipelines.evaluation.suite import Suite
+from pipelines.evaluation.target_mean import solve_for_target
 from pipelines.io import storage
 from pipelines.io.errors import TransientError
 from pipelines.io.run_folder import run_folder
@@ -139,7 +142,7 @@ class Trial(tune.Trainable):
         """The samples that lambda is solved on, read once an actor."""
         if not self._prompts:
             manifest, settings = shards.load_manifest(self.context.manifest), self.context.settings
-            available = readable_samples(manifest, settings.train_split, processor)
+            available = samples_with_images(manifest, settings.train_split, processor)
             self._prompts = list(islice(available, settings.calibration_samples))
         return self._prompts
 

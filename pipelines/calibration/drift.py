@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from meteor_model.configuration_meteor import MeteorConfig
 from pipelines.calibration.image_plan import CalibrationError
-from pipelines.calibration.moments import CONFIDENCE, Difference, welch
 from pipelines.calibration.ranks import TOKEN_TOLERANCE, RankReport, budgets_of
+from pipelines.calibration.statistics import CONFIDENCE, Difference, welch
 
 Verdict = Literal["same", "ranks_only", "undecided", "drift"]
 

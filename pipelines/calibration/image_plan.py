@@ -30,7 +30,7 @@ USABLE, TEXT_ONLY = "", "text_only"
 
 
 @settings_class(error=SettingsError)
-class Measuring(Workers):
+class MeasureSettings(Workers):
     """How the cluster measures; it does not change the result.
 
     Attributes:
@@ -68,7 +68,12 @@ class ImagePlan:
 
 
 def plan_images(
-    manifest: shards.Manifest, split: str, samples: int, image_size: int, workers: Measuring, seed: int | None = None
+    manifest: shards.Manifest,
+    split: str,
+    samples: int,
+    image_size: int,
+    workers: MeasureSettings,
+    seed: int | None = None,
 ) -> ImagePlan:
     """The first `samples` usable images in order. Raises CalibrationError for a split without any."""
     if samples < 1:
@@ -112,7 +117,7 @@ def _next_wave(waiting: list[shards.ShardInfo], missing: int) -> list[shards.Sha
 
 
 def _survey(
-    manifest_url: str, infos: Sequence[shards.ShardInfo], most: int, image_size: int, workers: Measuring
+    manifest_url: str, infos: Sequence[shards.ShardInfo], most: int, image_size: int, workers: MeasureSettings
 ) -> Iterator[list[str]]:
     """For each shard the states of its samples in order, up to its `most`-th usable image."""
     survey = _Survey(manifest_url, most, image_size, workers.bad_shards)

@@ -8,18 +8,18 @@ import ray
 
 from meteor_model.configuration_meteor import MeteorConfig
 from pipelines.calibration.drift import Drift, compare_ranks
-from pipelines.calibration.image_plan import CalibrationError, Measuring
+from pipelines.calibration.image_plan import CalibrationError, MeasureSettings
 from pipelines.calibration.lambda_check import LambdaReport, solve_on_split
 from pipelines.calibration.measure import calibrate_ranks
 from pipelines.calibration.ranks import ESTIMATORS, RankReport, Ranks, report_budgets
 from pipelines.calibration.report import (
     Calibration,
     Dataset,
+    calibration_text,
     file_with_run,
     file_with_version,
     load_report,
     now,
-    readable,
     settings_of,
     split_address,
     store,
@@ -71,13 +71,13 @@ def calibrate(settings: CalibrateSettings, uri: str) -> Calibration:
         git_commit(Path(__file__).resolve().parents[2]),
         now(),
     )
-    say(readable(calibration))
+    say(calibration_text(calibration))
     _file(settings, subject, calibration, uri)
     return calibration
 
 
-def _workers(settings: CalibrateSettings) -> Measuring:
-    return Measuring(settings.actors, settings.cpus, settings.gpus, settings.batch, settings.bad_shards)
+def _workers(settings: CalibrateSettings) -> MeasureSettings:
+    return MeasureSettings(settings.actors, settings.cpus, settings.gpus, settings.batch, settings.bad_shards)
 
 
 def _measure(settings: CalibrateSettings, subject: PinnedModel, manifest: shards.Manifest, split: str) -> RankReport:

@@ -18,11 +18,12 @@ import torch
 from meteor_model.loading import load_model_and_processor
 from meteor_model.pruning import adaptive_counts, solve_lambda
 from pipelines.calibration.image_plan import CalibrationError
-from pipelines.calibration.moments import Moments, half_width
 from pipelines.calibration.ranks import Ranks
+from pipelines.calibration.statistics import RunningStatistics, half_width
 from pipelines.data import shards
 from pipelines.data.schema import RawSample
-from pipelines.evaluation.questions import attention_masses, readable_samples
+from pipelines.evaluation.samples import samples_with_images
+from pipelines.evaluation.target_mean import attention_masses
 from pipelines.registry.variants import apply_pruning
 
 
@@ -76,7 +77,7 @@ def check_lambda(mass_B: torch.Tensor, num_visual_B: torch.Tensor, target_mean: 
         raise CalibrationError(f"{len(mass_B)} prompts with images: lambda needs two to solve on and two to check on")
     lam = solve_lambda(mass_B[::2], num_visual_B[::2], target_mean, k_min)
     counts = adaptive_counts(mass_B, lam, num_visual_B, k_min).double().cpu().numpy()
-    checked = Moments.of(counts[1::2, None])
+    checked = RunningStatistics.of(counts[1::2, None])
     mean, std = float(checked.mean_K[0]), float(checked.std_K[0])
     width = half_width(std, checked.count)
     low, high = mean - width, mean + width
@@ -126,7 +127,7 @@ def solve_on_split(
         raise CalibrationError("pruning.decode.enabled is false: stage 3 is off, so there is no lambda to solve for")
     decode = replace(pruning.decode, target_mean=target_mean, lam=None)
     apply_pruning(model, processor, replace(pruning, decode=decode), ranks)
-    samples: Sequence[RawSample] = list(islice(readable_samples(manifest, split, processor), 2 * prompts))
+    samples: Sequence[RawSample] = list(islice(samples_with_images(manifest, split, processor), 2 * prompts))
     if not samples:
         raise CalibrationError(f"split {split!r} of {manifest.url} has no prompt with images to solve lambda on")
     mass_B, num_visual_B = attention_masses(model, processor, samples)

@@ -2,9 +2,9 @@
 
 1. plan      which images (pipelines/calibration/image_plan.py)
 2. read      tasks decode the planned images to the travelling size, in batches that the plan alone decides
-3. measure   actors with the model run every tower unpruned; a batch leaves as moments of its images' ranks, some
+3. measure   actors with the model run every tower unpruned; a batch leaves as statistics of its images' ranks, some
              hundred bytes; features never leave the actor
-4. merge     the driver merges moments in the plan's order, so the number of actors changes nothing
+4. merge     the driver merges them in the plan's order, so the number of actors changes nothing
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch
 
 from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
-from pipelines.calibration.image_plan import CalibrationError, ImagePlan, Measuring, ReadBatches, plan_images
-from pipelines.calibration.moments import Moments
+from pipelines.calibration.image_plan import CalibrationError, ImagePlan, MeasureSettings, ReadBatches, plan_images
 from pipelines.calibration.ranks import ESTIMATORS, RELATIVE_TOLERANCE, RankReport, as_rows, measures_of
+from pipelines.calibration.statistics import RunningStatistics
 from pipelines.data import shards
 from pipelines.data.stream import quieten
 from pipelines.registry.open import device_for, open_model
@@ -32,7 +32,7 @@ def calibrate_ranks(
     manifest: shards.Manifest,
     split: str,
     samples: int,
-    workers: Measuring,
+    workers: MeasureSettings,
     *,
     seed: int | None = None,
     tolerance: float = RELATIVE_TOLERANCE,
@@ -56,15 +56,15 @@ def calibrate_ranks(
     with open_model(model) as folder:
         config = MeteorConfig.from_pretrained(folder)
     plan = plan_images(manifest, split, samples, config.image_size, workers, seed)
-    moments = measure_plan(model, plan, config.image_size, workers)
-    return RankReport.of(moments, measures_of(config), plan.skipped, plan.text_only, tolerance)
+    measured = measure_plan(model, plan, config.image_size, workers)
+    return RankReport.of(measured, measures_of(config), plan.skipped, plan.text_only, tolerance)
 
 
 # -------------------------------------------------------------------------------------------------------------- measure
 
 
-def measure_plan(model: PinnedModel, plan: ImagePlan, image_size: int, workers: Measuring) -> Moments:
-    """Moments of the ranks of the planned images, in the order of `measures_of`."""
+def measure_plan(model: PinnedModel, plan: ImagePlan, image_size: int, workers: MeasureSettings) -> RunningStatistics:
+    """Statistics of the ranks of the planned images, in the order of `measures_of`."""
     units = [{"unit": unit, "info": asdict(info), "places": places} for unit, (info, places) in enumerate(plan.units)]
     items = ray.data.from_items(units, override_num_blocks=len(units))
     items.context.execution_options.preserve_order = True
@@ -82,9 +82,9 @@ def measure_plan(model: PinnedModel, plan: ImagePlan, image_size: int, workers: 
         num_cpus=workers.cpus,
         num_gpus=workers.gpus or None,
     )
-    total: Moments | None = None
+    total: RunningStatistics | None = None
     for row in measured.iter_rows():
-        part = Moments(int(row["count"]), np.asarray(row["mean"]), np.asarray(row["squares"]))
+        part = RunningStatistics(int(row["count"]), np.asarray(row["mean"]), np.asarray(row["squares"]))
         total = part if total is None else total.merged(part)
     if total is None or total.count != plan.images:
         raise CalibrationError(
@@ -107,7 +107,8 @@ class _RankMeter:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         pixels = torch.from_numpy(np.frombuffer(row["pixels"], dtype=np.uint8).reshape(self._shape).copy())
         try:
-            moments = Moments.of(as_rows(self._model.measure_ranks(pixels.to(self._model.device), ESTIMATORS)))
+            ranks_MK = as_rows(self._model.measure_ranks(pixels.to(self._model.device), ESTIMATORS))
+            part = RunningStatistics.of(ranks_MK)
         except ValueError as error:
             raise CalibrationError(f"ranks cannot be measured on {row['where']}: {error}") from error
-        return {"count": moments.count, "mean": moments.mean_K, "squares": moments.squares_K}
+        return {"count": part.count, "mean": part.mean_K, "squares": part.squares_K}

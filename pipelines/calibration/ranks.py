@@ -1,8 +1,8 @@
-"""Expected ranks of feature maps: moments over images, and what they decide.
+"""Expected ranks of feature maps: statistics over images, and what they decide.
 
-1. measures   every estimator at every boundary of every encoder, in one order: a row of numbers per image
-2. summarise  mean, spread, interval and sufficient number of images for each of them
-3. budgets    what the means decide (`MeteorConfig.encode_budgets`), and what they could within their intervals
+1. measures    every estimator at every boundary of every encoder, in one order: a row of numbers per image
+2. statistics  mean, spread, interval and sufficient number of images for each of them
+3. budgets     what the means decide (`MeteorConfig.encode_budgets`), and what they could within their intervals
 
 Legend: M images, K measures.
 """
@@ -22,8 +22,8 @@ from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.encoders import encoder_class
 from meteor_model.pruning import RANK_ESTIMATORS
 from pipelines.calibration.image_plan import CalibrationError
-from pipelines.calibration.moments import Moments, half_width, smallest, sufficient_count
 from pipelines.calibration.settings import RELATIVE_TOLERANCE
+from pipelines.calibration.statistics import RunningStatistics, half_width, smallest, sufficient_count
 
 TOKEN_TOLERANCE = 1
 """Tokens by which a budget may move within the intervals when images are enough."""
@@ -61,7 +61,7 @@ def as_rows(measured: Mapping[str, Mapping[str, np.ndarray]]) -> np.ndarray:
     return np.concatenate(parts, axis=1).astype(np.float64)
 
 
-# ----------------------------------------------------------------------------------------------------------- summarise
+# ----------------------------------------------------------------------------------------------------------- statistics
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class RankStatistic:
     images_enough: int | None = None
 
 
-def summarise(mean: float, std: float, images: int, tolerance: float = RELATIVE_TOLERANCE) -> RankStatistic:
+def rank_statistic(mean: float, std: float, images: int, tolerance: float = RELATIVE_TOLERANCE) -> RankStatistic:
     """The statistic of ranks with this mean and spread."""
     width = half_width(std, images)
     known = math.isfinite(width)
@@ -119,19 +119,19 @@ class RankReport:
     @classmethod
     def of(
         cls,
-        moments: Moments,
+        measured: RunningStatistics,
         measures: Sequence[Measure],
         skipped: Mapping[str, int],
         text_only: int = 0,
         tolerance: float = RELATIVE_TOLERANCE,
     ) -> RankReport:
-        """From moments in the order of `measures_of`."""
+        """From statistics in the order of `measures_of`."""
         ranks: dict[str, dict[str, list[RankStatistic]]] = {}
-        for (estimator, name, _), mean, std in zip(measures, moments.mean_K, moments.std_K, strict=True):
-            statistic = summarise(float(mean), float(std), moments.count, tolerance)
+        for (estimator, name, _), mean, std in zip(measures, measured.mean_K, measured.std_K, strict=True):
+            statistic = rank_statistic(float(mean), float(std), measured.count, tolerance)
             ranks.setdefault(estimator, {}).setdefault(name, []).append(statistic)
         frozen = {e: {name: tuple(items) for name, items in by_name.items()} for e, by_name in ranks.items()}
-        return cls(moments.count, dict(skipped), text_only, frozen)
+        return cls(measured.count, dict(skipped), text_only, frozen)
 
     def expected(self, estimator: str) -> dict[str, list[float]]:
         """Mean rank of each encoder at each boundary: `MeteorConfig.ranks`."""
@@ -158,7 +158,7 @@ class RankReport:
         try:
             ranks = {
                 estimator: {
-                    name: tuple(summarise(float(i["mean"]), float(i["std"]), int(data["images"])) for i in items)
+                    name: tuple(rank_statistic(float(i["mean"]), float(i["std"]), int(data["images"])) for i in items)
                     for name, items in by_name.items()
                 }
                 for estimator, by_name in data["ranks"].items()

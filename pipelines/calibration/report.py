@@ -196,7 +196,7 @@ def _log(calibration: Calibration, chart: bytes, run: MlflowRun, place: str) -> 
 # -------------------------------------------------------------------------------------------------------------- people
 
 
-def readable(calibration: Calibration) -> str:
+def calibration_text(calibration: Calibration) -> str:
     """What was found, for people: the model's own estimator boundary by boundary, then verdicts."""
     report, estimator = calibration.report, calibration.estimator
     skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(report.skipped.items())) or "none"

@@ -3,7 +3,7 @@
 Intervals are 95 %: Wilson's score interval for the accuracy, a percentile bootstrap over questions (fixed seed) for
 means and for paired differences.
 
-Imports no torch: the registry stores and compares scores without a model (`pipelines.evaluation.scoring` makes them).
+Imports no torch: the registry stores and compares scores without a model (`pipelines.evaluation.evaluate` makes them).
 """
 
 from __future__ import annotations

@@ -34,10 +34,10 @@ from pipelines.inference.output import (
     ANSWERS_SCHEMA,
     FORMAT,
     SUCCESS_FILE,
-    Asked,
-    Part,
+    OutputPart,
+    OutputSpec,
     PredictError,
-    Questions,
+    WhichQuestions,
     claim_output,
     plan_parts,
     whole_part,
@@ -61,7 +61,7 @@ def predict_split(  # noqa: PLR0913 - the settings of a batch prediction, by nam
     workers: Workers,
     *,
     prompt: str = "",
-    questions: Questions = "first",
+    questions: WhichQuestions = "first",
     part_samples: int = 1024,
     bad_shards: shards.BadShards = "fail",
 ) -> dict[str, Any]:
@@ -85,33 +85,26 @@ def predict_split(  # noqa: PLR0913 - the settings of a batch prediction, by nam
     """
     with open_model(model) as folder:
         digest = model_digest(folder)
-    asked = Asked(
+    spec = OutputSpec(
         model.address, digest, manifest.url, manifest.sha256, split, prompt, questions, budget.max_new_tokens,
         budget.visual_tokens, part_samples, bad_shards,
     )  # fmt: skip
     infos = manifest.split(split)
     parts = plan_parts(infos, part_samples)
-    claim_output(output, asked)
-    there = set(storage.list_files(output))
-    kept: dict[int, dict[str, Any]] = {}
-    for part in parts:
-        found = whole_part(output, part, asked, infos) if part.name in there else None
-        if found is not None:
-            kept[part.number] = found
+    claim_output(output, spec)
+    kept = _whole_parts(output, spec, parts, infos)
     missing = [part for part in parts if part.number not in kept]
     say(f"{len(parts)} parts of {manifest.samples(split)} samples; {len(kept)} are there, {len(missing)} to answer")
     if missing:
-        _answer_parts(missing, infos, output, model, asked, budget, workers)
-    errors: Counter[str] = Counter()
+        _answer_parts(missing, infos, output, model, spec, budget, workers)
+        kept |= _whole_parts(output, spec, missing, infos)
     for part in parts:
-        found = kept.get(part.number) or whole_part(output, part, asked, infos)
-        if found is None:
+        if part.number not in kept:
             raise PredictError(f"{output}: {part.name} is not whole after it was written: start the job again")
-        kept[part.number] = found
-        errors.update(found["errors"])
     facts = [kept[part.number] for part in parts]
+    errors = sum((Counter(one["errors"]) for one in facts), Counter[str]())
     success = {
-        "asked": {**asdict(asked), "format": FORMAT},
+        "asked": {**asdict(spec), "format": FORMAT},
         "samples": manifest.samples(split),
         "rows": sum(one["rows"] for one in facts),
         "errors": dict(sorted(errors.items())),
@@ -121,12 +114,21 @@ def predict_split(  # noqa: PLR0913 - the settings of a batch prediction, by nam
     return {**success, "answered_now": len(missing)}
 
 
+def _whole_parts(
+    output: str, spec: OutputSpec, parts: Sequence[OutputPart], infos: Sequence[shards.ShardInfo]
+) -> dict[int, dict[str, Any]]:
+    """By number, what `whole_part` says of those that are in storage as they must be."""
+    there = set(storage.list_files(output))
+    found = {part.number: whole_part(output, part, spec, infos) for part in parts if part.name in there}
+    return {number: facts for number, facts in found.items() if facts is not None}
+
+
 def _answer_parts(
-    parts: Sequence[Part],
+    parts: Sequence[OutputPart],
     infos: Sequence[shards.ShardInfo],
     output: str,
     model: PinnedModel,
-    asked: Asked,
+    spec: OutputSpec,
     budget: Budget,
     workers: Workers,
 ) -> None:
@@ -136,7 +138,7 @@ def _answer_parts(
     quieten(items.context)
     written = items.map(
         _PartAnswerer,
-        fn_constructor_args=(model, asked, budget, output, workers.gpus),
+        fn_constructor_args=(model, spec, budget, output, workers.gpus),
         compute=ray.data.ActorPoolStrategy(size=workers.actors),
         num_cpus=workers.cpus,
         num_gpus=workers.gpus or None,
@@ -149,23 +151,23 @@ def _answer_parts(
 class _PartAnswerer:
     """Actor: the model; a part comes in as its place in the plan and goes out as an object in storage."""
 
-    def __init__(self, model: PinnedModel, asked: Asked, budget: Budget, output: str, gpus: float) -> None:
+    def __init__(self, model: PinnedModel, spec: OutputSpec, budget: Budget, output: str, gpus: float) -> None:
         device = device_for(gpus)
         with open_model(model) as folder:
-            if model_digest(folder) != asked.model_sha256:
+            if model_digest(folder) != spec.model_sha256:
                 raise PredictError(f"{model.address} is another one here than where the job was started")
             loaded, processor = load_model_and_processor(folder)
         self._answerer = Answerer(loaded.to(device), processor)
-        self._asked, self._budget, self._output = asked, budget, output
+        self._spec, self._budget, self._output = spec, budget, output
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        part, info = Part(**row["part"]), shards.ShardInfo(**row["info"])
-        samples = shards.fetch_shard(self._asked.manifest, info, bad_shards=self._asked.bad_shards)
+        part, info = OutputPart(**row["part"]), shards.ShardInfo(**row["info"])
+        samples = shards.fetch_shard(self._spec.manifest, info, bad_shards=self._spec.bad_shards)
         rows: list[dict[str, Any]] = []
         waiting: list[tuple[dict[str, Any], Question]] = []
         for index in range(part.lo, part.hi):
             key, members = samples[index]
-            place = {"dataset": self._asked.manifest, "shard": info.path, "index": index, "key": key}
+            place = {"dataset": self._spec.manifest, "shard": info.path, "index": index, "key": key}
             for answer_row, question in self._ask(place, key, members):
                 rows.append(answer_row)
                 if question is not None:
@@ -173,7 +175,7 @@ class _PartAnswerer:
             if len(waiting) >= ROWS_PER_BATCH:
                 self._answer(waiting)
         self._answer(waiting)
-        schema = ANSWERS_SCHEMA.with_metadata({b"meteor.asked": self._asked.digest.encode()})
+        schema = ANSWERS_SCHEMA.with_metadata({b"meteor.asked": self._spec.digest.encode()})
         stream = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(rows, schema=schema), stream, compression="zstd")
         storage.write_bytes(storage.join(self._output, part.name), stream.getvalue())
@@ -190,8 +192,8 @@ class _PartAnswerer:
         except (SampleError, ImageError) as fault:
             yield {**place, **empty, "question": 0, "error": fault.reason, "detail": fault.detail}, None
             return
-        texts = [self._asked.prompt] if self._asked.prompt else [t.text for t in sample.turns if t.role == "user"]
-        for number, text in enumerate(texts[:1] if self._asked.questions == "first" else texts):
+        texts = [self._spec.prompt] if self._spec.prompt else [t.text for t in sample.turns if t.role == "user"]
+        for number, text in enumerate(texts[:1] if self._spec.questions == "first" else texts):
             plain = text.replace(IMAGE_PLACEHOLDER, "").strip()
             prompt = f"{IMAGE_PLACEHOLDER * len(images)}\n{plain}" if images else plain
             answer_row = {**place, **empty, "question": number, "prompt": prompt}

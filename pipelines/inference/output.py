@@ -17,7 +17,7 @@ from pipelines.io.fingerprint import sha256, sha256_of_json
 
 SPEC_FILE, SUCCESS_FILE = "_SPEC.json", "_SUCCESS.json"  # readers of Parquet folders pass over names with "_"
 FORMAT = 2
-Questions = Literal["first", "all"]
+WhichQuestions = Literal["first", "all"]
 
 ANSWERS_SCHEMA = pa.schema(
     [
@@ -40,7 +40,7 @@ class PredictError(ValueError):
 
 
 @dataclass(frozen=True)
-class Asked:
+class OutputSpec:
     """What the answers depend on; an output holds the answers to one of these.
 
     Attributes:
@@ -60,7 +60,7 @@ class Asked:
     manifest_sha256: str
     split: str
     prompt: str
-    questions: Questions
+    questions: WhichQuestions
     max_new_tokens: int
     visual_tokens: int | None
     part_samples: int
@@ -79,7 +79,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Part:
+class OutputPart:
     """Samples [lo, hi) of one shard, and the name of their Parquet object."""
 
     number: int
@@ -93,7 +93,7 @@ class Part:
         return f"part-{self.number:06d}.parquet"
 
 
-def plan_parts(infos: Sequence[shards.ShardInfo], part_samples: int) -> tuple[Part, ...]:
+def plan_parts(infos: Sequence[shards.ShardInfo], part_samples: int) -> tuple[OutputPart, ...]:
     """Every sample of the split in exactly one part, in manifest order. Raises PredictError."""
     if part_samples < 1:
         raise PredictError(f"part_samples is {part_samples}; it must be at least 1")
@@ -102,19 +102,19 @@ def plan_parts(infos: Sequence[shards.ShardInfo], part_samples: int) -> tuple[Pa
         for shard, info in enumerate(infos)
         for lo in range(0, info.samples, part_samples)
     ]
-    return tuple(Part(number, *cut) for number, cut in enumerate(cuts))
+    return tuple(OutputPart(number, *cut) for number, cut in enumerate(cuts))
 
 
-def claim_output(output: str, asked: Asked) -> None:
+def claim_output(output: str, spec: OutputSpec) -> None:
     """Write what the output is of, or compare. Raises PredictError naming what differs, or for files of other kinds."""
     url = storage.join(output, SPEC_FILE)
     if not storage.exists(url):
         foreign = storage.list_files(output)
         if foreign:
             raise PredictError(f"{output} holds files already ({foreign[0]}) and no {SPEC_FILE}: take a new output")
-        storage.write_json(url, {**asdict(asked), "format": FORMAT})
+        storage.write_json(url, {**asdict(spec), "format": FORMAT})
     found = storage.read_json(url)
-    wanted = asked.identity
+    wanted = spec.identity
     other = [name for name in wanted if not isinstance(found, dict) or found.get(name) != wanted[name]]
     if other:
         was = found.get(other[0]) if isinstance(found, dict) else found
@@ -124,14 +124,16 @@ def claim_output(output: str, asked: Asked) -> None:
         )
 
 
-def whole_part(output: str, part: Part, asked: Asked, infos: Sequence[shards.ShardInfo]) -> dict[str, Any] | None:
+def whole_part(
+    output: str, part: OutputPart, spec: OutputSpec, infos: Sequence[shards.ShardInfo]
+) -> dict[str, Any] | None:
     """Rows, errors and SHA-256 of a part in storage; None where it is not the plan's."""
     try:
         data = storage.read_bytes(storage.join(output, part.name))
         table = pq.read_table(io.BytesIO(data))
     except (storage.ObjectMissingError, pa.ArrowException, OSError):
         return None
-    if (table.schema.metadata or {}).get(b"meteor.asked") != asked.digest.encode():
+    if (table.schema.metadata or {}).get(b"meteor.asked") != spec.digest.encode():
         return None
     if table.schema.names != ANSWERS_SCHEMA.names:
         return None

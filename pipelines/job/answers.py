@@ -18,9 +18,11 @@ from pipelines.checkpoint.losses import read_losses
 from pipelines.config.recipe import Recipe
 from pipelines.data import shards
 from pipelines.data.schema import RawSample
-from pipelines.evaluation.questions import draw_samples, question_of, readable_samples
+from pipelines.evaluation.evaluate import score_model
+from pipelines.evaluation.pictures import draw_samples
+from pipelines.evaluation.samples import first_question, samples_with_images
 from pipelines.evaluation.scores import Score
-from pipelines.evaluation.scoring import Suite, score_model
+from pipelines.evaluation.suite import Suite
 from pipelines.io import codec
 from pipelines.io.console import say
 from pipelines.io.run_folder import RunFolder
@@ -97,7 +99,7 @@ def answer_heldout(
         say("  answered by an earlier start")
         return HeldoutAnswers.from_dict(done, run.answers)
     model, processor = load_model_and_processor(folder)
-    available = readable_samples(manifest, recipe.data.heldout_split, processor)
+    available = samples_with_images(manifest, recipe.data.heldout_split, processor)
     samples = list(islice(available, recipe.data.heldout_samples))
     answers = _ask(model, processor, manifest, recipe.data.heldout_split, samples)
     pictures.mkdir(parents=True)
@@ -144,7 +146,11 @@ def _ask(
     model.config = config
     answers = [
         HeldoutAnswer(
-            record.key, question_of(sample).replace("<image>", "").strip(), record.expected, record.answer, record.kept
+            record.key,
+            first_question(sample).replace("<image>", "").strip(),
+            record.expected,
+            record.answer,
+            record.kept,
         )
         for sample, record in zip(samples, score.records, strict=True)
     ]

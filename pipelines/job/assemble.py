@@ -54,14 +54,7 @@ def assemble_training(
         training.global_batch,
         data.window_shards,
     )
-    heldout = StreamPlan(
-        [info.samples for info in manifests[0].split(data.heldout_split)],
-        seed=0,
-        epochs=1,
-        global_batch=training.micro_batch,
-        window_shards=data.window_shards,
-    )
-    heldout_rows = min(heldout.total_rows, -(-data.heldout_samples // heldout.global_batch) * heldout.global_batch)
+    heldout, heldout_rows = _plan_heldout(recipe, manifests[0])
     stream = partial(
         build_stream,
         manifests[0],
@@ -91,6 +84,19 @@ def assemble_training(
         make_logger=partial(MetricLogger, metrics_run.run_id, metrics_run.uri, url) if metrics_run else None,
         log_validation=partial(_log_validation, metrics_run, url) if metrics_run else None,
     )
+
+
+def _plan_heldout(recipe: Recipe, manifest: shards.Manifest) -> tuple[StreamPlan, int]:
+    """The held-out samples in manifest order, and the rows of them that are evaluated: whole micro-batches."""
+    plan = StreamPlan(
+        [info.samples for info in manifest.split(recipe.data.heldout_split)],
+        seed=0,
+        epochs=1,
+        global_batch=recipe.training.micro_batch,
+        window_shards=recipe.data.window_shards,
+    )
+    wanted = -(-recipe.data.heldout_samples // plan.global_batch) * plan.global_batch
+    return plan, min(plan.total_rows, wanted)
 
 
 def training_hash(recipe: Recipe, manifests: Sequence[shards.Manifest]) -> str:

@@ -12,7 +12,7 @@ from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from meteor_model.pruning import solve_lambda
 from meteor_model.visualize import explain
-from pipelines.evaluation.questions import with_lambda
+from pipelines.evaluation.target_mean import with_lambda
 from pipelines.io.console import say
 from pipelines.registry.open import open_model
 from pipelines.registry.versions import pin_model

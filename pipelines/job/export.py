@@ -25,7 +25,8 @@ from pipelines.checkpoint.state import PARITY_FILE
 from pipelines.config.recipe import Recipe
 from pipelines.data import shards
 from pipelines.data.schema import RawSample
-from pipelines.evaluation.questions import readable_samples, solve_for_target
+from pipelines.evaluation.samples import samples_with_images
+from pipelines.evaluation.target_mean import solve_for_target
 from pipelines.io import storage
 from pipelines.io.console import say
 from pipelines.io.run_folder import RunFolder
@@ -105,7 +106,7 @@ def export_run(
         return float(done["parity"])
 
     def prompts(processor: MeteorProcessor) -> list[RawSample]:
-        available = readable_samples(manifest, recipe.data.train_split, processor)
+        available = samples_with_images(manifest, recipe.data.train_split, processor)
         return list(islice(available, recipe.calibration.decode_samples))
 
     exported_now = export_checkpoint(

@@ -37,7 +37,7 @@ from pipelines.job.export import export_run
 from pipelines.job.names import ChosenRun, JobName, RunFacts, choose_run, store_facts
 from pipelines.job.register import TrainedRun, register_run, undelivered_points
 from pipelines.job.start import loaded_parts, prepare_start
-from pipelines.job.summary import build_summary, load_summary, readable, store_summary
+from pipelines.job.summary import build_summary, load_summary, store_summary, summary_text
 from pipelines.job.train import train
 from pipelines.tracking.metric_logger import MetricLogger
 from pipelines.tracking.mlflow_run import RunRequest
@@ -120,7 +120,7 @@ def run_job(recipe: Recipe, job: JobName) -> dict[str, Any]:
         raise
     done = replace(run.facts, mlflow_run_id=tracker.run_id, finished=True, export=recipe.run.export)
     store_facts(recipe.run.storage, run.name, done)
-    say("\n" + readable(summary, answers.answers))
+    say("\n" + summary_text(summary, answers.answers))
     return summary
 
 

@@ -25,7 +25,7 @@ from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from meteor_model.tokenizer import pretrained_tokenizer, train_tokenizer
 from meteor_model.weights import LoadedPart, load_parts, vocabulary_rows
-from pipelines.calibration.image_plan import Measuring
+from pipelines.calibration.image_plan import MeasureSettings
 from pipelines.calibration.measure import calibrate_ranks
 from pipelines.checkpoint.local import local_copy
 from pipelines.checkpoint.zero3 import save_for_sharding
@@ -76,7 +76,7 @@ def prepare_start(recipe: Recipe, manifest: shards.Manifest, run_url: str) -> di
             manifest,
             recipe.data.train_split,
             recipe.calibration.samples,
-            Measuring(
+            MeasureSettings(
                 batch=recipe.calibration.batch,
                 cpus=recipe.data.data_task_cpus,
                 gpus=min(1.0, recipe.training.gpus_per_worker),

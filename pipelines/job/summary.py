@@ -101,7 +101,7 @@ def load_summary(recipe: Recipe, run: RunFolder) -> dict[str, Any]:
     return summary
 
 
-def readable(summary: Mapping[str, Any], answers: Sequence[HeldoutAnswer] = ()) -> str:
+def summary_text(summary: Mapping[str, Any], answers: Sequence[HeldoutAnswer] = ()) -> str:
     """The summary for people."""
     tokens = summary["visual_tokens"]
     encoders = "; ".join(
@@ -147,4 +147,14 @@ def readable(summary: Mapping[str, Any], answers: Sequence[HeldoutAnswer] = ()) 
     text = "\n".join(f"  {name:<9} {value}" for name, value in lines)
     for answer in list(answers)[:4]:
         text += f"\n  {'asked':<9} {answer.question!r}: {answer.answer!r} (expected {answer.expected!r})"
-    return text
+    return text + "\n" + what_next(summary)
+
+
+def what_next(summary: Mapping[str, Any]) -> str:
+    """Two commands that go on from a finished run: ask the model, search a cheaper pruning of it."""
+    model = summary["model_alias_uri"]
+    half = max(1, summary["visual_tokens"]["fuse"]["kept"] // 2)
+    return (
+        f'  ask it    python jobs/predict.py --model {model} --image FILE --prompt "What is this?"\n'
+        f"  sweep it  python jobs/sweep.py --model {model} --budgets {half}"
+    )

@@ -89,7 +89,7 @@ def scores_section(scores: Mapping[str, Score]) -> str:
 def _cost(config: MeteorConfig, scores: Mapping[str, Score]) -> str:
     # Here: counting runs the model's modules, and whoever writes scores into a description loads none.
     from meteor_model.flops import TEXT_TOKENS, count_flops
-    from pipelines.evaluation.scoring import measured_cost
+    from pipelines.evaluation.evaluate import measured_cost
 
     decode = config.pruning.decode
     if scores:

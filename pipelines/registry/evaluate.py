@@ -8,9 +8,10 @@ from itertools import islice
 from pathlib import Path
 
 from pipelines.data.shards import load_manifest
-from pipelines.evaluation.questions import readable_samples
+from pipelines.evaluation.evaluate import score_model
+from pipelines.evaluation.samples import samples_with_images
 from pipelines.evaluation.scores import Score
-from pipelines.evaluation.scoring import Suite, score_model
+from pipelines.evaluation.suite import Suite
 from pipelines.io.console import say
 from pipelines.registry.publish import load_model
 from pipelines.registry.scores import store_score
@@ -50,7 +51,7 @@ def evaluate(
         raise ValueError(f"manifest is missing: {model} does not say what it was trained on")
     shards = load_manifest(address)
     loaded, processor = load_model(pinned, device)
-    samples = list(islice(readable_samples(shards, split, processor), questions))
+    samples = list(islice(samples_with_images(shards, split, processor), questions))
     suite = Suite.of(shards, split, len(samples))
     score = score_model(loaded, processor, samples, suite.digest, batch)
     if pinned.registry is not None:
@@ -60,13 +61,13 @@ def evaluate(
         output.parent.mkdir(parents=True, exist_ok=True)
         document = {"model": pinned.address, "suite": asdict(suite), "score": score.to_dict(records=True)}
         output.write_text(json.dumps(document, indent=2) + "\n")
-    say(readable(pinned.address, suite, score))
+    say(score_text(pinned.address, suite, score))
     if pinned.registry is not None:
         say(f"  filed with version {pinned.version} of {pinned.registry.name}")
     return score
 
 
-def readable(model: str, suite: Suite, score: Score) -> str:
+def score_text(model: str, suite: Suite, score: Score) -> str:
     """The score for people."""
     lines = [
         ("model", model),

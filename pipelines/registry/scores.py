@@ -28,7 +28,7 @@ from pipelines.tracking.redact import hide_passwords
 from pipelines.tracking.server import TrackingError, call_mlflow
 
 if TYPE_CHECKING:
-    from pipelines.evaluation.scoring import Suite
+    from pipelines.evaluation.suite import Suite
 
 _SUITE_NAME = re.compile(r"(?P<questions>\d+) x (?P<split>\S+) of (?P<manifest>\S+)")
 

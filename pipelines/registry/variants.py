@@ -25,8 +25,9 @@ from pipelines.checkpoint.best import best_checkpoint
 from pipelines.checkpoint.committed import latest_checkpoint
 from pipelines.checkpoint.local import local_copy
 from pipelines.checkpoint.state import PARITY_FILE
+from pipelines.evaluation.evaluate import measured_cost
 from pipelines.evaluation.scores import Score, ScoringError
-from pipelines.evaluation.scoring import Suite, measured_cost
+from pipelines.evaluation.suite import Suite
 from pipelines.io import storage
 from pipelines.io.run_folder import split_run_url
 from pipelines.registry.aliases import move_alias
@@ -109,7 +110,7 @@ def register_variant(  # noqa: PLR0913 - what a version is made of, by name
     if pruning.decode.enabled and pruning.decode.lam is None:
         raise ValueError(
             "pruning.decode.lam is not set: stage 3 of a registered variant needs its lambda; solve it for "
-            "pruning.decode.target_mean first (pipelines.evaluation.questions.solve_lambda_on)"
+            "pruning.decode.target_mean first (pipelines.evaluation.target_mean.solve_lambda_on)"
         )
     pinned = pin_model(base, registry.uri)
     base_tags = _inherited(pinned)

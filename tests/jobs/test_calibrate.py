@@ -20,9 +20,9 @@ from jobs.calibrate import JOB
 from meteor_model.images import decode_image
 from pipelines.calibration.image_plan import CalibrationError, ImagePlan, ReadBatches, _next_wave, _Survey
 from pipelines.calibration.job import calibrate
-from pipelines.calibration.moments import Moments, half_width
 from pipelines.calibration.ranks import ESTIMATORS, RankReport, as_rows, measures_of
 from pipelines.calibration.settings import CalibrateSettings
+from pipelines.calibration.statistics import RunningStatistics, half_width
 from pipelines.data import shards
 from pipelines.data.schema import parse_sample
 from pipelines.data.sources import Packed
@@ -224,7 +224,7 @@ def _check_against_a_plain_loop(stack: Stack, manifest: shards.Manifest, found: 
     built = model()
     pixels = torch.stack([decode_image(image, 64) for image in images])
     rows = np.concatenate([as_rows(built.measure_ranks(part, ESTIMATORS)) for part in pixels.split(7)])
-    expected = RankReport.of(Moments.of(rows), measures_of(built.config), {})
+    expected = RankReport.of(RunningStatistics.of(rows), measures_of(built.config), {})
     for estimator, by_name in expected.ranks.items():
         for name, items in by_name.items():
             for item, other in zip(items, found["ranks"][estimator][name], strict=True):

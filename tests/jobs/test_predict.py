@@ -20,7 +20,15 @@ from pipelines.data.schema import parse_sample
 from pipelines.data.sources import Packed
 from pipelines.data.sources.openmoji import OpenMoji, OpenMojiSettings
 from pipelines.inference.batch import _PartAnswerer
-from pipelines.inference.output import SPEC_FILE, Asked, Part, PredictError, claim_output, plan_parts, whole_part
+from pipelines.inference.output import (
+    SPEC_FILE,
+    OutputPart,
+    OutputSpec,
+    PredictError,
+    claim_output,
+    plan_parts,
+    whole_part,
+)
 from pipelines.registry.folder import export_model, model_digest, weights_digest
 from pipelines.registry.versions import PinnedModel
 from tests.jobs.killing import ROOT, kill_when, own_environment
@@ -43,8 +51,8 @@ def make(url: str) -> shards.Manifest:
     return shards.save_manifest(url, shards.write_shards(packed(), url, "train", 10), {"format": 1, "source": {}})
 
 
-def asked_of(folder: Path, manifest: shards.Manifest, **changes: Any) -> Asked:
-    asked = Asked(
+def asked_of(folder: Path, manifest: shards.Manifest, **changes: Any) -> OutputSpec:
+    asked = OutputSpec(
         str(folder), model_digest(folder), manifest.url, manifest.sha256, "train", "", "first", 3, None, 4, "fail"
     )
     return replace(asked, **changes)
@@ -73,7 +81,7 @@ def test_the_plan_holds_every_sample_once(tmp_path: Path) -> None:
 def test_a_part_holds_answers_and_reasons(folder: Path, tmp_path: Path) -> None:
     manifest = make(str(tmp_path / "data"))
     info, output, budget = manifest.split("train")[0], str(tmp_path / "out"), Budget(3)
-    asked, part = asked_of(folder, manifest, questions="all"), Part(0, 0, 0, 6)
+    asked, part = asked_of(folder, manifest, questions="all"), OutputPart(0, 0, 0, 6)
     actor = _PartAnswerer(PinnedModel(str(folder)), asked, budget, output, gpus=0.0)
     row = {"part": asdict(part), "info": asdict(info)}
     with counted_encodes() as calls:
@@ -106,7 +114,7 @@ def test_a_part_holds_answers_and_reasons(folder: Path, tmp_path: Path) -> None:
 
 def test_a_part_of_another_job_or_a_damaged_one_does_not_count(folder: Path, tmp_path: Path) -> None:
     manifest = make(str(tmp_path / "data"))
-    info, output, part = manifest.split("train")[0], str(tmp_path / "out"), Part(0, 0, 0, 3)
+    info, output, part = manifest.split("train")[0], str(tmp_path / "out"), OutputPart(0, 0, 0, 3)
     asked = asked_of(folder, manifest, prompt="What is this?")
     assert whole_part(output, part, asked, [info]) is None
     _PartAnswerer(PinnedModel(str(folder)), asked, Budget(3), output, gpus=0.0)(

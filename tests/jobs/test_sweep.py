@@ -22,7 +22,8 @@ from jobs.sweep import JOB, Sweep, check
 from pipelines.checkpoint.committed import latest_checkpoint
 from pipelines.config.recipe import CalibrationSettings, ModelSettings, Recipe, TrackingSettings
 from pipelines.config.settings import DataSettings, SettingsError, TrainingSettings
-from pipelines.evaluation.scoring import Suite, score_model
+from pipelines.evaluation.evaluate import score_model
+from pipelines.evaluation.suite import Suite
 from pipelines.io import storage
 from pipelines.registry.promotion import missing_evidence
 from pipelines.registry.publish import load_registered, register_model

@@ -26,8 +26,9 @@ from meteor_model.image_processing_meteor import MeteorImageProcessor
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from meteor_model.tokenizer import train_tokenizer
+from pipelines.evaluation.evaluate import score_of_records
 from pipelines.evaluation.scores import Record, Score
-from pipelines.evaluation.scoring import Suite, score_of_records
+from pipelines.evaluation.suite import Suite
 from pipelines.registry.folder import export_model
 from pipelines.registry.publish import register_model
 from pipelines.registry.versions import RegisteredVersion, Registry

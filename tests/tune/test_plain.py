@@ -123,10 +123,16 @@ points = st.lists(st.tuples(numbers, numbers), min_size=1, max_size=12).map(
 )
 
 
+def dominates(one: Point, other: Point) -> bool:
+    """No worse in both, better in one."""
+    no_worse = one.cost <= other.cost and one.score >= other.score
+    return no_worse and (one.cost < other.cost or one.score > other.score)
+
+
 @given(points)
 def test_the_front_is_what_nothing_dominates(given_points: list[Point]) -> None:
     kept = front(given_points)
-    undominated = {(p.cost, p.score) for p in given_points if not any(o.dominates(p) for o in given_points)}
+    undominated = {(p.cost, p.score) for p in given_points if not any(dominates(o, p) for o in given_points)}
     assert {(p.cost, p.score) for p in kept} == undominated
     assert all(a.cost < b.cost and a.score < b.score for a, b in itertools.pairwise(kept))
 

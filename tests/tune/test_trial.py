@@ -13,8 +13,9 @@ from ray.tune.result import DONE
 from meteor_model.configuration_meteor import PruningConfig
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
+from pipelines.evaluation.evaluate import longest_answer, score_model
 from pipelines.evaluation.scores import Score
-from pipelines.evaluation.scoring import Suite, longest_answer, score_model
+from pipelines.evaluation.suite import Suite
 from pipelines.io import storage
 from pipelines.io.storage import TransientStorageError
 from pipelines.registry.variants import apply_pruning

@@ -12,16 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.calibration.image_plan import CalibrationError
-from pipelines.calibration.moments import Moments, half_width, sufficient_count, welch
 from pipelines.calibration.ranks import (
     RankReport,
     as_rows,
     budget_range,
     budgets_of,
     measures_of,
+    rank_statistic,
     report_budgets,
-    summarise,
 )
+from pipelines.calibration.statistics import RunningStatistics, half_width, sufficient_count, welch
 from tests.meteor_model.builders import DENSE, PRUNED, config, model, pixels
 
 
@@ -30,11 +30,11 @@ from tests.meteor_model.builders import DENSE, PRUNED, config, model, pixels
 def test_parts_merge_to_the_moments_of_the_whole(count: int, seed: int, cuts: list[int]) -> None:
     values = np.random.default_rng(seed).normal(300.0, 4.0, (count, 3))
     edges = sorted({0, count, *(cut for cut in cuts if cut < count)})
-    parts = [Moments.of(values[a:b]) for a, b in pairwise(edges)]
+    parts = [RunningStatistics.of(values[a:b]) for a, b in pairwise(edges)]
     merged = parts[0]
     for part in parts[1:]:
         merged = merged.merged(part)
-    whole = Moments.of(values)
+    whole = RunningStatistics.of(values)
     assert merged.count == count
     assert np.allclose(merged.mean_K, values.mean(axis=0), rtol=1e-13)
     assert np.allclose(merged.squares_K, whole.squares_K, rtol=1e-9, atol=1e-9)
@@ -46,17 +46,17 @@ def test_parts_merge_to_the_moments_of_the_whole(count: int, seed: int, cuts: li
 
 def test_moments_of_nothing_or_of_nan_are_refused() -> None:
     with pytest.raises(ValueError, match="need rows"):
-        Moments.of(np.zeros((0, 3)))
+        RunningStatistics.of(np.zeros((0, 3)))
     with pytest.raises(ValueError, match="1 of 4 values are not finite"):
-        Moments.of(np.array([[1.0, 2.0], [np.nan, 3.0]]))
+        RunningStatistics.of(np.array([[1.0, 2.0], [np.nan, 3.0]]))
     with pytest.raises(ValueError, match="2 and of 3 measures"):
-        Moments.of(np.ones((2, 2))).merged(Moments.of(np.ones((2, 3))))
+        RunningStatistics.of(np.ones((2, 2))).merged(RunningStatistics.of(np.ones((2, 3))))
 
 
 def test_the_interval_holds_the_mean_as_often_as_it_says() -> None:
     rng, inside = np.random.default_rng(0), 0
     for _ in range(2000):
-        moments = Moments.of(rng.normal(50.0, 9.0, (12, 1)))
+        moments = RunningStatistics.of(rng.normal(50.0, 9.0, (12, 1)))
         inside += abs(float(moments.mean_K[0]) - 50.0) <= half_width(float(moments.std_K[0]), 12)
     assert 0.935 <= inside / 2000 <= 0.965
 
@@ -101,9 +101,9 @@ REPORT = RankReport(
     text_only=0,
     ranks={
         "effective": {
-            "clip": tuple(summarise(mean, 4.0, 40) for mean in (30.0, 24.0, 20.0)),
-            "pix2struct": tuple(summarise(mean, 2.0, 40) for mean in (15.0, 20.0, 20.0)),
-            "convnext": (summarise(30.0, 9.0, 40),),
+            "clip": tuple(rank_statistic(mean, 4.0, 40) for mean in (30.0, 24.0, 20.0)),
+            "pix2struct": tuple(rank_statistic(mean, 2.0, 40) for mean in (15.0, 20.0, 20.0)),
+            "convnext": (rank_statistic(30.0, 9.0, 40),),
         }
     },
 )
@@ -147,7 +147,7 @@ def test_one_image_and_a_model_without_stage_1_know_nothing() -> None:
     report = report_budgets(config(PRUNED), single, "effective")
     assert report is not None
     assert report.images_enough is None
-    assert summarise(3.0, 0.0, 1).low is None
+    assert rank_statistic(3.0, 0.0, 1).low is None
 
 
 def test_a_report_survives_its_file_and_an_older_one_is_read() -> None:

@@ -15,9 +15,9 @@ from pipelines.calibration import report as calibration_file
 from pipelines.calibration.drift import compare_ranks
 from pipelines.calibration.image_plan import CalibrationError
 from pipelines.calibration.lambda_check import check_lambda
-from pipelines.calibration.moments import Moments
 from pipelines.calibration.ranks import RankReport, measures_of, report_budgets
-from pipelines.calibration.report import Calibration, Dataset, load_report, readable, split_address
+from pipelines.calibration.report import Calibration, Dataset, calibration_text, load_report, split_address
+from pipelines.calibration.statistics import RunningStatistics
 from pipelines.io.storage import StorageError
 from pipelines.registry.folder import ExportError, weights_digest
 from tests.meteor_model.builders import DENSE, PRUNED, config
@@ -29,7 +29,7 @@ def report(scale: dict[str, float] | None = None, std: float = 1.0, images: int 
     """Ranks around 20; `scale` multiplies those of an encoder."""
     means = np.array([20.0 * (scale or {}).get(name, 1.0) for _, name, _ in MEASURES])
     values = np.abs(np.random.default_rng(seed).normal(means, std, (images, len(MEASURES))))
-    return RankReport.of(Moments.of(values), MEASURES, {"undecodable_image": 1}, 2)
+    return RankReport.of(RunningStatistics.of(values), MEASURES, {"undecodable_image": 1}, 2)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_chance_alone_is_seldom_called_drift() -> None:
 def dense(seed: int) -> RankReport:
     measures = measures_of(config(DENSE))
     values = np.random.default_rng(seed).normal(20.0, 3.0, (12, len(measures)))
-    return RankReport.of(Moments.of(values), measures, {})
+    return RankReport.of(RunningStatistics.of(values), measures, {})
 
 
 def test_other_models_are_not_compared() -> None:
@@ -118,7 +118,7 @@ def test_the_file_is_read_again_without_secrets(tmp_path: Path) -> None:
     again, digest = load_report(where)
     assert (again, digest) == (made.report, "0" * 64)
     assert (tmp_path / "out" / "calibration.png").read_bytes().startswith(b"\x89PNG")
-    told = readable(made)
+    told = calibration_text(made)
     for part in ("drift against there", "1 undecodable_image; 2 without", "convnext at boundary 3", "lambda"):
         assert part in told
 

@@ -13,7 +13,7 @@ from pipelines.data.mixture import MixturePlan
 from pipelines.data.shards import Manifest, ShardInfo
 from pipelines.data.sources import fraction_of
 from pipelines.data.sources.llava import key_of
-from pipelines.evaluation.scoring import Suite
+from pipelines.evaluation.suite import Suite
 from pipelines.io.fingerprint import canonical_json, sha256, sha256_bytes, sha256_of_file, sha256_of_json
 from pipelines.job.assemble import training_hash
 from pipelines.registry.folder import model_digest, weights_digest

@@ -16,7 +16,8 @@ from meteor_model.configuration_meteor import EncodePruning
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from pipelines.data import shards
-from pipelines.evaluation.scoring import Suite, score_of_records
+from pipelines.evaluation.evaluate import score_of_records
+from pipelines.evaluation.suite import Suite
 from pipelines.registry.aliases import alias_history
 from pipelines.registry.card import card, scores_section, with_scores
 from pipelines.registry.folder import ExportError, export_model, verify_checksums, write_card

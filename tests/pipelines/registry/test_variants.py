@@ -22,7 +22,7 @@ from pipelines.config.recipe import ModelSettings, Recipe, TrackingSettings
 from pipelines.data import shards
 from pipelines.data.schema import build_members
 from pipelines.evaluation.scores import ScoringError
-from pipelines.evaluation.scoring import Suite
+from pipelines.evaluation.suite import Suite
 from pipelines.io import storage
 from pipelines.registry.aliases import alias_history, move_alias, roll_back
 from pipelines.registry.evaluate import evaluate

@@ -19,7 +19,8 @@ from meteor_model.modeling_meteor import MeteorForConditionalGeneration, token_l
 from meteor_model.processing_meteor import MeteorProcessor, collate
 from pipelines.data import shards
 from pipelines.data.schema import RawSample, Turn
-from pipelines.evaluation.questions import question_of
+from pipelines.evaluation.evaluate import _Question, score_model, score_of_records
+from pipelines.evaluation.samples import first_question
 from pipelines.evaluation.scores import (
     Interval,
     Record,
@@ -30,7 +31,7 @@ from pipelines.evaluation.scores import (
     normalise,
     wilson,
 )
-from pipelines.evaluation.scoring import Suite, _Question, score_model, score_of_records
+from pipelines.evaluation.suite import Suite
 from tests.meteor_model.builders import DENSE, PRUNED, counted_encodes, model, processor
 
 ANSWERS = ("red", "left", "a grinning face", "left of the red square", "Red.")
@@ -55,7 +56,7 @@ def _samples() -> list[RawSample]:
 
 def _nll_of_the_plain_forward(built: MeteorForConditionalGeneration, made: MeteorProcessor, sample: RawSample) -> float:
     """The loss that training has on the same conversation."""
-    turns = [("user", question_of(sample)), ("assistant", sample.turns[1].text)]
+    turns = [("user", first_question(sample)), ("assistant", sample.turns[1].text)]
     encoded = made.encode(turns, len(sample.images))
     pixels = torch.stack([made.load_image(image) for image in sample.images])
     example = {"input_ids": encoded.input_ids, "labels": encoded.labels, "images": pixels}
@@ -69,8 +70,8 @@ def _nll_one_token_at_a_time(
     built: MeteorForConditionalGeneration, made: MeteorProcessor, sample: RawSample
 ) -> tuple[float, int]:
     """One sample without padding: prefill, then token after token through `decode_pruned`."""
-    inputs = made([question_of(sample)], [list(sample.images)])
-    whole = made.encode([("user", question_of(sample)), ("assistant", sample.turns[1].text)], len(sample.images))
+    inputs = made([first_question(sample)], [list(sample.images)])
+    whole = made.encode([("user", first_question(sample)), ("assistant", sample.turns[1].text)], len(sample.images))
     answer = [label for label in whole.labels if label >= 0]
     cache = built.new_cache()
     assert cache is not None
@@ -289,11 +290,11 @@ def test_the_prompt_of_a_question_ends_where_its_answer_begins(template: str) ->
     made = processor(template=template)
     for sample in _samples():
         question = _Question.of(sample, made)
-        asked = made([question_of(sample)], [list(sample.images)])
+        asked = made([first_question(sample)], [list(sample.images)])
         batch = made.batch_prompts([question.prompt], [list(sample.images)])
         assert batch.keys() == asked.keys()
         assert all(torch.equal(batch[name], asked[name]) for name in asked)
-        whole = made.encode([("user", question_of(sample)), ("assistant", question.expected)], len(sample.images))
+        whole = made.encode([("user", first_question(sample)), ("assistant", question.expected)], len(sample.images))
         length = len(question.prompt.input_ids)
         assert whole.input_ids[length : length + len(question.answer_ids)] == question.answer_ids
         assert question.answer_ids[-1] == made.tokenizer.eos_token_id

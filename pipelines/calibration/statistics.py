@@ -1,4 +1,4 @@
-"""Mean and spread of numbers that arrive in parts: running moments, and the intervals that they give.
+"""Mean and spread of numbers that arrive in parts: running statistics, and the intervals that they give.
 
 A part is a count, a mean and the sum of squared deviations from that mean. Parts merge exactly (Chan, Golub & LeVeque,
 1979; for one number at a time it is Welford's update), so that workers keep sums and never the numbers themselves.
@@ -24,7 +24,7 @@ MOST_IMAGES = 10**9
 
 
 @dataclass(frozen=True)
-class Moments:
+class RunningStatistics:
     """Count, mean and sum of squared deviations of K measures.
 
     Attributes:
@@ -38,25 +38,25 @@ class Moments:
     squares_K: np.ndarray
 
     @classmethod
-    def of(cls, values_MK: np.ndarray) -> Moments:
-        """The moments of M >= 1 rows. Raises ValueError for none, and for values that are not finite."""
+    def of(cls, values_MK: np.ndarray) -> RunningStatistics:
+        """The statistics of M >= 1 rows. Raises ValueError for none, and for values that are not finite."""
         values_MK = np.asarray(values_MK, dtype=np.float64)
         if values_MK.ndim != 2 or not len(values_MK):
-            raise ValueError(f"moments need rows of measures, got an array of shape {values_MK.shape}")
+            raise ValueError(f"statistics need rows of measures, got an array of shape {values_MK.shape}")
         if not np.isfinite(values_MK).all():
             raise ValueError(f"{int((~np.isfinite(values_MK)).sum())} of {values_MK.size} values are not finite")
         mean_K = values_MK.mean(axis=0)
         return cls(len(values_MK), mean_K, np.square(values_MK - mean_K).sum(axis=0))
 
-    def merged(self, other: Moments) -> Moments:
-        """The moments of both parts together. Raises ValueError where they are of different measures."""
+    def merged(self, other: RunningStatistics) -> RunningStatistics:
+        """The statistics of both parts together. Raises ValueError where they are of different measures."""
         if self.mean_K.shape != other.mean_K.shape:
-            raise ValueError(f"moments of {len(self.mean_K)} and of {len(other.mean_K)} measures do not merge")
+            raise ValueError(f"statistics of {len(self.mean_K)} and of {len(other.mean_K)} measures do not merge")
         count = self.count + other.count
         difference_K = other.mean_K - self.mean_K
         mean_K = self.mean_K + difference_K * (other.count / count)
         between_K = np.square(difference_K) * (self.count * other.count / count)
-        return Moments(count, mean_K, self.squares_K + other.squares_K + between_K)
+        return RunningStatistics(count, mean_K, self.squares_K + other.squares_K + between_K)
 
     @property
     def std_K(self) -> np.ndarray:

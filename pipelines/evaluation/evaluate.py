@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -30,67 +29,12 @@ from meteor_model.decoder.cache import MeteorCache
 from meteor_model.flops import FlopReport, count_flops
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import Encoded, MeteorProcessor
-from pipelines.data import shards
 from pipelines.data.schema import RawSample
-from pipelines.evaluation.questions import BATCH, question_of, readable_samples
+from pipelines.evaluation.samples import BATCH, first_question
 from pipelines.evaluation.scores import Record, Score, ScoringError, bootstrap, normalise, wilson
-from pipelines.io.fingerprint import sha256_of_json
 
 LONGEST_ANSWER = 64
 """Tokens generated at most. A longer expected answer counts as answered wrongly; its likelihood counts whole."""
-
-
-@dataclass(frozen=True)
-class Suite:
-    """Which questions: the first one of each of the first `questions` samples with readable images of a split.
-
-    Attributes:
-        manifest: address of the manifest of the shards.
-        sha256: the manifest's own hash, which covers the hashes of all shards.
-        split: of the manifest.
-        questions: how many.
-    """
-
-    manifest: str
-    sha256: str
-    split: str
-    questions: int
-
-    def __post_init__(self) -> None:
-        if self.questions < 1:
-            raise ScoringError(f"a suite of {self.questions} questions scores nothing; it needs at least 1")
-
-    @classmethod
-    def of(cls, manifest: shards.Manifest, split: str, questions: int) -> Suite:
-        """The suite of a manifest that is loaded."""
-        return cls(manifest.url, manifest.sha256, split, questions)
-
-    @property
-    def digest(self) -> str:
-        """Short hash of the questions: scores with one digest may be compared. The manifest's address is no part."""
-        identity = {"sha256": self.sha256, "split": self.split, "questions": self.questions}
-        return sha256_of_json(identity)[:12]
-
-    def load(self, processor: MeteorProcessor) -> list[RawSample]:
-        """The samples, read and checked against the manifest.
-
-        Raises:
-            ScoringError: where the manifest is not the suite's, or the split has fewer samples that can be asked.
-            ShardError: a shard that is missing or damaged.
-        """
-        manifest = shards.load_manifest(self.manifest)
-        if manifest.sha256 != self.sha256:
-            raise ScoringError(
-                f"{manifest.url} has SHA-256 {manifest.sha256[:12]}, the suite was made of {self.sha256[:12]}: other "
-                "data gives other questions; restore it, or score everything anew"
-            )
-        samples = list(islice(readable_samples(manifest, self.split, processor), self.questions))
-        if len(samples) < self.questions:
-            raise ScoringError(
-                f"split {self.split!r} of {manifest.url} has {len(samples)} samples with readable images, the suite "
-                f"asks {self.questions}: take fewer questions"
-            )
-        return samples
 
 
 # -------------------------------------------------------------------------------------------------------------- scoring
@@ -187,7 +131,7 @@ def _check(model: MeteorForConditionalGeneration, processor: MeteorProcessor, sa
     if model.config.pruning.decode.enabled and model.new_cache() is None:
         raise ScoringError(
             "stage 3 is enabled but pruning.decode.lam is not set: solve it "
-            "(pipelines.evaluation.questions.solve_lambda_on)"
+            "(pipelines.evaluation.target_mean.solve_lambda_on)"
         )
 
 
@@ -217,7 +161,7 @@ class _Question:
     @classmethod
     def of(cls, sample: RawSample, processor: MeteorProcessor) -> _Question:
         expected = _expected(sample)
-        ids, labels = processor.encode([("user", question_of(sample)), ("assistant", expected)], len(sample.images))
+        ids, labels = processor.encode([("user", first_question(sample)), ("assistant", expected)], len(sample.images))
         answer_ids = [label for label in labels if label != IGNORE_INDEX]
         begin = next(place for place, label in enumerate(labels) if label != IGNORE_INDEX)
         return cls(sample, expected, Encoded(ids[:begin], labels[:begin]), answer_ids)

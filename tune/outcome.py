@@ -31,7 +31,7 @@ COMPARED = ("front", "random", "defaults")
 """Studies whose fronts are drawn and compared."""
 
 
-def conclude(settings: SweepSettings, prepared: Prepared, studies: Mapping[str, StudySearch]) -> dict[str, Any]:
+def collect_results(settings: SweepSettings, prepared: Prepared, studies: Mapping[str, StudySearch]) -> dict[str, Any]:
     """All results as one JSON, with the pictures, in storage and in MLflow."""
     records = prepared.records
     prepared.logbook.settle()
@@ -90,7 +90,7 @@ def write_output(settings: SweepSettings, prepared: Prepared, result: dict[str, 
             shutil.copy(path, Path(settings.output).parent / path.name)
 
 
-def register(settings: SweepSettings, prepared: Prepared) -> dict[str, Any]:
+def register_winners(settings: SweepSettings, prepared: Prepared) -> dict[str, Any]:
     """The best of each budget as versions; budgets with one winner share a version."""
     winners: dict[str, list[str]] = {}
     for budget in settings.budgets:
@@ -128,7 +128,7 @@ def register(settings: SweepSettings, prepared: Prepared) -> dict[str, Any]:
     return registered
 
 
-def readable(settings: SweepSettings, prepared: Prepared, result: dict[str, Any]) -> str:
+def sweep_text(settings: SweepSettings, prepared: Prepared, result: dict[str, Any]) -> str:
     """The results for people."""
     statuses = [record.status for record in prepared.records.all()]
     counts = ", ".join(f"{statuses.count(s)} {s}" for s in ("completed", "stopped", "failed"))

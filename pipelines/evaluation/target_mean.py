@@ -1,0 +1,63 @@
+"""Stage 3's lambda for a target mean: the attention mass that prompts give, and what solves for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from meteor_model.configuration_meteor import MeteorConfig
+from meteor_model.modeling_meteor import MeteorForConditionalGeneration
+from meteor_model.processing_meteor import MeteorProcessor
+from meteor_model.pruning import solve_lambda
+from pipelines.data.schema import RawSample
+from pipelines.evaluation.samples import BATCH, first_question
+
+
+def solve_lambda_on(
+    model: MeteorForConditionalGeneration, processor: MeteorProcessor, samples: Sequence[RawSample]
+) -> float:
+    """Lambda for which these prompts keep `pruning.decode.target_mean` visual tokens on average.
+
+    Raises:
+        ValueError: where the target cannot be reached.
+    """
+    decode = model.config.pruning.decode
+    assert decode.target_mean is not None
+    mass_B, num_visual_B = attention_masses(model, processor, samples)
+    return solve_lambda(mass_B, num_visual_B, decode.target_mean, decode.k_min)
+
+
+def solve_for_target(
+    model: MeteorForConditionalGeneration, processor: MeteorProcessor, samples: Callable[[], Sequence[RawSample]]
+) -> None:
+    """Give a model, in place, stage 3's lambda for its target mean on these samples.
+
+    One without a target is left as it is, and the samples are not asked for.
+
+    Raises:
+        ValueError: where the target cannot be reached.
+    """
+    decode = model.config.pruning.decode
+    if decode.enabled and decode.target_mean is not None:
+        model.config = with_lambda(model.config, solve_lambda_on(model, processor, samples()))
+
+
+def attention_masses(
+    model: MeteorForConditionalGeneration, processor: MeteorProcessor, samples: Sequence[RawSample]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention mass on visual tokens (B,) and their number (B,), of each sample's first question."""
+    masses, counts = [], []
+    for start in range(0, len(samples), BATCH):
+        part = samples[start : start + BATCH]
+        inputs = processor([first_question(s) for s in part], [list(s.images) for s in part]).to(model.device)
+        mass_B, num_visual_B = model.visual_attention_mass(**inputs)
+        masses.append(mass_B)
+        counts.append(num_visual_B)
+    return torch.cat(masses), torch.cat(counts)
+
+
+def with_lambda(config: MeteorConfig, lam: float) -> MeteorConfig:
+    """The configuration with stage 3's lambda."""
+    return config.with_pruning(replace(config.pruning, decode=replace(config.pruning.decode, lam=lam)))
