@@ -5,13 +5,12 @@ Imports no MLflow: checkpoints are written and read with it on every worker.
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
-from pipelines.io import storage
+from pipelines.io import codec, storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,25 +25,17 @@ class MetricPoint:
 
 def points_to_jsonl(points: Iterable[MetricPoint]) -> str:
     """One JSON object a line; values keep every bit, NaN and infinities included."""
-    return "".join(json.dumps(asdict(point)) + "\n" for point in points)
+    return "".join(codec.encode(point) + "\n" for point in points)
 
 
 def points_from_jsonl(text: str, source: str) -> list[MetricPoint]:
     """The points of `points_to_jsonl`, read from `source`.
 
     Raises:
-        ValueError: a line that is no metric point, by number.
+        ValueError: a line that is no metric point, by number and field.
     """
-    points = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        try:
-            fields = json.loads(line)
-            points.append(
-                MetricPoint(fields["name"], float(fields["value"]), int(fields["time_ms"]), int(fields["step"]))
-            )
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{source}, line {number} is no metric point ({error})") from error
-    return points
+    lines = enumerate(text.splitlines(), start=1)
+    return [codec.decode(MetricPoint, line, f"{source}, line {number}") for number, line in lines]
 
 
 def write_points(folder: str, points: Sequence[MetricPoint]) -> str:

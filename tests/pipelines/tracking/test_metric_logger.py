@@ -84,7 +84,7 @@ def test_points_keep_every_bit_as_text_and_other_lines_are_named() -> None:
     assert points_from_jsonl(points_to_jsonl(points), "here") == points
     (nan,) = points_from_jsonl(points_to_jsonl([MetricPoint("x", math.nan, 1, 1)]), "here")
     assert math.isnan(nan.value)
-    with pytest.raises(ValueError, match=r"here, line 2 is no metric point"):
+    with pytest.raises(ValueError, match=r"here, line 2 holds no metric point: "):
         points_from_jsonl(points_to_jsonl(points[:1]) + '{"name": "b"}\n', "here")
 
 
