@@ -60,7 +60,7 @@ class Logbook:
             {"sweep-settings.json": settings.identity()},
             training_id=sweep,
         )
-        self._run = open_run(settings.tracking.uri, request, run_id=run_id, patience_s=settings.tracking.patience_s)
+        self._run = open_run(settings.tracking.uri, request, run_id=run_id, retry_s=settings.tracking.patience_s)
         self.run_id = self._run.run_id
 
     def ended(self, record: TrialRecord) -> None:
@@ -89,11 +89,11 @@ class Logbook:
     def fail(self) -> None:
         """Close it as FAILED; where MLflow is away, only say so: what ended the sweep is the error to be seen."""
         try:
-            replace(self._run, patience_s=SHORT_S).finish("FAILED")
+            replace(self._run, retry_s=SHORT_S).finish("FAILED")
         except TrackingError as error:
             logger.warning("the sweep's run is not marked as FAILED in MLflow: %s", error)
 
-    def _deliver(self, record: TrialRecord, patience_s: float) -> None:
+    def _deliver(self, record: TrialRecord, retry_s: float) -> None:
         request = RunRequest(
             self._settings.tracking.experiment,
             record.id,
@@ -110,7 +110,7 @@ class Logbook:
             {"trial.json": {"ranks": record.ranks, "pruning": record.pruning, "score": record.score}},
             training_id=training_name(self._sweep, record.id),
         )
-        run = open_run(self._settings.tracking.uri, request, patience_s=patience_s)
+        run = open_run(self._settings.tracking.uri, request, retry_s=retry_s)
         run.log_metrics(_metrics(record))
         folder = storage.join(folder_of(self._url, record.id), PICTURES_FOLDER)
         if record.status == "completed" and storage.list_files(folder):

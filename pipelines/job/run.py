@@ -247,7 +247,7 @@ def _open(recipe: Recipe, job: JobName, chosen: ChosenRun, manifests: Sequence[s
         request,
         run_id=facts.mlflow_run_id,
         store_run_id=lambda opened: store_facts(root, name, replace(facts, mlflow_run_id=opened)),
-        patience_s=recipe.tracking.patience_s,
+        retry_s=recipe.tracking.patience_s,
     )
     if recipe.tracking.when_down == "fail":
         tracker.open()

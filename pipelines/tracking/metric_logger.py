@@ -27,6 +27,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from pipelines.io import storage
+from pipelines.io.retry import Backoff
 from pipelines.io.run_folder import RunFolder
 from pipelines.tracking.delivery import POINTS_PER_BATCH, LoggedSteps, Sent, deliver
 from pipelines.tracking.metric_points import MetricPoint, write_points
@@ -36,7 +37,7 @@ from pipelines.tracking.server import limit_http_waits
 logger = logging.getLogger(__name__)
 
 GATHER_S = 0.5
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
+BACKOFF = Backoff(first_s=0.5, longest_s=10.0)
 KEEP_EVERY_S = 30.0
 
 
@@ -155,7 +156,7 @@ class MetricLogger:
         limit_http_waits()
         client = MlflowClient(self.uri)
         known: LoggedSteps | None = None
-        pause_s = 0.0
+        failures = 0
         while not self._given_up:
             batch = self._next_batch()
             if not batch:
@@ -164,19 +165,19 @@ class MetricLogger:
                 known = known or LoggedSteps(client, self._find_run())
                 sent = deliver(client, known, batch)
             except (MlflowException, requests.RequestException, OSError, ValueError) as error:
-                if not pause_s:
+                if not failures:
                     shown = hide_passwords(str(error))[:200]
                     logger.warning("MLflow takes no metrics (%s); they are kept and sent later", shown)
-                pause_s = min(max(2 * pause_s, FIRST_PAUSE_S), LONGEST_PAUSE_S)
+                failures += 1
                 if self._closing:
                     return
                 self._keep()
                 with self._changed:
-                    self._changed.wait_for(lambda: self._closing, pause_s)
+                    self._changed.wait_for(lambda: self._closing, BACKOFF.pause_s(failures))
                 continue
-            if pause_s:
+            if failures:
                 logger.warning("MLflow takes metrics again; %d points wait", len(self.pending_points()))
-                pause_s = 0.0
+                failures = 0
             self._took(len(batch), sent)
 
     def _find_run(self) -> str:

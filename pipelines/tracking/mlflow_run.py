@@ -26,7 +26,7 @@ from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request, verify_rest_response
 
 from pipelines.tracking.redact import redact
-from pipelines.tracking.server import PATIENCE_S, TrackingError, call_mlflow
+from pipelines.tracking.server import RETRY_S, TrackingError, call_mlflow
 
 T = TypeVar("T")
 
@@ -128,17 +128,17 @@ class RunRequest:
 
 @dataclass(frozen=True)
 class MlflowRun:
-    """A run on an MLflow server. Its methods raise TrackingError, or TrackingAwayError after `patience_s`.
+    """A run on an MLflow server. Its methods raise TrackingError, or TrackingAwayError after `retry_s`.
 
     Attributes:
         uri: address of the server.
         run_id: of the run.
-        patience_s: seconds for which each call outlasts an absent server.
+        retry_s: seconds for which each call outlasts an absent server.
     """
 
     uri: str
     run_id: str
-    patience_s: float = PATIENCE_S
+    retry_s: float = RETRY_S
 
     def log_params(self, params: Mapping[str, str]) -> None:
         """Parameters that the run does not have yet, in batches that MLflow accepts."""
@@ -183,7 +183,7 @@ class MlflowRun:
         self._call("the end", lambda: MlflowClient(self.uri).set_terminated(self.run_id, status))
 
     def _call(self, what: str, action: Callable[[], Any]) -> None:
-        call_mlflow(f"{what} of run {self.run_id}", action, self.patience_s)
+        call_mlflow(f"{what} of run {self.run_id}", action, self.retry_s)
 
 
 def _batches(entries: Sequence[T]) -> Iterator[Sequence[T]]:
@@ -191,7 +191,7 @@ def _batches(entries: Sequence[T]) -> Iterator[Sequence[T]]:
         yield entries[start : start + ENTRIES_PER_BATCH]
 
 
-def open_run(uri: str, request: RunRequest, *, run_id: str | None = None, patience_s: float = PATIENCE_S) -> MlflowRun:
+def open_run(uri: str, request: RunRequest, *, run_id: str | None = None, retry_s: float = RETRY_S) -> MlflowRun:
     """Open the run of a training, a new one or, to resume, the one of `run_id`.
 
     Args:
@@ -199,7 +199,7 @@ def open_run(uri: str, request: RunRequest, *, run_id: str | None = None, patien
         request: what it is opened with.
         run_id: of the run to open again. Parameters never change in MLflow: those that differ now become tags
             `resumed.NAME`; documents are replaced.
-        patience_s: for each call.
+        retry_s: for each call.
 
     Raises:
         TrackingAwayError: an unreachable server.
@@ -209,15 +209,13 @@ def open_run(uri: str, request: RunRequest, *, run_id: str | None = None, patien
     name, known, adopted = request.run_name, {}, run_id is not None
     if run_id is None:
         experiment = request.experiment
-        experiment_id = call_mlflow(
-            f"experiment {experiment!r}", lambda: _experiment_id(client, experiment), patience_s
-        )
+        experiment_id = call_mlflow(f"experiment {experiment!r}", lambda: _experiment_id(client, experiment), retry_s)
         run_id, adopted = call_mlflow(
-            f"the new run {name!r}", lambda: _find_or_create(client, uri, experiment_id, request), patience_s
+            f"the new run {name!r}", lambda: _find_or_create(client, uri, experiment_id, request), retry_s
         )
-    run = MlflowRun(uri, run_id, patience_s)
+    run = MlflowRun(uri, run_id, retry_s)
     if adopted:
-        known = call_mlflow(f"the resumed run {run_id}", lambda: _reopen(client, run.run_id), patience_s)
+        known = call_mlflow(f"the resumed run {run_id}", lambda: _reopen(client, run.run_id), retry_s)
     params = flatten(request.settings)
     changed = {f"resumed.{key}": text for key, text in params.items() if known.get(key, text) != text}
     run.log_params({key: text for key, text in params.items() if key not in known})

@@ -50,7 +50,7 @@ class RunTracker:
         request: what the run is opened with.
         run_id: of the run, where an earlier start has opened it.
         store_run_id: is called with the id when the run is open; writes it to `run.json`.
-        patience_s: seconds for which `open` and `deliver` outlast an absent server, for each call.
+        retry_s: seconds for which `open` and `deliver` outlast an absent server, for each call.
     """
 
     def __init__(
@@ -61,14 +61,14 @@ class RunTracker:
         *,
         run_id: str | None,
         store_run_id: Callable[[str], None],
-        patience_s: float,
+        retry_s: float,
     ) -> None:
         self.uri = uri
         self.run_url = run_url
         self.run_id = run_id
         self._request = request
         self._store_run_id = store_run_id
-        self._patience_s = patience_s
+        self._retry_s = retry_s
         self._opened = False
         limit_http_waits()
         self._lock = threading.Lock()  # one at a time opens the run and empties the outbox
@@ -83,7 +83,7 @@ class RunTracker:
             TrackingError: a run or experiment that cannot be used.
         """
         with self._lock:
-            return self._open(self._patience_s).run_id
+            return self._open(self._retry_s).run_id
 
     def start(self) -> None:
         """Let a thread open the run and empty the outbox, as soon as MLflow is there."""
@@ -114,7 +114,7 @@ class RunTracker:
         """
         try:
             with self._lock:
-                return self._deliver(self._patience_s)
+                return self._deliver(self._retry_s)
         except TrackingAwayError as error:
             files = storage.list_files(RunFolder(self.run_url).outbox)
             raise TrackingAwayError(
@@ -152,18 +152,18 @@ class RunTracker:
 
     # All below: with the lock held.
 
-    def _open(self, patience_s: float) -> MlflowRun:
+    def _open(self, retry_s: float) -> MlflowRun:
         if not self._opened or self.run_id is None:
-            opened = open_run(self.uri, self._request, run_id=self.run_id, patience_s=patience_s)
+            opened = open_run(self.uri, self._request, run_id=self.run_id, retry_s=retry_s)
             self.run_id = opened.run_id
             self._store_run_id(self.run_id)
             self._opened = True
-        return MlflowRun(self.uri, self.run_id, patience_s)
+        return MlflowRun(self.uri, self.run_id, retry_s)
 
-    def _deliver(self, patience_s: float) -> MlflowRun:
-        run = self._open(patience_s)
+    def _deliver(self, retry_s: float) -> MlflowRun:
+        run = self._open(retry_s)
         self._deliver_artifacts(run)
-        call_mlflow("metric points", lambda: deliver_outbox(run.uri, run.run_id, self.run_url), patience_s)
+        call_mlflow("metric points", lambda: deliver_outbox(run.uri, run.run_id, self.run_url), retry_s)
         return run
 
     def _deliver_artifacts(self, run: MlflowRun) -> None:

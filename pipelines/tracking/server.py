@@ -1,14 +1,12 @@
 """The MLflow server: whether it answers, and calls that wait out its absence.
 
 `require_tracking` asks at the start of a job. Every later call on the driver passes `call_mlflow`, which tries again
-for its patience and then raises TrackingAwayError; what a job does meanwhile is in `pipelines.tracking.run_tracker`.
+for `retry_s` and then raises TrackingAwayError; what a job does meanwhile is in `pipelines.tracking.run_tracker`.
 """
 
 from __future__ import annotations
 
-import logging
 import os
-import time
 from collections.abc import Callable
 from typing import TypeVar
 from urllib.parse import urlsplit
@@ -19,14 +17,14 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 
+from pipelines.io.retry import Backoff, retry
 from pipelines.tracking.redact import hide_passwords
 
 T = TypeVar("T")
 
-logger = logging.getLogger(__name__)
-
-PATIENCE_S = 60.0
+RETRY_S = 60.0
 """Seconds for which a call on the driver outlasts an absent server, where nothing else is said."""
+_BACKOFF = Backoff(first_s=0.5, longest_s=8.0)
 # MLflow's own defaults wait for minutes on a server that is gone: 7 retries with doubling pauses, 120 s a request.
 _HTTP_LIMITS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
@@ -136,23 +134,25 @@ def is_passing(error: Exception) -> bool:
     return isinstance(error, requests.RequestException | ConnectionError | TimeoutError)
 
 
-def call_mlflow(what: str, action: Callable[[], T], patience_s: float = PATIENCE_S) -> T:
+def call_mlflow(what: str, action: Callable[[], T], retry_s: float = RETRY_S) -> T:
     """The action's result; tried again with growing pauses while the server is away.
 
     Raises:
-        TrackingAwayError: naming `what`, after `patience_s`.
+        TrackingAwayError: naming `what`, `retry_s` after the first fault.
         TrackingError: at once, where trying again cannot help.
     """
-    deadline, pause = time.monotonic() + patience_s, 0.5
-    while True:
+
+    def attempt() -> T:  # the loop below logs and raises what this raises: without passwords
         try:
             return action()
         except (MlflowException, requests.RequestException, ConnectionError, TimeoutError) as error:
             shown = hide_passwords(str(error))[:500]
             if not is_passing(error):
                 raise TrackingError(f"MLflow refused {what}: {shown}") from error
-            if time.monotonic() + pause > deadline:
-                raise TrackingAwayError(f"MLflow did not take {what} within {patience_s:g} s: {shown}") from error
-            logger.warning("MLflow does not take %s; trying again in %.1f s", what, pause)
-        time.sleep(pause)
-        pause = min(2 * pause, 8.0)
+            raise TrackingAwayError(f"MLflow did not take {what} within {retry_s:g} s: {shown}") from error
+
+    return retry(attempt, what, retry_s=retry_s, transient=_is_away, backoff=_BACKOFF)
+
+
+def _is_away(error: Exception) -> bool:
+    return isinstance(error, TrackingAwayError)

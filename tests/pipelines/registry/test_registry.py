@@ -25,7 +25,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> MlflowRun:
     uri = f"sqlite:///{folder / 'mlflow.db'}"
     client = MlflowClient(uri)
     experiment_id = client.create_experiment("plain", artifact_location=f"file://{folder / 'artifacts'}")
-    opened = MlflowRun(uri, client.create_run(experiment_id).info.run_id, patience_s=0)
+    opened = MlflowRun(uri, client.create_run(experiment_id).info.run_id, retry_s=0)
     opened.set_tags({"manifest": "s3://data"})
     return opened
 

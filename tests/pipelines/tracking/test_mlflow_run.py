@@ -126,13 +126,13 @@ def test_a_call_outlasts_a_short_absence_and_names_a_long_one() -> None:
             raise answer
         return answer
 
-    assert call_mlflow("it", action, patience_s=5) == "here"
+    assert call_mlflow("it", action, retry_s=5) == "here"
     answers = iter([MlflowException("still away")] * 9)
     with pytest.raises(TrackingError, match="did not take the thing within 1 s: still away"):
-        call_mlflow("the thing", action, patience_s=1)
+        call_mlflow("the thing", action, retry_s=1)
     answers = iter([MlflowException.invalid_parameter_value("nonsense"), "never asked again"])
     with pytest.raises(TrackingError, match="refused the thing: nonsense"):
-        call_mlflow("the thing", action, patience_s=60)
+        call_mlflow("the thing", action, retry_s=60)
 
 
 def test_commit_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

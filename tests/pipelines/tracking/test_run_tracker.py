@@ -38,11 +38,11 @@ def request(training_id: str) -> RunRequest:
     return RunRequest("tracker", "a run", settings, tags, {"recipe.json": settings}, training_id, started_ms=1_700_000)
 
 
-def tracker_of(uri: str, folder: Path, training_id: str, patience_s: float = 30, **changes: Any) -> RunTracker:
+def tracker_of(uri: str, folder: Path, training_id: str, retry_s: float = 30, **changes: Any) -> RunTracker:
     def store(run_id: str) -> None:
         storage.write_json(RunFolder(str(folder)).record, {"mlflow_run_id": run_id})
 
-    options = {"run_id": None, "store_run_id": store, "patience_s": patience_s, **changes}
+    options = {"run_id": None, "store_run_id": store, "retry_s": retry_s, **changes}
     return RunTracker(uri, str(folder), request(training_id), **options)
 
 
@@ -78,7 +78,7 @@ def test_a_training_begins_without_the_server(
     (pictures / "one.png").write_bytes(b"png")
     server.kill()
     try:
-        tracker = tracker_of(server.uri, folder, "late", patience_s=0.2)
+        tracker = tracker_of(server.uri, folder, "late", retry_s=0.2)
         tracker.start()
         worker = MetricLogger(None, server.uri, str(folder))
         for step in range(1, 21):
@@ -157,7 +157,7 @@ def test_a_lost_answer_makes_no_second_run(server: Server, tmp_path: Path, monke
 
 
 def test_a_failing_artifact_store_is_waited_out(server: Server, tmp_path: Path) -> None:
-    tracker = tracker_of(server.uri, tmp_path, "store", patience_s=0.2)
+    tracker = tracker_of(server.uri, tmp_path, "store", retry_s=0.2)
     run_id = tracker.open()
     (folder,) = server.artifacts.glob(f"*/{run_id}/artifacts")
     (folder / "pictures").write_text("in the way: the server answers HTTP 500")
