@@ -1,5 +1,6 @@
-"""Checks of single settings, so that a wrong one is an error that names it and not a number that was cut or a TypeError
-from somewhere else.
+"""Checks of single settings.
+
+A wrong setting is an error that names it, and not a number that was cut or a TypeError from somewhere else.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ class MeteorProjector(nn.Module):
         self.output = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, hidden_MND: Tensor) -> Tensor:
+        """Tokens (M, N, D) of an encoder in the LLM's width, (M, N, C)."""
         projected: Tensor = self.output(F.gelu(self.input(hidden_MND)))
         return projected
 

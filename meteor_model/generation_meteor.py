@@ -31,7 +31,7 @@ UNMARKED = (
     "stage 3 finds no placeholder in inputs_embeds, so it drops nothing: say with image_mask (B, T) where the visual "
     "tokens are (all False for text alone)"
 )
-STACK = 4  # the caller of `generate`, below its two decorators
+STACK = 5  # the caller of `generate`, seen from a helper of it: its two decorators lie between
 
 
 class MeteorGenerationMixin(GenerationMixin):
@@ -54,7 +54,9 @@ class MeteorGenerationMixin(GenerationMixin):
             input_ids: torch.Tensor | None,
             pixel_values: torch.Tensor | None,
             inputs_embeds: torch.Tensor | None = None,
-        ) -> tuple[torch.Tensor, torch.Tensor]: ...
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            """Of the model."""
+            ...
 
     @accepts_either_cache_name
     @torch.no_grad()
@@ -90,49 +92,70 @@ class MeteorGenerationMixin(GenerationMixin):
                 `image_mask`.
         """
         input_ids = kwargs.pop("input_ids", inputs)
-        if self._generation_setting(kwargs, "prefill_chunk_size") is not None:
-            raise ValueError("prefill_chunk_size is not supported: stage 3 decides on the whole prompt at once")
-        if past_key_values is None and self._generation_setting(kwargs, "use_cache") is not False:
-            past_key_values = self.new_cache()
-            if past_key_values is None and self.config.pruning.decode.enabled:
-                warnings.warn(UNSOLVED, stacklevel=STACK)
-            implementation = self._generation_setting(kwargs, "cache_implementation")
-            if past_key_values is not None and implementation is not None:
-                raise ValueError(
-                    f"cache_implementation {implementation!r} is not supported: stage 3 needs a MeteorCache, whose "
-                    "upper layers are shorter; leave it out, or set pruning.decode.enabled to false"
-                )
+        cache = self._default_cache(kwargs) if past_key_values is None else past_key_values
         assisted = [name for name in ASSISTED if self._generation_setting(kwargs, name)]
-        if assisted and isinstance(past_key_values, MeteorCache):
-            raise ValueError(
-                f"{assisted[0]} is not supported: assisted decoding guesses tokens in the pass in which stage 3 "
-                "decides on the prompt; leave it out, or set pruning.decode.enabled to false"
-            )
+        self._check_settings(kwargs, cache, assisted)
         check_padding(kwargs.get("attention_mask"))
-        if past_key_values is not None:
-            kwargs[CACHE] = past_key_values
+        if cache is not None:
+            kwargs[CACHE] = cache
         if assisted:  # guessed tokens and prompt come in one pass, so ids and images go on as they are
             return super().generate(inputs=input_ids, pixel_values=pixel_values, **kwargs)
-        used = past_key_values.get_seq_length() if isinstance(past_key_values, Cache) else 0
+        used = cache.get_seq_length() if isinstance(cache, Cache) else 0
         if used and input_ids is not None:
             self._check_next_turn(input_ids, kwargs.get("attention_mask"), pixel_values, used)
             kwargs["input_ids"] = input_ids
         elif "image_mask" not in kwargs and (input_ids is not None or "inputs_embeds" in kwargs):
             # (A mask says that the embeddings with it hold their visual tokens.)
-            given = kwargs.pop("inputs_embeds", None)
-            embeds_BTC, is_image_BT = self.embed_prompts(input_ids, pixel_values, given)
-            if input_ids is None and isinstance(past_key_values, MeteorCache) and not bool(is_image_BT.any()):
-                warnings.warn(UNMARKED, stacklevel=STACK)
-            if self._generation_setting(kwargs, "is_assistant") and input_ids is not None:
-                # Transformers drops an assistant's embeddings and pixels, so its prompt goes into the cache here.
-                cache = DynamicCache(config=self.config.text_config)
-                self(inputs_embeds=embeds_BTC[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
-                return super().generate(input_ids=input_ids, **{**kwargs, CACHE: cache})
-            # Transformers caches whatever starts from inputs_embeds; without a cache every step gets the prompt again.
-            caches = input_ids is None or self._generation_setting(kwargs, "use_cache") is not False
-            name = "inputs_embeds" if caches else "prompt_embeds"
-            kwargs.update({"input_ids": input_ids, name: embeds_BTC, "image_mask": is_image_BT})
+            kwargs.update(self._embedded(input_ids, pixel_values, kwargs.pop("inputs_embeds", None), kwargs))
         return super().generate(**kwargs)
+
+    def _default_cache(self, kwargs: Mapping[str, Any]) -> MeteorCache | None:
+        """The cache of a call that brings none: one that prunes, where caching is on and stage 3 acts."""
+        if self._generation_setting(kwargs, "use_cache") is False:
+            return None
+        cache = self.new_cache()
+        if cache is None and self.config.pruning.decode.enabled:
+            warnings.warn(UNSOLVED, stacklevel=STACK)
+        return cache
+
+    def _check_settings(self, kwargs: Mapping[str, Any], cache: Any, assisted: Sequence[str]) -> None:
+        """Refuse what stage 3 cannot serve. Raises ValueError."""
+        if self._generation_setting(kwargs, "prefill_chunk_size") is not None:
+            raise ValueError("prefill_chunk_size is not supported: stage 3 decides on the whole prompt at once")
+        if not isinstance(cache, MeteorCache):
+            return
+        implementation = self._generation_setting(kwargs, "cache_implementation")
+        if implementation is not None:
+            raise ValueError(
+                f"cache_implementation {implementation!r} is not supported: stage 3 needs a MeteorCache, whose "
+                "upper layers are shorter; leave it out, or set pruning.decode.enabled to false"
+            )
+        if assisted:
+            raise ValueError(
+                f"{assisted[0]} is not supported: assisted decoding guesses tokens in the pass in which stage 3 "
+                "decides on the prompt; leave it out, or set pruning.decode.enabled to false"
+            )
+
+    def _embedded(
+        self,
+        input_ids: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        kwargs: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """The arguments for transformers' `generate` that stand for the prompt, its visual tokens in place."""
+        embeds_BTC, is_image_BT = self.embed_prompts(input_ids, pixel_values, inputs_embeds)
+        if input_ids is None and isinstance(kwargs.get(CACHE), MeteorCache) and not bool(is_image_BT.any()):
+            warnings.warn(UNMARKED, stacklevel=STACK)
+        if self._generation_setting(kwargs, "is_assistant") and input_ids is not None:
+            # Transformers drops an assistant's embeddings and pixels, so its prompt goes into the cache here.
+            cache = DynamicCache(config=self.config.text_config)
+            self(inputs_embeds=embeds_BTC[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            return {"input_ids": input_ids, CACHE: cache}
+        # Transformers caches whatever starts from inputs_embeds; without a cache every step gets the prompt again.
+        caches = input_ids is None or self._generation_setting(kwargs, "use_cache") is not False
+        name = "inputs_embeds" if caches else "prompt_embeds"
+        return {"input_ids": input_ids, name: embeds_BTC, "image_mask": is_image_BT}
 
     def _generation_setting(self, kwargs: Mapping[str, Any], name: str) -> Any:
         """A setting of `generate`, from where it is given: by name, in a generation configuration, in the model's."""

@@ -1,18 +1,58 @@
-"""What the model refuses before it runs, each with what to do about it.
+"""What the model is given: what it refuses before it runs, each with what to do about it; and images put into the text.
 
 Shapes are looked at for nothing. Values are read back to the host once a call, and not at all in a decode step.
 
-Legend: B samples, T tokens of this call, L all tokens so far, M images, S travelling size.
+Legend: B samples, T tokens of this call, L all tokens so far, M images, K visual tokens per image, C LLM width, S
+travelling size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedConfig
 
+from meteor_model.decoder.cache import MeteorCache
 from meteor_model.decoder.prompt import check_mask, check_not_empty
+
+
+def check_arguments(input_ids: Any, inputs_embeds: Any, labels: Any, logits_to_keep: Any, cache: Any) -> None:
+    """Arguments of `forward` that exclude one another.
+
+    Raises:
+        ValueError: for ids and embeddings at once or neither; for labels with a pruned decoder, or with part of the
+            logits.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    if labels is not None and isinstance(cache, MeteorCache):
+        raise ValueError("labels go with an unpruned decoder: stage 3 leaves no logits for dropped tokens")
+    if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+        raise ValueError("labels need the logits of every token: leave logits_to_keep out")
+
+
+def check_outputs(config: PreTrainedConfig, options: Mapping[str, Any]) -> None:
+    """Where stage 3 prunes, layers hold different tokens, so there is nothing to stack.
+
+    Args:
+        config: the decoder's, for what it gives by default.
+        options: arguments of the call.
+
+    Raises:
+        ValueError: naming the output that is asked for.
+    """
+    asked = []
+    for name in ("output_attentions", "output_hidden_states"):
+        given = options.get(name)
+        if getattr(config, name) if given is None else given:
+            asked.append(name)
+    if asked:
+        raise ValueError(
+            f"{asked} cannot be given where stage 3 prunes: layers hold different tokens. Pass "
+            "past_key_values=DynamicCache(), or set pruning.decode.enabled to false"
+        )
 
 
 def check_pixels(pixel_values: Any, *, empty: bool = False) -> None:
@@ -55,6 +95,12 @@ def check_placeholders(is_image_BT: torch.Tensor, num_images: int, per_image: in
             f"the batch has {sum(counts)} image placeholders ({counts} by sample), its {num_images} images give "
             f"{num_images * per_image} visual tokens ({per_image} each)"
         )
+
+
+def check_images(pixel_values: Any, is_image_BT: torch.Tensor, per_image: int) -> None:
+    """Images are a tensor, perhaps of none, and the text has room for them. Raises ValueError."""
+    check_pixels(pixel_values, empty=True)
+    check_placeholders(is_image_BT, len(pixel_values), per_image)
 
 
 def check_no_images(
@@ -115,3 +161,17 @@ def check_padding(attention_mask: Any) -> None:
                 f"sample {sample} of the batch is padded on the right, where new tokens go on: give the "
                 'processor padding_side="left"'
             )
+
+
+def at_least_one(pixel_values: torch.Tensor, size: int) -> torch.Tensor:
+    """The images, or one blank image where there is none: every rank of a distributed run runs every tower."""
+    return pixel_values if len(pixel_values) else pixel_values.new_zeros(1, 3, size, size)
+
+
+def scatter_visual(embeds_BTC: torch.Tensor, is_image_BT: torch.Tensor, visual_MKC: torch.Tensor) -> torch.Tensor:
+    """4. scatter: visual tokens in the place of the placeholders, in order.
+
+    Tokens of a blank image find no placeholder. They stay in the graph, with gradients of zero.
+    """
+    is_image_BTC = is_image_BT.to(embeds_BTC.device).unsqueeze(-1).expand_as(embeds_BTC)
+    return embeds_BTC.masked_scatter(is_image_BTC, visual_MKC.to(embeds_BTC))

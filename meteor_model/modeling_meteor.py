@@ -21,7 +21,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+from transformers.modeling_outputs import ModelOutput
 from transformers.utils.generic import can_return_tuple
+from typing_extensions import override
 
 from meteor_model.chat import IGNORE_INDEX
 from meteor_model.compat import CACHE, accepts_either_cache_name, cache_of
@@ -34,8 +36,18 @@ from meteor_model.encode import dense_maps, encode_pruned
 from meteor_model.encoders import VisionEncoder, build_encoder
 from meteor_model.fusion import MeteorProjector, concat_channels, concat_width, fuse_cooperatively
 from meteor_model.generation_meteor import MeteorGenerationMixin, position_ids_of
-from meteor_model.inputs import check_no_images, check_pixels, check_placeholders, check_tokens
-from meteor_model.outputs import MeteorImageFeatures, MeteorOutput, PruningStats
+from meteor_model.inputs import (
+    at_least_one,
+    check_arguments,
+    check_images,
+    check_no_images,
+    check_outputs,
+    check_pixels,
+    check_placeholders,
+    check_tokens,
+    scatter_visual,
+)
+from meteor_model.outputs import MeteorImageFeatures, MeteorOutput, PruningStats, with_decision
 from meteor_model.pretrained import MeteorPreTrainedModel
 from meteor_model.pruning import singular_values, spectrum_rank
 
@@ -72,18 +84,23 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
         llm_width = config.text_config.hidden_size
         return nn.ModuleDict({name: MeteorProjector(width, llm_width) for name, width in widths.items()})
 
+    @override
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
 
+    @override
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
 
+    @override
     def get_decoder(self) -> nn.Module:
         return self.language_model
 
+    @override
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
+    @override
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.lm_head = new_embeddings
 
@@ -119,24 +136,32 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
             (M, K, C) visual tokens in encoder order, then raster order; and what was kept.
         """
         check_pixels(pixel_values)
-        config = self.config
-        encode = config.pruning.encode
-        maps, kept = [], {}
+        maps, kept = self._encode(pixel_values)
+        visual_MKC, keep_MK = fuse_cooperatively(self._project(maps), self.config.tokens_per_image)
+        return visual_MKC, PruningStats(kept, dict(self.config.encoder_tokens), keep_MK)
+
+    def _encode(
+        self, pixel_values: torch.Tensor
+    ) -> tuple[dict[str, torch.Tensor], dict[str, tuple[torch.Tensor, ...]]]:
+        """1. encode: each tower's pruned map (M, N, D), and the positions that it kept at every boundary."""
+        settings = self.config.pruning.encode
+        maps, kept = {}, {}
         for name, encoder in self._towers():
             pixels = self._pixels_of(name, pixel_values)
-            budgets = config.encode_budgets[name]
+            budgets = self.config.encode_budgets[name]
             tokens, kept[name] = encode_pruned(
-                encoder, pixels, budgets, encode.first_deep_segment, encode.score_queries
+                encoder, pixels, budgets, settings.first_deep_segment, settings.score_queries
             )
-            maps.append(tokens.hidden)
+            maps[name] = tokens.hidden
+        return maps, kept
+
+    def _project(self, maps: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """2. project: maps in the LLM's width; one joint map where they are joined on the channels."""
+        config = self.config
         if config.fusion == "channel_concat":
             grids, folds = list(config.encoder_grids.values()), [item.fold for item in config.encoders]
-            visual_MKC = self.projectors[JOINT](concat_channels(maps, grids, folds, config.concat_grid))
-            keep_MK = torch.arange(visual_MKC.shape[1], device=visual_MKC.device).expand(len(visual_MKC), -1)
-        else:
-            projected = [self.projectors[name](hidden) for name, hidden in zip(kept, maps, strict=True)]
-            visual_MKC, keep_MK = fuse_cooperatively(projected, config.tokens_per_image)
-        return visual_MKC, PruningStats(kept, dict(config.encoder_tokens), keep_MK)
+            return [self.projectors[JOINT](concat_channels(list(maps.values()), grids, folds, config.concat_grid))]
+        return [self.projectors[name](hidden_MND) for name, hidden_MND in maps.items()]
 
     @torch.no_grad()
     def measure_ranks(self, pixel_values: torch.Tensor, estimators: tuple[str, ...]) -> dict[str, dict[str, Any]]:
@@ -163,31 +188,11 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
                 ranks[estimator][name] = torch.stack(values, dim=1).float().cpu().numpy()
         return ranks
 
-    def _scatter(
-        self, embeds_BTC: torch.Tensor, is_image_BT: torch.Tensor, pixel_values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None, PruningStats]:
-        """Visual tokens into the placeholders; the visual tokens; what was kept.
-
-        A batch without images runs the towers on a zero image, times 0, so that every rank of a distributed run
-        executes every module.
-        """
-        check_pixels(pixel_values, empty=True)
-        num_images = len(pixel_values)
-        check_placeholders(is_image_BT, num_images, self.config.tokens_per_image)
-        if num_images == 0:
-            size = self.config.image_size
-            features_MKC, stats = self.encode_images(pixel_values.new_zeros(1, 3, size, size))
-            return embeds_BTC + 0.0 * features_MKC.sum().to(embeds_BTC), None, stats
-        features_MKC, stats = self.encode_images(pixel_values)
-        visual_MKC = features_MKC.to(embeds_BTC)
-        is_image_BTC = is_image_BT.to(embeds_BTC.device).unsqueeze(-1).expand_as(embeds_BTC)
-        return embeds_BTC.masked_scatter(is_image_BTC, visual_MKC), visual_MKC, stats
-
     # ------------------------------------------------------------------------------------------------------- the model
 
     @accepts_either_cache_name
     @can_return_tuple
-    def forward(
+    def forward(  # noqa: PLR0913 (the arguments of transformers' models of this kind, and four of ours)
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -201,8 +206,6 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | float | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> MeteorOutput:
         """One pass.
@@ -210,7 +213,7 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
         Args:
             input_ids: (B, T) with `config.image_token_id` once per visual token.
             attention_mask: (B, T) of 0 and 1; padding on either side.
-            pixel_values: (M, 3, S, S) uint8, the images of all samples in order; M = 0 runs the towers on a dummy.
+            pixel_values: (M, 3, S, S) uint8, the images of all samples in order; M = 0 runs the towers on a blank one.
             labels: (B, T) token ids, -100 where not supervised.
             position_ids: (B, T); counted from the attention mask where None.
             past_key_values: a cache, also by the name `cache`. With a `MeteorCache`, stage 3 prunes at prefill.
@@ -220,89 +223,89 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
             use_cache: as in transformers; by default not in training.
             logits_to_keep: compute only the last so many logits (0: all), or those of these positions.
             num_items_in_batch: divisor of the summed loss; None: the supervised tokens of this batch.
-            output_attentions: also return the LLM's attention maps; its kernel must be "eager".
-            output_hidden_states: also return the LLM's hidden states.
-            kwargs: for the LLM's own forward.
+            kwargs: for the LLM's own forward: `output_hidden_states`, `output_attentions` (kernel "eager"), ...
 
         Raises:
             ValueError: where placeholders and visual tokens differ, naming the sample and both counts, also for ids of
                 images that did not come; for a mask of another shape than the tokens; for labels, hidden states or
                 attentions of a decoder that stage 3 prunes; for labels with `logits_to_keep`.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if labels is not None and isinstance(past_key_values, MeteorCache):
-            raise ValueError("labels go with an unpruned decoder: stage 3 leaves no logits for dropped tokens")
-        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
-            raise ValueError("labels need the logits of every token: leave logits_to_keep out")
+        check_arguments(input_ids, inputs_embeds, labels, logits_to_keep, past_key_values)
+        embeds_BTC, is_image_BT = self._embed(input_ids, inputs_embeds, prompt_embeds, image_mask)
+        check_tokens(embeds_BTC, attention_mask, past_key_values)
         visual_MKC, stats = None, None
-        if inputs_embeds is None:
-            assert input_ids is not None
-            image_mask = input_ids == self.config.image_token_id
-            if prompt_embeds is None:
-                inputs_embeds = self.get_input_embeddings()(input_ids)
-                if pixel_values is None:
-                    check_no_images(image_mask, self.config.tokens_per_image, labels, past_key_values)
-            else:
-                later_embeds = self.get_input_embeddings()(input_ids[:, prompt_embeds.shape[1] :])
-                inputs_embeds = torch.cat([prompt_embeds, later_embeds], dim=1)
-        check_tokens(inputs_embeds, attention_mask, past_key_values)
         if pixel_values is not None:
-            image_mask = self.placeholders_of(inputs_embeds) if image_mask is None else image_mask
-            inputs_embeds, visual_MKC, stats = self._scatter(inputs_embeds, image_mask, pixel_values)
-        if position_ids is None and attention_mask is not None:
-            position_ids = position_ids_of(attention_mask)[:, -inputs_embeds.shape[1] :]
-        config = self.config.text_config
-        wanted = {
-            "output_attentions": config.output_attentions if output_attentions is None else output_attentions,
-            "output_hidden_states": config.output_hidden_states
-            if output_hidden_states is None
-            else output_hidden_states,
-        }
-        if isinstance(past_key_values, MeteorCache):
-            if any(wanted.values()):
-                raise ValueError(
-                    f"{[name for name, on in wanted.items() if on]} cannot be given where stage 3 prunes: layers hold "
-                    "different tokens. Pass past_key_values=DynamicCache(), or set pruning.decode.enabled to false"
-                )
-            decoded = decode_pruned(
-                self.language_model,
-                inputs_embeds,
-                attention_mask,
-                position_ids,
-                image_mask,
-                past_key_values,
-                use_cache=use_cache is not False,
-            )
-            if stats is not None and decoded.decision is not None:
-                stats.decode = decoded.decision.kept_counts_B
-        else:
-            decoded = self.language_model(
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                use_cache=config.use_cache and not self.training if use_cache is None else use_cache,
-                **{CACHE: past_key_values},
-                **wanted,
-                **kwargs,
-            )
+            is_image_BT = self._placeholders(embeds_BTC) if is_image_BT is None else is_image_BT
+            check_images(pixel_values, is_image_BT, self.config.tokens_per_image)
+            features_MKC, stats = self.encode_images(at_least_one(pixel_values, self.config.image_size))
+            embeds_BTC = scatter_visual(embeds_BTC, is_image_BT, features_MKC)
+            visual_MKC = features_MKC[: len(pixel_values)]
+        elif is_image_BT is not None and inputs_embeds is None and prompt_embeds is None:  # bare ids
+            check_no_images(is_image_BT, self.config.tokens_per_image, labels, past_key_values)
+        decoded = self._decode(
+            embeds_BTC, attention_mask, position_ids, is_image_BT, past_key_values, use_cache, kwargs
+        )
         rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = softcap_logits(config, self.lm_head(decoded.last_hidden_state[:, rows]))
+        logits = softcap_logits(self.config.text_config, self.lm_head(decoded.last_hidden_state[:, rows]))
         return MeteorOutput(
             loss=None if labels is None else token_loss(logits, labels, num_items_in_batch),
             logits=logits,
             hidden_states=decoded.hidden_states,
             attentions=decoded.attentions,
             image_hidden_states=visual_MKC,
-            pruning_stats=stats,
+            pruning_stats=with_decision(stats, decoded),
             **{CACHE: cache_of(decoded)},
         )
 
-    def placeholders_of(self, embeds_BTC: torch.Tensor) -> torch.Tensor:
+    def _embed(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        image_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Embeddings (B, T, C) of the text, and where it has room for visual tokens (B, T); None where nobody says."""
+        if inputs_embeds is not None:
+            return inputs_embeds, image_mask
+        assert input_ids is not None, "check_arguments wants one of them"
+        done = 0 if prompt_embeds is None else prompt_embeds.shape[1]
+        embeds_BTC = self.get_input_embeddings()(input_ids[:, done:])
+        if prompt_embeds is not None:
+            embeds_BTC = torch.cat([prompt_embeds, embeds_BTC], dim=1)
+        return embeds_BTC, input_ids == self.config.image_token_id
+
+    def _placeholders(self, embeds_BTC: torch.Tensor) -> torch.Tensor:
         """Where embedded text (B, T, C) holds the placeholder's embedding, (B, T) bool."""
         token = torch.tensor(self.config.image_token_id, device=embeds_BTC.device)
         is_image_BT: torch.Tensor = (embeds_BTC == self.get_input_embeddings()(token)).all(dim=-1)
         return is_image_BT
+
+    def _decode(
+        self,
+        embeds_BTC: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        is_image_BT: torch.Tensor | None,
+        cache: Any,
+        use_cache: bool | None,
+        options: Mapping[str, Any],
+    ) -> ModelOutput:
+        """5. decode: the LLM; with stage 3 where the cache carries it."""
+        config = self.config.text_config
+        if position_ids is None and attention_mask is not None:
+            position_ids = position_ids_of(attention_mask)[:, -embeds_BTC.shape[1] :]
+        if isinstance(cache, MeteorCache):
+            check_outputs(config, options)
+            prompt = (embeds_BTC, attention_mask, position_ids, is_image_BT)
+            return decode_pruned(self.language_model, *prompt, cache, use_cache=use_cache is not False)
+        return self.language_model(
+            inputs_embeds=embeds_BTC,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=config.use_cache and not self.training if use_cache is None else use_cache,
+            **{CACHE: cache},
+            **options,
+        )
 
     def embed_prompts(
         self,
@@ -321,13 +324,15 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
         Raises:
             ValueError: where placeholders and visual tokens differ, naming the sample and both counts.
         """
-        embeds_BTC = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        embeds_BTC, is_image_BT = self._embed(input_ids, inputs_embeds)
         check_not_empty(embeds_BTC)
+        if is_image_BT is None:
+            is_image_BT = self._placeholders(embeds_BTC)
         if pixel_values is not None:
             check_pixels(pixel_values, empty=True)
-        is_image_BT = self.placeholders_of(embeds_BTC) if input_ids is None else input_ids == self.config.image_token_id
         if pixel_values is not None and len(pixel_values):
-            embeds_BTC, _, _ = self._scatter(embeds_BTC, is_image_BT, pixel_values)
+            check_images(pixel_values, is_image_BT, self.config.tokens_per_image)
+            embeds_BTC = scatter_visual(embeds_BTC, is_image_BT, self.encode_images(pixel_values)[0])
         elif inputs_embeds is None:
             check_placeholders(is_image_BT, 0, self.config.tokens_per_image)
         return embeds_BTC, is_image_BT
@@ -348,11 +353,6 @@ def token_loss(
     if num_items_in_batch is None:
         num_items_in_batch = (shifted_BT != IGNORE_INDEX).sum().clamp_min(1)
     return total / num_items_in_batch
-
-
-def supervised_tokens(labels_BT: torch.Tensor) -> int:
-    """Tokens of a batch that `token_loss` counts."""
-    return int((labels_BT[:, 1:] != IGNORE_INDEX).sum())
 
 
 AutoConfig.register(MeteorConfig.model_type, MeteorConfig, exist_ok=True)

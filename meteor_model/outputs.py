@@ -5,7 +5,7 @@ Legend: B samples, M images of the batch, K visual tokens per image, T sequence 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,12 @@ class PruningStats:
         if self.decode is not None:
             metrics["visual_tokens/decode/kept_mean"] = self.decode.float().mean().item()
         return metrics
+
+
+def with_decision(stats: PruningStats | None, decoded: Any) -> PruningStats | None:
+    """What all stages kept: of stages 1 and 2, with what stage 3 decided where `decoded` says so."""
+    decision = getattr(decoded, "decision", None)
+    return stats if stats is None or decision is None else replace(stats, decode=decision.kept_counts_B)
 
 
 class _TensorTuple(ModelOutput):

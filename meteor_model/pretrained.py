@@ -19,7 +19,7 @@ NAMED_TENSORS = 8  # of each kind in an error
 
 
 class CheckpointLayoutError(ValueError, RuntimeError):
-    """A checkpoint whose tensors are not the model's. (Transformers raises a RuntimeError for shapes.)"""
+    """A checkpoint whose tensors are not the model's. Transformers raises a RuntimeError for shapes."""
 
 
 class MeteorPreTrainedModel(PreTrainedModel):

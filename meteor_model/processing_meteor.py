@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
+from typing_extensions import override
 
 from meteor_model.chat import (
     IGNORE_INDEX,
@@ -222,6 +223,7 @@ class MeteorProcessor(ProcessorMixin):
             rows.append(self.encode(placed, len(group), **options, max_length=max_length))
         return self._batch(rows, groups, padding, padding_side, max_length, return_tensors)
 
+    @override
     def apply_chat_template(
         self,
         conversation: Messages | Sequence[Messages],

@@ -168,6 +168,8 @@ def absorbed_prefix_attention(
         query_BHd: the query of CLS, its bias included.
         hidden_BTD: what the key layer would be given, the P prefix tokens first.
         key_weight: (H * d, D), rows by head.
+        scaling: of the logits.
+        num_prefix: P.
     """
     weight_HdD = key_weight.unflatten(0, (query_BHd.shape[1], -1)).float()
     absorbed_BHD = torch.einsum("bhd,hde->bhe", query_BHd.float() * scaling, weight_HdD)
@@ -207,13 +209,6 @@ def received_attention(
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _spectrum(hidden_BND: Tensor) -> Tensor:
-    """Singular values (B, min(N, D)), fp32, largest first, of each map. Raises ValueError on non-finite features."""
-    hidden_BND = hidden_BND.detach().float()
-    _refuse_infinite(hidden_BND)
-    return torch.linalg.svdvals(hidden_BND)
-
-
 @in_full_precision
 def singular_values(hidden_BND: Tensor) -> Tensor:
     """Singular values (B, min(N, D)), float64, largest first, of each map: much faster than its SVD.
@@ -225,23 +220,24 @@ def singular_values(hidden_BND: Tensor) -> Tensor:
     Raises ValueError on non-finite features.
     """
     hidden_BND = hidden_BND.detach().double()
-    _refuse_infinite(hidden_BND)
+    if not bool(torch.isfinite(hidden_BND).all()):
+        raise ValueError("the feature map has NaN or infinite values, so it has no rank")
     turned_BDN = hidden_BND.transpose(1, 2)
     tokens, width = hidden_BND.shape[1:]
     moment_BRR = torch.bmm(turned_BDN, hidden_BND) if width <= tokens else torch.bmm(hidden_BND, turned_BDN)
     return torch.linalg.eigvalsh(moment_BRR).clamp_min(0).flip(-1).sqrt()
 
 
-def _refuse_infinite(hidden_BND: Tensor) -> None:
-    if not bool(torch.isfinite(hidden_BND).all()):
-        raise ValueError("the feature map has NaN or infinite values, so it has no rank")
-
-
-def _numerical(spectrum_BR: Tensor, rtol: float = 1e-3) -> Tensor:
+def numerical_rank(spectrum_BR: Tensor, rtol: float = 1e-3) -> Tensor:
+    """Number of singular values above `rtol` times the largest. (B,) fp32; a zero map has rank 0."""
     return (spectrum_BR > rtol * spectrum_BR[:, :1]).sum(dim=-1).float()
 
 
-def _energy(spectrum_BR: Tensor, tau: float = 0.99) -> Tensor:
+def energy_rank(spectrum_BR: Tensor, tau: float = 0.99) -> Tensor:
+    """Smallest r whose r largest squared singular values hold at least the share `tau` of them all. (B,) fp32.
+
+    A zero map has rank 0. Raises ValueError when `tau` is outside (0, 1].
+    """
     if not 0 < tau <= 1:
         raise ValueError(f"the energy share tau must be in (0, 1], not {tau}")
     energy_BR = spectrum_BR.double().square()
@@ -252,30 +248,13 @@ def _energy(spectrum_BR: Tensor, tau: float = 0.99) -> Tensor:
     return ((before_BR < tau * total_B1) & (energy_BR > 0)).sum(dim=-1).float()
 
 
-def _effective(spectrum_BR: Tensor) -> Tensor:
+def effective_rank(spectrum_BR: Tensor) -> Tensor:
+    """Exp of the entropy of the singular values normalised to sum 1 (Roy & Vetterli, 2007). (B,) fp32; zero map: 0."""
     spectrum_BR = spectrum_BR.double()
     total_B1 = spectrum_BR.sum(dim=-1, keepdim=True)
     share_BR = spectrum_BR / torch.where(total_B1 > 0, total_B1, torch.ones_like(total_B1))
     entropy_B = -torch.xlogy(share_BR, share_BR).sum(dim=-1)
     return torch.where(total_B1[:, 0] > 0, entropy_B.exp(), torch.zeros_like(entropy_B)).float()
-
-
-def numerical_rank(hidden_BND: Tensor, rtol: float = 1e-3) -> Tensor:
-    """Number of singular values above `rtol` times the largest. (B,) fp32; a zero map has rank 0."""
-    return _numerical(_spectrum(hidden_BND), rtol)
-
-
-def energy_rank(hidden_BND: Tensor, tau: float = 0.99) -> Tensor:
-    """Smallest r whose r largest squared singular values hold at least the share `tau` of them all. (B,) fp32.
-
-    A zero map has rank 0. Raises ValueError when `tau` is outside (0, 1].
-    """
-    return _energy(_spectrum(hidden_BND), tau)
-
-
-def effective_rank(hidden_BND: Tensor) -> Tensor:
-    """Exp of the entropy of the singular values normalised to sum 1 (Roy & Vetterli, 2007). (B,) fp32; zero map: 0."""
-    return _effective(_spectrum(hidden_BND))
 
 
 RANK_ESTIMATORS: dict[str, Callable[..., Tensor]] = {
@@ -284,33 +263,18 @@ RANK_ESTIMATORS: dict[str, Callable[..., Tensor]] = {
     "effective": effective_rank,
 }
 
-_SPECTRUM_RANKS: dict[str, Callable[..., Tensor]] = {
-    "numerical": _numerical,
-    "energy": _energy,
-    "effective": _effective,
-}
 
+def spectrum_rank(spectrum_BR: Tensor, estimator: str, **options: float) -> Tensor:
+    """Rank (B,) fp32 of maps from their singular values (B, R), largest first, by the named estimator.
 
-def _known_estimator(estimator: str) -> str:
-    if estimator not in RANK_ESTIMATORS:
-        hint = nearest(estimator, RANK_ESTIMATORS)
-        raise ValueError(f"unknown rank estimator {estimator!r}, choose one of {sorted(RANK_ESTIMATORS)}{hint}")
-    return estimator
-
-
-def feature_rank(hidden_BND: Tensor, estimator: str, **options: float) -> Tensor:
-    """Rank (B,) fp32 of each map by the named estimator; `options` are that estimator's own (`rtol`, `tau`).
+    One decomposition serves every estimator; `options` are the estimator's own (`rtol`, `tau`).
 
     Raises ValueError for an unknown estimator, naming the nearest one.
     """
-    return RANK_ESTIMATORS[_known_estimator(estimator)](hidden_BND, **options)
-
-
-def spectrum_rank(spectrum_BR: Tensor, estimator: str, **options: float) -> Tensor:
-    """`feature_rank` of maps whose singular values (B, R), largest first, are known: one decomposition serves every
-    estimator.
-    """
-    return _SPECTRUM_RANKS[_known_estimator(estimator)](spectrum_BR, **options)
+    if estimator not in RANK_ESTIMATORS:
+        hint = nearest(estimator, RANK_ESTIMATORS)
+        raise ValueError(f"unknown rank estimator {estimator!r}, choose one of {sorted(RANK_ESTIMATORS)}{hint}")
+    return RANK_ESTIMATORS[estimator](spectrum_BR, **options)
 
 
 def _budget_weights(ranks: Sequence[float], exponent: float) -> list[Fraction]:

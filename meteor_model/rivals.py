@@ -46,8 +46,9 @@ class LayerPruner(Protocol):
 
 @dataclass(frozen=True)
 class FastV:
-    """FastV (arXiv 2403.06764): after `layer` layers the `keep` visual tokens stay that the last token attends to most,
-    heads averaged.
+    """FastV (arXiv 2403.06764).
+
+    After `layer` layers the `keep` visual tokens stay that the last token attends to most, heads averaged.
     """
 
     layer: int = 2
@@ -61,9 +62,11 @@ class FastV:
 
     @property
     def schedule(self) -> tuple[tuple[int, int], ...]:
+        """One pruning."""
         return ((self.layer, self.keep),)
 
     def scores(self, attention_BHTT: Tensor, visual_BT: Tensor) -> Tensor:
+        """The last token's attention, heads averaged."""
         return attention_BHTT.float().mean(dim=1)[:, -1]
 
 

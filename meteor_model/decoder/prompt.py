@@ -29,6 +29,7 @@ class Prompt:
 
     @property
     def seen_BT(self) -> Tensor | None:
+        """Which columns hold a token, for masks; None where none is padding."""
         return self.attended_BT if self.padded else None
 
 
@@ -90,12 +91,14 @@ def places(seen_BL: Tensor | None, length: int, like: Tensor) -> Tensor:
 
 
 def check_not_empty(embeds_BTC: Tensor) -> None:
+    """There is a sample, and it has a token. Raises ValueError."""
     if 0 in embeds_BTC.shape[:2]:
         samples, tokens = embeds_BTC.shape[:2]
         raise ValueError(f"{samples} samples of {tokens} tokens: a prompt needs at least one token")
 
 
 def check_mask(embeds_BQC: Tensor, attention_mask_BL: Tensor, past_length: int) -> None:
+    """A mask covers the cached tokens and the new ones. Raises ValueError, naming both shapes."""
     shape = (embeds_BQC.shape[0], past_length + embeds_BQC.shape[1])
     if tuple(attention_mask_BL.shape) != shape:
         raise ValueError(

@@ -40,6 +40,7 @@ class KeyTap:
         self.keys: Tensor | None = None
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """What a layer calls; the keys and values go back as they came."""
         self.keys = keys
         return keys, values
 
@@ -79,6 +80,11 @@ def visual_attention_by_head(
     Which heads stage 3 listens to is `meteor_model.pruning.select_heads` of layer `settings.layer - 1`.
 
     Args:
+        language_model: a bare decoder, as in `decode_pruned`.
+        inputs_embeds_BTC: embeddings of the prompts, visual tokens in place.
+        attention_mask_BT: 0 and 1; None where nothing is padded.
+        position_ids_BT: None counts from 0.
+        visual_mask_BT: which tokens are visual.
         query: which text token asks, as in `DecodePruning`.
         layers: counted from 0; None is all of them. The layers above the last one are not run.
 
@@ -108,6 +114,7 @@ def run_layers(
     position_ids_BQ: Tensor | None,
     cache: MeteorCache | KeyTap | None,
 ) -> Tensor:
+    """Some of the decoder's layers on hidden states (B, Q, C), each with its kind of mask and rotary embedding."""
     for index in layers:
         hidden_BQC = language_model.layers[index](
             hidden_BQC,
@@ -192,6 +199,7 @@ def _listen(
 
 
 def refuse_nan(count: int, samples: int) -> None:
+    """Raise ValueError where the attention of `count` samples is NaN."""
     if count:
         raise ValueError(
             f"the attention on visual tokens is NaN in {count} of {samples} samples: the embeddings or the LLM's "

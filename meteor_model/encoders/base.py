@@ -98,6 +98,8 @@ class VisionEncoder(nn.Module, ABC):
     #: Channel mean and standard deviation of the pixels in [0, 1].
     mean: tuple[float, float, float] = HALF_MEAN
     std: tuple[float, float, float] = HALF_STD
+    #: The library's module, whole; weights are loaded into it by its own names.
+    tower: Any
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
+from typing_extensions import override
 
 from meteor_model.encoders.base import OPENAI_MEAN, OPENAI_STD
 from meteor_model.encoders.transformers_vit import TransformersVit
@@ -16,5 +17,6 @@ class ClipEncoder(TransformersVit):
     num_prefix_tokens = 1
     mean, std = OPENAI_MEAN, OPENAI_STD
 
+    @override
     def embed(self, pixels_MCRR: torch.Tensor) -> torch.Tensor:
         return self.tower.pre_layrnorm(super().embed(pixels_MCRR))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 from transformers import ConvNextConfig, ConvNextModel
+from typing_extensions import override
 
 from meteor_model.encoders.base import (
     IMAGENET_MEAN,
@@ -29,21 +30,25 @@ class ConvNextEncoder(VisionEncoder):
         self.tower = ConvNextModel(library_config(config, ConvNextConfig))
 
     @classmethod
+    @override
     def grid_size(cls, config: EncoderConfig) -> tuple[int, int]:
         tower = library_config(config, ConvNextConfig)
         return square_grid(config, tower.patch_size * 2 ** (tower.num_stages - 1))
 
     @classmethod
+    @override
     def num_blocks(cls, config: EncoderConfig) -> int:
         tower = library_config(config, ConvNextConfig)
         return sum(tower.depths) + 2 * (tower.num_stages - 1)  # a stage but the first starts with a norm and a conv
 
     @property
+    @override
     def embed_dim(self) -> int:
         width: int = self.tower.config.hidden_sizes[-1]
         return width
 
     @property
+    @override
     def blocks(self) -> Sequence[nn.Module]:
         stages = self.tower.encoder.stages
         return [layer for stage in stages for layer in (*stage.downsampling_layer, *stage.layers)]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+from typing_extensions import override
 
 from meteor_model.encoders.base import IMAGENET_MEAN, IMAGENET_STD, EncoderConfig, ScoreProjections
 from meteor_model.encoders.transformers_vit import TransformersVit
@@ -20,6 +21,7 @@ class Dinov2Encoder(TransformersVit):
     mean, std = IMAGENET_MEAN, IMAGENET_STD
 
     @property
+    @override
     def blocks(self) -> Sequence[nn.Module]:
         return self.tower.encoder.layer
 
@@ -27,13 +29,16 @@ class Dinov2Encoder(TransformersVit):
         """The library interpolates positions wherever the size is not the tower's own."""
         return self.tower.embeddings(pixels_MCRR)
 
+    @override
     def run_block(self, index: int, hidden_MTD: torch.Tensor, positions_MN: torch.Tensor) -> torch.Tensor:
         output: torch.Tensor = self.blocks[index](hidden_MTD)
         return output
 
+    @override
     def finish(self, hidden_MTD: torch.Tensor, positions_MN: torch.Tensor) -> torch.Tensor:
         return self.tower.layernorm(hidden_MTD)
 
+    @override
     def score_projections(self, index: int) -> ScoreProjections:
         block, settings = self.tower.encoder.layer[index], self.tower.config
         layers = dict(block.attention.named_modules())  # transformers 5.17 nests and names them otherwise

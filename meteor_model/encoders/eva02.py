@@ -19,6 +19,7 @@ from timm.layers import apply_rot_embed_cat
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from meteor_model.encoders.base import OPENAI_MEAN, OPENAI_STD, EncoderConfig, VisionEncoder, square_grid
 from meteor_model.encoders.windows import (
@@ -160,6 +161,7 @@ class Eva02Encoder(_EvaEncoder):
         # A static model is what timm builds, with its rotations stored; at another size timm computes them as it runs.
         self.tower = Eva(**{**arguments, "dynamic_img_size": config.image_size != arguments["img_size"]})
 
+    @override
     def embed(self, pixels_MCRR: Tensor) -> Tensor:
         hidden, _ = self.tower._pos_embed(self.tower.patch_embed(pixels_MCRR))
         return self.tower.norm_pre(hidden)
@@ -168,10 +170,12 @@ class Eva02Encoder(_EvaEncoder):
         table_NC = self.tower.rope.get_embed(shape=self.grid)
         return _rope_of(table_NC, positions_MN, positions_MN.shape[1] == math.prod(self.grid))
 
+    @override
     def run_block(self, index: int, hidden_MTD: Tensor, positions_MN: Tensor) -> Tensor:
         output: Tensor = self.blocks[index](hidden_MTD, rope=self._rope(positions_MN))
         return output
 
+    @override
     def finish(self, hidden_MTD: Tensor, positions_MN: Tensor) -> Tensor:
         return self.tower.norm(hidden_MTD)
 
@@ -248,10 +252,12 @@ class Eva02DetEncoder(_EvaEncoder):
         return window, tuple(sorted(set(chosen)))
 
     @classmethod
+    @override
     def grid_size(cls, config: EncoderConfig) -> tuple[int, int]:
         cls._layout(config)  # refuses an impossible one
         return super().grid_size(config)
 
+    @override
     def embed(self, pixels_MCRR: Tensor) -> Tensor:
         tower = self.tower
         hidden_MND = tower.patch_embed(pixels_MCRR).flatten(1, 2)
@@ -280,6 +286,7 @@ class Eva02DetEncoder(_EvaEncoder):
         layout = window_layout(positions_MN, self.grid, window)
         return _Places(global_rope, window_rope, layout, None if fits else window**2 - rows_MN * columns_MN)
 
+    @override
     def run_block(self, index: int, hidden_MTD: Tensor, positions_MN: Tensor) -> Tensor:
         block, places = self.tower.blocks[index], self._known(positions_MN, self._places)
         if index in self.global_blocks:

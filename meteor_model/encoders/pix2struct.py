@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 from transformers import Pix2StructVisionConfig, Pix2StructVisionModel
+from typing_extensions import override
 
 from meteor_model.encoders.base import (
     EncoderConfig,
@@ -39,6 +40,7 @@ class Pix2StructEncoder(VisionEncoder):
         return side
 
     @classmethod
+    @override
     def grid_size(cls, config: EncoderConfig) -> tuple[int, int]:
         rows, columns = square_grid(config, cls._patch_size(config))
         table = library_config(config, Pix2StructVisionConfig).seq_len
@@ -50,14 +52,17 @@ class Pix2StructEncoder(VisionEncoder):
         return rows, columns
 
     @classmethod
+    @override
     def num_blocks(cls, config: EncoderConfig) -> int:
         return library_config(config, Pix2StructVisionConfig).num_hidden_layers
 
     @property
+    @override
     def embed_dim(self) -> int:
         return self.tower.config.hidden_size
 
     @property
+    @override
     def blocks(self) -> Sequence[nn.Module]:
         return self.tower.encoder.layer
 
@@ -76,6 +81,7 @@ class Pix2StructEncoder(VisionEncoder):
         index_N2 = torch.stack([cells_N // columns + 1, cells_N % columns + 1], dim=-1).to(torch.float32)
         return torch.cat([index_N2.expand(len(patches_MNE), -1, -1), patches_MNE.float()], dim=-1)
 
+    @override
     def embed(self, pixels_MCRR: torch.Tensor) -> torch.Tensor:
         embeddings = self.tower.embeddings
         flattened = self.flatten_patches(pixels_MCRR)
@@ -86,13 +92,16 @@ class Pix2StructEncoder(VisionEncoder):
         hidden = embeddings.patch_projection(flattened[..., 2:].to(pixels_MCRR.dtype))
         return embeddings.dropout(hidden + embeddings.row_embedder(row_MN) + embeddings.column_embedder(column_MN))
 
+    @override
     def run_block(self, index: int, hidden_MTD: torch.Tensor, positions_MN: torch.Tensor) -> torch.Tensor:
         output: torch.Tensor = self.blocks[index](hidden_MTD, None)[0]
         return output
 
+    @override
     def finish(self, hidden_MTD: torch.Tensor, positions_MN: torch.Tensor) -> torch.Tensor:
         return self.tower.layernorm(hidden_MTD)
 
+    @override
     def score_projections(self, index: int) -> ScoreProjections:
         block = self.tower.encoder.layer[index]
         attention = block.attention

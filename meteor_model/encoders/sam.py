@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import SamVisionConfig, SamVisionModel
 from transformers.models.sam.modeling_sam import SamVisionAttention
+from typing_extensions import override
 
 from meteor_model.encoders.base import (
     IMAGENET_MEAN,
@@ -79,18 +80,22 @@ class SamEncoder(VisionEncoder):
         return library_config(replace(config, tower=tower), SamVisionConfig)
 
     @classmethod
+    @override
     def grid_size(cls, config: EncoderConfig) -> tuple[int, int]:
         return square_grid(config, cls._library_config(config).patch_size)
 
     @classmethod
+    @override
     def num_blocks(cls, config: EncoderConfig) -> int:
         return cls._library_config(config).num_hidden_layers
 
     @property
+    @override
     def embed_dim(self) -> int:
         return self.tower.config.output_channels
 
     @property
+    @override
     def blocks(self) -> Sequence[nn.Module]:
         return self.tower.vision_encoder.layers
 
@@ -110,6 +115,7 @@ class SamEncoder(VisionEncoder):
     def _all_present(self, positions_MN: Tensor) -> bool:
         return positions_MN.shape[1] == math.prod(self.grid)
 
+    @override
     def run_block(self, index: int, hidden_MTD: Tensor, positions_MN: Tensor) -> Tensor:
         layer = self.tower.vision_encoder.layers[index]
         if self._all_present(positions_MN):

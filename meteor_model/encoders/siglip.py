@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from transformers import Siglip2VisionConfig, Siglip2VisionModel, SiglipVisionConfig, SiglipVisionModel
+from typing_extensions import override
 
 from meteor_model.encoders.base import flatten_patches
 from meteor_model.encoders.transformers_vit import TransformersVit
@@ -17,6 +18,7 @@ class SiglipEncoder(TransformersVit):
     config_class, model = SiglipVisionConfig, SiglipVisionModel
     defaults: ClassVar[dict[str, Any]] = {"vision_use_head": False}
 
+    @override
     def finish(self, hidden_MTD: torch.Tensor, positions_MN: torch.Tensor) -> torch.Tensor:
         return self.tower.post_layernorm(hidden_MTD)
 
@@ -26,6 +28,7 @@ class Siglip2Encoder(SiglipEncoder):
 
     config_class, model = Siglip2VisionConfig, Siglip2VisionModel
 
+    @override
     def embed(self, pixels_MCRR: torch.Tensor) -> torch.Tensor:
         embeddings = self.tower.embeddings
         rows, columns = self.grid

@@ -15,6 +15,7 @@ import timm
 import torch
 from timm.models.convnext import ConvNeXtStage
 from torch import nn
+from typing_extensions import override
 
 from meteor_model.encoders.base import EncoderConfig, VisionEncoder, square_grid
 
@@ -22,8 +23,10 @@ OWN_SETTINGS = ("model_name", "stage")
 
 
 class Chain(NamedTuple):
-    """The net up to the chosen feature map as a chain of modules, by name; a module that works in place is in the link
-    of the one before it, since a link alone may be recomputed from its input.
+    """The net up to the chosen feature map as a chain of modules, by name.
+
+    A module that works in place is in the link of the one before it, since a link alone may be recomputed from its
+    input.
     """
 
     links: tuple[tuple[str, ...], ...]
@@ -114,21 +117,26 @@ class TimmConvEncoder(VisionEncoder):
             raise ValueError(f"encoder {config.name!r}: cannot build {config.tower} as a chain: {error}") from error
 
     @classmethod
+    @override
     def grid_size(cls, config: EncoderConfig) -> tuple[int, int]:
         return square_grid(config, cls._chain(config).stride)
 
     @classmethod
+    @override
     def num_blocks(cls, config: EncoderConfig) -> int:
         return len(cls._chain(config).links) - 1
 
     @property
+    @override
     def embed_dim(self) -> int:
         return self.chain.width
 
     @property
+    @override
     def blocks(self) -> Sequence[nn.Module]:
         return [self.tower.get_submodule(link[0]) for link in self.chain.links[1:]]
 
+    @override
     def train(self, mode: bool = True) -> TimmConvEncoder:
         super().train(mode)
         for module in self.tower.modules():
@@ -140,6 +148,7 @@ class TimmConvEncoder(VisionEncoder):
         """The first module: (M, 3, R, R) -> a feature map, not yet a row of tokens."""
         return _run(self.tower, self.chain.links[0], pixels_MCRR)
 
+    @override
     def run_block(self, index: int, hidden_MTD: torch.Tensor, positions_MN: torch.Tensor) -> torch.Tensor:
         return _run(self.tower, self.chain.links[index + 1], hidden_MTD)
 

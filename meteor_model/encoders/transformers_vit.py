@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from typing_extensions import override
 
 from meteor_model.encoders.base import EncoderConfig, ScoreProjections, VisionEncoder, library_config, square_grid
 
@@ -35,20 +36,24 @@ class TransformersVit(VisionEncoder):
         return library_config(config, cls.config_class, **cls.defaults)
 
     @classmethod
+    @override
     def grid_size(cls, config: EncoderConfig) -> tuple[int, int]:
         return square_grid(config, cls.library_config(config).patch_size)
 
     @classmethod
+    @override
     def num_blocks(cls, config: EncoderConfig) -> int:
         count: int = cls.library_config(config).num_hidden_layers
         return count
 
     @property
+    @override
     def embed_dim(self) -> int:
         width: int = self.tower.config.hidden_size
         return width
 
     @property
+    @override
     def blocks(self) -> Sequence[nn.Module]:
         return self.tower.encoder.layers
 
@@ -57,10 +62,12 @@ class TransformersVit(VisionEncoder):
         native = self.tower.config.image_size
         return self.tower.embeddings(pixels_MCRR, interpolate_pos_encoding=self.config.image_size != native)
 
+    @override
     def run_block(self, index: int, hidden_MTD: torch.Tensor, positions_MN: torch.Tensor) -> torch.Tensor:
         output: torch.Tensor = self.blocks[index](hidden_MTD, attention_mask=None)
         return output
 
+    @override
     def score_projections(self, index: int) -> ScoreProjections:
         block = self.tower.encoder.layers[index]
         attention = block.self_attn

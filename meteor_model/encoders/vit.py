@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 from transformers import ViTConfig, ViTModel
+from typing_extensions import override
 
 from meteor_model.encoders.base import ScoreProjections
 from meteor_model.encoders.transformers_vit import TransformersVit
@@ -20,12 +21,15 @@ class VitEncoder(TransformersVit):
     num_prefix_tokens = 1
 
     @property
+    @override
     def blocks(self) -> Sequence[nn.Module]:
         return self.tower.layers
 
+    @override
     def finish(self, hidden_MTD: torch.Tensor, positions_MN: torch.Tensor) -> torch.Tensor:
         return self.tower.layernorm(hidden_MTD)
 
+    @override
     def score_projections(self, index: int) -> ScoreProjections:
         block = self.tower.layers[index]
         attention = block.attention

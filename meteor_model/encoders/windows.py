@@ -80,6 +80,7 @@ class Memo(Generic[T]):
         self._last: tuple[Tensor, T] | None = None
 
     def __call__(self, positions_MN: Tensor, compute: Callable[[Tensor], T]) -> T:
+        """The result for these kept cells, computed where they are not the last ones."""
         if torch.compiler.is_compiling():
             return compute(positions_MN)
         last = self._last

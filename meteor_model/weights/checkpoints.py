@@ -116,8 +116,10 @@ def source_file(source: Source, name: str) -> Path | None:
 
 
 def _fetched(source: Source, name: str, required: bool) -> Path | None:
-    """A file of a hub repository, from the cache or the hub. Without the network the library cannot tell a file that
-    the repository lacks from one that is not cached; with `required` either is an error in the library's words.
+    """A file of a hub repository, from the cache or the hub.
+
+    Without the network the library cannot tell a file that the repository lacks from one that is not cached; with
+    `required` either is an error in the library's words.
     """
     try:
         found = cached_file(

@@ -1,5 +1,7 @@
-"""From the names of a checkpoint to those of a part: the libraries' own loaders and filters, and what each family holds
-beside its tower. Nothing is judged here: what did not fit is listed in `Read`.
+"""From the names of a checkpoint to those of a part.
+
+The libraries' own loaders and filters do it; what each family's checkpoints hold beside the tower is listed here.
+Nothing is judged: what did not fit is listed in `Read`.
 """
 
 from __future__ import annotations
@@ -92,8 +94,9 @@ def stored_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
 def read_with_transformers(
     kind: type[PreTrainedModel], config: PreTrainedConfig, tensors: StateDict, arguments: Mapping[str, Any]
 ) -> Read:
-    """The library's own loader maps the names (old ones, and those of larger models) and initialises nothing here that
-    is kept: whatever it could not fill is reported.
+    """A checkpoint as transformers' own loader maps its names: old ones, and those of larger models.
+
+    Nothing that the loader initialises is kept: whatever it could not fill is reported.
     """
     stored = stored_dtype(tensors)
     with quiet():
@@ -125,6 +128,7 @@ def own_arguments(tower: PreTrainedModel) -> dict[str, Any]:
 
 
 def read_with_timm(tower: nn.Module, tensors: StateDict, stored: torch.dtype) -> Read:
+    """A checkpoint whose names are those of timm's module, held against it."""
     own = tower.state_dict()
     mismatched = [
         (name, tuple(tensor.shape), tuple(own[name].shape))
@@ -186,6 +190,7 @@ def own_names(tensors: StateDict, family: FamilyWeights) -> StateDict:
 
 
 def declared(name: str, unused: Iterable[str]) -> bool:
+    """Whether a family declares a tensor unused: by its name, or under a prefix that ends in a dot."""
     return any(name.startswith(item) if item.endswith(".") else name == item for item in unused)
 
 

@@ -11,6 +11,7 @@ import torch
 
 from meteor_model.architectures import build_config
 from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, MeteorConfig, PruningConfig
+from meteor_model.decoder.cache import Decision, MeteorCache
 from meteor_model.image_processing_meteor import MeteorImageProcessor
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import Encoded, MeteorProcessor
@@ -42,6 +43,13 @@ def model(pruning: PruningConfig = PRUNED, seed: int = 0) -> MeteorForConditiona
     """The tiny architecture with random weights, in eval mode."""
     torch.manual_seed(seed)
     return MeteorForConditionalGeneration(config(pruning)).eval()
+
+
+def decided(cache: MeteorCache | None) -> Decision:
+    """What stage 3 decided at the prefill of this cache."""
+    assert cache is not None, "stage 3 acts"
+    assert cache.decision is not None, "prefill decides"
+    return cache.decision
 
 
 def pixels(count: int, seed: int = 0) -> torch.Tensor:

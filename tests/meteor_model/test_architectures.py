@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import pytest
 import torch
 
 from meteor_model.architectures import ARCHITECTURES, build_config
 from meteor_model.configuration_meteor import MeteorConfig, PruningConfig
+from meteor_model.encoders import VisionEncoder, encoder_class
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from tests.meteor_model.builders import DENSE
 
@@ -41,9 +44,9 @@ def test_an_architecture_has_its_published_shapes(name: str) -> None:
     assert {part: linear[0].in_features for part, linear in layers.items()} == widths
     assert {linear[-1].out_features for linear in layers.values()} == {config.text_config.hidden_size}
     for item in config.encoders:
-        tower = net.encoders[item.name]
+        tower = cast(VisionEncoder, net.encoders[item.name])
         assert tower.grid == config.encoder_grids[item.name]
-        assert len(tower.blocks) == type(tower).num_blocks(item)
+        assert len(tower.blocks) == encoder_class(item.family).num_blocks(item)
 
 
 def test_the_joint_projectors_are_eagle_s() -> None:

@@ -17,7 +17,7 @@ from transformers.masking_utils import create_causal_mask
 
 from meteor_model.compat import CACHE, CACHE_NAMES, cache_of
 from tests import versions
-from tests.meteor_model.builders import DENSE, PRUNED, model, pixels, processor
+from tests.meteor_model.builders import DENSE, PRUNED, decided, model, pixels, processor
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -54,10 +54,10 @@ def test_the_model_takes_a_cache_by_either_name(name: str) -> None:
     output = built(**inputs, **{name: mine})
     assert cache_of(output) is mine
     assert output[CACHE] is mine
-    assert mine.decision is not None, "stage 3 acted"
+    assert decided(mine).kept_counts_B.shape == (2,)
     mine = built.new_cache()
     ids = built.generate(**inputs, **{name: mine}, max_new_tokens=2, do_sample=False)
-    assert mine.decision is not None, "and in generate"
+    assert decided(mine).kept_counts_B.shape == (2,), "and in generate"
     assert torch.equal(ids, built.generate(**inputs, max_new_tokens=2, do_sample=False))
 
 

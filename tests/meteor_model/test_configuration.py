@@ -112,7 +112,7 @@ def test_another_pruning_may_come_with_other_ranks_or_none() -> None:
     ],
 )
 def test_contradictions_name_the_field(pruning: dict, message: str) -> None:
-    plain = {"encode": {"totals": (96, 64, 60)}, "fuse": {"keep": 24}, "decode": {"layer": 2}}
+    plain: dict[str, Any] = {"encode": {"totals": (96, 64, 60)}, "fuse": {"keep": 24}, "decode": {"layer": 2}}
     merged = {
         **plain,
         **{

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, cast
 from unittest import mock
 
 import pytest
@@ -15,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from meteor_model.encode import dense_maps, encode_pruned, segment_ends
 from meteor_model.encoders import ENCODERS, EncoderConfig, VisionEncoder, encoder_class
 from meteor_model.encoders.clip import ClipEncoder
+from meteor_model.encoders.pix2struct import Pix2StructEncoder
 from tests.meteor_model.builders import pixels
 from tests.meteor_model.towers import TOWERS, full_grid, library_forward, library_tokens, tower
 
@@ -28,6 +31,10 @@ BUDGETS = (40, 24, 10)
 
 def inputs(encoder: VisionEncoder, count: int = 2, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return encoder.normalize(pixels(count), dtype)
+
+
+def _by_score(scores: Sequence[float], index: int) -> tuple[float, int]:
+    return -scores[index], index
 
 
 def joined(tokens: Any) -> torch.Tensor:
@@ -110,7 +117,7 @@ def test_pruned_run_equals_a_literal_rerun_over_the_kept_tokens(name: str, queri
             else:
                 scorer = encoder.score_block(end)
                 scores = encoder.importance(scorer, before[scorer], torch.tensor([alive]), queries)[0].tolist()
-            chosen = sorted(sorted(range(len(alive)), key=lambda i, s=scores: (-s[i], i))[:budget])
+            chosen = sorted(sorted(range(len(alive)), key=partial(_by_score, scores))[:budget])
             alive = [alive[i] for i in chosen]
             hidden = torch.cat([hidden[:, :prefix], hidden[:, [prefix + i for i in chosen]]], dim=1)
             assert kept[segment][sample].tolist() == alive
@@ -157,7 +164,7 @@ def test_a_convolutional_tower_is_pruned_at_its_output_only(name: str) -> None:
     for sample in range(2):
         mean = dense[sample].mean(0)
         similarity = [torch.cosine_similarity(token, mean, dim=0).item() for token in dense[sample]]
-        expected = sorted(sorted(range(64), key=lambda i, s=similarity: (s[i], i))[:10])
+        expected = sorted(sorted(range(64), key=partial(_by_score, [-value for value in similarity]))[:10])
         assert kept[0][sample].tolist() == expected
         assert torch.equal(tokens.hidden[sample], dense[sample, expected])
 
@@ -206,7 +213,7 @@ class Adapter(nn.Module):
 @torch.no_grad()
 def test_an_adapted_key_projection_is_run_not_read() -> None:
     encoder = tower("clip")
-    block = encoder.blocks[2].self_attn
+    block: Any = encoder.blocks[2].self_attn
     adapter = Adapter(block.k_proj)
     block.k_proj = adapter
     hidden, positions = encoder.embed(inputs(encoder)), full_grid(encoder, 2)
@@ -240,7 +247,7 @@ def test_a_scoring_block_may_lie_anywhere_in_its_segment_but_not_outside() -> No
 @torch.no_grad()
 def test_features_that_are_not_finite_are_an_error_not_a_selection() -> None:
     encoder = tower("clip")
-    encoder.blocks[3].layer_norm1.weight.fill_(float("nan"))
+    cast(nn.LayerNorm, encoder.blocks[3].layer_norm1).weight.fill_(float("nan"))
     with pytest.raises(ValueError, match=r"48 of 256 token scores are NaN"):
         encode_pruned(encoder, inputs(encoder), BUDGETS, 2, None)
 
@@ -271,7 +278,7 @@ def test_gradients_reach_every_parameter_that_the_kept_tokens_use(name: str) -> 
     tokens.hidden.square().sum().backward()
     unused = {key for key, parameter in encoder.tower.named_parameters() if parameter.grad is None}
     # What the library uses for pooling or pre-training only.
-    idle = ("post_layernorm", "layernorm", "embeddings.mask_token", "fc_norm")
+    idle: tuple[str, ...] = ("post_layernorm", "layernorm", "embeddings.mask_token", "fc_norm")
     if name == "sam_short":
         idle += ("vision_encoder.neck.conv2", "vision_encoder.neck.layer_norm2")
     assert all(key.startswith(idle) for key in unused), unused
@@ -346,7 +353,7 @@ def test_pix2struct_patches_are_those_of_the_library_processor() -> None:
     image = pixels(1)
     processor = Pix2StructImageProcessor(patch_size={"height": 8, "width": 8}, max_patches=64)
     theirs = processor(image[0], return_tensors="pt")["flattened_patches"]
-    ours = encoder.flatten_patches(encoder.normalize(image, torch.float32))
+    ours = cast(Pix2StructEncoder, encoder).flatten_patches(encoder.normalize(image, torch.float32))
     torch.testing.assert_close(ours[:, :, :2], theirs[:, :, :2])
     # Theirs standardises values of 0..255, ours of -1..1: the same up to the order of operations.
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

@@ -51,8 +51,10 @@ def test_keeping_the_whole_pool_changes_nothing() -> None:
 
 
 def test_eagle_is_a_setting() -> None:
-    """The dense baseline: one joint projector on all maps, one token per cell of the common grid, no pruning before the
-    LLM; stage 3 (and so FastV's place) still applies.
+    """The dense baseline.
+
+    One joint projector on all maps, one token per cell of the common grid, no pruning before the LLM; stage 3 (and so
+    FastV's place) still applies.
     """
     pruning = replace(DENSE, decode=DecodePruning(layer=2, lam=2.0))
     eagle = MeteorForConditionalGeneration(config(pruning, fusion="channel_concat", concat_grid=4)).eval()

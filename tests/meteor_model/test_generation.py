@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from threading import Thread
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ PER_IMAGE, IMAGE_TOKEN, NEW = 8, 3, 5
 TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 16}
 #: t: a text token, I: an image.
 LAYOUTS = ("tItt", "ttttt", "tItttIt", "tIttttttItttttttt")
-FIXED = {"max_new_tokens": NEW, "min_new_tokens": NEW, "eos_token_id": None, "pad_token_id": 0}
+FIXED: dict[str, Any] = {"max_new_tokens": NEW, "min_new_tokens": NEW, "eos_token_id": None, "pad_token_id": 0}
 
 
 @cache
@@ -300,7 +300,7 @@ def test_a_turn_that_the_used_cache_cannot_take_is_refused() -> None:
 def test_a_prompt_s_decision_and_head_attention_without_generating() -> None:
     built, batch = build("qwen2"), make_batch()
     decision = built.prune_prompts(**batch.inputs)
-    by_head = built.visual_attention_by_head(**batch.inputs)
+    by_head = built.visual_attention_by_head(**cast(dict[str, Any], batch.inputs))
     some = built.visual_attention_by_head(**batch.inputs, layers=[1])
     mass_B, visual_B = built.visual_attention_mass(**batch.inputs)
     assert by_head.shape == (4, LAYERS, 4)
@@ -356,7 +356,8 @@ def test_assisted_decoding_is_refused_with_stage_3_and_right_without() -> None:
     greedy = dense.generate(**inputs, **FIXED, do_sample=False)
     for assistance in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": build("llama", enabled=False, k_min=2)}):
         assert torch.equal(dense.generate(**inputs, **FIXED, do_sample=False, **assistance), greedy)
-    twin, called = build("llama", enabled=False, k_min=3), []
+    twin = build("llama", enabled=False, k_min=3)
+    called: list[Any] = []
     twin.register_forward_pre_hook(lambda *_: called.append(None))
     assert torch.equal(dense.generate(**inputs, **FIXED, do_sample=False, assistant_model=twin), greedy)
     assert len(called) <= NEW + 1, "its prompt and one guess each: the same weights see the same images and guess right"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def test_prompts_without_tokens_are_refused_with_and_without_stage_3(enabled: bo
     with pytest.raises(ValueError, match="2 samples of 0 tokens: a prompt needs at least one token"):
         built.generate(torch.zeros(2, 0, dtype=torch.long), **FIXED)
     with pytest.raises(ValueError, match=r"pixel_values must be a uint8 torch tensor .* got ndarray"):
-        built.generate(batch.ids[0], batch.images[0].numpy(), **FIXED)
+        built.generate(batch.ids[0], cast(Any, batch.images[0].numpy()), **FIXED)
 
 
 @torch.no_grad()

@@ -22,19 +22,17 @@ from meteor_model.pruning import (
     adaptive_selection,
     allocate_budgets,
     attention_rows,
-    effective_rank,
-    energy_rank,
-    feature_rank,
     gather_tokens,
     mean_similarity,
     mutual_redundancy,
-    numerical_rank,
     prefix_attention,
     received_attention,
     select_heads,
     select_top,
     select_visual,
+    singular_values,
     solve_lambda,
+    spectrum_rank,
     text_guided_scores,
 )
 
@@ -70,10 +68,10 @@ def assert_same_with_gradient(fast: Tensor, slow: Tensor, *inputs: Tensor) -> No
     weight = randn(*fast.shape, seed=99)
     fast_grads = torch.autograd.grad((fast * weight).sum(), inputs)
     slow_grads = torch.autograd.grad((slow * weight).sum(), inputs)
-    tolerance = {"rtol": 1e-3, "atol": 1e-5} if inputs[0].dtype == torch.float32 else {"rtol": 5e-2, "atol": 2e-2}
+    rtol, atol = (1e-3, 1e-5) if inputs[0].dtype == torch.float32 else (5e-2, 2e-2)
     for a, b in zip(fast_grads, slow_grads, strict=True):
         assert float(a.abs().max()) > 1e-3, "a gradient of nothing proves nothing"
-        torch.testing.assert_close(a, b, **tolerance)
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 
 
 # ---------------------------------------------------------------------------------------------------------- selection
@@ -179,7 +177,7 @@ def mean_similarity_literally(hidden_BND: Tensor) -> Tensor:
     batch, count, _ = hidden_BND.shape
     rows = []
     for b in range(batch):
-        mean_D = sum(hidden_BND[b, n].float() for n in range(count)) / count
+        mean_D = torch.stack([hidden_BND[b, n].float() for n in range(count)]).sum(dim=0) / count
         rows.append(torch.stack([cosine(hidden_BND[b, n].float(), mean_D) for n in range(count)]))
     return torch.stack(rows)
 
@@ -277,6 +275,10 @@ def with_spectrum(values: list[float], rows: int = 12, columns: int = 9, seed: i
     return left @ torch.diag(torch.tensor(values)) @ right.T
 
 
+def feature_rank(hidden_BND: Tensor, estimator: str, **options: float) -> Tensor:
+    return spectrum_rank(singular_values(hidden_BND), estimator, **options)
+
+
 SPECTRA = [[4.0, 2.0, 1.0, 0.5], [1.0] * 6, [10.0, 1e-1, 1e-2, 1e-5], [3.0]]
 
 
@@ -284,14 +286,14 @@ def test_ranks_equal_their_definitions_on_a_known_spectrum() -> None:
     maps_BND = torch.stack([with_spectrum(values) for values in SPECTRA])
     for rtol in (0.3, 0.05, 1e-4):
         expected = [float(sum(v > rtol * max(values) for v in values)) for values in SPECTRA]
-        assert numerical_rank(maps_BND, rtol).tolist() == expected
+        assert feature_rank(maps_BND, "numerical", rtol=rtol).tolist() == expected
     for tau in (0.5, 0.9, 0.99):
         expected = []
         for values in SPECTRA:
             squares = [v * v for v in values]
             expected.append(float(next(r for r in range(1, 99) if sum(squares[:r]) >= tau * sum(squares) * (1 - 1e-6))))
-        assert energy_rank(maps_BND, tau * (1 - 1e-6)).tolist() == expected
-    for value, spectrum in zip(effective_rank(maps_BND).tolist(), SPECTRA, strict=True):
+        assert feature_rank(maps_BND, "energy", tau=tau * (1 - 1e-6)).tolist() == expected
+    for value, spectrum in zip(feature_rank(maps_BND, "effective").tolist(), SPECTRA, strict=True):
         shares = [v / sum(spectrum) for v in spectrum]
         assert value == pytest.approx(math.exp(-sum(p * math.log(p) for p in shares)), rel=1e-3)
 
@@ -309,7 +311,7 @@ def test_every_rank_handles_zero_maps_wide_maps_and_bf16(estimator: str) -> None
         feature_rank(torch.full((1, 2, 2), math.nan), estimator)
 
 
-def test_feature_rank_names_the_nearest_estimator_and_passes_options() -> None:
+def test_a_rank_names_the_nearest_estimator_and_passes_options() -> None:
     with pytest.raises(ValueError, match="did you mean 'effective'"):
         feature_rank(randn(1, 2, 2), "efective")
     with pytest.raises(ValueError, match=r"must be in \(0, 1\], not 1.5"):
@@ -321,8 +323,10 @@ def test_feature_rank_names_the_nearest_estimator_and_passes_options() -> None:
 
 
 def allocate_literally(ranks: list[float], total: int, capacities: list[int], exponent: float) -> tuple[int, ...]:
-    """Another way to the same numbers: the level c at which clamp(c * weight, 1, capacity) sums to the total, found on
-    the pieces between its corners; then largest remainder.
+    """Another way to the same numbers.
+
+    The level c at which clamp(c * weight, 1, capacity) sums to the total, found on the pieces between its corners; then
+    largest remainder.
     """
     weights = [Fraction(rank**exponent) for rank in ranks]
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache, pipeline
 
 from meteor_model.configuration_meteor import DecodePruning, MeteorConfig
+from meteor_model.encoders import VisionEncoder
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.outputs import MeteorImageFeatures
 from meteor_model.pretrained import CheckpointLayoutError
@@ -193,6 +194,7 @@ def test_hidden_states_attentions_and_tuples() -> None:
     features = built.get_image_features(inputs["pixel_values"])
     assert isinstance(features, MeteorImageFeatures)
     assert torch.equal(features.pooler_output, output.image_hidden_states)
+    assert features.pruning_stats is not None
     assert features.pruning_stats.fuse.shape == (3, 24)
     del inputs["labels"]
     with pytest.raises(ValueError, match=r"\['output_hidden_states'\] cannot be given where stage 3 prunes"):
@@ -202,7 +204,12 @@ def test_hidden_states_attentions_and_tuples() -> None:
 def test_generate_gives_hidden_states_with_an_unpruned_cache() -> None:
     built = model(PRUNED)
     inputs = processor(PRUNED)("What colour?", pixels(1)[0])
-    ask = {"max_new_tokens": 2, "output_hidden_states": True, "return_dict_in_generate": True, "eos_token_id": None}
+    ask: dict[str, Any] = {
+        "max_new_tokens": 2,
+        "output_hidden_states": True,
+        "return_dict_in_generate": True,
+        "eos_token_id": None,
+    }
     given = built.generate(**inputs, past_key_values=DynamicCache(config=built.config.text_config), **ask)
     assert len(given.hidden_states) == 2
     assert given.hidden_states[0][0].shape[1] == inputs["input_ids"].shape[1]
@@ -226,14 +233,14 @@ def test_the_attention_kernel_reaches_llm_and_towers(folder: Path, kernel: str, 
     torch.testing.assert_close(logits(built), logits(model(PRUNED)), rtol=1e-4, atol=1e-5)
     built.set_attn_implementation({"text_config": "eager", "": "sdpa"})
     assert built.language_model.config._attn_implementation == "eager"
-    assert built.encoders["clip"].tower.config._attn_implementation == "sdpa"
+    assert cast(VisionEncoder, built.encoders["clip"]).tower.config._attn_implementation == "sdpa"
 
 
 def test_a_tower_s_own_choice_of_kernel_stays() -> None:
     encoders = config(PRUNED).to_dict()["encoders"]
     encoders[0]["tower"]["attn_implementation"] = "eager"
     built = MeteorForConditionalGeneration(config(PRUNED, encoders=encoders))
-    assert built.encoders["clip"].tower.config._attn_implementation == "eager"
+    assert cast(VisionEncoder, built.encoders["clip"]).tower.config._attn_implementation == "eager"
     assert built.language_model.config._attn_implementation == "sdpa"
 
 
@@ -245,7 +252,7 @@ def test_embeddings_may_be_given_instead_of_ids() -> None:
     ids = inputs.pop("input_ids")
     assert torch.equal(built(inputs_embeds=embeds, **inputs).logits, built(ids, **inputs).logits)
     left = processor(PRUNED)(["What colour?", "Where is it?"], [[pixels(1)[0]], [pixels(2)[1]]])
-    ask = {"max_new_tokens": 3, "eos_token_id": None, "attention_mask": left["attention_mask"]}
+    ask: dict[str, Any] = {"max_new_tokens": 3, "eos_token_id": None, "attention_mask": left["attention_mask"]}
     expected = built.generate(left["input_ids"], left["pixel_values"], **ask)
     embeds = built.get_input_embeddings()(left["input_ids"])
     assert torch.equal(built.generate(left["input_ids"], left["pixel_values"], inputs_embeds=embeds, **ask), expected)
@@ -278,12 +285,13 @@ def test_lora_adapters_train_merge_and_reload(tmp_path: Path) -> None:
     inputs = batch(PRUNED)
     first = adapted(**inputs).loss
     first.backward()
-    untouched = [n for n, p in adapted.named_parameters() if p.requires_grad and not torch.count_nonzero(p.grad)]
+    trained = {n: p.grad for n, p in adapted.named_parameters() if p.requires_grad}
+    untouched = [n for n, grad in trained.items() if grad is None or not torch.count_nonzero(grad)]
     assert untouched == []
     optimizer.step()
     expected = logits(adapted)
     assert adapted(**inputs).loss < first
-    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.save_pretrained(str(tmp_path / "adapter"))
     reloaded = PeftModel.from_pretrained(model(PRUNED), tmp_path / "adapter")
     assert torch.equal(logits(reloaded), expected)
     merged = reloaded.merge_and_unload()
@@ -295,7 +303,7 @@ def test_lora_adapters_train_merge_and_reload(tmp_path: Path) -> None:
 def test_a_folder_of_adapters_loads_onto_its_base(folder: Path, tmp_path: Path) -> None:
     settings = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     adapted = get_peft_model(MeteorForConditionalGeneration.from_pretrained(folder), settings)
-    adapted.save_pretrained(tmp_path)
+    adapted.save_pretrained(str(tmp_path))
     loaded = MeteorForConditionalGeneration.from_pretrained(tmp_path)
     assert torch.equal(logits(loaded), logits(adapted))
 

@@ -152,11 +152,13 @@ def test_blocks_compile_without_a_break_and_agree(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_blocks_are_recomputed_once_with_dropped_tokens_too(name: str) -> None:
     encoder = strong(name).train()
+    module: Any
     for module in encoder.modules():  # what `gradient_checkpointing_enable` of transformers sets
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = True
             module._gradient_checkpointing_func = lambda *args: checkpoint(*args, use_reentrant=False)
     runs = Counter[int]()
+    block: Any
     for index, block in enumerate(encoder.blocks):
         block.mlp.register_forward_pre_hook(lambda *_, index=index: runs.update([index]))
     images = encoder.normalize(pixels(2), torch.float32)
@@ -169,7 +171,7 @@ def test_blocks_are_recomputed_once_with_dropped_tokens_too(name: str) -> None:
 
 def attention_map(encoder: VisionEncoder, index: int, hidden: Tensor) -> Tensor:
     """The attention probabilities (M, H, T, T) that the library's own module computes."""
-    block = encoder.blocks[index]
+    block: Any = encoder.blocks[index]
     if encoder.config.family == "sam":
         _, weights = block.attn(block.layer_norm1(hidden.unflatten(1, (8, 8))))
         return weights.unflatten(0, (len(hidden), -1))

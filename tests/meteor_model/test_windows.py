@@ -105,7 +105,7 @@ def test_window_attention_equals_masked_full_attention(
     query, key, value = qkv(positions)
     rows, columns = local_cells(positions, grid[1], window)
     terms = [torch.randn(*query.shape[:3], window, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    ours = attend_in_windows(query, key, value, layout, Relative(*terms, rows, columns) if biased else None)
+    ours = attend_in_windows(query, key, value, layout, Relative(terms[0], terms[1], rows, columns) if biased else None)
 
     logits = torch.einsum("mqhd,mkhd->mhqk", query, key) / query.shape[3] ** 0.5
     if biased:

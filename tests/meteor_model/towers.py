@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import SamVisionConfig, SamVisionModel
 from transformers.models.siglip2.image_processing_siglip2 import convert_image_to_patches
 
 from meteor_model.encoders import EncoderConfig, VisionEncoder, build_encoder
+from meteor_model.encoders.pix2struct import Pix2StructEncoder
 
 _VIT = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "patch_size": 8}
 _MLP = {**_VIT, "intermediate_size": 48}
@@ -119,7 +120,7 @@ def library_forward(encoder: VisionEncoder, images: torch.Tensor, **kwargs: Any)
     """The output of the library's own forward, of which `last_hidden_state` is (M, P + N, D)."""
     family = encoder.config.family
     if family == "pix2struct":
-        return encoder.tower(flattened_patches=encoder.flatten_patches(images), **kwargs)
+        return encoder.tower(flattened_patches=cast(Pix2StructEncoder, encoder).flatten_patches(images), **kwargs)
     if family == "siglip2":
         shapes = torch.tensor([encoder.grid_size(encoder.config)] * len(images))
         patches = torch.stack([convert_image_to_patches(image, 8) for image in images])
