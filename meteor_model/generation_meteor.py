@@ -218,7 +218,10 @@ class MeteorGenerationMixin(GenerationMixin):
         """
         cache = self.new_cache()
         if cache is None:
-            raise ValueError("stage 3 does not act: pruning.decode is disabled or its lam is not set")
+            raise ValueError(
+                "pruning.decode.enabled is false or pruning.decode.lam is not set, so stage 3 does not act: solve lam "
+                "for a target_mean on a calibration batch (meteor_model.pruning.solve_lambda)"
+            )
         embeds_BTC, is_image_BT = self.embed_prompts(input_ids, pixel_values)
         position_ids = None if attention_mask is None else position_ids_of(attention_mask)
         decided = decode_pruned(

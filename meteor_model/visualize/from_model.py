@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from PIL import Image
 
-from meteor_model.decoder.cache import MeteorCache
 from meteor_model.decoder.scores import visual_attention_by_head
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
@@ -76,16 +75,8 @@ def explain_kept(
     _, stats = model.encode_images(pixels_13SS)
     kept = {}
     for prompt in prompts:
-        cache = model.new_cache()
-        if not isinstance(cache, MeteorCache):
-            raise ValueError(
-                "pruning.decode.lam is not set, so stage 3 cannot choose: solve it for a target_mean on a calibration "
-                "batch (meteor_model.pruning.solve_lambda)"
-            )
         inputs = processor(text=[prompt], images=[[pixels_13SS[0].cpu()]]).to(model.device)
-        model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        assert cache.decision is not None, "prefill decides"
-        kept[prompt] = cache.decision.kept_visual()[0].tolist()
+        kept[prompt] = model.prune_prompts(**inputs).kept_visual()[0].tolist()
     overview = draw_overview(pixels_13SS[0], model.config, stats, decode_kept=kept)
     return {"overview": overview, **draw_kept(pixels_13SS[0], model.config, stats, decode_kept=kept)}
 
