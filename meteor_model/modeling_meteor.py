@@ -237,11 +237,13 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
         if pixel_values is not None:
             is_image_BT = self._placeholders(embeds_BTC) if is_image_BT is None else is_image_BT
             check_images(pixel_values, is_image_BT, self.config.tokens_per_image)
+            # 1. encode, 2. project, 3. fuse, 4. scatter
             features_MKC, stats = self.encode_images(at_least_one(pixel_values, self.config.image_size))
             embeds_BTC = scatter_visual(embeds_BTC, is_image_BT, features_MKC)
             visual_MKC = features_MKC[: len(pixel_values)]
         elif is_image_BT is not None and inputs_embeds is None and prompt_embeds is None:  # bare ids
             check_no_images(is_image_BT, self.config.tokens_per_image, labels, past_key_values)
+        # 5. decode
         decoded = self._decode(
             embeds_BTC, attention_mask, position_ids, is_image_BT, past_key_values, use_cache, kwargs
         )
@@ -260,9 +262,9 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
     def _embed(
         self,
         input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None = None,
-        prompt_embeds: torch.Tensor | None = None,
-        image_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None,
+        prompt_embeds: torch.Tensor | None,
+        image_mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Embeddings (B, T, C) of the text, and where it has room for visual tokens (B, T); None where nobody says."""
         if inputs_embeds is not None:
@@ -324,10 +326,9 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
         Raises:
             ValueError: where placeholders and visual tokens differ, naming the sample and both counts.
         """
-        embeds_BTC, is_image_BT = self._embed(input_ids, inputs_embeds)
+        embeds_BTC = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         check_not_empty(embeds_BTC)
-        if is_image_BT is None:
-            is_image_BT = self._placeholders(embeds_BTC)
+        is_image_BT = self._placeholders(embeds_BTC) if input_ids is None else input_ids == self.config.image_token_id
         if pixel_values is not None:
             check_pixels(pixel_values, empty=True)
         if pixel_values is not None and len(pixel_values):
