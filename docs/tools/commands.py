@@ -84,6 +84,7 @@ ROWS: tuple[Row, ...] = (
     Row("make docs", by="tests/docs/test_settings.py"),
     Row("make test", by=".ci/run"),
     Row("make test-slow", by="tests/benchmarks/chaos/test_quick.py"),
+    Row("make test-versions", by=".github/workflows/versions.yml"),
     Row("make chaos", by="tests/benchmarks/chaos/test_quick.py"),
     Row(
         "ray drain-node --reason DRAIN_NODE_REASON_PREEMPTION --reason-message TEXT "
