@@ -29,7 +29,7 @@ SHARD_NAME = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_(model|optim)_
 
 
 @dataclass(frozen=True)
-class Piece:
+class Overlap:
     """Consecutive elements of a parameter that one old worker holds and one new worker needs."""
 
     source: int
@@ -46,18 +46,18 @@ def partition_length(numel: int, world: int) -> int:
     return -(-numel // world)
 
 
-def pieces(numel: int, old_world: int, new_world: int, rank: int) -> Iterator[Piece]:
-    """What new worker `rank` needs of a parameter of `numel` elements, in order; its padding is no piece."""
+def overlaps(numel: int, old_world: int, new_world: int, rank: int) -> Iterator[Overlap]:
+    """What new worker `rank` needs of a parameter of `numel` elements, in order; padding is left out."""
     old, new = partition_length(numel, old_world), partition_length(numel, new_world)
     position, stop = rank * new, min((rank + 1) * new, numel)
     while position < stop:
         source = position // old
         length = min((source + 1) * old, stop) - position
-        yield Piece(source, position - source * old, position - rank * new, length)
+        yield Overlap(source, position - source * old, position - rank * new, length)
         position += length
 
 
-class Shards:
+class ZeroFiles:
     """The ZeRO-3 files of a local checkpoint, mapped into memory: what is not used is not read."""
 
     def __init__(self, directory: Path) -> None:
@@ -107,7 +107,7 @@ class Shards:
 
 
 @dataclass(frozen=True)
-class Place:
+class FlatOffset:
     """Where a parameter's partitions are in the shards of a world: in every worker's flat tensor of `sub_group`."""
 
     sub_group: int
@@ -124,13 +124,13 @@ class Layout:
     group_of: Sequence[int]
     """Per sub-group: its parameter group."""
 
-    def places(self) -> dict[str, Place]:
+    def places(self) -> dict[str, FlatOffset]:
         """The place of every parameter."""
-        places: dict[str, Place] = {}
+        places: dict[str, FlatOffset] = {}
         for sub_group, shapes in enumerate(self.shapes):
             offset = 0
             for name, shape in shapes.items():
-                places[name] = Place(sub_group, offset)
+                places[name] = FlatOffset(sub_group, offset)
                 offset += partition_length(shape.numel(), self.world)
         return places
 
@@ -150,7 +150,7 @@ class Layout:
         return [sub_group for sub_group, of in enumerate(self.group_of) if of == group]
 
 
-def load_universal(engine: Any, directory: Path) -> None:
+def load_resharded(engine: Any, directory: Path) -> None:
     """Load a local checkpoint of any number of workers into a running ZeRO-3 engine, as a native resume would.
 
     Weights, both moments, step counters, every entry of every parameter group, frozen parameters, persistent buffers
@@ -167,7 +167,7 @@ def load_universal(engine: Any, directory: Path) -> None:
             engine's, or if the old workers disagree about what they must have in common.
     """
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    shards = Shards(directory)
+    shards = ZeroFiles(directory)
     model = shards.model(0)
     own = engine_layout(engine)
     layout = Layout(world, own.sub_groups, own.group_of)
@@ -179,7 +179,7 @@ def load_universal(engine: Any, directory: Path) -> None:
     load_into_engine(engine, rank, state, common_buffers(shards), fragments, model)
 
 
-def layout_of(shards: Shards) -> Layout:
+def layout_of(shards: ZeroFiles) -> Layout:
     """The layout of a checkpoint.
 
     Raises:
@@ -237,7 +237,7 @@ def check_shapes(what: str, saved: Mapping[str, torch.Size], wanted: Mapping[str
         raise CheckpointError(f"{directory}, {what}: {'; '.join(faults[:5])}")
 
 
-def optimizer_state(shards: Shards, old: Layout, new: Layout, rank: int) -> dict[str, Any]:
+def optimizer_state(shards: ZeroFiles, old: Layout, new: Layout, rank: int) -> dict[str, Any]:
     """What worker `rank` of the world of `new` would have written as its optimizer state.
 
     Raises:
@@ -248,7 +248,7 @@ def optimizer_state(shards: Shards, old: Layout, new: Layout, rank: int) -> dict
         {**{key: value for key, value in entries.items() if key != "params"}, "params": new.members(group)}
         for group, entries in enumerate(first["optimizer_state_dict"]["param_groups"])
     ]
-    reader = _Reader(shards, old, new, rank)
+    reader = _OptimizerReader(shards, old, new, rank)
     states = {sub_group: reader.state(sub_group) for sub_group in range(len(new.shapes))}
     return {
         **{key: first[key] for key in ("loss_scaler", "dynamic_loss_scale", "overflow")},
@@ -257,10 +257,10 @@ def optimizer_state(shards: Shards, old: Layout, new: Layout, rank: int) -> dict
     }
 
 
-class _Reader:
+class _OptimizerReader:
     """Flat tensors of one worker of a new world, out of the shards of an old one."""
 
-    def __init__(self, shards: Shards, old: Layout, new: Layout, rank: int) -> None:
+    def __init__(self, shards: ZeroFiles, old: Layout, new: Layout, rank: int) -> None:
         self._shards = shards
         self._old = old
         self._new = new
@@ -306,25 +306,26 @@ class _Reader:
         offset = 0
         for name, shape in self._new.shapes[sub_group].items():
             place = self._places[name]
-            for piece in pieces(shape.numel(), self._old.world, self._new.world, self._rank):
-                source = source_flat(piece.source, place.sub_group)
-                begin = place.offset + piece.source_start
-                target = offset + piece.target_start
-                flat[target : target + piece.length] = source[begin : begin + piece.length]
+            for overlap in overlaps(shape.numel(), self._old.world, self._new.world, self._rank):
+                source = source_flat(overlap.source, place.sub_group)
+                begin = place.offset + overlap.source_start
+                target = offset + overlap.target_start
+                flat[target : target + overlap.length] = source[begin : begin + overlap.length]
             offset += partition_length(shape.numel(), self._new.world)
 
 
-def frozen_partition(shards: Shards, name: str, numel: int, world: int, rank: int) -> Tensor:
+def frozen_partition(shards: ZeroFiles, name: str, numel: int, world: int, rank: int) -> Tensor:
     """Worker `rank`'s partition of frozen parameter `name` in a world of `world` workers; padding is zero."""
     dtype = shards.model(0)["frozen_param_fragments"][name].dtype
     partition = torch.zeros(partition_length(numel, world), dtype=dtype)
-    for piece in pieces(numel, shards.world, world, rank):
-        source = shards.model(piece.source)["frozen_param_fragments"][name]
-        partition[piece.target_start : piece.target_start + piece.length] = source[piece.source_start :][: piece.length]
+    for overlap in overlaps(numel, shards.world, world, rank):
+        source = shards.model(overlap.source)["frozen_param_fragments"][name]
+        target = slice(overlap.target_start, overlap.target_start + overlap.length)
+        partition[target] = source[overlap.source_start :][: overlap.length]
     return partition
 
 
-def common_buffers(shards: Shards) -> dict[str, Tensor]:
+def common_buffers(shards: ZeroFiles) -> dict[str, Tensor]:
     """The persistent buffers.
 
     Raises:

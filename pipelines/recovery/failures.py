@@ -5,7 +5,7 @@ import ray.train
 
 from pipelines.compat.ray import health_check_failure, place_of_dead_actor, without_retry_advice
 from pipelines.io.errors import TransientError
-from pipelines.recovery.preemption import Preempted
+from pipelines.recovery.preemption import PreemptedError
 
 SHOWN_LINES = 12
 
@@ -40,7 +40,7 @@ def root_cause(error: ray.train.TrainingFailedError, subject: str) -> Exception:
         if isinstance(failure, ValueError) and not isinstance(failure, TransientError):
             return failure
     for who, failure in failures:
-        if isinstance(failure, Preempted):
+        if isinstance(failure, PreemptedError):
             return TrainingError(subject, f"{who} was {failure}", preempted=True)
     who, failure = min(failures, key=lambda item: _distance(item[1]))
     return TrainingError(subject, f"{who} {_what_happened(failure)}")

@@ -30,7 +30,7 @@ from ray.train import CheckpointConsistencyMode
 POLL_S = 2.0  # between two looks at Ray's drain notices: one takes some ms on every worker; Ray itself looks every 5 s
 
 
-class Preempted(RuntimeError):
+class PreemptedError(RuntimeError):
     """The training stopped because a worker is being taken away; no fault of its settings or data."""
 
 
@@ -150,10 +150,10 @@ def wait_committed(checkpoint_dir_name: str, timeout_s: float) -> bool:
     return any(PurePosixPath(one.checkpoint.path).name == checkpoint_dir_name for one in reported)
 
 
-def preempted(notice: Preemption, step: int, committed: bool) -> Preempted:
+def preempted(notice: Preemption, step: int, committed: bool) -> PreemptedError:
     """The error to raise after the checkpoint of optimizer step `step`."""
     kept = f"the checkpoint of step {step} is whole" if committed else f"the checkpoint of step {step} came too late"
-    return Preempted(
+    return PreemptedError(
         f"preempted after step {step}: {notice.detail}; {kept}. Start the same command again under the same run name "
         "to continue from the last checkpoint."
     )

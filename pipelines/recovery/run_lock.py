@@ -1,6 +1,6 @@
 """One job at a time for a run: two would overwrite each other's checkpoints.
 
-The claim is an actor, so it also carries the word that an attempt to train has failed from Ray's controller to the
+The lock is an actor, so it also carries the word that an attempt to train has failed from Ray's controller to the
 validations beside it (`pipelines.training.validation`).
 """
 
@@ -19,7 +19,7 @@ from pipelines.io.fingerprint import sha256
 from pipelines.io.retry import Backoff, retry
 
 NAMESPACE = "meteor"
-WAIT_S = 60.0  # the claim of a driver that was killed lives on for some seconds
+WAIT_S = 60.0  # the lock of a driver that was killed lives on for some seconds
 EVERY_SECOND = Backoff(1.0, 1.0)
 
 
@@ -27,7 +27,7 @@ class RunInUseError(ValueError):
     """Another job of this Ray cluster trains the run; the message says what to do."""
 
 
-class _ClaimActor:
+class _LockActor:
     """There as long as its driver."""
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class _ClaimActor:
 
 
 @dataclass(frozen=True)
-class Claim:
+class RunLock:
     """One attempt to train a claimed run; found by name from any process of the cluster."""
 
     name: str
@@ -62,19 +62,19 @@ class Claim:
             return True
 
 
-class TellsOfFailure(ray.train.UserCallback):
+class FailureCallback(ray.train.UserCallback):
     """In Ray's controller, which imports this module: what runs beside the training learns that it failed."""
 
-    def __init__(self, claim: Claim) -> None:
-        self.claim = claim
+    def __init__(self, lock: RunLock) -> None:
+        self.lock = lock
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """One or more workers have failed."""
-        self.claim.fail()
+        self.lock.fail()
 
 
 @contextmanager
-def exclusive(run_url: str, subject: str, wait_s: float = WAIT_S) -> Iterator[Claim]:
+def lock_run(run_url: str, subject: str, wait_s: float = WAIT_S) -> Iterator[RunLock]:
     """Hold the run at `run_url` for this driver inside the block; Ray must be initialised.
 
     It covers the jobs of one Ray cluster, and ends with the driver, however that ends.
@@ -87,13 +87,13 @@ def exclusive(run_url: str, subject: str, wait_s: float = WAIT_S) -> Iterator[Cl
     taken = (ValueError, ray.exceptions.RayActorError)  # the name is taken, or its node went just now
 
     def take() -> ray.actor.ActorHandle:
-        actor = ray.remote(num_cpus=0)(_ClaimActor)
+        actor = ray.remote(num_cpus=0)(_LockActor)
         handle = actor.options(name=name, namespace=NAMESPACE, scheduling_strategy=here).remote()
         ray.get(handle.failed.remote(0))
         return handle
 
     try:
-        claim = retry(
+        lock = retry(
             take, subject, retry_s=wait_s, transient=lambda error: isinstance(error, taken), backoff=EVERY_SECOND
         )
     except taken as error:
@@ -102,6 +102,6 @@ def exclusive(run_url: str, subject: str, wait_s: float = WAIT_S) -> Iterator[Cl
             f"another --run.name ({error})"
         ) from error
     try:
-        yield Claim(name)
+        yield RunLock(name)
     finally:
-        ray.kill(claim)
+        ray.kill(lock)

@@ -38,6 +38,7 @@ from pipelines.recovery.preemption import wait_committed
 from pipelines.tracking.metric_points import MetricPoint, points_to_jsonl
 from pipelines.training.batches import MicroBatch
 from pipelines.training.heldout_loss import Parity, save_parity
+from pipelines.training.worker import Worker
 
 TOGETHER_S = 10.0
 Upload = Callable[[Checkpoint, str], Checkpoint]
@@ -45,10 +46,14 @@ Upload = Callable[[Checkpoint, str], Checkpoint]
 
 
 @dataclass
-class Saver:
+class CheckpointSaver:
     """Writes and uploads the checkpoints of one worker, and keeps the ledger of what they contain.
 
     Args:
+        worker: which worker it is.
+        run_url: folder of the run.
+        precision: of the training weights.
+        recipe: every setting.
         ledger: samples of the checkpoint that the training started at; used on rank 0 alone.
         losses: of the steps since the last checkpoint; stored by rank 0.
         upload: moves a folder to storage.
@@ -57,9 +62,7 @@ class Saver:
         saved: checkpoints made so far.
     """
 
-    engine: Any
-    rank: int
-    world: int
+    worker: Worker
     run_url: str
     precision: str
     recipe: Mapping[str, Any]
@@ -97,8 +100,8 @@ class Saver:
         self._await_upload()
         folder = new_folder(self.run_url)
         self._loss_file = self.losses.take()
-        self.engine.save_checkpoint(str(folder), tag=ZERO3_TAG, save_latest=False)
-        if self.rank == 0:
+        self.worker.engine.save_checkpoint(str(folder), tag=ZERO3_TAG, save_latest=False)
+        if self.worker.rank == 0:
             (folder / STATE_FILE).write_text(state.to_json())
             (folder / LEDGER_FILE).write_bytes(self.ledger.to_bytes())
             (folder / RECIPE_FILE).write_text(json.dumps(self.recipe, indent=1, sort_keys=True) + "\n")
@@ -136,7 +139,7 @@ class Saver:
         upload ends its worker.
         """
         while True:
-            waiting = torch.tensor(int(not self._uploaded.wait(TOGETHER_S)), device=self.engine.device)
+            waiting = torch.tensor(int(not self._uploaded.wait(TOGETHER_S)), device=self.worker.device)
             torch.distributed.all_reduce(waiting)
             if not waiting.item():
                 break
@@ -146,14 +149,14 @@ class Saver:
         """What all workers consumed since the last checkpoint goes into rank 0's ledger."""
         mine = SampleIds.of(self._trained), SampleIds.of(self._dropped)
         self._trained, self._dropped = [], []
-        everywhere: list[Any] | None = [None] * self.world if self.rank == 0 else None
+        everywhere: list[Any] | None = [None] * self.worker.world if self.worker.rank == 0 else None
         torch.distributed.gather_object(mine, everywhere, dst=0)
         for trained, dropped in everywhere or ():
             self.ledger.add(trained)
             self.ledger.add(dropped, dropped=True)
 
     def _upload(self, checkpoint: Checkpoint, name: str) -> Checkpoint:
-        if self.rank == 0 and self._loss_file is not None:  # first: a committed checkpoint has its losses
+        if self.worker.rank == 0 and self._loss_file is not None:  # first: a committed checkpoint has its losses
             write_losses(RunFolder(self.run_url), *self._loss_file, self.retry_s)
         uploaded = self.upload(checkpoint, name)
         self._uploaded.set()

@@ -25,7 +25,7 @@ Parity = dict[str, Tensor]
 
 
 @torch.no_grad()
-def evaluate(engine: Any, batches: Iterator[MicroBatch]) -> tuple[dict[str, float], Parity]:
+def evaluate_heldout(engine: Any, batches: Iterator[MicroBatch]) -> tuple[dict[str, float], Parity]:
     """Run the held-out micro-batches, at least one and as many on every worker (some may be empty).
 
     Returns:
@@ -43,7 +43,7 @@ def evaluate(engine: Any, batches: Iterator[MicroBatch]) -> tuple[dict[str, floa
 
 @torch.no_grad()
 def heldout_loss(model: nn.Module, batches: Iterable[MicroBatch], device: torch.device) -> dict[str, float]:
-    """The metrics of `evaluate`, in one process on a whole model."""
+    """The metrics of `evaluate_heldout`, in one process on a whole model."""
     return _metrics(_sums(model, batches, device))
 
 

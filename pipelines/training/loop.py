@@ -19,17 +19,18 @@ from pipelines.checkpoint.zero3 import schedule_factor
 from pipelines.config.settings import TrainingSettings
 from pipelines.data.sample_id import SampleId
 from pipelines.io.console import progress_from_worker, say_from_worker
-from pipelines.recovery.preemption import Preemption, preempted
+from pipelines.recovery.preemption import Preemption, PreemptionWatch, preempted
 from pipelines.tracking.metric_points import MetricPoint
 from pipelines.training.batches import Counts, MicroBatch
-from pipelines.training.checkpoint_saver import Saver
+from pipelines.training.checkpoint_saver import CheckpointSaver
 from pipelines.training.heldout_loss import Parity, parity_batch
+from pipelines.training.worker import Worker
 
 FEWEST_JUDGED_SAMPLES = 1000
 NAMED_SAMPLES = 16
 
 
-class TooManyDropped(ValueError):
+class TooManyDroppedError(ValueError):
     """More samples are faulty than `max_drop_share` allows; the message counts them by reason and names the first."""
 
 
@@ -69,56 +70,69 @@ class MetricLogger(Protocol):
         """Send what is still buffered, within `deadline_s` seconds; what it returns is not used."""
 
 
-class Watch(Protocol):
-    """How the workers agree on a preemption notice (`pipelines.recovery.preemption.PreemptionWatch`)."""
+class _Throughput:
+    """Speed and padding since the last progress line."""
 
-    def votes(self) -> tuple[int, int]:
-        """This worker's part; to be summed over all."""
+    def __init__(self) -> None:
+        self.stats: Any = None
+        self._start = time.perf_counter()
+        self._samples = 0
+        self._tokens = 0
+        self._cells = 0
 
-    def agree(self, signalled: int, due: int) -> Preemption | None:
-        """What the sums mean; every worker calls it in every step."""
+    def add(self, counts: Counts) -> None:
+        self._samples += counts.seen
+        self._tokens += counts.tokens
+        self._cells += counts.cells
+
+    def rates(self) -> dict[str, float]:
+        elapsed = time.perf_counter() - self._start
+        speed = {
+            "samples_per_s": self._samples / elapsed,
+            "tokens_per_s": self._tokens / elapsed,
+            "padding_share": 1 - self._tokens / max(1, self._cells),
+        }
+        self._start, self._samples, self._tokens, self._cells = time.perf_counter(), 0, 0, 0
+        return {**speed, **self.stats.as_metrics()}
 
 
+@dataclasses.dataclass
 class Loop:
-    """The optimizer steps of one worker, and what it knows about the training so far."""
+    """The optimizer steps of one worker, and what it knows about the training so far.
 
-    def __init__(  # noqa: PLR0913 - all that a worker's loop works with
-        self,
-        settings: TrainingSettings,
-        expected_samples: int,
-        engine: Any,
-        state: TrainState,
-        rank: int,
-        world: int,
-        saver: Saver,
-        watch: Watch,
-        logger: MetricLogger | None,
-        observe: Observer | None = None,
-    ) -> None:
-        self.settings = settings
-        self.expected_samples = expected_samples
-        self.engine = engine
-        self.state = state
-        self.rank = rank
-        self.world = world
-        self.saver = saver
-        self.watch = watch
-        self.logger = logger
-        self.observe = observe
-        self._new_drops: list[DroppedSample] = []
-        self._clock = _Clock()
+    Attributes:
+        settings: of the training.
+        expected_samples: of all epochs.
+        worker: which worker it is.
+        state: counts after the last step; every step makes a new one.
+        saver: of this worker's checkpoints.
+        preemption: how the workers agree on a notice.
+        logger: of rank 0; None logs nothing.
+        observe: told of every step.
+    """
+
+    settings: TrainingSettings
+    expected_samples: int
+    worker: Worker
+    state: TrainState
+    saver: CheckpointSaver
+    preemption: PreemptionWatch
+    logger: MetricLogger | None = None
+    observe: Observer | None = None
+    _new_drops: list[DroppedSample] = dataclasses.field(default_factory=list)
+    _throughput: _Throughput = dataclasses.field(default_factory=_Throughput)
 
     def run(self, steps: Iterator[Sequence[MicroBatch]]) -> None:
         """Make every remaining step, with a progress line and a checkpoint as often as the settings say.
 
         Raises:
-            Preempted: after the checkpoint that a notice by SIGTERM asked for.
+            PreemptedError: after the checkpoint that a notice by SIGTERM asked for.
         """
         settings = self.settings
         while not self.state.done:
             started = time.perf_counter()
             members = next(steps)
-            counts = Counts.of(members, self.watch.votes()).summed_over_workers(self.engine.device)
+            counts = Counts.of(members, self.preemption.votes()).summed_over_workers(self.worker.device)
             self._new_drops += [sample for batch in members for sample in batch.dropped]
             loss = self._optimizer_step(members, counts)
             self._count(loss, counts, time.perf_counter() - started)
@@ -126,10 +140,12 @@ class Loop:
             step = self.state.step
             if self.observe is not None:
                 trained = tuple(sample for batch in members for sample in batch.samples)
-                self.observe(StepRecord(step, self.state.total_steps, self.rank, self.world, loss, trained))
+                self.observe(
+                    StepRecord(step, self.state.total_steps, self.worker.rank, self.worker.world, loss, trained)
+                )
             if step == 1 or step % settings.log_every_steps == 0 or self.state.done:
                 self._log(loss)
-            notice = self.watch.agree(*counts.votes)
+            notice = self.preemption.agree(*counts.votes)
             if self.state.done:
                 continue
             if notice is not None:
@@ -143,13 +159,13 @@ class Loop:
         DeepSpeed averages gradients over workers and micro-batches. Each micro-batch divides its summed loss by
         tokens / (world * accumulation), so that the average is the sum over all of them, divided by all tokens.
         """
-        engine, step = self.engine, self.state.step
-        _seed(self.settings.seed, step, self.rank)
+        engine, step = self.worker.engine, self.state.step
+        _seed(self.settings.seed, step, self.worker.rank)
         factor = schedule_factor(step, self.state.total_steps, self.settings.schedule)
         for group in engine.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
         tokens = max(1, counts.supervised)
-        divisor = tokens / (self.world * len(members))
+        divisor = tokens / (self.worker.world * len(members))
         losses = torch.zeros(len(members), dtype=torch.float64, device=engine.device)
         for index, batch in enumerate(members):
             inputs = {name: tensor.to(engine.device) for name, tensor in batch.inputs.items()}
@@ -158,7 +174,7 @@ class Loop:
             losses[index] = output.loss.detach().double() * divisor
             if index < len(members) - 1:
                 engine.step()
-        self._clock.stats = output.pruning_stats
+        self._throughput.stats = output.pruning_stats
         total = losses.sum()
         torch.distributed.all_reduce(total)
         loss = total.item() / tokens
@@ -173,7 +189,7 @@ class Loop:
         Together they name the samples of the micro-batches it is in (all of the step, where only the sum is too large).
         """
         mine = [(batch.samples, math.isfinite(own)) for batch, own in zip(members, losses, strict=True)]
-        everywhere: list[list[tuple[tuple[SampleId, ...], bool]]] = [[] for _ in range(self.world)]
+        everywhere: list[list[tuple[tuple[SampleId, ...], bool]]] = [[] for _ in range(self.worker.world)]
         torch.distributed.all_gather_object(everywhere, mine)
         batches = list(itertools.chain.from_iterable(everywhere))
         guilty = [samples for samples, finite in batches if not finite] or [samples for samples, _ in batches]
@@ -199,13 +215,13 @@ class Loop:
             dropped={reason: number for reason, number in dropped.items() if number},
             step_seconds=state.step_seconds + seconds,
         )
-        self._clock.add(counts)
+        self._throughput.add(counts)
         self._check_norm()
         self._check_drops()
 
     def _check_norm(self) -> None:
         """A finite loss may have a gradient that is not: nothing of such a step is saved."""
-        norm = float(self.engine.get_global_grad_norm())
+        norm = float(self.worker.engine.get_global_grad_norm())
         if not math.isfinite(norm):
             raise DivergedError(
                 f"the gradient of step {self.state.step} has the norm {norm}; nothing of that step was saved, and the "
@@ -224,32 +240,32 @@ class Loop:
         first = "; ".join(
             f"{one.sample.key} ({one.sample}): {one.reason}, {one.detail}" for one in self.state.dropped_samples[:5]
         )
-        raise TooManyDropped(
+        raise TooManyDroppedError(
             f"{dropped} of {judged} samples are faulty, more than max_drop_share {share} allows. By reason: "
             f"{self.state.dropped}. First: {first}. Repair the data, or raise max_drop_share."
         )
 
     def _gather_drops(self) -> None:
         """Collect the faulty samples that the workers met since the last time."""
-        everywhere: list[list[DroppedSample]] = [[] for _ in range(self.world)]
+        everywhere: list[list[DroppedSample]] = [[] for _ in range(self.worker.world)]
         torch.distributed.all_gather_object(everywhere, self._new_drops)
         self._new_drops = []
         listed = sorted({*self.state.dropped_samples, *itertools.chain.from_iterable(everywhere)})
         self.state = dataclasses.replace(self.state, dropped_samples=tuple(listed[:MAX_LISTED_DROPS]))
 
     def _log(self, loss: float) -> None:
-        norm = self.engine.get_global_grad_norm()
-        if self.rank != 0:
+        norm = self.worker.engine.get_global_grad_norm()
+        if self.worker.rank != 0:
             return
-        rates = {f"learning_rate/{group['part']}": group["lr"] for group in self.engine.optimizer.param_groups}
+        rates = {f"learning_rate/{group['part']}": group["lr"] for group in self.worker.engine.optimizer.param_groups}
         metrics = {
             "loss": loss,
             "grad_norm": float(norm),
             **rates,
-            **self._clock.rates(),
+            **self._throughput.rates(),
             "samples_seen": float(self.state.samples_seen),
             "samples_dropped": float(sum(self.state.dropped.values())),
-            "workers": float(self.world),
+            "workers": float(self.worker.world),
         }
         progress_from_worker(self.state.step, self.state.total_steps, progress_line(self.state, metrics))
         if self.logger is not None:
@@ -261,13 +277,13 @@ class Loop:
         if notice.kind == "signal":
             committed = self.saver.wait_committed(name, notice.seconds_left(self.settings.preemption_grace_s))
             raise preempted(notice, self.state.step, committed)
-        if self.rank == 0:
+        if self.worker.rank == 0:
             say_from_worker(f"  {notice.detail}: checkpoint of step {self.state.step}; the training goes on")
 
     def _checkpoint(self, members: Sequence[MicroBatch]) -> str:
         """The checkpoint of the step that trained `members`; one that is validated may be exported."""
         validated = self.saver.validates_next(self.state)
-        return self._save(parity_batch(self.engine, members[0]) if validated else None)
+        return self._save(parity_batch(self.worker.engine, members[0]) if validated else None)
 
     def _save(self, parity: Parity | None) -> str:
         self._gather_drops()
@@ -282,32 +298,6 @@ class Loop:
         self._save(parity)
         if self.logger is not None:
             self.logger.close()
-
-
-class _Clock:
-    """Speed and padding since the last progress line."""
-
-    def __init__(self) -> None:
-        self.stats: Any = None
-        self._start = time.perf_counter()
-        self._samples = 0
-        self._tokens = 0
-        self._cells = 0
-
-    def add(self, counts: Counts) -> None:
-        self._samples += counts.seen
-        self._tokens += counts.tokens
-        self._cells += counts.cells
-
-    def rates(self) -> dict[str, float]:
-        elapsed = time.perf_counter() - self._start
-        speed = {
-            "samples_per_s": self._samples / elapsed,
-            "tokens_per_s": self._tokens / elapsed,
-            "padding_share": 1 - self._tokens / max(1, self._cells),
-        }
-        self._start, self._samples, self._tokens, self._cells = time.perf_counter(), 0, 0, 0
-        return {**speed, **self.stats.as_metrics()}
 
 
 def progress_line(state: TrainState, metrics: Mapping[str, float]) -> str:

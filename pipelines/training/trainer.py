@@ -41,7 +41,7 @@ from pipelines.checkpoint.committed import (
 )
 from pipelines.checkpoint.local import local_copy
 from pipelines.checkpoint.losses import LossLog
-from pipelines.checkpoint.reshard import load_universal
+from pipelines.checkpoint.reshard import load_resharded
 from pipelines.checkpoint.state import POINTS_FILE, CheckpointError, TrainState, load_ledger, load_state
 from pipelines.checkpoint.zero3 import (
     checkpoint_activations,
@@ -64,13 +64,14 @@ from pipelines.io.upload import CheckpointUpload
 from pipelines.recovery.failures import TrainingError, root_cause
 from pipelines.recovery.preemption import PreemptionWatch, listen
 from pipelines.recovery.restart_policy import RestartPolicy
-from pipelines.recovery.run_lock import Claim, TellsOfFailure, exclusive
+from pipelines.recovery.run_lock import FailureCallback, RunLock, lock_run
 from pipelines.tracking.metric_points import MetricPoint, points_from_jsonl
 from pipelines.training.batches import BatchReader, Collate, Share
-from pipelines.training.checkpoint_saver import Saver
-from pipelines.training.heldout_loss import evaluate
+from pipelines.training.checkpoint_saver import CheckpointSaver
+from pipelines.training.heldout_loss import evaluate_heldout
 from pipelines.training.loop import Loop, MetricLogger, Observer
 from pipelines.training.validation import Log, Validation, validation_config
+from pipelines.training.worker import Worker
 
 ABANDONED_S = 2.0
 """Seconds that a worker which failed gives its metrics."""
@@ -183,7 +184,7 @@ def fit(job: TrainingJob) -> TrainingResult:
     Raises:
         CheckpointError: if the run was started with other settings.
         RunInUseError: if another job trains the run.
-        ValueError: what a worker or a data task raised, as it raised it (TooManyDropped, StreamOrderError, ...).
+        ValueError: what a worker or a data task raised, as it raised it (TooManyDroppedError, StreamOrderError, ...).
         TrainingError: any other failure, `max_failures` times in a row, with the worker and the reason.
     """
     before = latest_checkpoint(job.storage, job.run_name)
@@ -191,12 +192,12 @@ def fit(job: TrainingJob) -> TrainingResult:
         check_resumable(job, before)
         if before.state.done:
             return TrainingResult(before, 0)
-    with exclusive(job.url, f"run {job.run_name!r}") as claim:
-        after = _train(job, claim)
+    with lock_run(job.url, f"run {job.run_name!r}") as lock:
+        after = _train(job, lock)
     return TrainingResult(after, after.state.step - (before.state.step if before else 0))
 
 
-def _train(job: TrainingJob, claim: Claim) -> CheckpointRef:
+def _train(job: TrainingJob, lock: RunLock) -> CheckpointRef:
     """Start the workers until the last checkpoint is committed."""
     subject = f"run {job.run_name!r}"
     policy = RestartPolicy(job.settings.max_failures)
@@ -204,7 +205,7 @@ def _train(job: TrainingJob, claim: Claim) -> CheckpointRef:
         remove_uncommitted(job.storage, job.run_name)
         cause: Exception | None = None
         try:
-            _trainer(job, dataclasses.replace(claim, attempt=attempt)).fit()
+            _trainer(job, dataclasses.replace(lock, attempt=attempt)).fit()
         except ray.train.TrainingFailedError as error:
             cause = root_cause(error, subject)
         except ray.exceptions.RayActorError as error:
@@ -240,7 +241,7 @@ def check_resumable(job: TrainingJob, checkpoint: CheckpointRef) -> None:
         )
 
 
-def _trainer(job: TrainingJob, claim: Claim) -> TorchTrainer:
+def _trainer(job: TrainingJob, lock: RunLock) -> TorchTrainer:
     settings = job.settings
     filesystem, path = storage.arrow_filesystem(job.url)
     resources = {"CPU": settings.cpus_per_worker, "GPU": settings.gpus_per_worker}
@@ -263,7 +264,7 @@ def _trainer(job: TrainingJob, claim: Claim) -> TorchTrainer:
             "heldout": job.heldout_data,
         },
         dataset_config=job.data_config,
-        validation_config=_validation(job, claim) if settings.validate_every_checkpoints else None,
+        validation_config=_validation(job, lock) if settings.validate_every_checkpoints else None,
         run_config=ray.train.RunConfig(
             name=TRAIN_NAME,
             storage_path=path,
@@ -271,13 +272,13 @@ def _trainer(job: TrainingJob, claim: Claim) -> TorchTrainer:
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=settings.keep_checkpoints),
             # Failures are judged by `fit`, which knows those that would only happen again.
             failure_config=ray.train.FailureConfig(max_failures=0),
-            callbacks=[TellsOfFailure(claim)],
+            callbacks=[FailureCallback(lock)],
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )
 
 
-def _validation(job: TrainingJob, claim: Claim) -> ray.train.ValidationConfig:
+def _validation(job: TrainingJob, lock: RunLock) -> ray.train.ValidationConfig:
     settings = job.settings
     validation = Validation(
         run=job.url,
@@ -296,7 +297,7 @@ def _validation(job: TrainingJob, claim: Claim) -> ray.train.ValidationConfig:
         gpus=settings.validation_gpus,
         timeout_s=settings.validation_timeout_s,
         log=job.log_validation,
-        abandoned=claim.failed,
+        abandoned=lock.failed,
     )
 
 
@@ -313,68 +314,76 @@ def train_worker(config: Mapping[str, Any]) -> None:
     ignore_deprecated_collectives()
     if not settings.uses_gpu:
         torch.set_num_threads(settings.threads_per_worker)
-    deepspeed = import_deepspeed(settings.uses_gpu)
-    deepspeed.init_distributed(dist_backend="nccl" if settings.uses_gpu else "gloo", verbose=False)
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    share = Share(rank, world, settings.micro_batches_per_step)
-    # 2. load
-    zero3 = deepspeed_config(settings.at_world(world))
-    with local_copy(RunFolder(job.url).init) as directory:
-        model = load_sharded(job.model_class, directory, zero3, weight_dtype(settings), settings.uses_gpu)
-    if settings.gradient_checkpointing:
-        checkpoint_activations(model)
-    # 3. optimise
-    groups = parameter_groups(model, settings.optimizer)
-    optimizer = torch.optim.AdamW(
-        groups,
-        betas=(settings.optimizer.beta1, settings.optimizer.beta2),
-        eps=settings.optimizer.epsilon,
-        weight_decay=settings.optimizer.weight_decay,
+    import_deepspeed(settings.uses_gpu).init_distributed(
+        dist_backend="nccl" if settings.uses_gpu else "gloo", verbose=False
     )
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=zero3, dist_init_required=False)
+    worker = _make_worker(job)
     # 4. resume
-    start = _resume(engine, job, rank, world)
-    logger = job.make_logger(start.points) if job.make_logger and rank == 0 else None
-    saver = _saver(job, engine, start, rank, world)
+    start = _resume(worker, job)
+    logger = job.make_logger(start.points) if job.make_logger and worker.rank == 0 else None
     loop = Loop(
         settings,
         job.plan.total_samples,
-        engine,
+        worker,
         start.state,
-        rank,
-        world,
-        saver,
-        PreemptionWatch(rank, settings.preemption_grace_s),
+        _saver(job, worker, start),
+        PreemptionWatch(worker.rank, settings.preemption_grace_s),
         logger,
         job.observe,
     )
     try:
-        _steps(job, loop, share, start.state)
+        _steps(job, loop)
     except BaseException:
         if logger is not None:
             logger.close(ABANDONED_S)
         raise
 
 
-def _steps(job: TrainingJob, loop: Loop, share: Share, state: TrainState) -> None:
-    settings, rank, world = job.settings, share.rank, share.world
+def _make_worker(job: TrainingJob) -> Worker:
+    """This process as a worker: the start model partitioned over all of them, inside the engine."""
+    settings = job.settings
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    # 2. load
+    config = deepspeed_config(settings.at_world(world))
+    with local_copy(RunFolder(job.url).init) as directory:
+        model = load_sharded(job.model_class, directory, config, weight_dtype(settings), settings.uses_gpu)
+    if settings.gradient_checkpointing:
+        checkpoint_activations(model)
+    # 3. optimise
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, settings.optimizer),
+        betas=(settings.optimizer.beta1, settings.optimizer.beta2),
+        eps=settings.optimizer.epsilon,
+        weight_decay=settings.optimizer.weight_decay,
+    )
+    deepspeed = import_deepspeed(settings.uses_gpu)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    return Worker(engine, rank, world)
+
+
+def _steps(job: TrainingJob, loop: Loop) -> None:
+    """Steps 5 to 7 of a worker."""
+    settings, rank, world = job.settings, loop.worker.rank, loop.worker.world
     # 5. step
+    share = Share(rank, world, settings.micro_batches_per_step)
     reader = BatchReader(job.collate, job.pad_token_id, settings.micro_batch, share, settings.batching == "length")
     rows = job.iterate(ray.train.get_dataset_shard("train"), settings.micro_batch)
-    loop.run(reader.read(rows, state.rows, job.plan.total_rows))
+    loop.run(reader.read(rows, loop.state.rows, job.plan.total_rows))
     # 6. hold out
     # Not split: each worker streams all held-out rows and takes its own, so no worker can make the others wait.
     rows = itertools.islice(
         job.iterate(ray.train.get_dataset_shard("heldout"), settings.micro_batch), rank, None, world
     )
     heldout = BatchReader(job.collate, job.pad_token_id, settings.micro_batch, Share(rank, world, world))
-    final, parity = evaluate(loop.engine, itertools.chain.from_iterable(heldout.read(rows, 0, job.heldout_rows)))
+    final, parity = evaluate_heldout(
+        loop.worker.engine, itertools.chain.from_iterable(heldout.read(rows, 0, job.heldout_rows))
+    )
     # 7. finish
     loop.finish(final, parity)
 
 
 @dataclass(frozen=True)
-class Start:
+class ResumePoint:
     """Where a worker begins."""
 
     state: TrainState
@@ -387,38 +396,36 @@ class Start:
     """Metrics that were not delivered."""
 
 
-def _resume(engine: Any, job: TrainingJob, rank: int, world: int) -> Start:
-    """Load the newest checkpoint into the engine.
+def _resume(worker: Worker, job: TrainingJob) -> ResumePoint:
+    """Load the newest checkpoint into the worker's engine.
 
     Raises:
         CheckpointError: if the samples that were trained are not those that the plan puts before it.
     """
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
-        state = dataclasses.replace(job.start_state(), world_size=world)
-        return Start(state, Ledger(job.plan.sizes), LossLog(state), [])
+        state = dataclasses.replace(job.start_state(), world_size=worker.world)
+        return ResumePoint(state, Ledger(job.plan.sizes), LossLog(state), [])
     with checkpoint.as_directory() as name:
         # Ray downloads it once for all workers of a node, and again over the same files for one that comes late.
         torch.distributed.barrier()
         directory = Path(name)
         state = load_state(directory)
         ledger = Ledger(job.plan.sizes)
-        if rank == 0:
+        if worker.rank == 0:
             ledger = load_ledger(directory, job.plan.sizes)
             ledger.require_equal(job.plan.consumed(state.rows), f"the checkpoint of step {state.step}")
-        load_universal(engine, directory)
+        load_resharded(worker.engine, directory)
         points = points_from_jsonl((directory / POINTS_FILE).read_text(), POINTS_FILE)
     losses = LossLog(state)
-    state = dataclasses.replace(state, world_size=world, restarts=state.restarts + 1, losses_in_version_2=())
-    return Start(state, ledger, losses, points)
+    state = dataclasses.replace(state, world_size=worker.world, restarts=state.restarts + 1, losses_in_version_2=())
+    return ResumePoint(state, ledger, losses, points)
 
 
-def _saver(job: TrainingJob, engine: Any, start: Start, rank: int, world: int) -> Saver:
+def _saver(job: TrainingJob, worker: Worker, start: ResumePoint) -> CheckpointSaver:
     settings = job.settings
-    return Saver(
-        engine=engine,
-        rank=rank,
-        world=world,
+    return CheckpointSaver(
+        worker=worker,
         run_url=job.url,
         precision=settings.precision,
         recipe=job.recipe,

@@ -192,8 +192,8 @@ def validate(checkpoint: ray.train.Checkpoint, validation: Validation, use_gpu: 
     """The held-out loss of one checkpoint, on any node.
 
     Returns:
-        metrics as of `pipelines.training.heldout_loss.evaluate`, and the seconds all of it took, their names after
-        `validation/`; and the checkpoint's optimizer step.
+        metrics as of `pipelines.training.heldout_loss.evaluate_heldout`, and the seconds all of it took, their names
+        after `validation/`; and the checkpoint's optimizer step.
 
     Raises:
         CheckpointError, StorageError: if the checkpoint is damaged or storage fails.

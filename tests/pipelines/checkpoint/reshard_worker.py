@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipelines.checkpoint.reshard import load_universal
+from pipelines.checkpoint.reshard import load_resharded
 from pipelines.checkpoint.state import ZERO3_TAG
 from pipelines.checkpoint.zero3 import deepspeed_config, parameter_groups, schedule_factor
 from pipelines.compat.deepspeed import import_deepspeed
@@ -203,7 +203,7 @@ def work(training: Training, precision: str, folder: Path, rank: int) -> None:
         if training.native:
             engine.load_checkpoint(str(source), tag=ZERO3_TAG, load_lr_scheduler_states=False)
         else:
-            load_universal(engine, source)
+            load_resharded(engine, source)
         first = engine.global_steps
         torch.save(snapshot(engine), own / f"loaded-{rank}.pt")
     losses = []

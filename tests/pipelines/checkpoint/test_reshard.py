@@ -17,12 +17,12 @@ import torch
 from pipelines.checkpoint.consolidate import read_weights
 from pipelines.checkpoint.reshard import (
     Layout,
-    Shards,
+    ZeroFiles,
     check_groups,
     common_buffers,
     layout_of,
     optimizer_state,
-    pieces,
+    overlaps,
 )
 from pipelines.checkpoint.state import ZERO3_TAG, CheckpointError
 from tests.pipelines.checkpoint.reshard_worker import BORDER, STEPS, Training, trainings
@@ -124,25 +124,25 @@ def test_what_is_saved_after_a_resume_is_whole(trained: Path) -> None:
 
 def test_missing_foreign_and_damaged_shards_are_named(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"holds no ZeRO-3 shard of worker 0"):
-        Shards(tmp_path)
+        ZeroFiles(tmp_path)
     shards = tmp_path / ZERO3_TAG
     shutil.copytree(trained / "fp32" / "whole" / ZERO3_TAG, shards)
     lost = shards / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     content = lost.read_bytes()
     lost.unlink()
     with pytest.raises(CheckpointError, match=r"whole checkpoint of 2 workers: optim states of worker 1 are missing"):
-        Shards(tmp_path)
+        ZeroFiles(tmp_path)
     lost.write_bytes(content[: len(content) // 2])
     with pytest.raises(CheckpointError, match=r"rank_1_mp_rank_00_optim_states.pt is damaged"):
-        Shards(tmp_path).optimizer(1)
+        ZeroFiles(tmp_path).optimizer(1)
     lost.write_bytes(content)
     shutil.copy(lost, shards / "zero_pp_rank_2_mp_rank_00_optim_states.pt")
     with pytest.raises(CheckpointError, match=r"2 workers: optim states of worker 2 are too many"):
-        Shards(tmp_path)
+        ZeroFiles(tmp_path)
 
 
 def test_other_groups_names_shapes_steps_and_buffers_are_refused(trained: Path, tmp_path: Path) -> None:
-    shards = Shards(trained / "fp32" / "whole")
+    shards = ZeroFiles(trained / "fp32" / "whole")
     layout = layout_of(shards)
     groups = layout.groups()
     with pytest.raises(CheckpointError, match="has 2 parameter groups, the training has 1"):
@@ -177,8 +177,8 @@ def test_pieces_move_every_element_to_where_its_world_has_it(numel: int) -> None
         for new_world in range(1, 9):
             for rank, expected in enumerate(cut(new_world)):
                 got = [-1] * len(expected)
-                for piece in pieces(numel, old_world, new_world, rank):
-                    taken = old[piece.source][piece.source_start :][: piece.length]
-                    assert len(taken) == piece.length > 0
-                    got[piece.target_start : piece.target_start + piece.length] = taken
+                for overlap in overlaps(numel, old_world, new_world, rank):
+                    taken = old[overlap.source][overlap.source_start :][: overlap.length]
+                    assert len(taken) == overlap.length > 0
+                    got[overlap.target_start : overlap.target_start + overlap.length] = taken
                 assert got == expected, (old_world, new_world, rank)

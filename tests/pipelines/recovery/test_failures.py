@@ -7,7 +7,7 @@ import ray.train
 from pipelines.data.tar_format import ShardError, ShardUnreadableError
 from pipelines.io.storage import TransientStorageError
 from pipelines.recovery.failures import TrainingError, root_cause
-from pipelines.recovery.preemption import Preempted
+from pipelines.recovery.preemption import PreemptedError
 from pipelines.training.batches import StreamOrderError
 
 
@@ -33,7 +33,7 @@ def test_a_dead_worker_is_the_cause_of_what_its_absence_does_to_others() -> None
 
 
 def test_a_preempted_worker_is_no_failure() -> None:
-    failures = {0: RuntimeError("Connection closed"), 1: Preempted("ended by SIGTERM; saved")}
+    failures = {0: RuntimeError("Connection closed"), 1: PreemptedError("ended by SIGTERM; saved")}
     failed = root_cause(ray.train.WorkerGroupError("...", failures), "run 'a'")
     assert isinstance(failed, TrainingError)
     assert failed.preempted

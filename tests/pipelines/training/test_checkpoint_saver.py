@@ -9,7 +9,8 @@ from pipelines.checkpoint.losses import LossLog, read_losses
 from pipelines.checkpoint.state import TrainState
 from pipelines.data.ledger import Ledger
 from pipelines.io.run_folder import RunFolder
-from pipelines.training.checkpoint_saver import Saver
+from pipelines.training.checkpoint_saver import CheckpointSaver
+from pipelines.training.worker import Worker
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -21,10 +22,8 @@ def test_losses_are_stored_before_the_checkpoint_that_is_then_committed(tmp_path
         stored.append(sorted(path.name for path in tmp_path.rglob("*.f64")))
         raise ConnectionError("the worker is killed in the upload")
 
-    saver = Saver(
-        engine=None,
-        rank=rank,
-        world=2,
+    saver = CheckpointSaver(
+        worker=Worker(None, rank, world=2),
         run_url=str(tmp_path),
         precision="fp32",
         recipe={},

@@ -14,9 +14,10 @@ import torch
 from meteor_model.processing_meteor import collate
 from pipelines.checkpoint.state import TrainState
 from pipelines.checkpoint.zero3 import parameter_groups
-from pipelines.recovery.preemption import Preempted, Preemption
+from pipelines.recovery.preemption import PreemptedError, Preemption
 from pipelines.training.batches import BatchReader, MicroBatch, Share
-from pipelines.training.loop import DivergedError, Loop, TooManyDropped
+from pipelines.training.loop import DivergedError, Loop, TooManyDroppedError
+from pipelines.training.worker import Worker
 from tests.pipelines.training.rows import IMAGE_SIZE, PAD, make_row
 from tests.pipelines.training.stand_in import SAMPLES, SETTINGS, TOTAL, StandInConfig, StandInModel
 
@@ -108,13 +109,10 @@ def make_loop(
     loop = Loop(
         settings,
         SAMPLES,
-        engine,
+        Worker(engine, rank=0, world=1),
         TrainState("abc", 1, TOTAL // 16),
-        rank=0,
-        world=1,
         saver=NothingSaved(),  # type: ignore[arg-type]
-        watch=notice or Notice(1000, "drain"),
-        logger=None,
+        preemption=notice or Notice(1000, "drain"),  # type: ignore[arg-type]
     )
     share = Share(rank=0, world=1, per_step=settings.micro_batches_per_step)
     reader = BatchReader(partial(collate, pad_token_id=PAD, image_size=IMAGE_SIZE), PAD, 4, share)
@@ -141,7 +139,7 @@ def test_progress_is_shown_and_counted(capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.usefixtures("alone")
 def test_too_many_faulty_samples_stop_the_job() -> None:
     loop, batches = make_loop(range(1, 20, 3))
-    with pytest.raises(TooManyDropped) as error:
+    with pytest.raises(TooManyDroppedError) as error:
         loop.run(batches)
     message = str(error.value)
     assert "5 of 93 samples are faulty, more than max_drop_share 0.05" in message
@@ -153,7 +151,7 @@ def test_too_many_faulty_samples_stop_the_job() -> None:
 @pytest.mark.usefixtures("alone")
 def test_a_loss_that_is_no_number_stops_before_the_update() -> None:
     loop, batches = make_loop()
-    engine = loop.engine
+    engine = loop.worker.engine
     engine.spoiled_at = 2
     with pytest.raises(DivergedError, match="loss of step 3 is nan") as error:
         loop.run(batches)
@@ -173,7 +171,7 @@ def test_a_stream_shorter_than_the_plan_is_an_error() -> None:
 @pytest.mark.usefixtures("alone")
 def test_a_gradient_that_is_no_number_is_never_saved() -> None:
     loop, batches = make_loop(checkpoint_every_steps=2)
-    loop.engine.steep_at = 4
+    loop.worker.engine.steep_at = 4
     with pytest.raises(DivergedError, match="gradient of step 4 has the norm inf"):
         loop.run(batches)
     assert loop.saver.steps == [2]  # type: ignore[attr-defined]
@@ -189,7 +187,7 @@ def test_checkpoints_come_at_their_steps_and_the_ledger_hears_of_every_sample() 
 @pytest.mark.usefixtures("alone")
 def test_a_notice_makes_one_checkpoint_at_once_and_sigterm_ends() -> None:
     loop, batches = make_loop(notice=Notice(3, "signal"))
-    with pytest.raises(Preempted, match="preempted after step 3: worker 0 goes; the checkpoint of step 3 is whole"):
+    with pytest.raises(PreemptedError, match="after step 3: worker 0 goes; the checkpoint of step 3 is whole"):
         loop.run(batches)
     assert loop.saver.steps == [3]  # type: ignore[attr-defined]
     loop, batches = make_loop(notice=Notice(3, "drain"))

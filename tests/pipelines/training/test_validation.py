@@ -18,7 +18,7 @@ from ray.train.torch import TorchTrainer
 
 from meteor_model.processing_meteor import collate
 from pipelines.checkpoint.best import best_checkpoint
-from pipelines.recovery.run_lock import Claim, TellsOfFailure, exclusive
+from pipelines.recovery.run_lock import FailureCallback, RunLock, lock_run
 from pipelines.training.batches import MicroBatch, iterate_rows, make_micro_batch
 from pipelines.training.heldout_loss import heldout_loss
 from pipelines.training.trainer import TrainingResult, fit
@@ -183,7 +183,7 @@ def test_a_failed_training_waits_for_no_validation_and_the_next_start_makes_it(
     write_init(root, "failed")
     whole = make_validation(run)
 
-    def train(claim: Claim, validation: Validation) -> None:
+    def train(lock: RunLock, validation: Validation) -> None:
         TorchTrainer(
             fail_beside,
             train_loop_config={"source": result.checkpoint.url},
@@ -194,23 +194,23 @@ def test_a_failed_training_waits_for_no_validation_and_the_next_start_makes_it(
                 gpus=0.0,
                 timeout_s=300.0,
                 log=partial(log_to, tmp_path / "log"),
-                abandoned=claim.failed,
+                abandoned=lock.failed,
             ),
             run_config=ray.train.RunConfig(
                 name="train",
                 storage_path=str(run),
-                callbacks=[TellsOfFailure(claim)],
+                callbacks=[FailureCallback(lock)],
                 logging_config=ray.train.LoggingConfig(log_level="CRITICAL"),
             ),
         ).fit()
 
-    with exclusive(str(run), "run 'failed'") as claim:
+    with lock_run(str(run), "run 'failed'") as lock:
         started = time.monotonic()
         with pytest.raises(ray.train.TrainingFailedError, match="a worker fails"):
-            train(claim, replace(whole, data=partial(never, whole.data)))
+            train(lock, replace(whole, data=partial(never, whole.data)))
         assert time.monotonic() - started < 200, "the validation would have taken 300 s"
         assert logged(tmp_path / "log") == []
-        train(replace(claim, attempt=1), whole)
+        train(replace(lock, attempt=1), whole)
     assert [entry["validation/failed"] for entry in logged(tmp_path / "log")] == [0.0]
 
 
