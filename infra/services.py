@@ -63,7 +63,7 @@ OVERRIDES: dict[str, tuple[str, ...]] = {
         "MLFLOW_S3_ENDPOINT_URL",
     ),
     "mlflow": ("MLFLOW_REGISTRY_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"),
-    "ray": ("RAY_API_SERVER_ADDRESS", "RAY_NAMESPACE"),
+    "ray": ("RAY_NAMESPACE",),
 }
 
 
@@ -133,7 +133,10 @@ def stack_env(stack: Stack) -> dict[str, str]:
         env |= {"MLFLOW_TRACKING_URI": stack.mlflow_uri, "MLFLOW_DISABLE_TELEMETRY": "true"}
     if "ray" in stack.services:
         env |= {
-            "RAY_ADDRESS": stack.ray_dashboard,
+            # `ray.init` takes the first; `ray job submit` and Ray's own actors the second, also where a second cluster
+            # runs on the machine.
+            "RAY_ADDRESS": stack.ray_gcs_address,
+            "RAY_API_SERVER_ADDRESS": stack.ray_dashboard,
             "RAY_AUTH_MODE": "disabled",
             "RAY_USAGE_STATS_ENABLED": "0",
             # Despite its name it decides everywhere whether Ray may replace 127.0.0.1 by the machine's outer address.
@@ -270,8 +273,6 @@ def _ray_command(stack: Stack) -> tuple[list[str], dict[str, str]]:
         "AUTOSCALER_METRIC_PORT": str(ports["autoscaler_metrics"]),
         "DASHBOARD_METRIC_PORT": str(ports["dashboard_metrics"]),
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
-        # Ray's own actors look for an API server; without this they give up where a second cluster runs on the machine.
-        "RAY_API_SERVER_ADDRESS": stack.ray_dashboard,
     }
 
 

@@ -65,6 +65,14 @@ def test_environment_covers_only_the_services_of_the_stack(tmp_path: Path, monke
     assert "AWS_ACCESS_KEY_ID" not in env
 
 
+def test_a_program_finds_ray_and_its_job_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://elsewhere:1")
+    stack = _stack(tmp_path)
+    env = services.full_env(stack)
+    assert env["RAY_ADDRESS"] == stack.ray_gcs_address
+    assert env["RAY_API_SERVER_ADDRESS"] == stack.ray_dashboard
+
+
 def test_ray_head_does_not_follow_the_users_ray_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "http://elsewhere:1")
     _, env = services.command_and_env(_stack(tmp_path), "ray")
