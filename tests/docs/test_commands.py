@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +35,26 @@ def test_quick_commands_run() -> None:
         [sys.executable, "-m", "docs.tools.check", "--quick"], cwd=ROOT, capture_output=True, text=True, timeout=500
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def jobs_of(command: str) -> list[list[str]]:
+    """Name and arguments of the jobs that a command starts; of `make` those of its recipe."""
+    lines = command.replace("$PORT", "8000").replace("$WORK", "work").replace(" && ", "\n").splitlines()
+    for line in [line for line in lines if line.startswith("make ")]:
+        listed = ["make", "--dry-run", "--old-file=.venv/.installed", *shlex.split(line)[1:]]
+        recipe = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        lines += recipe.replace("\\\n", " ").splitlines()
+    found = [re.search(r"jobs/(\w+)\.py(.*)", line) for line in lines]
+    return [[match.group(1), *shlex.split(match.group(2))] for match in found if match]
+
+
+@pytest.mark.parametrize("command", sorted({shown.text for shown in shown_commands() if not shown.python}))
+def test_jobs_take_the_arguments_that_are_shown(command: str) -> None:
+    row = next(row for row in ROWS if row.shown == command)
+    started = [*jobs_of(command), *(jobs_of(typed(row)) if not row.by else [])]
+    for name, *arguments in started:
+        if "--help" not in arguments:
+            importlib.import_module(f"jobs.{name}").JOB.parse(arguments)
 
 
 def test_links_lead_somewhere() -> None:
