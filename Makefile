@@ -19,7 +19,8 @@ ARGS ?=
 PARTS_DIR := $(abspath $(or $(METEOR_PARTS_DIR),$(or $(METEOR_STATE_DIR),$(CURDIR)/.meteor)/parts))
 # The job runs in a copy of this folder on the cluster; its summary comes back to runs/latest here.
 # The copy has no .git, so the commit travels as a variable.
-SUBMIT = RAY_LOGGER_LEVEL=warning $(STACK) run -- $(BIN)/ray job submit --working-dir . \
+# .rayignore says what is left out of the copy; Ray's own list would only be warned about.
+SUBMIT = RAY_LOGGER_LEVEL=warning RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES= $(STACK) run -- $(BIN)/ray job submit --working-dir . \
   --runtime-env-json '{"env_vars": {"METEOR_GIT_COMMIT": "$(shell git describe --always --dirty --abbrev=12 2>/dev/null)", \
   "METEOR_PARTS_DIR": "$(PARTS_DIR)"}}' --
 

@@ -139,6 +139,7 @@ def stack_env(stack: Stack) -> dict[str, str]:
             "RAY_API_SERVER_ADDRESS": stack.ray_dashboard,
             "RAY_AUTH_MODE": "disabled",
             "RAY_USAGE_STATS_ENABLED": "0",
+            "METEOR_LOG_DIR": str(stack.state_dir / "logs" / "jobs"),
             # Despite its name it decides everywhere whether Ray may replace 127.0.0.1 by the machine's outer address.
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         }

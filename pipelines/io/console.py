@@ -160,6 +160,7 @@ class Console:
                 for line in lines:
                     self._show(line.decode("utf-8", "replace"))
                 if ended:
+                    self._show(rest.decode("utf-8", "replace"))
                     return
                 self._ended.wait(POLL_S)
 
