@@ -7,6 +7,7 @@ import os
 import pty
 import subprocess
 import sys
+import termios
 import threading
 from pathlib import Path
 
@@ -109,6 +110,7 @@ with console.quiet(Path(sys.argv[1])):
 
 def test_progress_is_a_bar_on_a_terminal(tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 120))
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(tmp_path / "job.log")], cwd=ROOT, stdout=theirs, stderr=theirs
     )
