@@ -22,7 +22,7 @@ from pipelines.io import storage
 from pipelines.io.run_folder import run_folder
 from pipelines.io.upload import upload_folder
 from pipelines.training.batches import iterate_rows
-from pipelines.training.trainer import TrainingJob
+from pipelines.training.job import TrainingJob
 
 SETTINGS = TrainingSettings(
     workers=2,

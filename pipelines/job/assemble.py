@@ -18,7 +18,7 @@ from pipelines.io.fingerprint import canonical_json, sha256
 from pipelines.io.run_folder import run_folder
 from pipelines.tracking.metric_logger import MetricLogger
 from pipelines.training.batches import iterate_rows
-from pipelines.training.trainer import TrainingJob
+from pipelines.training.job import TrainingJob
 
 
 class MetricsRun(NamedTuple):

@@ -16,7 +16,7 @@ from meteor_model.processing_meteor import collate
 from pipelines.config.settings import LearningRates, OptimizerSettings, TrainingSettings
 from pipelines.data.stream import data_config
 from pipelines.training.batches import iterate_rows
-from pipelines.training.trainer import TrainingJob
+from pipelines.training.job import TrainingJob
 from tests.pipelines.training.rows import FAULTY_ROW, IMAGE, IMAGE_SIZE, PAD, VOCABULARY, Plan, make_stream
 
 
