@@ -104,6 +104,8 @@ class Job(Generic[S]):
             if not stop.code:
                 raise  # help, or a completion script
             raise ValueError(_without_frame(said.getvalue())) from None
+        except AssertionError as error:  # of the parser, for a shell that it does not know
+            raise ValueError(str(error)) from None
         return line
 
     def _work(self, settings: S) -> None:

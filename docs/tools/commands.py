@@ -108,10 +108,6 @@ ROWS: tuple[Row, ...] = (
         replace={**BUCKET, "data.json": "$WORK/data.json", "folder/": "$WORK/folder/"},
     ),
     Row("python jobs/make_shards.py webdataset --output s3://bucket/shards --heldout 'val-*.tar'", replace=BUCKET),
-    Row(
-        "source <(python jobs/pretrain.py --tyro-print-completion bash)",
-        by="tests/jobs/test_command_line.py",
-    ),
     Row("python jobs/pretrain.py --data.manifest s3://bucket/mydata", also=MIXED, replace=BUCKET),
     Row(
         "python jobs/pretrain.py --data.manifest s3://bucket/mydata "
