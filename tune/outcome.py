@@ -17,7 +17,7 @@ from pipelines.job.answers import PICTURES_FOLDER
 from pipelines.registry.provenance import training_tags
 from pipelines.registry.tags import COMMIT_TAG
 from pipelines.registry.variants import register_variant
-from pipelines.registry.versions import Registry
+from pipelines.registry.versions import RegisteredVersion, Registry
 from pipelines.tracking.mlflow_run import git_commit
 from tune.figures import draw_budgets, draw_fronts, draw_importances, draw_trials
 from tune.prepare import Prepared
@@ -101,31 +101,33 @@ def register_winners(settings: SweepSettings, prepared: Prepared) -> dict[str, A
             winners.setdefault(record.id, []).append(settings.alias_of(budget))
     registered: dict[str, Any] = {}
     for trial, aliases in winners.items():
-        record = prepared.records.get(trial)
-        source, ranks = prepared.model, record.ranks
-        tags = {"sweep": prepared.name, "trial": trial, COMMIT_TAG: git_commit(Path.cwd())}
-        with tempfile.TemporaryDirectory(prefix="meteor-winner-") as scratch:
-            if settings.kind == "finetune":
-                source, ranks = str(Path(scratch) / "model"), None  # those of the folder were measured anew
-                recipe = settings.trial_recipe
-                recipe = replace(recipe, model=replace(recipe.model, start=prepared.model))
-                tags |= {"run_name": training_name(prepared.name, trial), **training_tags(recipe, prepared.trained)}
-                with local_copy(export_of(prepared.url, trial)) as exported:
-                    shutil.copytree(exported, source)
-            version = register_variant(
-                source,
-                record.pruning_config,
-                load_score(prepared.url, trial),
-                ranks=ranks,
-                registry=Registry(settings.tracking.uri, settings.tracking.registered_model),
-                aliases=aliases,
-                run_id=record.run_id or prepared.logbook.run_id,
-                tags=tags,
-                suite=prepared.context.suite,
-            )
+        version = _register_winner(settings, prepared, prepared.records.get(trial), aliases)
         registered[version.uri] = {"trial": trial, "aliases": aliases}
         say(f"  {trial} is {version.uri} ({', '.join(aliases)})")
     return registered
+
+
+def _register_winner(
+    settings: SweepSettings, prepared: Prepared, record: TrialRecord, aliases: Sequence[str]
+) -> RegisteredVersion:
+    base, ranks = prepared.model, record.ranks
+    tags = {"sweep": prepared.name, "trial": record.id, COMMIT_TAG: git_commit(Path.cwd())}
+    if settings.kind == "finetune":
+        base, ranks = export_of(prepared.url, record.id), None  # those of the export were measured anew
+        recipe = settings.trial_recipe
+        recipe = replace(recipe, model=replace(recipe.model, start=prepared.model))
+        tags |= {"run_name": training_name(prepared.name, record.id), **training_tags(recipe, prepared.trained)}
+    return register_variant(
+        base,
+        record.pruning_config,
+        load_score(prepared.url, record.id),
+        ranks=ranks,
+        registry=Registry(settings.tracking.uri, settings.tracking.registered_model),
+        aliases=aliases,
+        run_id=record.run_id or prepared.logbook.run_id,
+        tags=tags,
+        suite=prepared.context.suite,
+    )
 
 
 def sweep_text(settings: SweepSettings, prepared: Prepared, result: dict[str, Any]) -> str:

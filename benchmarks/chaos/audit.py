@@ -64,11 +64,6 @@ class Audit:
         """Number of samples lost."""
         return sum(map(len, self.lost.values()))
 
-    @property
-    def repeated_samples(self) -> int:
-        """Number of samples trained too often."""
-        return sum(map(len, self.repeated.values()))
-
 
 def read_lines(path: Path) -> list[Line]:
     """All lines of the file that `Recorder` writes, in the order in which they were written.

@@ -157,7 +157,7 @@ ROWS: tuple[Row, ...] = (
         before='make register ARGS="promote --alias budget-8 --to champion"',
     ),
     Row('make register ARGS="parity --version 7"', replace={"7": "1"}),
-    Row("from pipelines.registry.publish import load_registered  # with this repository", before=PULLED),
+    Row("from pipelines.registry.open import load_registered  # with this repository", before=PULLED),
     # Serve.
     Row(
         'make predict-shards ARGS="--manifest URL --output URL"',

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from mlflow.entities.model_registry import ModelVersion
 
-from meteor_model.configuration_meteor import MeteorConfig
 from pipelines.checkpoint.committed import CheckpointRef
 from pipelines.checkpoint.state import POINTS_FILE
 from pipelines.config.recipe import Recipe
@@ -19,11 +18,9 @@ from pipelines.io.console import say
 from pipelines.job.answers import HeldoutAnswers
 from pipelines.job.train import Training
 from pipelines.registry.aliases import move_alias
-from pipelines.registry.card import card
-from pipelines.registry.folder import write_card
 from pipelines.registry.provenance import training_tags
-from pipelines.registry.publish import register_model
-from pipelines.registry.scores import store_score, stored_scores, suite_name
+from pipelines.registry.publish import publish_version
+from pipelines.registry.scores import store_score, stored_scores
 from pipelines.registry.tags import BASE_TAG, COMMIT_TAG, PARITY_TAG, PARITY_TOLERANCE_TAG, STEP_TAG
 from pipelines.registry.versions import RegisteredVersion, Registry
 from pipelines.tracking.metric_points import MetricPoint, points_from_jsonl
@@ -78,26 +75,22 @@ def register_run(trained: TrainedRun, folder: Path, answers: HeldoutAnswers) -> 
         folder: its export.
         answers: with its score.
     """
-    tracking, run_id, commit = trained.recipe.tracking, trained.run_id, trained.commit
+    tracking, run_id = trained.recipe.tracking, trained.run_id
     registry, alias = Registry(tracking.uri, tracking.registered_model), f"latest-{trained.job}"
     # Variants may be filed under the training's run, too.
     of_training = [item for item in registry.versions(run_id) if BASE_TAG not in item.tags]
     step = trained.training.exported.state.step
     found = [item for item in of_training if _exported_step(item, trained.training) == step]
-    scores = stored_scores(found[-1]) if found else {}
-    if found:
-        model_id = str(found[-1].source).removeprefix("models:/")
-        version = RegisteredVersion(registry.name, int(found[-1].version), (), run_id, model_id)
-        say(f"  registered by an earlier start as version {version.version}")
-    else:
+    score, suite = answers.score, answers.suite
+    if not found:
         tags = _version_tags(trained)
-        whole = {} if answers.score is None else {suite_name(answers.suite): answers.score}
-        write_card(folder, card(MeteorConfig.from_pretrained(folder), tags, whole))
-        version = register_model(folder, registry, aliases=(), run_id=run_id, tags=tags)
-    if answers.score is not None and answers.score.suite not in scores:
-        store_score(registry, version.version, answers.score, answers.suite, {"git_commit": commit})
-    move_alias(registry, alias, version.version)
-    return replace(version, aliases=(alias,))
+        return publish_version(folder, registry, run_id=run_id, tags=tags, score=score, suite=suite, aliases=(alias,))
+    number, model_id = int(found[-1].version), str(found[-1].source).removeprefix("models:/")
+    say(f"  registered by an earlier start as version {number}")
+    if score is not None and score.suite not in stored_scores(found[-1]):
+        store_score(registry, number, score, suite, {"git_commit": trained.commit})
+    move_alias(registry, alias, number)
+    return RegisteredVersion(registry.name, number, (alias,), run_id, model_id)
 
 
 def _exported_step(version: ModelVersion, training: Training) -> int:

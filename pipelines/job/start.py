@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -20,14 +19,12 @@ import torch
 from meteor_model.architectures import LLM_PART, build_config
 from meteor_model.chat import IMAGE_PLACEHOLDER
 from meteor_model.image_processing_meteor import MeteorImageProcessor
-from meteor_model.loading import load_model_and_processor
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from meteor_model.tokenizer import pretrained_tokenizer, train_tokenizer
 from meteor_model.weights import LoadedPart, load_parts, vocabulary_rows
 from pipelines.calibration.image_plan import MeasureSettings
 from pipelines.calibration.measure import calibrate_ranks
-from pipelines.checkpoint.local import local_copy
 from pipelines.checkpoint.zero3 import save_for_sharding
 from pipelines.config.recipe import Recipe
 from pipelines.data import shards
@@ -37,7 +34,7 @@ from pipelines.io.console import say
 from pipelines.io.run_folder import RunFolder
 from pipelines.io.upload import upload_folder
 from pipelines.parts import default_parts_dir, resolve_sources
-from pipelines.registry.publish import pull_model
+from pipelines.registry.open import load_model
 from pipelines.registry.versions import PinnedModel, pin_model
 
 TOKENIZER_TEXTS = 20_000
@@ -136,11 +133,7 @@ def _pulled(recipe: Recipe) -> tuple[MeteorForConditionalGeneration, MeteorProce
     """A registered or stored model under the recipe's pruning and chat template."""
     start = recipe.model.start
     assert start is not None
-    with tempfile.TemporaryDirectory(prefix="meteor-pull-") as name, ExitStack() as stored:
-        if storage.is_s3(start):
-            start = str(stored.enter_context(local_copy(start)))
-        folder = pull_model(pin_model(start, recipe.tracking.uri), Path(name) / "model")
-        model, processor = load_model_and_processor(folder)
+    model, processor = load_model(pin_model(start, recipe.tracking.uri))
     model.config = config = model.config.with_pruning(recipe.pruning, None)
     processor.tokens_per_image, processor.template = config.tokens_per_image, recipe.model.template
     return model, processor

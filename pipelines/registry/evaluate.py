@@ -13,7 +13,7 @@ from pipelines.evaluation.samples import samples_with_images
 from pipelines.evaluation.scores import Score
 from pipelines.evaluation.suite import Suite
 from pipelines.io.console import say
-from pipelines.registry.publish import load_model
+from pipelines.registry.open import load_model
 from pipelines.registry.scores import store_score
 from pipelines.registry.versions import pin_model, training_manifest
 from pipelines.tracking.mlflow_run import git_commit

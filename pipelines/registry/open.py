@@ -9,10 +9,13 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from meteor_model.loading import load_model_and_processor
+from meteor_model.modeling_meteor import MeteorForConditionalGeneration
+from meteor_model.processing_meteor import MeteorProcessor
 from pipelines.checkpoint.local import local_copy
 from pipelines.config.settings import SettingsError
 from pipelines.registry.folder import CHECKSUMS_FILE, ExportError, verify_checksums
-from pipelines.registry.versions import PinnedModel
+from pipelines.registry.versions import PinnedModel, pin_model
 
 
 @contextmanager
@@ -38,6 +41,38 @@ def open_model(model: PinnedModel) -> Iterator[Path]:
         elif not (folder / "config.json").is_file():
             raise ExportError(f"{model.address} holds no model: there is no config.json")
         yield folder
+
+
+def load_model(model: PinnedModel, device: str = "cpu") -> tuple[MeteorForConditionalGeneration, MeteorProcessor]:
+    """Model (fp32 as it was exported, eval mode) and processor.
+
+    Args:
+        model: as for `open_model`.
+        device: where the model goes.
+
+    Raises:
+        ExportError, TrackingError, StorageError: as `open_model`.
+    """
+    with open_model(model) as folder:
+        loaded, processor = load_model_and_processor(folder)
+    return loaded.to(device), processor
+
+
+def load_registered(
+    model: str, uri: str | None = None, device: str = "cpu"
+) -> tuple[MeteorForConditionalGeneration, MeteorProcessor]:
+    """Model (fp32 as it was exported, eval mode) and processor behind an address.
+
+    Args:
+        model: models:/NAME@ALIAS, models:/NAME/VERSION, or a folder that `export_model` wrote (also s3://).
+        uri: of the MLflow server; None takes MLFLOW_TRACKING_URI.
+        device: where the model goes.
+
+    Raises:
+        TrackingError: an unknown model, alias or version (says which there are), or a server that is away.
+        ExportError, StorageError: as `open_model`.
+    """
+    return load_model(pin_model(model, uri), device)
 
 
 def device_for(gpus: float) -> str:

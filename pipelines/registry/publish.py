@@ -3,9 +3,9 @@
 1. `export_model`    config, processor, safetensors and a README in one folder, sealed by `checksums.json`
 2. `check_parity`    the folder alone, loaded again, gives the logits that the training model gave
 3. `register_model`  the folder, with the code that answers, becomes a version of a registered model, under aliases
-4. `pull_model`      a version -> the same folder, every byte checked, through MLflow alone; `load_model` loads it,
-                     `load_registered` by its address
+4. `pull_model`      a version -> the same folder, every byte checked, through MLflow alone
 
+`publish_version` is 3 with the evidence: card, version, score, and the aliases last.
 1 and 2 are in `pipelines/registry/folder.py`, which knows nothing of MLflow; versions and aliases in
 `pipelines/registry/versions.py`.
 """
@@ -16,6 +16,7 @@ import io
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow
@@ -28,18 +29,22 @@ from PIL import Image
 
 import meteor_model
 from meteor_model.configuration_meteor import MeteorConfig
-from meteor_model.modeling_meteor import MeteorForConditionalGeneration
-from meteor_model.processing_meteor import MeteorProcessor
+from pipelines.evaluation.scores import Score
+from pipelines.evaluation.suite import Suite
 from pipelines.registry import pyfunc_model
 from pipelines.registry.aliases import move_alias
+from pipelines.registry.card import card
 from pipelines.registry.folder import (
     CARD_FILE,
     CHECKSUMS_FILE,
     ExportError,
     tokens_by_stage,
     verify_checksums,
+    write_card,
 )
-from pipelines.registry.versions import PinnedModel, RegisteredVersion, Registry, pin_model
+from pipelines.registry.scores import store_score, suite_name
+from pipelines.registry.tags import COMMIT_TAG
+from pipelines.registry.versions import PinnedModel, RegisteredVersion, Registry
 from pipelines.tracking.redact import redact
 from pipelines.tracking.server import TrackingError, call_mlflow
 
@@ -114,11 +119,47 @@ def register_model(
         call_mlflow(f"the files of model {name}", lambda: client.log_model_artifacts(logged.model_id, str(packed)))
     call_mlflow(f"model {name}", lambda: client.finalize_logged_model(logged.model_id, "READY"))
     call_mlflow(f"run {run_id}", lambda: client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)]))
-    card = (folder / CARD_FILE).read_text()
-    version = registry.create_version(run_id=run_id, model_id=logged.model_id, tags=all_tags, description=card)
+    description = (folder / CARD_FILE).read_text()
+    version = registry.create_version(run_id=run_id, model_id=logged.model_id, tags=all_tags, description=description)
     for alias in aliases:
         move_alias(registry, alias, version)
     return RegisteredVersion(name, version, tuple(aliases), run_id, logged.model_id)
+
+
+def publish_version(
+    folder: Path,
+    registry: Registry,
+    *,
+    run_id: str,
+    tags: Mapping[str, str],
+    score: Score | None,
+    suite: Suite | None,
+    aliases: Sequence[str],
+) -> RegisteredVersion:
+    """An exported folder that is proven becomes a version with its card and its score.
+
+    The aliases move last, so that none points to a version without its evidence.
+
+    Args:
+        folder: written by `export_model`; its README.md becomes the card.
+        registry: of the registered model.
+        run_id: the run that it is filed under.
+        tags: of the version: where it comes from, its parity.
+        score: with its questions; None where there was none to ask.
+        suite: that the score is of; None where only its digest is known.
+        aliases: that move to it.
+
+    Raises:
+        ScoringError, ExportError, TrackingError: as `store_score` and `register_model`.
+    """
+    scores = {} if score is None else {suite_name(suite): score}
+    write_card(folder, card(MeteorConfig.from_pretrained(folder), tags, scores))
+    version = register_model(folder, registry, aliases=(), run_id=run_id, tags=tags)
+    if score is not None:
+        store_score(registry, version.version, score, suite, {"git_commit": tags.get(COMMIT_TAG, "")})
+    for alias in aliases:
+        move_alias(registry, alias, version.version)
+    return replace(version, aliases=tuple(aliases))
 
 
 def _answer_example(folder: Path, example: pd.DataFrame) -> None:
@@ -188,37 +229,3 @@ def _existing_folder(model: str) -> Path:
             f"{model!r} is neither a folder nor a registered model: write models:/NAME@ALIAS or models:/NAME/VERSION"
         )
     return Path(model)
-
-
-def load_model(model: PinnedModel, device: str = "cpu") -> tuple[MeteorForConditionalGeneration, MeteorProcessor]:
-    """Model (fp32 as it was exported, eval mode) and processor.
-
-    Args:
-        model: as for `pull_model`.
-        device: where the model goes.
-
-    Raises:
-        TrackingError, ExportError: as `pull_model`.
-    """
-    with tempfile.TemporaryDirectory(prefix="meteor-pull-") as scratch:
-        folder = pull_model(model, Path(scratch) / "model")
-        processor = MeteorProcessor.from_pretrained(folder)
-        loaded = MeteorForConditionalGeneration.from_pretrained(folder, use_safetensors=True)
-    return loaded.to(device).eval(), processor
-
-
-def load_registered(
-    model: str, uri: str | None = None, device: str = "cpu"
-) -> tuple[MeteorForConditionalGeneration, MeteorProcessor]:
-    """Model (fp32 as it was exported, eval mode) and processor behind an address.
-
-    Args:
-        model: models:/NAME@ALIAS, models:/NAME/VERSION, or a folder that `export_model` wrote.
-        uri: of the MLflow server; None takes MLFLOW_TRACKING_URI.
-        device: where the model goes.
-
-    Raises:
-        TrackingError: an unknown model, alias or version (says which there are), or a server that is away.
-        ExportError: as `pull_model`.
-    """
-    return load_model(pin_model(model, uri), device)

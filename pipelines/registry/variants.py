@@ -5,7 +5,7 @@ Weights stay what they are; budgets, ranks and lambda are the configuration's. S
 1. `apply_pruning`     the pulled base under the new settings, in memory
 2. `export_model`      written out whole
 3. `check_parity`      the folder, loaded again, gives the logits of the model in memory
-4. card, version, score; the aliases move last, so that none points to a version without its proofs
+4. `publish_version`   card, version, score; the aliases move last
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from mlflow.entities.model_registry import ModelVersion
@@ -30,12 +29,10 @@ from pipelines.evaluation.scores import Score, ScoringError
 from pipelines.evaluation.suite import Suite
 from pipelines.io import storage
 from pipelines.io.run_folder import split_run_url
-from pipelines.registry.aliases import move_alias
-from pipelines.registry.card import card
-from pipelines.registry.folder import PARITY_TOLERANCE, ExportError, export_model, write_card
+from pipelines.registry.folder import PARITY_TOLERANCE, ExportError, export_model
+from pipelines.registry.open import load_model, load_registered
 from pipelines.registry.parity import ParityError, check_parity, write_parity_batch
-from pipelines.registry.publish import load_model, load_registered, pull_model, register_model
-from pipelines.registry.scores import store_score, suite_name
+from pipelines.registry.publish import publish_version, pull_model
 from pipelines.registry.tags import (
     BASE_TAG,
     COMMIT_TAG,
@@ -68,8 +65,7 @@ def apply_pruning(
     Raises:
         ValueError: settings that contradict the model or one another; nothing is changed then.
     """
-    kept = model.config.ranks if ranks is None else {name: list(values) for name, values in ranks.items()}
-    model.config = config = MeteorConfig(**{**model.config.to_dict(), "pruning": pruning, "ranks": kept})
+    model.config = config = model.config.with_pruning(pruning, "keep" if ranks is None else ranks)
     processor.tokens_per_image = config.tokens_per_image
 
 
@@ -89,7 +85,7 @@ def register_variant(  # noqa: PLR0913 - what a version is made of, by name
     """Register a base model under another pruning, with its score.
 
     Args:
-        base: models:/NAME@ALIAS, models:/NAME/VERSION, or the folder of an exported model.
+        base: models:/NAME@ALIAS, models:/NAME/VERSION, or the folder of an exported model (also s3://).
         pruning: the three stages; lambda solved where stage 3 is on.
         score: of the base under this pruning, with its questions.
         ranks: expected ranks that decide the budgets; None keeps the base's.
@@ -127,12 +123,9 @@ def register_variant(  # noqa: PLR0913 - what a version is made of, by name
             PARITY_TOLERANCE_TAG: f"{tolerance:g}",
             **tags,
         }
-        write_card(folder, card(model.config, all_tags, {suite_name(suite): score}))
-        version = register_model(folder, registry, aliases=(), run_id=run_id, tags=all_tags)
-    store_score(registry, version.version, score, suite)
-    for alias in aliases:
-        move_alias(registry, alias, version.version)
-    return replace(version, aliases=tuple(aliases))
+        return publish_version(
+            folder, registry, run_id=run_id, tags=all_tags, score=score, suite=suite, aliases=aliases
+        )
 
 
 def _inherited(base: PinnedModel) -> dict[str, str]:

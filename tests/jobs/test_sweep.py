@@ -25,8 +25,9 @@ from pipelines.config.settings import DataSettings, SettingsError, TrainingSetti
 from pipelines.evaluation.evaluate import score_model
 from pipelines.evaluation.suite import Suite
 from pipelines.io import storage
+from pipelines.registry.open import load_registered
 from pipelines.registry.promotion import missing_evidence
-from pipelines.registry.publish import load_registered, register_model
+from pipelines.registry.publish import register_model
 from pipelines.registry.variants import measure_parity
 from pipelines.registry.versions import Registry
 from pipelines.tracking.mlflow_run import RunRequest, open_run

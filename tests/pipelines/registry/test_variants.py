@@ -27,10 +27,11 @@ from pipelines.io import storage
 from pipelines.registry.aliases import alias_history, move_alias, roll_back
 from pipelines.registry.evaluate import evaluate
 from pipelines.registry.folder import ExportError
+from pipelines.registry.open import load_registered
 from pipelines.registry.parity import ParityError
 from pipelines.registry.promotion import promote
 from pipelines.registry.provenance import training_tags
-from pipelines.registry.publish import load_registered, pull_model, register_model
+from pipelines.registry.publish import pull_model, register_model
 from pipelines.registry.scores import load_score, store_score
 from pipelines.registry.tags import is_known
 from pipelines.registry.variants import measure_parity, register_variant
