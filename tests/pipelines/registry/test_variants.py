@@ -294,7 +294,8 @@ def test_parity_of_a_registered_version_is_measured_again(
     MlflowRun(server.uri, base.run_id).set_tags({"run_url": str(run)})
     with pytest.raises(TrackingError, match=r"run first of .* has no checkpoint"):
         measure_parity(registry, base.version)
-    latest = {"latest_checkpoint_result": {"checkpoint_dir_name": "step-4"}}
+    result = {"checkpoint_dir_name": "step-4"}
+    latest = {"latest_checkpoint_result": result, "checkpoint_results": [result]}
     storage.write_json(str(run / "train" / "checkpoint_manager_snapshot.json"), latest)
     state = TrainState("hash", 2, 4, step=4).to_json()
     storage.write_bytes(str(run / "train" / "step-4" / "train_state.json"), state.encode())
