@@ -223,6 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         print("\n".join(f"{row.shown}\n    {row.by or typed(row).splitlines()[-1]}" for row in rows))
         return 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the stack is stopped then, too
     if failed := check(rows):
         print("\n\n".join([*failed, f"error: {len(failed)} of {len(rows)} commands failed"]), file=sys.stderr)
         return 1

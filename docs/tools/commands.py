@@ -98,13 +98,10 @@ ROWS: tuple[Row, ...] = (
     Row('make up && eval "$(python -m infra.local env)"'),
     Row("python -m infra.local up"),
     Row("make status"),
-    # Train.
-    Row("make pretrain", also=f"{SHORT} --run.name {RUN}"),
-    Row("ray job submit --working-dir . -- python jobs/pretrain.py --recipe tiny", also=f"{SHORT} --run.name {RUN}"),
-    Row('make pretrain ARGS="--training.epochs 2 --pruning.fuse.keep 16"', also=SHORT),
-    Row("make finetune", also=SHORT),
+    # Data of one's own.
     Row(
         "python jobs/make_shards.py llava --records data.json --images folder/ --output s3://bucket/mydata",
+        also="--heldout-share 0.2",
         replace={**BUCKET, "data.json": "$WORK/data.json", "folder/": "$WORK/folder/"},
     ),
     Row("python jobs/make_shards.py webdataset --output s3://bucket/shards --heldout 'val-*.tar'", replace=BUCKET),
@@ -115,6 +112,11 @@ ROWS: tuple[Row, ...] = (
         also=MIXED,
         replace=BUCKET,
     ),
+    # Train.
+    Row("make pretrain", also=f"{SHORT} --run.name {RUN}"),
+    Row("ray job submit --working-dir . -- python jobs/pretrain.py --recipe tiny", also=f"{SHORT} --run.name {RUN}"),
+    Row('make pretrain ARGS="--training.epochs 2 --pruning.fuse.keep 16"', also=SHORT),
+    Row("make finetune", also=SHORT),
     # Ask, look, calibrate.
     Row("make predict ARGS=\"--image photo.jpg --prompt 'What color is the background?'\"", replace=PHOTO),
     Row(
