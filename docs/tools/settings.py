@@ -28,9 +28,10 @@ HEAD = """\
 Written from the code by `make docs`; do not edit.
 
 Every setting of a job can be given on its command line by its dotted name, with `-` for `_`:
-`make pretrain ARGS="--training.epochs 2 --pruning.fuse.keep 16"`. Lists take several values, mappings pairs, and
-`None` is a value; `python jobs/pretrain.py --help` shows them as well. What is out of its range, contradicts another
-setting or is misspelt stops the job before anything starts, with an error that names it.
+`make pretrain ARGS="--training.epochs 2 --pruning.fuse.keep 16"`. Lists take several values, mappings pairs, a flag is
+`--name` or `--no-name`, and `None` is a value ([the command line](command-line.md)); `python jobs/pretrain.py --help`
+shows them as well. What is out of its range, contradicts another setting or is misspelt stops the job before anything
+starts, with an error that names it.
 """
 
 
@@ -184,7 +185,7 @@ def _words(hint: Any) -> str:
             return f"mapping of {_words(inner[0])} to {_words(inner[1])}{each}"
         many = "list" if inner[-1] is Ellipsis else str(len(inner))
         return f"{many} of {_words(inner[0])}{each}"
-    return {"str": "text", "int": "whole number", "float": "number", "bool": "True or False", "Path": "file"}.get(
+    return {"str": "text", "int": "whole number", "float": "number", "bool": "flag", "Path": "file"}.get(
         getattr(hint, "__name__", ""), str(hint)
     )
 
