@@ -115,20 +115,20 @@ class Bench:
         (self.tree / ".venv").symlink_to((ROOT / ".venv").resolve())
         (self.root / "work").mkdir()
 
-    def run(self, command: str, needs_stack: bool) -> str:
-        """Run a command as a person would type it; what it printed.
+    def run(self, command: str, needs_stack: bool) -> None:
+        """Run a command as a person would type it.
 
         Raises:
             DocsError: if it fails, or does not end.
         """
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", self._script(command, needs_stack)],
-            cwd=self.tree, env=self._env, timeout=TIMEOUT_S, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        log = self.root / "command.log"  # a file: servers that stay would keep a pipe open
+        with log.open("w") as stream:
+            done = subprocess.run(
+                ["bash", "-euo", "pipefail", "-c", self._script(command, needs_stack)],
+                cwd=self.tree, env=self._env, timeout=TIMEOUT_S, stdout=stream, stderr=subprocess.STDOUT,
+            )  # fmt: skip
         if done.returncode:
-            raise DocsError(f"exit status {done.returncode}\n{done.stdout[-_OUTPUT_SHOWN:]}")
-        return done.stdout
+            raise DocsError(f"exit status {done.returncode}\n{log.read_text()[-_OUTPUT_SHOWN:]}")
 
     def serve(self, command: str, address: str) -> None:
         """Start a server, wait until its address answers, stop what was started."""
