@@ -15,6 +15,7 @@ from meteor_model.processing_meteor import MeteorProcessor
 from meteor_model.visualize import draw_ranks
 from pipelines.checkpoint.local import local_copy
 from pipelines.checkpoint.losses import read_losses
+from pipelines.checkpoint.state import CheckpointError
 from pipelines.config.recipe import Recipe
 from pipelines.data import shards
 from pipelines.data.schema import RawSample
@@ -125,7 +126,12 @@ def _draw_training(run: RunFolder, training: Training, ranks: dict[str, Any], pi
         "held out": final["heldout_loss"],
         "held out, images shuffled": final["heldout_loss_shuffled_images"],
     }
-    draw_loss(read_losses(run, training.last.state), pictures / "loss.png", heldout)
+    try:
+        losses = read_losses(run, training.last.state)
+    except CheckpointError as error:  # a picture is no reason to keep a trained model out of the registry
+        say(f"  loss.png is left out: {error}")
+    else:
+        draw_loss(losses, pictures / "loss.png", heldout)
     draw_ranks(ranks).save(pictures / "ranks.png")
 
 
