@@ -12,12 +12,13 @@ from mlflow.exceptions import MlflowException
 
 from pipelines.io import storage
 from pipelines.io.run_folder import RunFolder
-from pipelines.tracking.metric_points import MetricPoint, points_from_jsonl, write_points
-from pipelines.tracking.server import is_passing
+from pipelines.tracking.metric_points import POINTS_PER_BATCH, MetricPoint, points_from_jsonl, write_points
+from pipelines.tracking.server import is_passing, limit_http_waits
 
 logger = logging.getLogger(__name__)
 
-POINTS_PER_BATCH = 1000
+FAULTS = (MlflowException, OSError, ValueError)
+"""What a call here may raise while the server or storage is away; requests' errors are OSErrors."""
 
 # Errors that sending again cannot mend: they are about the points themselves.
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
@@ -44,9 +45,10 @@ class LoggedSteps:
     Equal points collapse in MLflow only with equal times, and the times of a step that is made again differ.
     """
 
-    def __init__(self, client: MlflowClient, run_id: str) -> None:
+    def __init__(self, uri: str, run_id: str) -> None:
+        limit_http_waits()
         self.run_id = run_id
-        self._client = client
+        self.client = MlflowClient(uri)
         self._names: frozenset[str] | None = None
         self._steps: dict[str, set[int]] = {}
 
@@ -57,9 +59,9 @@ class LoggedSteps:
             MlflowException and requests' errors: when the server is away.
         """
         if self._names is None:
-            self._names = frozenset(self._client.get_run(self.run_id).data.metrics)
+            self._names = frozenset(self.client.get_run(self.run_id).data.metrics)
         for name in {point.name for point in points} - self._steps.keys():
-            history = self._client.get_metric_history(self.run_id, name) if name in self._names else []
+            history = self.client.get_metric_history(self.run_id, name) if name in self._names else []
             self._steps[name] = {metric.step for metric in history}
         return [point for point in points if point.step not in self._steps[point.name]]
 
@@ -88,7 +90,7 @@ def send(client: MlflowClient, run_id: str, points: Sequence[MetricPoint]) -> li
     return []
 
 
-def deliver(client: MlflowClient, known: LoggedSteps, points: Sequence[MetricPoint]) -> Sent:
+def deliver(known: LoggedSteps, points: Sequence[MetricPoint]) -> Sent:
     """Send the points that the run does not have, in batches that MLflow accepts.
 
     Raises:
@@ -97,7 +99,7 @@ def deliver(client: MlflowClient, known: LoggedSteps, points: Sequence[MetricPoi
     fresh = known.fresh(points)
     refused: list[MetricPoint] = []
     for start in range(0, len(fresh), POINTS_PER_BATCH):
-        refused += send(client, known.run_id, fresh[start : start + POINTS_PER_BATCH])
+        refused += send(known.client, known.run_id, fresh[start : start + POINTS_PER_BATCH])
     return Sent(len(fresh) - len(refused), len(points) - len(fresh), tuple(refused))
 
 
@@ -108,13 +110,12 @@ def deliver_outbox(uri: str, run_id: str, run_url: str) -> Sent:
         MlflowException and requests' errors: when the server is away; what was delivered is out of the outbox.
         ValueError: a file that holds something else.
     """
-    client = MlflowClient(uri)
-    known, total = LoggedSteps(client, run_id), Sent(0, 0, ())
+    known, total = LoggedSteps(uri, run_id), Sent(0, 0, ())
     root = RunFolder(run_url).outbox_points
     for name in storage.list_files(root):
         url = storage.join(root, name)
         points = points_from_jsonl(storage.read_bytes(url).decode(), url)
-        sent = deliver(client, known, points)
+        sent = deliver(known, points)
         if sent.refused:
             write_points(RunFolder(run_url).outbox_refused, sent.refused)
         known.add(points)  # the next file may hold them again

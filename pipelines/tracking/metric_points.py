@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 from pipelines.io import codec, storage
 
+POINTS_PER_BATCH = 1000
+"""Metric points that MLflow takes in one request."""
+
 
 @dataclass(frozen=True, slots=True)
 class MetricPoint:
