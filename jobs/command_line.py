@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -65,6 +66,9 @@ class Job(Generic[S]):
                 self.check(line.settings)
         except ValueError as error:
             return _say_error(str(error), WRONG_INPUT)
+        except BrokenPipeError:  # `--help | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return FAILED
         try:
             if line.verbose:
                 self._work(line.settings)
@@ -121,7 +125,7 @@ class Job(Generic[S]):
                         console.say(f"  {'log':<14} {log}")
                     self._work(settings)
                 except BaseException:
-                    traceback.print_exc()
+                    sys.stderr.write(hide_passwords(traceback.format_exc()))
                     raise
         except Exception as error:
             return _say_error(f"{_cause(error)}\nlog: {log}", FAILED)

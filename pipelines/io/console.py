@@ -19,7 +19,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -31,6 +32,7 @@ LOGGERS = ("pipelines", "tune", "meteor_model")
 POLL_S = 0.1
 _MARKED = re.compile(r"\[meteor(?: (?P<done>\d+)/(?P<total>\d+))?\] ?(?P<text>.*)")
 
+_ROOT = Path(__file__).resolve().parents[2]
 _open: Console | None = None
 
 
@@ -90,6 +92,31 @@ def warn_from_worker() -> None:
     _show_warnings(say_from_worker)
 
 
+@contextmanager
+def _python_warnings_shown() -> Iterator[None]:
+    """Inside the block, what this project's code is warned of by `warnings.warn` is shown; the rest is logged."""
+    usual = warnings.showwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if category is UserWarning and Path(filename).is_relative_to(_ROOT):
+            say(f"  warning: {message}")
+        else:
+            usual(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = usual
+
+
 def _show_warnings(tell: Any) -> logging.Handler:
     """The handler of this project's warnings, in place of an earlier one."""
     handler = _Warnings(tell)
@@ -109,8 +136,9 @@ class Console:
     def __init__(self, log: Path, terminal: TextIO) -> None:
         self.log = log
         self._terminal = terminal
+        self._began = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
         self._file = log.open("ab", buffering=0)
-        self._copies: list[str] = []
+        self._copies: list[tuple[str, Callable[[str], str]]] = []
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="console", daemon=True)
         self._bar: Any = None
@@ -120,33 +148,29 @@ class Console:
         """Descriptor of the log file."""
         return self._file.fileno()
 
-    def stream(self) -> TextIO:
-        """A stream into the log file; every line goes there at once."""
-        return os.fdopen(os.dup(self.fileno()), "w", encoding="utf-8", errors="replace", buffering=1)
-
     def write(self, text: str) -> None:
         """Append to the log file."""
         self._file.write(text.encode("utf-8", "replace"))
 
-    def keep_at(self, url: str) -> None:
-        """Have the log copied to a folder in storage when the job ends."""
-        self._copies.append(url)
+    def keep_at(self, url: str, redact: Callable[[str], str]) -> None:
+        """Have what `redact` leaves of the log copied to a folder in storage when the job ends."""
+        self._copies.append((url, redact))
 
     def close(self) -> None:
         """Store the copies, and show what is still to be shown."""
-        for url in self._copies:
-            self._store(url)
+        for url, redact in self._copies:
+            self._store(url, redact)
         self._ended.set()
         self._thread.join()
         self._close_bar()
         self._file.close()
 
-    def _store(self, folder: str) -> None:
+    def _store(self, folder: str, redact: Callable[[str], str]) -> None:
         from pipelines.io import storage  # here: jobs that keep no log need no storage
 
-        began = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(self.log.stat().st_ctime))
+        url = storage.join(folder, f"{self._began}-{self.log.name}")
         try:
-            storage.write_bytes(storage.join(folder, f"{began}-{self.log.name}"), self.log.read_bytes(), retry_s=10)
+            storage.write_bytes(url, redact(self.log.read_text("utf-8", "replace")).encode(), retry_s=10)
         except ValueError as error:
             self.write(_marked(f"  warning: the log is not kept with the run: {error}"))
 
@@ -198,10 +222,10 @@ class Console:
             self._bar = None
 
 
-def keep_log(url: str) -> None:
-    """Have the job's log, where it has one, copied to a folder in storage when the job ends."""
+def keep_log(url: str, redact: Callable[[str], str]) -> None:
+    """Have what `redact` leaves of the job's log, where it has one, copied to a folder in storage when the job ends."""
     if _open is not None:
-        _open.keep_at(url)
+        _open.keep_at(url, redact)
 
 
 def default_log(job: str) -> Path:
@@ -232,9 +256,10 @@ def quiet(log: Path) -> Iterator[Console]:
         for descriptor in (1, 2):
             os.dup2(console.fileno(), descriptor)
         # Where something else stands in for them, as a test's capture does, the descriptors are not enough.
-        sys.stdout, sys.stderr = console.stream(), console.stream()
+        sys.stdout, sys.stderr = _line_by_line(1), _line_by_line(2)
         try:
-            yield console
+            with _python_warnings_shown():
+                yield console
         finally:
             _flush()
             sys.stdout, sys.stderr = streams
@@ -246,6 +271,10 @@ def quiet(log: Path) -> Iterator[Console]:
             _open = before
             for name in LOGGERS:
                 logging.getLogger(name).removeHandler(handler)
+
+
+def _line_by_line(descriptor: int) -> TextIO:
+    return open(descriptor, "w", encoding="utf-8", errors="replace", buffering=1, closefd=False)
 
 
 def _flush() -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import termios
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,7 @@ def test_marked_lines_are_shown_and_everything_is_logged(tmp_path: Path, capfd: 
     assert capfd.readouterr().out == "after\n"
 
 
+@pytest.mark.filterwarnings("always")
 def test_own_warnings_are_shown_and_those_of_libraries_logged(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -47,7 +49,10 @@ def test_own_warnings_are_shown_and_those_of_libraries_logged(
         logging.getLogger("pipelines.io.retry").warning("storage is away for %d s", 5)
         logging.getLogger("pipelines.io.retry").info("details")
         logging.getLogger("some.library").warning("deprecated")
-    assert capfd.readouterr().out == "  warning: storage is away for 5 s\n"
+        warnings.warn("lambda is not solved", stacklevel=1)
+        warnings.warn_explicit("of a library", UserWarning, "/lib/ray/data.py", 3)
+        warnings.warn("old", DeprecationWarning, stacklevel=1)
+    assert capfd.readouterr().out == "  warning: storage is away for 5 s\n  warning: lambda is not solved\n"
 
 
 def test_a_worker_marks_its_lines(capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,23 +64,23 @@ def test_a_worker_marks_its_lines(capsys: pytest.CaptureFixture[str]) -> None:
 def test_without_a_console_lines_are_printed_plainly(capsys: pytest.CaptureFixture[str]) -> None:
     console.say("said")
     console.progress(1, 2, "step 1/2")
-    console.keep_log("nowhere")
+    console.keep_log("nowhere", str)
     assert capsys.readouterr().out == "said\nstep 1/2\n"
 
 
 def test_the_log_is_kept_with_the_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def fails() -> None:
         with console.quiet(tmp_path / "pretrain.log"):
-            console.keep_log(str(tmp_path / "runs" / "logs"))
-            console.keep_log("s3://no bucket")
-            console.say("said")
+            console.keep_log(str(tmp_path / "runs" / "logs"), lambda text: text.replace("secret", "(redacted)"))
+            console.keep_log("s3://no bucket", str)
+            console.say("said in secret")
             raise KeyError
 
     with pytest.raises(KeyError):
         fails()
     (kept,) = storage.list_files(str(tmp_path / "runs" / "logs"))
     assert kept.endswith("-pretrain.log")
-    assert (tmp_path / "runs" / "logs" / kept).read_text().startswith("[meteor] said\n")
+    assert (tmp_path / "runs" / "logs" / kept).read_text().startswith("[meteor] said in (redacted)\n")
     assert "warning: the log is not kept with the run: " in capfd.readouterr().out
 
 
