@@ -190,7 +190,7 @@ def _require_questions(settings: SweepSettings, subject: _Subject, base: str) ->
         processor = MeteorProcessor.from_pretrained(folder)
     subject.suite.load(processor)
     manifest, split = subject.manifest, settings.train_split
-    if next(samples_with_images(manifest, split, processor), None) is None:
+    if not samples_with_images(manifest, split, processor, 1):
         raise SettingsError(f"split {split!r} of {manifest.url} has no prompt with images for lambda")
     return config
 

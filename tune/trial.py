@@ -18,7 +18,6 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +141,7 @@ class Trial(tune.Trainable):
         """The samples that lambda is solved on, read once an actor."""
         if not self._prompts:
             manifest, settings = shards.load_manifest(self.context.manifest), self.context.settings
-            available = samples_with_images(manifest, settings.train_split, processor)
-            self._prompts = list(islice(available, settings.calibration_samples))
+            self._prompts = samples_with_images(manifest, settings.train_split, processor, settings.calibration_samples)
         return self._prompts
 
     def questions(self, processor: MeteorProcessor) -> list[RawSample]:

@@ -104,6 +104,7 @@ ROWS: tuple[Row, ...] = (
         also="--heldout-share 0.2",
         replace={**BUCKET, "data.json": "$WORK/data.json", "folder/": "$WORK/folder/"},
     ),
+    Row("python jobs/make_shards.py openmoji --output s3://bucket/drawings", also="--code-points 48", replace=BUCKET),
     Row("python jobs/make_shards.py webdataset --output s3://bucket/shards --heldout 'val-*.tar'", replace=BUCKET),
     Row("python jobs/pretrain.py --data.manifest s3://bucket/mydata", also=MIXED, replace=BUCKET),
     Row(

@@ -14,16 +14,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import ray
 from pydantic import PositiveInt
 
-from meteor_model.images import ImageError, decode_image
+from meteor_model.images import decode_image
 from pipelines.calibration.settings import CalibrationError
 from pipelines.config.settings import SettingsError
 from pipelines.config.workers import Workers
 from pipelines.data import shards
-from pipelines.data.schema import RawSample, SampleError, parse_sample
-from pipelines.data.stream import quieten
+from pipelines.data.ray_data import work_items
+from pipelines.data.samples import SampleFault, try_sample
+from pipelines.data.schema import RawSample, parse_sample
 from pipelines.io.validation import settings_class
 
 USABLE, TEXT_ONLY = "", "text_only"
@@ -121,10 +121,7 @@ def _survey(
 ) -> Iterator[list[str]]:
     """For each shard the states of its samples in order, up to its `most`-th usable image."""
     survey = _Survey(manifest_url, most, image_size, workers.bad_shards)
-    items = ray.data.from_items([{"info": asdict(info)} for info in infos], override_num_blocks=len(infos))
-    items.context.execution_options.preserve_order = True
-    quieten(items.context)
-    items.context.raise_original_map_exception = True
+    items = work_items([{"info": asdict(info)} for info in infos], ordered=True)
     for row in items.map(survey, num_cpus=workers.cpus).iter_rows():
         yield list(row["states"])
 
@@ -141,16 +138,18 @@ class _Survey:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         info, states = shards.ShardInfo(**row["info"]), []
         for key, members in shards.fetch_shard(self.manifest_url, info, bad_shards=self.bad_shards):
-            try:
-                image = _first_image(parse_sample(key, members))
-                if image is not None:
-                    decode_image(image, self.image_size)
-                states.append(TEXT_ONLY if image is None else USABLE)
-            except (SampleError, ImageError) as error:
-                states.append(error.reason)
+            found = try_sample(key, members, self._state)
+            states.append(found.reason if isinstance(found, SampleFault) else found)
             if states.count(USABLE) == self.most:
                 break
         return {"states": states}
+
+    def _state(self, sample: RawSample) -> str:
+        image = _first_image(sample)
+        if image is None:
+            return TEXT_ONLY
+        decode_image(image, self.image_size)
+        return USABLE
 
 
 def _first_image(sample: RawSample) -> bytes | None:

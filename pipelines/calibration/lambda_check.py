@@ -6,9 +6,7 @@ not see: samples of one split take turns, one to solve on and one to check.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,6 @@ from pipelines.calibration.image_plan import CalibrationError
 from pipelines.calibration.ranks import Ranks
 from pipelines.calibration.statistics import RunningStatistics, half_width
 from pipelines.data import shards
-from pipelines.data.schema import RawSample
 from pipelines.evaluation.samples import samples_with_images
 from pipelines.evaluation.target_mean import attention_masses
 from pipelines.registry.variants import apply_pruning
@@ -127,7 +124,7 @@ def solve_on_split(
         raise CalibrationError("pruning.decode.enabled is false: stage 3 is off, so there is no lambda to solve for")
     decode = replace(pruning.decode, target_mean=target_mean, lam=None)
     apply_pruning(model, processor, replace(pruning, decode=decode), ranks)
-    samples: Sequence[RawSample] = list(islice(samples_with_images(manifest, split, processor), 2 * prompts))
+    samples = samples_with_images(manifest, split, processor, 2 * prompts)
     if not samples:
         raise CalibrationError(f"split {split!r} of {manifest.url} has no prompt with images to solve lambda on")
     mass_B, num_visual_B = attention_masses(model, processor, samples)

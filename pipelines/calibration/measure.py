@@ -22,7 +22,7 @@ from pipelines.calibration.image_plan import CalibrationError, ImagePlan, Measur
 from pipelines.calibration.ranks import ESTIMATORS, RELATIVE_TOLERANCE, RankReport, as_rows, measures_of
 from pipelines.calibration.statistics import RunningStatistics
 from pipelines.data import shards
-from pipelines.data.stream import quieten
+from pipelines.data.ray_data import work_items
 from pipelines.registry.open import device_for, open_model
 from pipelines.registry.versions import PinnedModel
 
@@ -66,14 +66,12 @@ def calibrate_ranks(
 def measure_plan(model: PinnedModel, plan: ImagePlan, image_size: int, workers: MeasureSettings) -> RunningStatistics:
     """Statistics of the ranks of the planned images, in the order of `measures_of`."""
     units = [{"unit": unit, "info": asdict(info), "places": places} for unit, (info, places) in enumerate(plan.units)]
-    items = ray.data.from_items(units, override_num_blocks=len(units))
-    items.context.execution_options.preserve_order = True
-    items.context.target_max_block_size = workers.batch * 3 * image_size**2  # a batch is a block: actors share them
-    items.context.raise_original_map_exception = True
-    quieten(items.context)
-    # A concurrency other than the actors': else Ray would fuse both, and an actor would have a whole shard to itself.
+    items = work_items(units, ordered=True, block_bytes=workers.batch * 3 * image_size**2)  # a batch is a block
+    # A pool of another size than the actors': else Ray fuses both, and an actor has a whole shard to itself.
     batches = items.flat_map(
-        ReadBatches(plan.manifest, image_size, workers.batch), num_cpus=workers.cpus, concurrency=workers.actors + 1
+        ReadBatches(plan.manifest, image_size, workers.batch),
+        num_cpus=workers.cpus,
+        compute=ray.data.TaskPoolStrategy(workers.actors + 1),
     )
     measured = batches.map(
         _RankMeter,

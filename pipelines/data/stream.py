@@ -25,19 +25,21 @@ from uuid import uuid4
 import pyarrow as pa
 import ray.data
 import ray.train
-from ray.data import DataContext, Dataset, Datasource, ExecutionOptions, ReadTask
+from ray.data import DataContext, Dataset, Datasource, ExecutionOptions, ReadTask, TaskPoolStrategy
 from ray.data.block import BlockMetadata
 
 from meteor_model.chat import IGNORE_INDEX
 from pipelines.data.mixture import Item, Plan
 from pipelines.data.order import WorkItem, void_item
+from pipelines.data.ray_data import configure
 from pipelines.data.sample_id import NO_SAMPLE, VOID_EPOCH, SampleId
+from pipelines.data.samples import SampleFault, try_sample
 from pipelines.data.schema import (
     PLACE_FIELDS,
     VOID,
+    RawSample,
     Row,
     SampleError,
-    parse_sample,
     place_columns,
     rows_to_table,
     sample_of,
@@ -221,21 +223,18 @@ class RowEncoder:
 
     def __call__(self, row: int, sample: SampleId, members: Mapping[str, bytes]) -> Row:
         """Row number `row`. Faults of the sample end in `reason` and `detail`, nothing else is caught."""
-        from meteor_model.images import ImageError  # here, so that processes which only read never load torch
-
-        try:
-            return self._encode(row, sample, members)
-        except (SampleError, ImageError) as fault:
-            return self.without_sample(row, sample, fault.reason, fault.detail)
+        found = try_sample(sample.key, members, partial(self._encode, row, sample))
+        if isinstance(found, SampleFault):
+            return self.without_sample(row, sample, found.reason, found.detail)
+        return found
 
     def without_sample(self, row: int, sample: SampleId, reason: str, detail: str) -> Row:
         """A row that trains nothing: one pad token, no supervised label, no image."""
         return Row(row, sample, reason, detail, [self.pad_token_id], [IGNORE_INDEX])
 
-    def _encode(self, row: int, sample: SampleId, members: Mapping[str, bytes]) -> Row:
+    def _encode(self, row: int, sample: SampleId, raw: RawSample) -> Row:
         from meteor_model.images import ImageError, decode_image
 
-        raw = parse_sample(sample.key, members)
         try:
             encoded = self.processor.encode([(turn.role, turn.text) for turn in raw.turns], len(raw.images))
         except ValueError as error:  # no fault that a sample may have: the processor and the schema disagree
@@ -323,21 +322,17 @@ def build_stream(  # noqa: PLR0913 - the settings of a stream, by name
     raw = ray.data.read_datasource(
         source,
         override_num_blocks=source.num_tasks,
-        concurrency=read_concurrency,
+        compute=TaskPoolStrategy(read_concurrency),
         num_cpus=cpus_per_task / 2,
     )
-    # The dataset's own copy of the context: what the driver set for its other datasets stays as it was.
-    raw.context.execution_options.preserve_order = True
-    raw.context.target_max_block_size = RAW_BLOCK_BYTES
-    quieten(raw.context)
-    raw.context.raise_original_map_exception = True  # else Ray loses the cause of a fault on its way to the driver
+    configure(raw, ordered=True, block_bytes=RAW_BLOCK_BYTES)
     encoded = raw.map_batches(
         encode_table,
         batch_size=micro_batch,  # a multiple of the block below lets Ray fuse the two
         batch_format="pyarrow",
         fn_kwargs={"encoder": encoder},
         num_cpus=cpus_per_task,
-        concurrency=encode_concurrency or read_concurrency,
+        compute=TaskPoolStrategy(encode_concurrency or read_concurrency),
     )
     stream = encoded.repartition(target_num_rows_per_block=micro_batch, strict=True)
     # `repartition` takes no reservation and would ask for a whole CPU; with that of the encode tasks Ray fuses the two
@@ -359,12 +354,6 @@ def rows_from(build: Callable[..., Dataset], split: str, plan: Plan, start_row: 
 def rows_to(build: Callable[..., Dataset], split: str, plan: Plan, stop_row: int) -> Dataset:
     """The same, from the first row to `stop_row`."""
     return build(split=split, plan=plan, stop_row=stop_row)
-
-
-def quieten(context: DataContext) -> None:
-    """No progress bars and plans of Ray's own in the job's log: the training's progress lines say how far it is."""
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
 
 
 def data_config(train: str = "train") -> ray.train.DataConfig:

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from meteor_model.images import ImageError
 from meteor_model.processing_meteor import MeteorProcessor
 from pipelines.data import shards
-from pipelines.data.schema import RawSample, SampleError, parse_sample
+from pipelines.data.samples import SampleReader
+from pipelines.data.schema import RawSample
 
 BATCH = 16
 
 
-def samples_with_images(manifest: shards.Manifest, split: str, processor: MeteorProcessor) -> Iterator[RawSample]:
-    """The samples of a split that have images, shard by shard, without those that cannot be decoded."""
-    for info in manifest.split(split):
-        for key, members in shards.read_shard(manifest.url, info):
-            try:
-                sample = parse_sample(key, members)
-                for image in sample.images:
-                    processor.load_image(image)
-            except (SampleError, ImageError):
-                continue
-            if sample.images:
-                yield sample
+def samples_with_images(
+    manifest: shards.Manifest, split: str, processor: MeteorProcessor, count: int
+) -> list[RawSample]:
+    """The first `count` samples of a split that have images, all of which can be decoded.
+
+    Faulty samples before the last of them are counted in a warning. Raises ShardError, StorageError.
+    """
+
+    def decoded(sample: RawSample) -> RawSample:
+        for image in sample.images:
+            processor.load_image(image)
+        return sample
+
+    return SampleReader(manifest, split, decoded).take(count, where=lambda sample: bool(sample.images))
 
 
 def first_question(sample: RawSample) -> str:

@@ -6,7 +6,6 @@ Imports no torch: the registry files and compares scores without a model.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING
 
 from pipelines.data import shards
@@ -64,7 +63,7 @@ class Suite:
                 f"{manifest.url} has SHA-256 {manifest.sha256[:12]}, the suite was made of {self.sha256[:12]}: other "
                 "data gives other questions; restore it, or score everything anew"
             )
-        samples = list(islice(samples_with_images(manifest, self.split, processor), self.questions))
+        samples = samples_with_images(manifest, self.split, processor, self.questions)
         if len(samples) < self.questions:
             raise ScoringError(
                 f"split {self.split!r} of {manifest.url} has {len(samples)} samples with readable images, the suite "

@@ -21,15 +21,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
+from torch import Tensor
 
 from meteor_model.answering import ROWS_PER_BATCH, Answerer, Budget, Question, RequestError
 from meteor_model.chat import IMAGE_PLACEHOLDER
-from meteor_model.images import ImageError
 from meteor_model.loading import load_model_and_processor
 from pipelines.config.workers import Workers
 from pipelines.data import shards
-from pipelines.data.schema import SampleError, parse_sample
-from pipelines.data.stream import quieten
+from pipelines.data.ray_data import work_items
+from pipelines.data.samples import SampleFault, try_sample
+from pipelines.data.schema import RawSample
 from pipelines.inference.output import (
     ANSWERS_SCHEMA,
     FORMAT,
@@ -133,10 +134,7 @@ def _answer_parts(
     workers: Workers,
 ) -> None:
     rows = [{"part": asdict(part), "info": asdict(infos[part.shard])} for part in parts]
-    items = ray.data.from_items(rows, override_num_blocks=len(rows))
-    items.context.raise_original_map_exception = True
-    quieten(items.context)
-    written = items.map(
+    written = work_items(rows, ordered=False).map(
         _PartAnswerer,
         fn_constructor_args=(model, spec, budget, output, workers.gpus),
         compute=ray.data.ActorPoolStrategy(size=workers.actors),
@@ -186,12 +184,11 @@ class _PartAnswerer:
     ) -> Iterator[tuple[dict[str, Any], Question | None]]:
         """The rows of one sample: a question each, or one with the reason why there is none."""
         empty = dict.fromkeys(("prompt", "answer", "visual_tokens", "error", "detail"))
-        try:
-            sample = parse_sample(key, members)
-            images = [self._answerer.processor.load_image(image) for image in sample.images]
-        except (SampleError, ImageError) as fault:
-            yield {**place, **empty, "question": 0, "error": fault.reason, "detail": fault.detail}, None
+        found = try_sample(key, members, self._decoded)
+        if isinstance(found, SampleFault):
+            yield {**place, **empty, "question": 0, "error": found.reason, "detail": found.detail}, None
             return
+        sample, images = found
         texts = [self._spec.prompt] if self._spec.prompt else [t.text for t in sample.turns if t.role == "user"]
         for number, text in enumerate(texts[:1] if self._spec.questions == "first" else texts):
             plain = text.replace(IMAGE_PLACEHOLDER, "").strip()
@@ -204,6 +201,9 @@ class _PartAnswerer:
                 yield {**answer_row, "error": "too_long", "detail": str(fault).removeprefix("row 0: ")}, None
                 continue
             yield answer_row, question
+
+    def _decoded(self, sample: RawSample) -> tuple[RawSample, list[Tensor]]:
+        return sample, [self._answerer.processor.load_image(image) for image in sample.images]
 
     def _answer(self, waiting: list[tuple[dict[str, Any], Question]]) -> None:
         """Fill in the answers of the rows that wait, and let them go."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +99,7 @@ def answer_heldout(
         say("  answered by an earlier start")
         return HeldoutAnswers.from_dict(done, run.answers)
     model, processor = load_model_and_processor(folder)
-    available = samples_with_images(manifest, recipe.data.heldout_split, processor)
-    samples = list(islice(available, recipe.data.heldout_samples))
+    samples = samples_with_images(manifest, recipe.data.heldout_split, processor, recipe.data.heldout_samples)
     answers = _ask(model, processor, manifest, recipe.data.heldout_split, samples)
     pictures.mkdir(parents=True)
     for name, picture in draw_samples(model, processor, samples, recipe.run.pictures):

@@ -12,7 +12,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +105,7 @@ def export_run(
         return float(done["parity"])
 
     def prompts(processor: MeteorProcessor) -> list[RawSample]:
-        available = samples_with_images(manifest, recipe.data.train_split, processor)
-        return list(islice(available, recipe.calibration.decode_samples))
+        return samples_with_images(manifest, recipe.data.train_split, processor, recipe.calibration.decode_samples)
 
     exported_now = export_checkpoint(
         run, checkpoint.url, prompts, folder, run.export, tolerance=recipe.tracking.parity_tolerance

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -28,7 +27,7 @@ from pipelines.calibration.measure import calibrate_ranks
 from pipelines.checkpoint.zero3 import save_for_sharding
 from pipelines.config.recipe import Recipe
 from pipelines.data import shards
-from pipelines.data.schema import SampleError, parse_sample
+from pipelines.data.samples import SampleReader
 from pipelines.io import storage
 from pipelines.io.console import say
 from pipelines.io.run_folder import RunFolder
@@ -116,8 +115,10 @@ def _built(
         tokenizer = pretrained_tokenizer(sources[LLM_PART])
         rows = vocabulary_rows(sources[LLM_PART])  # may be more than the tokenizer's
     else:
-        texts = islice(_texts(manifest, recipe.data.train_split), TOKENIZER_TEXTS)
-        tokenizer = train_tokenizer(texts, settings.vocab_size)
+        # What is faulty among them, the training stream counts again.
+        samples = SampleReader(manifest, recipe.data.train_split, lambda sample: [turn.text for turn in sample.turns])
+        tokenizer = train_tokenizer(islice(chain.from_iterable(samples), TOKENIZER_TEXTS), settings.vocab_size)
+        samples.warn()
     special_ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
     vocabulary = max(len(tokenizer), rows)
@@ -137,14 +138,3 @@ def _pulled(recipe: Recipe) -> tuple[MeteorForConditionalGeneration, MeteorProce
     model.config = config = model.config.with_pruning(recipe.pruning, None)
     processor.tokens_per_image, processor.template = config.tokens_per_image, recipe.model.template
     return model, processor
-
-
-def _texts(manifest: shards.Manifest, split: str) -> Iterator[str]:
-    """The turns of a split's samples, shard by shard; faulty samples are left to the training stream to count."""
-    for info in manifest.split(split):
-        for key, members in shards.read_shard(manifest.url, info):
-            try:
-                sample = parse_sample(key, members)
-            except SampleError:
-                continue
-            yield from (turn.text for turn in sample.turns)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 
 from pipelines.data.shards import load_manifest
@@ -51,7 +50,7 @@ def evaluate(
         raise ValueError(f"manifest is missing: {model} does not say what it was trained on")
     shards = load_manifest(address)
     loaded, processor = load_model(pinned, device)
-    samples = list(islice(samples_with_images(shards, split, processor), questions))
+    samples = samples_with_images(shards, split, processor, questions)
     suite = Suite.of(shards, split, len(samples))
     score = score_model(loaded, processor, samples, suite.digest, batch)
     if pinned.registry is not None:
