@@ -39,6 +39,7 @@ from tests.stack_fixture import applied
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = OpenMojiSettings(code_points=24, heldout_code_points=16, variants=2, text_only_share=0.1)
 SAMPLES, PER_SHARD = 30, 16
+NAME = "calibrated"
 
 
 def packed(split: str) -> Iterator[Packed]:
@@ -162,7 +163,7 @@ def prepared(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         manifest = make("s3://meteor/data/calibrate")
         run_id = open_run(stack.mlflow_uri, RunRequest("meteor", "trained")).run_id
         register_model(
-            folder, Registry(stack.mlflow_uri, "meteor"), aliases=("latest-pretrain",), run_id=run_id,
+            folder, Registry(stack.mlflow_uri, NAME), aliases=("trained",), run_id=run_id,
             tags={"manifest": manifest.url},
         )  # fmt: skip
     return {"folder": folder, "manifest": manifest, "run_id": run_id}
@@ -188,7 +189,7 @@ def test_ranks_of_a_registered_model_do_not_hang_on_the_number_of_actors(
     stack: Stack, prepared: dict[str, Any]
 ) -> None:
     first_url, second_url = "s3://meteor/calibration/one", "s3://meteor/calibration/two"
-    one = submit(stack, "--model", "models:/meteor@latest-pretrain", "--output", first_url,
+    one = submit(stack, "--model", f"models:/{NAME}@trained", "--output", first_url,
                  "--against", f"{prepared['manifest'].url}:heldout")  # fmt: skip
     assert one.returncode == 0, one.stdout[-4000:] + one.stderr[-2000:]
     first = content(stack, f"{first_url}/calibration.json")
@@ -208,7 +209,7 @@ def test_ranks_of_a_registered_model_do_not_hang_on_the_number_of_actors(
     with applied(stack):
         assert first["drift"]["images"] == len(usable(prepared["manifest"], "heldout", SAMPLES)[0])
     assert "varies by" in one.stdout
-    assert "filed     with version 1 of meteor" in one.stdout
+    assert f"filed     with version 1 of {NAME}" in one.stdout
     _check_mlflow(stack, prepared["run_id"], first)
 
 
@@ -245,7 +246,7 @@ def _check_mlflow(stack: Stack, run_id: str, first: dict[str, Any]) -> None:
 
     with applied(stack):
         client = MlflowClient(stack.mlflow_uri)
-        tags = client.get_model_version("meteor", "1").tags
+        tags = client.get_model_version(NAME, "1").tags
         assert tags["calibration.images"] == str(SAMPLES)
         assert tags["calibration.drift"].startswith(first["drift"]["verdict"])
         path = client.download_artifacts(run_id, tags["calibration"])

@@ -38,14 +38,6 @@ pytestmark = [pytest.mark.stack, pytest.mark.usefixtures("cluster")]
 COLLATE = partial(collate, pad_token_id=PAD, image_size=IMAGE_SIZE)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> tuple[Path, TrainingResult]:
-    """An uninterrupted run."""
-    root = tmp_path_factory.mktemp("storage")
-    write_init(root, "whole")
-    return root, fit(make_job(root, "whole"))
-
-
 def reference(root: Path) -> tuple[list[float], StandInModel]:
     """The same training in one plain process: each global batch as one batch, loss its mean over supervised tokens."""
     model = StandInModel.from_pretrained(root / "runs" / "whole" / "init")

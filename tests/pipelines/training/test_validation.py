@@ -21,7 +21,7 @@ from pipelines.checkpoint.best import best_checkpoint
 from pipelines.recovery.run_lock import FailureCallback, RunLock, lock_run
 from pipelines.training.batches import MicroBatch, iterate_rows, make_micro_batch
 from pipelines.training.heldout_loss import heldout_loss
-from pipelines.training.trainer import TrainingResult, fit
+from pipelines.training.trainer import TrainingResult
 from pipelines.training.validation import (
     Validation,
     ValidationError,
@@ -30,7 +30,7 @@ from pipelines.training.validation import (
     validation_config,
 )
 from tests.pipelines.training.rows import IMAGE_SIZE, PAD, make_row, make_stream
-from tests.pipelines.training.stand_in import HELDOUT, StandInConfig, StandInModel, make_job, write_init
+from tests.pipelines.training.stand_in import HELDOUT, StandInConfig, StandInModel, write_init
 
 COLLATE = partial(collate, pad_token_id=PAD, image_size=IMAGE_SIZE)
 MICRO = 4
@@ -61,13 +61,6 @@ def test_the_loss_is_the_mean_over_supervised_tokens() -> None:
     metrics = heldout_loss(model, batches(), torch.device("cpu"))
     assert metrics["heldout_loss"] == pytest.approx(total / count, rel=1e-6)
     assert metrics["heldout_loss_shuffled_images"] != metrics["heldout_loss"]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> tuple[Path, TrainingResult]:
-    root = tmp_path_factory.mktemp("storage")
-    write_init(root, "whole")
-    return root, fit(make_job(root, "whole"))
 
 
 def make_validation(run: Path) -> Validation:
