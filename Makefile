@@ -15,6 +15,8 @@ PARTS_STAMP := $(VENV)/.installed-parts
 GPU_PYTHON ?= python3
 # Settings of a job, as on its own command line: make pretrain ARGS="--training.epochs 2"
 ARGS ?=
+# All tests run as two processes side by side; a part of them, named by ARGS, as one.
+PYTEST = METEOR_REQUIRE_PARTS=1 $(PY) -m $(if $(ARGS),pytest,tests.run)
 # Cache of the pretrained parts.
 PARTS_DIR := $(abspath $(or $(METEOR_PARTS_DIR),$(or $(METEOR_STATE_DIR),$(CURDIR)/.meteor)/parts))
 # The job runs in a copy of this folder on the cluster; its summary comes back to runs/latest here.
@@ -131,10 +133,10 @@ format: setup  ## Format and fix what can be fixed
 	@$(BIN)/ruff format .
 
 test: $(PARTS_STAMP)  ## All tests but the slow ones; starts and stops its own servers
-	@METEOR_REQUIRE_PARTS=1 $(PY) -m pytest -m "not slow" $(ARGS)
+	@$(PYTEST) -m "not slow" $(ARGS)
 
 test-slow: $(PARTS_STAMP)  ## The slow tests as well
-	@METEOR_REQUIRE_PARTS=1 $(PY) -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 test-versions:  ## The model's tests at the lowest, locked and newest releases of its libraries (an environment each; hours for all): make test-versions ARGS="--only transformers-newest"
 	@$(PYTHON) -m tests.versions $(ARGS)
