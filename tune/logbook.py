@@ -15,10 +15,10 @@ from typing import Any
 from pipelines.checkpoint.local import local_copy
 from pipelines.io import storage
 from pipelines.io.run_folder import run_folder
-from pipelines.job.answers import PICTURES_FOLDER
 from pipelines.tracking.mlflow_run import RunRequest, open_run
 from pipelines.tracking.server import TrackingError
-from tune.records import Records, TrialRecord, folder_of, training_name
+from tune.folder import SweepFolder
+from tune.records import Records, TrialRecord, training_name
 from tune.settings import SweepSettings
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class Logbook:
     Args:
         settings: of the sweep.
         sweep: its name.
-        url: its folder in storage.
+        folder: of the sweep.
         records: of its trials.
         run_id: of its run, where an earlier start has opened it.
         tags: of its run and those of its trials.
@@ -44,13 +44,13 @@ class Logbook:
         self,
         settings: SweepSettings,
         sweep: str,
-        url: str,
+        folder: SweepFolder,
         records: Records,
         *,
         run_id: str | None,
         tags: Mapping[str, str],
     ) -> None:
-        self._settings, self._sweep, self._url, self._records = settings, sweep, url, records
+        self._settings, self._sweep, self._folder, self._records = settings, sweep, folder, records
         self._tags = dict(tags)
         request = RunRequest(
             settings.tracking.experiment,
@@ -112,7 +112,7 @@ class Logbook:
         )
         run = open_run(self._settings.tracking.uri, request, retry_s=retry_s)
         run.log_metrics(_metrics(record))
-        folder = storage.join(folder_of(self._url, record.id), PICTURES_FOLDER)
+        folder = self._folder.trial_pictures(record.id)
         if record.status == "completed" and storage.list_files(folder):
             with local_copy(folder) as pictures:
                 run.log_files(pictures, "pictures")

@@ -13,7 +13,6 @@ from pipelines.checkpoint.local import local_copy
 from pipelines.io import storage
 from pipelines.io.console import say
 from pipelines.io.upload import upload_folder
-from pipelines.job.answers import PICTURES_FOLDER
 from pipelines.registry.provenance import training_tags
 from pipelines.registry.tags import COMMIT_TAG
 from pipelines.registry.variants import register_variant
@@ -21,7 +20,7 @@ from pipelines.registry.versions import RegisteredVersion, Registry
 from pipelines.tracking.mlflow_run import git_commit
 from tune.figures import draw_budgets, draw_fronts, draw_importances, draw_trials
 from tune.prepare import Prepared
-from tune.records import TrialRecord, export_of, training_name
+from tune.records import TrialRecord, training_name
 from tune.results import best_within, fronts, importances, row, table
 from tune.settings import SweepSettings
 from tune.study import StudySearch
@@ -76,7 +75,7 @@ def collect_results(settings: SweepSettings, prepared: Prepared, studies: Mappin
         }
         metrics |= {f"best_objective_{b:g}": r.objective for b, r in best.items() if r and r.objective is not None}
         prepared.logbook.log({"sweep.json": result}, metrics, folder)
-        upload_folder(folder, storage.join(prepared.url, PICTURES_FOLDER))
+        upload_folder(folder, prepared.folder.pictures)
     return result
 
 
@@ -85,7 +84,7 @@ def write_output(settings: SweepSettings, prepared: Prepared, result: dict[str, 
     if settings.output is None:
         return
     storage.write_json(settings.output, result)
-    with local_copy(storage.join(prepared.url, PICTURES_FOLDER)) as pictures:
+    with local_copy(prepared.folder.pictures) as pictures:
         for path in sorted(pictures.iterdir()):
             shutil.copy(path, Path(settings.output).parent / path.name)
 
@@ -113,14 +112,14 @@ def _register_winner(
     base, ranks = prepared.model, record.ranks
     tags = {"sweep": prepared.name, "trial": record.id, COMMIT_TAG: git_commit(Path.cwd())}
     if settings.kind == "finetune":
-        base, ranks = export_of(prepared.url, record.id), None  # those of the export were measured anew
+        base, ranks = prepared.folder.export(record.id), None  # those of the export were measured anew
         recipe = settings.trial_recipe
         recipe = replace(recipe, model=replace(recipe.model, start=prepared.model))
         tags |= {"run_name": training_name(prepared.name, record.id), **training_tags(recipe, prepared.trained)}
     return register_variant(
         base,
         record.pruning_config,
-        load_score(prepared.url, record.id),
+        load_score(prepared.folder, record.id),
         ranks=ranks,
         registry=Registry(settings.tracking.uri, settings.tracking.registered_model),
         aliases=aliases,

@@ -19,7 +19,7 @@ from pipelines.data import shards
 from pipelines.data.build import differences
 from pipelines.evaluation.samples import samples_with_images
 from pipelines.evaluation.suite import Suite
-from pipelines.io import storage
+from pipelines.io import codec, storage
 from pipelines.io.console import say
 from pipelines.io.fingerprint import sha256_of_json
 from pipelines.io.upload import upload_folder
@@ -29,16 +29,13 @@ from pipelines.registry.publish import pull_model
 from pipelines.registry.versions import PinnedModel, Registry, pin_model, training_manifest
 from pipelines.tracking.mlflow_run import git_commit
 from pipelines.tracking.server import TrackingAwayError, TrackingError, require_tracking
+from tune.folder import SweepFolder, list_sweeps, sweep_folder
 from tune.logbook import Logbook
 from tune.records import Records
 from tune.resources import bundles_of_trial, concurrent_trials
 from tune.settings import SweepSettings
 from tune.space import Ranks, ranks_of_config, ranks_of_report
 from tune.trial import TrialContext
-
-SWEEP_FILE = "sweep.json"
-"""In a sweep's folder: its settings, the data, and whether it is finished."""
-BASE_FOLDER = "base"
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,7 @@ class Prepared:
 
     Attributes:
         name: of the sweep.
-        url: its folder in storage.
+        folder: in storage.
         facts: what is stored of it.
         model: models:/NAME/VERSION: an alias may move while the sweep runs.
         config: of the model.
@@ -84,7 +81,7 @@ class Prepared:
     """
 
     name: str
-    url: str
+    folder: SweepFolder
     facts: SweepFacts
     model: str
     config: MeteorConfig
@@ -123,19 +120,18 @@ def prepare(settings: SweepSettings) -> Prepared:
     # Made once, before trials that begin together would each make them.
     trained = ensure_shards(settings.trial_recipe) if settings.kind == "finetune" else ()
     name, facts, continued = choose_sweep(settings, SweepFacts(settings.identity(), model, asdict(subject.suite)))
-    url = storage.join(settings.storage, "sweeps", name)
-    base = storage.join(url, BASE_FOLDER)
+    folder = sweep_folder(settings.storage, name)
     if not continued:
         with tempfile.TemporaryDirectory(prefix="meteor-sweep-") as scratch:
-            upload_folder(pull_model(subject.model, Path(scratch) / "model"), base)
-        store_facts(url, facts)
-    config = _require_questions(settings, subject, base)
+            upload_folder(pull_model(subject.model, Path(scratch) / "model"), folder.base)
+        store_facts(folder, facts)
+    config = _require_questions(settings, subject, folder.base)
     report = subject.rank_report
-    records = Records(url)
+    records = Records(folder)
     logbook = Logbook(
         settings,
         name,
-        url,
+        folder,
         records,
         run_id=facts.mlflow_run_id,
         tags={
@@ -146,15 +142,15 @@ def prepare(settings: SweepSettings) -> Prepared:
         },
     )
     facts = replace(facts, mlflow_run_id=logbook.run_id, finished=False)
-    store_facts(url, facts)
+    store_facts(folder, facts)
     ranks = ranks_of_report(report) if report is not None else ranks_of_config(config)
     say(
         f"sweep {name} ({'continued' if continued else 'new'}) on {model}, suite {subject.suite.digest} of "
         f"{subject.suite.questions} questions, ranks by {', '.join(sorted(ranks)) or 'none'}, {concurrent} trials at a "
         f"time, MLflow run {logbook.run_id}",
     )
-    context = TrialContext(name, url, base, subject.suite, subject.manifest.url, settings)
-    return Prepared(name, url, facts, model, config, ranks, context, records, logbook, concurrent, trained)
+    context = TrialContext(name, folder, subject.suite, subject.manifest.url, settings)
+    return Prepared(name, folder, facts, model, config, ranks, context, records, logbook, concurrent, trained)
 
 
 def _find_subject(settings: SweepSettings) -> _Subject:
@@ -226,14 +222,14 @@ def choose_sweep(settings: SweepSettings, begun: SweepFacts) -> tuple[str, Sweep
     """
     if settings.name is None:
         stem = f"sweep-{sha256_of_json(begun.identity)[:6]}"
-        last = last_number(storage.list_folders(storage.join(settings.storage, "sweeps")), stem)
+        last = last_number(list_sweeps(settings.storage), stem)
         name = numbered(stem, last)
-        stored = load_facts(settings.storage, name) if last else None
+        stored = load_facts(sweep_folder(settings.storage, name)) if last else None
         if stored is None or stored.finished:
             return numbered(stem, last + 1), begun, False
     else:
         name = settings.name
-        stored = load_facts(settings.storage, name)
+        stored = load_facts(sweep_folder(settings.storage, name))
         if stored is None:
             return name, begun, False
     if changed := differences(stored.identity, begun.identity):
@@ -243,14 +239,20 @@ def choose_sweep(settings: SweepSettings, begun: SweepFacts) -> tuple[str, Sweep
     return name, stored, True
 
 
-def load_facts(root: str, name: str) -> SweepFacts | None:
-    """What is stored of a sweep; None where nothing is. Raises StorageError."""
+def load_facts(folder: SweepFolder) -> SweepFacts | None:
+    """What is stored of a sweep; None where nothing is.
+
+    Raises:
+        SettingsError: a file of another kind.
+        StorageError: where it cannot be read.
+    """
     try:
-        return SweepFacts(**storage.read_json(storage.join(root, "sweeps", name, SWEEP_FILE)))
+        data = storage.read_bytes(folder.facts)
     except storage.ObjectMissingError:
         return None
+    return codec.decode(SweepFacts, data, folder.facts, SettingsError)
 
 
-def store_facts(url: str, facts: SweepFacts) -> None:
-    """Write `sweep.json` of the sweep at `url`. Raises StorageError."""
-    storage.write_json(storage.join(url, SWEEP_FILE), asdict(facts))
+def store_facts(folder: SweepFolder, facts: SweepFacts) -> None:
+    """Write `sweep.json`. Raises StorageError."""
+    storage.write_json(folder.facts, asdict(facts))

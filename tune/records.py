@@ -12,8 +12,8 @@ from typing import Any, Literal
 from meteor_model.configuration_meteor import PruningConfig
 from pipelines.evaluation.scores import Score
 from pipelines.io import codec, storage
+from tune.folder import SweepFolder
 
-FOLDER = "trials"
 Status = Literal["started", "completed", "stopped", "failed"]
 """completed: scored on the whole suite. stopped: ended early by the scheduler. failed: with an error."""
 
@@ -63,15 +63,15 @@ class TrialRecord:
 class Records:
     """The trials of one sweep, in storage and here."""
 
-    def __init__(self, sweep_url: str) -> None:
-        self._url = storage.join(sweep_url, FOLDER)
-        names = [name for name in storage.list_files(self._url) if name.endswith(".json") and "/" not in name]
-        loaded = [_load(storage.join(self._url, name)) for name in names]
+    def __init__(self, folder: SweepFolder) -> None:
+        self._folder = folder
+        files = [name for name in storage.list_files(folder.trials) if name.endswith(".json") and "/" not in name]
+        loaded = [_load(folder.record(name.removesuffix(".json"))) for name in files]
         self._by_id = {record.id: record for record in loaded}
 
     def save(self, record: TrialRecord) -> None:
         """Keep a record, in place of what was known of its trial. Raises StorageError."""
-        storage.write_json(storage.join(self._url, f"{record.id}.json"), asdict(record))
+        storage.write_json(self._folder.record(record.id), asdict(record))
         self._by_id[record.id] = record
 
     def update(self, trial_id: str, **changes: Any) -> TrialRecord:
@@ -95,16 +95,6 @@ class Records:
 
 def _load(url: str) -> TrialRecord:
     return codec.decode(TrialRecord, storage.read_bytes(url), url)
-
-
-def folder_of(sweep_url: str, trial_id: str) -> str:
-    """Where a trial keeps its score with all questions, and its pictures."""
-    return storage.join(sweep_url, FOLDER, trial_id)
-
-
-def export_of(sweep_url: str, trial_id: str) -> str:
-    """Where a `finetune` trial keeps the model that it trained."""
-    return storage.join(folder_of(sweep_url, trial_id), "export")
 
 
 def training_name(sweep: str, trial_id: str) -> str:

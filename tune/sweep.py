@@ -35,7 +35,6 @@ from tune.space import Space
 from tune.study import StudySearch
 from tune.trial import PROGRESS, TRIALS
 
-RESULT_FILE = "result.json"
 TRIAL_RETRIES = 2
 """How often a trial whose process ended is run again. A fault of its configuration is not tried twice."""
 
@@ -55,14 +54,14 @@ def run_sweep(settings: SweepSettings) -> dict[str, Any]:
         if settings.register:
             result["registered"] = register_winners(settings, prepared)
         result["wall_s"] = round(time.monotonic() - begun, 1)
-        storage.write_json(storage.join(prepared.url, RESULT_FILE), result)
+        storage.write_json(prepared.folder.result, result)
         write_output(settings, prepared, result)
     except BaseException:
         prepared.logbook.fail()
         say(f"\n  kept: the trials of sweep {prepared.name}; the same command goes on (--name {prepared.name})")
         raise
     prepared.logbook.finish()
-    store_facts(prepared.url, replace(prepared.facts, finished=True))
+    store_facts(prepared.folder, replace(prepared.facts, finished=True))
     say(f"\n{sweep_text(settings, prepared, result)}")
     return result
 
@@ -91,7 +90,7 @@ def _search(settings: SweepSettings, prepared: Prepared, plan: StudyPlan) -> Stu
     say(f"[{plan.name}] {search.left} trials to run")
     trainable = tune.with_parameters(TRIALS[settings.kind], context=prepared.context)
     reserved = {"CPU": settings.cpus_per_trial, "GPU": settings.gpus_per_trial}
-    filesystem, path = storage.arrow_filesystem(storage.join(prepared.url, "tune"))
+    filesystem, path = storage.arrow_filesystem(prepared.folder.tune)
     # No log of each trial on disk, no tables on the screen, no address of each run: the sweep says what happens itself.
     quiet = {
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",

@@ -44,19 +44,18 @@ from pipelines.io import storage
 from pipelines.io.errors import TransientError
 from pipelines.io.run_folder import run_folder
 from pipelines.io.upload import upload_folder
-from pipelines.job.answers import PICTURES_FOLDER
 from pipelines.job.datasets import ensure_shards
 from pipelines.job.export import export_checkpoint
 from pipelines.job.start import prepare_start
 from pipelines.job.train import train
 from pipelines.registry.open import device_for
 from pipelines.registry.variants import apply_pruning
-from tune.records import export_of, folder_of, training_name
+from tune.folder import SweepFolder
+from tune.records import training_name
 from tune.settings import SweepSettings
 
 PROGRESS = "progress"
 """Per cent of a trial that is done: what the scheduler compares trials at."""
-SCORE_FILE = "score.json"
 POLL_S = 2.0
 
 
@@ -66,16 +65,14 @@ class TrialContext:
 
     Attributes:
         sweep: name of the sweep.
-        url: its folder in storage.
-        base: folder of the exported base model in storage.
+        folder: in storage, with the exported base model.
         suite: the questions.
         manifest: address of the shards that lambda is solved on.
         settings: of the sweep.
     """
 
     sweep: str
-    url: str
-    base: str
+    folder: SweepFolder
     suite: Suite
     manifest: str
     settings: SweepSettings
@@ -181,15 +178,14 @@ class Trial(tune.Trainable):
         context = self.context
         by_place = dict(zip(self.order, self.answers, strict=True))
         score = score_of_records(model.config, [by_place[place] for place in sorted(by_place)], context.suite.digest)
-        folder = folder_of(context.url, self.id)
         if context.settings.pictures:
             with tempfile.TemporaryDirectory(prefix="meteor-trial-") as name:
                 for file, picture in draw_samples(
                     model, processor, self.questions(processor), context.settings.pictures
                 ):
                     picture.save(Path(name) / file)
-                upload_folder(Path(name), storage.join(folder, PICTURES_FOLDER))
-        storage.write_json(storage.join(folder, SCORE_FILE), score.to_dict(records=True))
+                upload_folder(Path(name), context.folder.trial_pictures(self.id))
+        storage.write_json(context.folder.score(self.id), score.to_dict(records=True))
         ended = {"score": score.to_dict(), "pruning": asdict(model.config.pruning)}  # with the lambda that was solved
         return {
             "objective": objective_of(context.settings, self.answers),
@@ -205,7 +201,7 @@ class EvaluateTrial(Trial):
     def setup(self, config: dict[str, Any], context: TrialContext) -> None:
         """Load the base model, once an actor."""
         super().setup(config, context)
-        with local_copy(context.base) as folder:
+        with local_copy(context.folder.base) as folder:
             self.model, self.processor = load_model_and_processor(folder)
         self.model.to(self.device)
 
@@ -264,7 +260,7 @@ class FinetuneTrial(Trial):
         shared = self.context.settings.trial_recipe
         return replace(
             shared,
-            model=replace(shared.model, start=self.context.base),
+            model=replace(shared.model, start=self.context.folder.base),
             pruning=self.pruning,
             run=replace(shared.run, name=self.run_name),
         )
@@ -288,7 +284,7 @@ class FinetuneTrial(Trial):
                 checkpoint.url,
                 self.prompts,
                 Path(scratch) / "model",
-                export_of(self.context.url, self.id),
+                self.context.folder.export(self.id),
                 tolerance=recipe.tracking.parity_tolerance,
                 device=self.device,
             )
@@ -299,7 +295,7 @@ class FinetuneTrial(Trial):
 TRIALS: dict[str, type[Trial]] = {"evaluate": EvaluateTrial, "finetune": FinetuneTrial}
 
 
-def load_score(sweep_url: str, trial_id: str) -> Score:
+def load_score(folder: SweepFolder, trial_id: str) -> Score:
     """The score of a completed trial with all its questions. Raises StorageError."""
-    url = storage.join(folder_of(sweep_url, trial_id), SCORE_FILE)
+    url = folder.score(trial_id)
     return Score.from_dict(storage.read_json(url), url)

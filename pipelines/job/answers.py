@@ -33,7 +33,7 @@ from pipelines.job.train import Training
 from pipelines.tracking.run_tracker import RunTracker
 
 PICTURES_FOLDER = "pictures"
-"""Of a run's or a trial's artifacts in MLflow, and of a trial's folder."""
+"""Of the MLflow run's artifacts."""
 
 
 @dataclass(frozen=True)

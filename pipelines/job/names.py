@@ -18,7 +18,7 @@ from pipelines.config.recipe import Recipe
 from pipelines.config.settings import SettingsError
 from pipelines.data import shards
 from pipelines.data.build import differences
-from pipelines.io import storage
+from pipelines.io import codec, storage
 from pipelines.io.run_folder import list_runs, run_folder
 from pipelines.job.datasets import manifest_hashes
 from pipelines.tracking.mlflow_run import git_commit
@@ -86,13 +86,10 @@ def load_facts(root: str, name: str) -> RunFacts | None:
     """
     url = run_folder(root, name).record
     try:
-        stored = storage.read_json(url)
+        data = storage.read_bytes(url)
     except storage.ObjectMissingError:
         return None
-    try:
-        return RunFacts(**stored)
-    except TypeError as error:
-        raise SettingsError(f"{url} is not the file of a run ({error}); take another --run.name") from None
+    return codec.decode(RunFacts, data, url, SettingsError)
 
 
 def store_facts(root: str, name: str, facts: RunFacts) -> None:

@@ -35,7 +35,7 @@ from tests.jobs.killing import ROOT, kill_when, own_environment
 from tests.pipelines.mlflow_fixture import Server, free_port
 from tests.tune.conftest import Bench, bench
 from tune import sweep as sweep_module
-from tune.prepare import SWEEP_FILE
+from tune.folder import sweep_folder
 from tune.records import Records, TrialRecord, training_name
 from tune.settings import SweepSettings
 from tune.sweep import run_sweep
@@ -200,11 +200,9 @@ def test_the_winner_is_a_version_of_the_model(place: Place, swept: tuple[SweepSe
 def test_a_sweep_that_was_cut_goes_on(place: Place, swept: tuple[SweepSettings, dict[str, Any]]) -> None:
     """As a kill leaves it: not marked as finished, one trial begun, one not yet told to MLflow."""
     settings, first = swept
-    url = storage.join(settings.storage, "sweeps", "both")
-    storage.write_json(
-        storage.join(url, SWEEP_FILE), {**storage.read_json(storage.join(url, SWEEP_FILE)), "finished": False}
-    )
-    records = Records(url)
+    folder = sweep_folder(settings.storage, "both")
+    storage.write_json(folder.facts, {**storage.read_json(folder.facts), "finished": False})
+    records = Records(folder)
     cut = records.update("front-002", status="started", score=None, objective=None, run_id=None)
     records.update("front-001", run_id=None)
     again = run_sweep(replace(settings, register=False))
@@ -237,7 +235,7 @@ def test_a_killed_sweep_goes_on_by_the_same_command(place: Place, tmp_path: Path
     environment = {**own_environment(), "MLFLOW_TRACKING_URI": place.settings.tracking.uri}
 
     def trials(*statuses: str) -> dict[str, TrialRecord]:
-        return {r.id: r for r in Records(str(tmp_path / "sweeps" / "killed")).all() if r.status in statuses}
+        return {r.id: r for r in Records(sweep_folder(str(tmp_path), "killed")).all() if r.status in statuses}
 
     kill_when(lambda: bool(trials("completed") and trials("started")), command, environment, tmp_path / "log")
     ended, cut = trials("completed"), trials("started")

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mlflow.utils.validation import _validate_model_alias_name
 
 from pipelines.config.settings import SettingsError, TrainingSettings
+from tune.folder import SweepFolder, sweep_folder
 from tune.pareto import Point, front, hypervolume, reference
 from tune.prepare import SweepFacts, choose_sweep, store_facts
 from tune.records import Records, TrialRecord
@@ -102,14 +103,14 @@ def test_what_a_training_trial_starts_in_turn_is_counted() -> None:
 
 
 def test_records_come_back_from_storage(tmp_path: Path) -> None:
-    records = Records(str(tmp_path))
+    records = Records(SweepFolder(str(tmp_path)))
     assert records.all() == []
     for number in (1, 0):
         records.save(TrialRecord(f"front-{number:03d}", "front", {"a": 1}, {}, None))
     records.update("front-000", status="failed", error="no")
     (tmp_path / "trials" / "front-001").mkdir()
     (tmp_path / "trials" / "front-001" / "score.json").write_text("{}")
-    again = Records(str(tmp_path))
+    again = Records(SweepFolder(str(tmp_path)))
     assert [(r.id, r.status) for r in again.of("front")] == [("front-000", "failed"), ("front-001", "started")]
     assert again.get("front-000").error == "no"
     assert again.of("other") == []
@@ -167,7 +168,7 @@ def test_the_last_sweep_goes_on_until_it_is_finished(tmp_path: Path) -> None:
         return SweepFacts(settings.identity(), model, {"sha256": "0", "questions": 8})
 
     def store(name: str, facts: SweepFacts) -> None:
-        store_facts(str(tmp_path / "sweeps" / name), facts)
+        store_facts(sweep_folder(str(tmp_path), name), facts)
 
     first, begun, continued = choose_sweep(settings, facts("models:/m/1"))
     assert (first[-4:], begun, continued) == ("-001", facts("models:/m/1"), False)

@@ -14,6 +14,7 @@ from ray.tune.search import Searcher
 from meteor_model.configuration_meteor import MeteorConfig
 from pipelines.evaluation.scores import Interval, Score
 from tests.meteor_model.builders import config
+from tune.folder import SweepFolder
 from tune.records import Records, TrialRecord
 from tune.settings import StudyPlan
 from tune.space import Space, SpaceError
@@ -24,7 +25,7 @@ FRONT = StudyPlan("front", 6, "tpe")
 
 
 def search(folder: Path, plan: StudyPlan = BUDGET, **options: Any) -> StudySearch:
-    return StudySearch(plan, Space(config(), {}, cap=plan.budget), Records(str(folder)), **options)
+    return StudySearch(plan, Space(config(), {}, cap=plan.budget), Records(SweepFolder(str(folder))), **options)
 
 
 def finished(objective: float, kept: float = 10.0, tflops: float = 1.0) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def test_trials_are_numbered_and_end(tmp_path: Path) -> None:
     names = [started(found, str(i)).id for i in range(6)]
     assert names == [f"budget-12-{i:03d}" for i in range(6)]
     assert found.suggest("6") == Searcher.FINISHED
-    assert [r.status for r in Records(str(tmp_path)).all()] == ["started"] * 6
+    assert [r.status for r in Records(SweepFolder(str(tmp_path))).all()] == ["started"] * 6
 
 
 def test_every_ending_is_recorded_and_told(tmp_path: Path) -> None:
@@ -130,7 +131,7 @@ def _keep(config: MeteorConfig) -> float:
 def test_what_is_over_the_budget_is_not_run(tmp_path: Path, fits: bool) -> None:
     cost: Callable[[MeteorConfig], float] = _keep if fits else lambda config: 100.0 + config.tokens_per_image
     plan = StudyPlan("budget-12", 3, "tpe", 12.0)
-    found = StudySearch(plan, Space(config(), {}), Records(str(tmp_path)), expected_cost=cost)
+    found = StudySearch(plan, Space(config(), {}), Records(SweepFolder(str(tmp_path))), expected_cost=cost)
     if not fits:
         with pytest.raises(
             SpaceError, match=r"200 configurations in a row cost more than 12; the cheapest of them 1\d\d"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from pipelines.registry.variants import apply_pruning
 from tests.meteor_model.builders import PRUNED
 from tests.tune.conftest import Bench
 from tune import trial as trial_module
+from tune.folder import SweepFolder
 from tune.settings import SweepSettings
 from tune.trial import EvaluateTrial, TrialContext, load_score
 
@@ -38,7 +40,9 @@ def context(bench: Bench, tmp_path: Path) -> TrialContext:
         budgets=(8.0,), questions=8, portions=2, batch=4, calibration_samples=16, storage=str(tmp_path)
     )
     suite = Suite.of(bench.manifest, "heldout", 8)
-    return TrialContext("sweep", str(tmp_path / "sweep"), str(bench.base), suite, bench.manifest.url, settings)
+    folder = SweepFolder(str(tmp_path / "sweep"))
+    shutil.copytree(bench.base, folder.base)
+    return TrialContext("sweep", folder, suite, bench.manifest.url, settings)
 
 
 def trial(context: TrialContext, first: dict[str, Any]) -> EvaluateTrial:
@@ -59,14 +63,14 @@ def test_a_trial_reports_in_portions_and_keeps_its_score(context: TrialContext, 
     solved = PruningConfig.from_dict(ended["pruning"])
     assert solved.decode.lam is not None, "solved for the target on the training split"
     assert solved.decode.target_mean == 10.0
-    kept = load_score(context.url, "t-0")
+    kept = load_score(context.folder, "t-0")
     assert len(kept.records) == 8
     assert kept.to_dict() == ended["score"]
     keys = [sample.key for sample in context.suite.load(running.processor)]
     assert [record.key for record in kept.records] == keys, "in the suite's order, whatever the order of asking"
     assert sorted(running.order) == list(range(8)) != running.order
     assert whole["objective"] == pytest.approx(-kept.answer_nll)
-    assert len(list((Path(context.url) / "trials" / "t-0" / "pictures").iterdir())) >= 2
+    assert len(list((Path(context.folder.url) / "trials" / "t-0" / "pictures").iterdir())) >= 2
     # The same by hand, at once.
     built = MeteorForConditionalGeneration.from_pretrained(bench.base).eval()
     made = MeteorProcessor.from_pretrained(bench.base)

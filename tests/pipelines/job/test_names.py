@@ -56,7 +56,7 @@ def test_what_is_no_run_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "runs" / f"{stem(tmp_path)}-004" / "notes.txt").write_text("left behind")
     assert choose_run(recipe(tmp_path), "pretrain", ()).name == f"{stem(tmp_path)}-005"
     (tmp_path / "runs" / f"{stem(tmp_path)}-004" / "run.json").write_text('{"job": "pretrain"}')
-    with pytest.raises(SettingsError, match=r"run\.json is not the file of a run"):
+    with pytest.raises(SettingsError, match=r"run\.json holds no run facts: settings is missing"):
         choose_run(recipe(tmp_path), "pretrain", ())
 
 

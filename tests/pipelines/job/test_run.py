@@ -48,3 +48,17 @@ def test_a_lost_file_of_losses_costs_a_picture_and_no_model(tmp_path: Path, caps
         write_losses(run, LossFile(0, 2), np.array([2.0, 1.0]).tobytes(), 0.0)
         _draw_training(run, Training(last, last, 8), ranks, tmp_path)
     assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
+def test_a_summary_ends_with_two_commands_that_the_jobs_take() -> None:
+    import shlex
+
+    from jobs import predict, sweep
+    from pipelines.job.summary import what_next
+
+    summary = {"model_alias_uri": "models:/meteor@latest-pretrain", "visual_tokens": {"fuse": {"kept": 33}}}
+    ask, search = (shlex.split(line.partition("python ")[2]) for line in what_next(summary).splitlines())
+    assert ask[0] == "jobs/predict.py"
+    assert predict.JOB.parse(ask[1:]).model == "models:/meteor@latest-pretrain"
+    assert search[0] == "jobs/sweep.py"
+    assert sweep.JOB.parse(search[1:]).settings.budgets == (16.0,)
