@@ -39,6 +39,10 @@ work = Path(os.environ["WORK"])
 base64_text = base64.b64encode((work / "photo.jpg").read_bytes()).decode()
 FOLDER = pull_model(pin_model("models:/meteor@champion"), work / "champion")
 """
+RUNNING_JOB = (
+    "from ray.job_submission import JobSubmissionClient as Jobs; "
+    "print(next(job.submission_id for job in Jobs().list_jobs() if job.status == 'RUNNING'))"
+)
 RUN = "docs"
 """Name of the run that `make pretrain` makes."""
 MIXED = f"--data.heldout-samples 8 {SHORT_TRAINING}"
@@ -176,12 +180,7 @@ ROWS: tuple[Row, ...] = (
     ),
     Row("make serve", also="--port $PORT", until="http://127.0.0.1:$PORT/ping"),
     Row("ray job list"),
-    Row(
-        "ray job stop ID",
-        replace={
-            "ID": "\"$(ray job list | tr ')' '\\n' | grep RUNNING | grep -o 'raysubmit_[A-Za-z0-9]*' | head -1)\""
-        },
-    ),
+    Row("ray job stop ID", replace={"ID": f'"$(python -c "{RUNNING_JOB}")"'}),
     Row("make down"),
     # A quarter of an hour and more.
     Row("make parts", slow=True),
