@@ -149,7 +149,7 @@ def test_a_fault_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.Capt
     with pytest.raises(shards.ShardError, match="there is no manifest here"):
         calibrate(CalibrateSettings(str(tmp_path), manifest=str(tmp_path)), "")
     assert JOB.main(["--model", str(tmp_path), "--samples", "0"]) == 2
-    assert capsys.readouterr().err == "error: samples is 0; an interval needs at least 2 images\n"
+    assert capsys.readouterr().err == "error: samples is 0; it must be at least 2\n"
 
 
 # --------------------------------------------------------------------------------------------------------- with servers
