@@ -270,7 +270,7 @@ class FinetuneTrial(Trial):
         try:
             recipe = self.recipe
             manifests = ensure_shards(recipe)
-            prepare_start(recipe, manifests[0], run_folder(recipe.run.storage, self.run_name).url)
+            prepare_start(recipe, manifests[0], run_folder(recipe.run.storage, self.run_name))
             # What MLflow is told of a trial, the sweep tells it.
             self.outcome = train(recipe, manifests, self.run_name, metrics_run=None).exported
         except Exception as error:  # the step raises it

@@ -151,7 +151,7 @@ def _phases(run: Run, phases: Phases) -> tuple[dict[str, Any], HeldoutAnswers]:
     """All phases after the first: the summary, and the held-out answers."""
     recipe, tracker, manifest = run.recipe, run.tracker, run.manifests[0]
     with phases("calibrate", "start model, ranks of the feature maps, budgets"):
-        ranks = prepare_start(recipe, manifest, run.folder.url)
+        ranks = prepare_start(recipe, manifest, run.folder)
         _tell_of_start(run, ranks)
     with phases("train", f"{recipe.training.workers} workers, ZeRO-3"):
         metrics_run = MetricsRun(recipe.tracking.uri, tracker.run_id)
@@ -183,7 +183,7 @@ def _phases(run: Run, phases: Phases) -> tuple[dict[str, Any], HeldoutAnswers]:
 
 def _tell_of_start(run: Run, ranks: dict[str, Any]) -> None:
     """Parts and budgets of the start model, on the screen and in MLflow."""
-    if parts := loaded_parts(run.folder.url):
+    if parts := loaded_parts(run.folder):
         run.tracker.log_documents({"parts.json": parts})
     for part in parts:
         say(f"  {part['name']}: {part['source']}, sha256 {part['sha256'][:12]}")

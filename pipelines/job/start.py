@@ -24,6 +24,7 @@ from meteor_model.tokenizer import pretrained_tokenizer, train_tokenizer
 from meteor_model.weights import LoadedPart, load_parts, vocabulary_rows
 from pipelines.calibration.image_plan import MeasureSettings
 from pipelines.calibration.measure import calibrate_ranks
+from pipelines.calibration.ranks import RankReport
 from pipelines.checkpoint.zero3 import save_for_sharding
 from pipelines.config.recipe import Recipe
 from pipelines.data import shards
@@ -39,7 +40,7 @@ from pipelines.registry.versions import PinnedModel, pin_model
 TOKENIZER_TEXTS = 20_000
 
 
-def prepare_start(recipe: Recipe, manifest: shards.Manifest, run_url: str) -> dict[str, Any]:
+def prepare_start(recipe: Recipe, manifest: shards.Manifest, run: RunFolder) -> dict[str, Any]:
     """Make sure that `init/` and `ranks.json` of a run exist; what an earlier start completed is kept.
 
     Returns: the content of `ranks.json`.
@@ -47,56 +48,64 @@ def prepare_start(recipe: Recipe, manifest: shards.Manifest, run_url: str) -> di
     Raises:
         ValueError: where the recipe's pruning does not fit the model, or the start model cannot be pulled.
     """
-    run = RunFolder(run_url)
     if storage.exists(run.init_ready):
         ranks: dict[str, Any] = storage.read_json(run.ranks)
         return ranks
+    loaded: list[LoadedPart] = []
+    if recipe.model.start:
+        model, processor = _pulled(recipe)
+    else:
+        model, processor, loaded = _built(recipe, manifest)
+    parts = [{**asdict(part), "dropped": len(part.dropped)} for part in loaded]
+    _store_start(model, processor, parts, run)
+    report = _measure_ranks(recipe, manifest, run)
+    config = model.config.with_pruning(recipe.pruning, report.expected(recipe.pruning.encode.rank_estimator))
+    ranks = {
+        **report.to_dict(),
+        "estimator": recipe.pruning.encode.rank_estimator,
+        "exponent": recipe.pruning.encode.rank_exponent,
+        "budgets": {name: list(budget) for name, budget in config.encode_budgets.items()},
+    }
+    storage.write_json(run.ranks, ranks)
     with tempfile.TemporaryDirectory(prefix="meteor-start-") as name:
-        folder = Path(name)
-        loaded: list[LoadedPart] = []
-        if recipe.model.start:
-            model, processor = _pulled(recipe)
-        else:
-            model, processor, loaded = _built(recipe, manifest)
-        parts = [{**asdict(part), "dropped": len(part.dropped)} for part in loaded]
+        config.save_pretrained(name)
+        storage.write_bytes(run.init_config, (Path(name) / "config.json").read_bytes())
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    storage.write_json(run.init_ready, {"parameters": parameters, "parts": parts})
+    return ranks
+
+
+def _store_start(
+    model: MeteorForConditionalGeneration, processor: MeteorProcessor, parts: list[dict[str, Any]], run: RunFolder
+) -> None:
+    """Write the model with its processor as `init/`, and the processor apart from the weights."""
+    with tempfile.TemporaryDirectory(prefix="meteor-start-") as name:
+        folder, small = Path(name) / "whole", Path(name) / "processor"
+        folder.mkdir()
         if parts:
             (folder / PurePosixPath(run.init_parts).name).write_text(json.dumps(parts, indent=2) + "\n")
         save_for_sharding(model, folder)
         processor.save_pretrained(folder)
         upload_folder(folder, run.init)
-        with tempfile.TemporaryDirectory(prefix="meteor-processor-") as small:
-            processor.save_pretrained(small)  # apart from the weights: data tasks on every node need this alone
-            upload_folder(Path(small), run.processor)
-        report = calibrate_ranks(
-            PinnedModel(run.init),
-            manifest,
-            recipe.data.train_split,
-            recipe.calibration.samples,
-            MeasureSettings(
-                batch=recipe.calibration.batch,
-                cpus=recipe.data.data_task_cpus,
-                gpus=min(1.0, recipe.training.gpus_per_worker),
-                bad_shards=recipe.data.bad_shards,
-            ),
-        )
-        config = model.config.with_pruning(recipe.pruning, report.expected(recipe.pruning.encode.rank_estimator))
-        config.save_pretrained(folder)
-        ranks = {
-            **report.to_dict(),
-            "estimator": recipe.pruning.encode.rank_estimator,
-            "exponent": recipe.pruning.encode.rank_exponent,
-            "budgets": {name: list(budget) for name, budget in config.encode_budgets.items()},
-        }
-        storage.write_json(run.ranks, ranks)
-        storage.write_bytes(run.init_config, (folder / "config.json").read_bytes())
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        storage.write_json(run.init_ready, {"parameters": parameters, "parts": parts})
-    return ranks
+        processor.save_pretrained(small)  # data tasks on every node need this alone
+        upload_folder(small, run.processor)
 
 
-def loaded_parts(run_url: str) -> list[dict[str, Any]]:
+def _measure_ranks(recipe: Recipe, manifest: shards.Manifest, run: RunFolder) -> RankReport:
+    """Ranks of the stored model's unpruned feature maps on the training split."""
+    settings = MeasureSettings(
+        batch=recipe.calibration.batch,
+        cpus=recipe.data.data_task_cpus,
+        gpus=min(1.0, recipe.training.gpus_per_worker),
+        bad_shards=recipe.data.bad_shards,
+    )
+    model = PinnedModel(run.init)
+    return calibrate_ranks(model, manifest, recipe.data.train_split, recipe.calibration.samples, settings)
+
+
+def loaded_parts(run: RunFolder) -> list[dict[str, Any]]:
     """Name, source, size and checksum of the pretrained parts that a prepared run starts from."""
-    parts: list[dict[str, Any]] = storage.read_json(RunFolder(run_url).init_ready)["parts"]
+    parts: list[dict[str, Any]] = storage.read_json(run.init_ready)["parts"]
     return parts
 
 
