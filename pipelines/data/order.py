@@ -110,11 +110,6 @@ class WholeSteps(ABC):
         """Rows of the stream, void ones included: steps * global_batch."""
         return self.steps * self.global_batch
 
-    @property
-    def void_rows(self) -> int:
-        """Rows at the end that fill up the last step; fewer than `global_batch`."""
-        return self.total_rows - self.total_samples
-
 
 @dataclass(frozen=True, init=False, eq=False)
 class StreamPlan(WholeSteps):

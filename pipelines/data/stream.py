@@ -267,6 +267,21 @@ def encode_table(raw: pa.Table, encoder: RowEncoder) -> pa.Table:
 # --------------------------------------------------------------------------------------------------------------- graph
 
 
+def _planned_sources(manifests: Sequence[Manifest], split: str, plan: Plan) -> list[tuple[str, tuple[ShardInfo, ...]]]:
+    """Address and shards of the split of every dataset. Raises ValueError where the plan was made from others."""
+    sources = [(one.url, one.split(split)) for one in manifests]
+    if len(sources) != len(plan.sizes):
+        raise ValueError(f"the plan holds {len(plan.sizes)} datasets, but there are {len(sources)} manifests")
+    for (url, shards), sizes in zip(sources, plan.sizes, strict=True):
+        if [info.samples for info in shards] != sizes.tolist():
+            raise ValueError(
+                f"the plan holds {len(sizes)} shards with {sizes.sum()} samples, but the split {split!r} of {url} has "
+                f"{len(shards)} with {sum(info.samples for info in shards)}: the manifest changed since the plan was "
+                "made"
+            )
+    return sources
+
+
 def build_stream(  # noqa: PLR0913 - the settings of a stream, by name
     manifest: Manifest,
     split: str,
@@ -305,16 +320,7 @@ def build_stream(  # noqa: PLR0913 - the settings of a stream, by name
     Raises:
         ValueError: when the plan was not made from these splits, or when no row is left.
     """
-    sources = [(one.url, one.split(split)) for one in (manifest, *others)]
-    if len(sources) != len(plan.sizes):
-        raise ValueError(f"the plan holds {len(plan.sizes)} datasets, but there are {len(sources)} manifests")
-    for (url, shards), sizes in zip(sources, plan.sizes, strict=True):
-        if [info.samples for info in shards] != sizes.tolist():
-            raise ValueError(
-                f"the plan holds {len(sizes)} shards with {sizes.sum()} samples, but the split {split!r} of {url} has "
-                f"{len(shards)} with {sum(info.samples for info in shards)}: the manifest changed since the plan was "
-                "made"
-            )
+    sources = _planned_sources([manifest, *others], split, plan)
     stop = plan.total_rows if stop_row is None else stop_row
     if start_row == stop:
         raise ValueError(f"no row is left from row {start_row} to row {stop}; this plan has {plan.steps} steps")

@@ -365,16 +365,6 @@ def read_bulk(url: str, retry_s: float = RETRY_S) -> bytes:
     return _retried(url, lambda: with_stall_limit(read, STALL_S), retry_s)
 
 
-def size_of(url: str, retry_s: float = RETRY_S) -> int:
-    """Bytes of the object as storage states it. Errors as read_bytes."""
-
-    def ask() -> int:
-        fs, path = fsspec_filesystem(url)
-        return int(fs.info(path)["size"])
-
-    return _retried(url, ask, retry_s)
-
-
 def write_bytes(url: str, data: bytes, retry_s: float = RETRY_S) -> None:
     """Write the whole object at once: a reader sees all of it or nothing. Raises StorageError."""
 

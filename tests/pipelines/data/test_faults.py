@@ -116,7 +116,7 @@ def test_seeded_chance_of_all_faults_at_once(dataset: tuple[Manifest, Samples], 
 def written() -> bool:
     storage.write_bytes(f"{URL}/small.bin", b"x" * 999)
     storage.delete(f"{URL}/small.txt")
-    return storage.size_of(f"{URL}/small.bin") == 999
+    return storage.list_sizes(URL)["small.bin"] == 999
 
 
 SMALL_CALLS: dict[str, Callable[[], bool]] = {

@@ -70,8 +70,8 @@ plans = st.builds(
 def test_random_access_and_work_items_equal_the_enumeration(plan: StreamPlan) -> None:
     rows = enumerate_rows(plan)
     assert len(rows) == plan.total_rows == plan.steps * plan.global_batch
-    assert plan.total_samples + plan.void_rows == plan.total_rows
-    assert plan.void_rows < plan.global_batch
+    assert plan.total_rows == plan.steps * plan.global_batch
+    assert 0 <= plan.total_rows - plan.total_samples < plan.global_batch
     backwards = list(range(plan.total_rows))[::-1]
     assert located(plan, backwards) == rows[::-1]
     assert [row for item in plan.work(0) for row in item_rows(item)] == rows
@@ -87,7 +87,7 @@ def test_every_sample_once_per_epoch(plan: StreamPlan) -> None:
         assert {row[0] for row in of_epoch} == {epoch}
         assert len(of_epoch) == len(expected)
         assert {row[1:] for row in of_epoch} == expected
-    assert rows[plan.total_samples :] == [(VOID_EPOCH,) * 3] * plan.void_rows
+    assert rows[plan.total_samples :] == [(VOID_EPOCH,) * 3] * (plan.total_rows - plan.total_samples)
 
 
 @settings(deadline=None)
