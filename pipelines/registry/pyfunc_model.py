@@ -15,8 +15,7 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from meteor_model.answering import DEFAULT_NEW_TOKENS, Answerer, RequestError, read_rows
-from meteor_model.modeling_meteor import MeteorForConditionalGeneration
-from meteor_model.processing_meteor import MeteorProcessor
+from meteor_model.loading import load_model_and_processor
 
 __all__ = ["DEFAULT_NEW_TOKENS", "BadRequest", "MeteorPyfunc"]
 
@@ -41,9 +40,8 @@ class MeteorPyfunc(PythonModel):
         """
         folder = context.artifacts["model"]
         device = os.environ.get("MLFLOW_DEFAULT_PREDICTION_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
-        processor = MeteorProcessor.from_pretrained(folder)
-        model = MeteorForConditionalGeneration.from_pretrained(folder, use_safetensors=True)
-        self.answerer = Answerer(model.to(torch.device(device)).eval(), processor)
+        model, processor = load_model_and_processor(folder)
+        self.answerer = Answerer(model.to(torch.device(device)), processor)
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
