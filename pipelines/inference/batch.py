@@ -49,9 +49,6 @@ from pipelines.registry.folder import model_digest
 from pipelines.registry.open import device_for, open_model
 from pipelines.registry.versions import PinnedModel
 
-PROGRESS_LINES = 20
-"""About as many lines tell how far a split is."""
-
 
 def predict_split(  # noqa: PLR0913 - the settings of a batch prediction, by name
     model: PinnedModel,
@@ -142,8 +139,7 @@ def _answer_parts(
         num_gpus=workers.gpus or None,
     )
     for done, row in enumerate(written.iter_rows(), start=1):
-        if done % -(-len(parts) // PROGRESS_LINES) == 0 or done == len(parts):
-            progress(done, len(parts), f"  {done} of {len(parts)} parts, the last {row['name']} of {row['rows']} rows")
+        progress(done, len(parts), f"  {done} of {len(parts)} parts, the last {row['name']} of {row['rows']} rows")
 
 
 class _PartAnswerer:

@@ -22,6 +22,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -30,6 +31,10 @@ LOG_FOLDER_VARIABLE = "METEOR_LOG_DIR"
 LOGGERS = ("pipelines", "tune", "meteor_model")
 """Loggers whose warnings concern the user."""
 POLL_S = 0.1
+PROGRESS_LINES = 16
+"""Where the output is no terminal, about as many lines tell how far a job is; a slow one tells more."""
+PROGRESS_EVERY_S = 60.0
+"""A line is shown at the latest after so long."""
 _MARKED = re.compile(r"\[meteor(?: (?P<done>\d+)/(?P<total>\d+))?\] ?(?P<text>.*)")
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -126,6 +131,27 @@ def _show_warnings(tell: Any) -> logging.Handler:
     return handler
 
 
+@dataclass
+class _Shown:
+    """The progress line that was shown last.
+
+    Attributes:
+        share: sixteenth of the whole that it told of.
+        at: when it was shown.
+    """
+
+    share: int = -1
+    at: float = 0.0
+
+    def is_next(self, done: int, total: int, now: float) -> bool:
+        """Whether to show a line now; it is then the last one shown. One that goes back is of another start."""
+        share = done * PROGRESS_LINES // max(1, total)
+        if share == self.share and now - self.at < PROGRESS_EVERY_S:
+            return False
+        self.share, self.at = share, now
+        return True
+
+
 class Console:
     """The terminal and the log file of a job.
 
@@ -142,6 +168,7 @@ class Console:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="console", daemon=True)
         self._bar: Any = None
+        self._shown = _Shown()
         self._thread.start()
 
     def fileno(self) -> int:
@@ -193,9 +220,13 @@ class Console:
         if found is None:
             return
         with suppress(OSError):  # the terminal is gone; the log goes on
-            if found["done"] and self._terminal.isatty():
-                self._show_bar(int(found["done"]), int(found["total"]), found["text"])
-                return
+            if found["done"]:
+                done, total = int(found["done"]), int(found["total"])
+                if self._terminal.isatty():
+                    self._show_bar(done, total, found["text"])
+                    return
+                if not self._shown.is_next(done, total, time.monotonic()):
+                    return
             self._close_bar()
             self._terminal.write(found["text"] + "\n")
             self._terminal.flush()

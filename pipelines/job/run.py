@@ -49,18 +49,17 @@ from pipelines.tracking.system_metrics import SystemMetrics
 
 @dataclass
 class Phases:
-    """Wall-clock seconds of each phase, printed as they begin and end."""
+    """Wall-clock seconds of each phase, which is said as it begins."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def __call__(self, name: str, what: str) -> Iterator[None]:
-        """Print what begins and count its time under `name`."""
+        """Say what begins and count its time under `name`."""
         say(f"[{name}] {what}")
         start = time.monotonic()
         yield
         self.seconds[name] = round(time.monotonic() - start, 2)
-        say(f"[{name}] done in {self.seconds[name]:.1f} s")
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,21 @@ def test_marked_lines_are_shown_and_everything_is_logged(tmp_path: Path, capfd: 
     assert capfd.readouterr().out == "after\n"
 
 
+def test_progress_is_a_few_lines(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with console.quiet(tmp_path / "job.log"):
+        for step in range(1, 1001):
+            console.progress(step, 1000, f"step {step}")
+        console.progress(900, 1000, "step 900")
+    shown = [int(line.removeprefix("step ")) for line in capfd.readouterr().out.splitlines()]
+    assert shown == [1, *(-(-1000 * share // 16) for share in range(1, 17)), 900], "900 is of another start"
+    assert len((tmp_path / "job.log").read_text().splitlines()) == 1001
+
+
+def test_a_slow_job_tells_every_minute() -> None:
+    last = console._Shown()
+    assert [last.is_next(done, 10_000, 20.0 * done) for done in range(1, 6)] == [True, False, False, True, False]
+
+
 @pytest.mark.filterwarnings("always")
 def test_own_warnings_are_shown_and_those_of_libraries_logged(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
