@@ -33,7 +33,7 @@ COMPARED = ("front", "random", "defaults")
 def collect_results(settings: SweepSettings, prepared: Prepared, studies: Mapping[str, StudySearch]) -> dict[str, Any]:
     """All results as one JSON, with the pictures, in storage and in MLflow."""
     records = prepared.records
-    prepared.logbook.settle()
+    prepared.tracker.deliver()
     everything = records.all()
     best = {budget: best_within(settings, everything, budget) for budget in settings.budgets}
     drawn: dict[str, Sequence[TrialRecord]] = {name: records.of(name) for name in COMPARED if name in studies}
@@ -46,7 +46,7 @@ def collect_results(settings: SweepSettings, prepared: Prepared, studies: Mappin
     result = {
         "sweep": prepared.name,
         "model": prepared.model,
-        "mlflow_run_id": prepared.logbook.run_id,
+        "mlflow_run_id": prepared.tracker.run_id,
         "commit": git_commit(Path.cwd()),
         "suite": {**asdict(prepared.context.suite), "digest": prepared.context.suite.digest},
         "settings": settings.identity(),
@@ -74,7 +74,7 @@ def collect_results(settings: SweepSettings, prepared: Prepared, studies: Mappin
             for study, area in values["hypervolume"].items()
         }
         metrics |= {f"best_objective_{b:g}": r.objective for b, r in best.items() if r and r.objective is not None}
-        prepared.logbook.log({"sweep.json": result}, metrics, folder)
+        prepared.tracker.log({"sweep.json": result}, metrics, folder)
         upload_folder(folder, prepared.folder.pictures)
     return result
 
@@ -123,7 +123,7 @@ def _register_winner(
         ranks=ranks,
         registry=Registry(settings.tracking.uri, settings.tracking.registered_model),
         aliases=aliases,
-        run_id=record.run_id or prepared.logbook.run_id,
+        run_id=record.run_id or prepared.tracker.run_id,
         tags=tags,
         suite=prepared.context.suite,
     )

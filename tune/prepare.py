@@ -30,11 +30,11 @@ from pipelines.registry.versions import PinnedModel, Registry, pin_model, traini
 from pipelines.tracking.mlflow_run import git_commit
 from pipelines.tracking.server import TrackingAwayError, TrackingError, require_tracking
 from tune.folder import SweepFolder, list_sweeps, sweep_folder
-from tune.logbook import Logbook
 from tune.records import Records
 from tune.resources import bundles_of_trial, concurrent_trials
 from tune.settings import SweepSettings
 from tune.space import Ranks, ranks_of_config, ranks_of_report
+from tune.sweep_tracker import SweepTracker
 from tune.trial import TrialContext
 
 
@@ -75,7 +75,7 @@ class Prepared:
         ranks: by estimator.
         context: of its trials.
         records: of its trials.
-        logbook: its runs in MLflow.
+        tracker: its runs in MLflow.
         concurrent: trials at a time.
         trained: data of finetune trials.
     """
@@ -88,7 +88,7 @@ class Prepared:
     ranks: Ranks
     context: TrialContext
     records: Records
-    logbook: Logbook
+    tracker: SweepTracker
     concurrent: int
     trained: tuple[shards.Manifest, ...]
 
@@ -128,7 +128,7 @@ def prepare(settings: SweepSettings) -> Prepared:
     config = _require_questions(settings, subject, folder.base)
     report = subject.rank_report
     records = Records(folder)
-    logbook = Logbook(
+    tracker = SweepTracker(
         settings,
         name,
         folder,
@@ -141,16 +141,16 @@ def prepare(settings: SweepSettings) -> Prepared:
             "git_commit": git_commit(Path.cwd()),
         },
     )
-    facts = replace(facts, mlflow_run_id=logbook.run_id, finished=False)
+    facts = replace(facts, mlflow_run_id=tracker.run_id, finished=False)
     store_facts(folder, facts)
     ranks = ranks_of_report(report) if report is not None else ranks_of_config(config)
     say(
         f"sweep {name} ({'continued' if continued else 'new'}) on {model}, suite {subject.suite.digest} of "
         f"{subject.suite.questions} questions, ranks by {', '.join(sorted(ranks)) or 'none'}, {concurrent} trials at a "
-        f"time, MLflow run {logbook.run_id}",
+        f"time, MLflow run {tracker.run_id}",
     )
     context = TrialContext(name, folder, subject.suite, subject.manifest.url, settings)
-    return Prepared(name, folder, facts, model, config, ranks, context, records, logbook, concurrent, trained)
+    return Prepared(name, folder, facts, model, config, ranks, context, records, tracker, concurrent, trained)
 
 
 def _find_subject(settings: SweepSettings) -> _Subject:

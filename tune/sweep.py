@@ -57,10 +57,10 @@ def run_sweep(settings: SweepSettings) -> dict[str, Any]:
         storage.write_json(prepared.folder.result, result)
         write_output(settings, prepared, result)
     except BaseException:
-        prepared.logbook.fail()
+        prepared.tracker.fail()
         say(f"\n  kept: the trials of sweep {prepared.name}; the same command goes on (--name {prepared.name})")
         raise
-    prepared.logbook.finish()
+    prepared.tracker.finish()
     store_facts(prepared.folder, replace(prepared.facts, finished=True))
     say(f"\n{sweep_text(settings, prepared, result)}")
     return result
@@ -131,7 +131,7 @@ def _require_completed(prepared: Prepared) -> None:
     """Raise SettingsError where every trial failed: there are no results."""
     everything = prepared.records.all()
     if not any(record.status == "completed" for record in everything):
-        prepared.logbook.settle()
+        prepared.tracker.deliver()
         errors = [f"  {record.id}: {record.error}" for record in everything if record.error]
         raise SettingsError(
             f"none of {len(everything)} trials of sweep {prepared.name} was completed; search again under another "
@@ -169,4 +169,4 @@ def _scheduler(settings: SweepSettings, plan: StudyPlan) -> TrialScheduler:
 def _ended(prepared: Prepared, record: TrialRecord) -> None:
     what = f"{record.objective:.4f}" if record.objective is not None else record.error or ""
     say(f"  {record.id}: {record.status} {what}")
-    prepared.logbook.ended(record)
+    prepared.tracker.ended(record)

@@ -28,7 +28,7 @@ SHORT_S = 5.0
 """Patience with MLflow while trials are under way: the search waits for it."""
 
 
-class Logbook:
+class SweepTracker:
     """The runs of one sweep.
 
     Args:
@@ -70,7 +70,7 @@ class Logbook:
         except TrackingError as error:
             logger.warning("trial %s is told to MLflow at the end of the sweep: %s", record.id, error)
 
-    def settle(self) -> None:
+    def deliver(self) -> None:
         """Tell MLflow of every trial that it lacks. Raises TrackingAwayError where it is still away."""
         for record in self._records.all():
             if record.status != "started" and record.run_id is None:
