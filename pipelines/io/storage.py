@@ -5,8 +5,9 @@ AWS_ACCESS_KEY_ID / AWS_SECRET_ACCESS_KEY or AWS_SHARED_CREDENTIALS_FILE / AWS_P
 plain local paths.
 
 Two clients, each for what it does well:
-- s3fs (`fsspec_filesystem`): listings, manifests, small objects, writing shards;
-- pyarrow (`arrow_filesystem`, `read_bulk`): whole-shard reads and Ray Train's storage, with the AWS standard retry.
+- pyarrow (`arrow_filesystem`): everything that is read or listed (4 to 7 times as fast as s3fs), uploads of files, Ray
+  Train's storage; with the AWS standard retry;
+- s3fs (`fsspec_filesystem`): small objects written at once, copies inside the store, the check of a bucket.
 
 A filesystem holds sockets and threads, so it is made on first use inside the process that uses it (never before a
 fork): the caches below are keyed by the process id.
@@ -29,6 +30,7 @@ from typing import Any, TypeVar
 
 import fsspec
 import pyarrow.fs
+from pyarrow.fs import FileInfo, FileSelector, FileType
 
 from pipelines.io.errors import TransientError
 from pipelines.io.fingerprint import sha256
@@ -342,8 +344,9 @@ def read_bytes(url: str, retry_s: float = RETRY_S) -> bytes:
     """The whole object. Raises ObjectMissingError, StorageError, or, after `retry_s`, TransientStorageError."""
 
     def read(_: Progress) -> bytes:
-        fs, path = fsspec_filesystem(url)
-        return bytes(fs.cat_file(path))
+        fs, path = arrow_filesystem(url, BULK_ATTEMPTS)
+        with fs.open_input_file(path) as stream:
+            return bytes(stream.read())
 
     return _retried(url, lambda: with_stall_limit(read, SMALL_READ_S), retry_s)
 
@@ -404,15 +407,23 @@ def delete(url: str, retry_s: float = RETRY_S) -> None:
 def exists(url: str, retry_s: float = RETRY_S) -> bool:
     """Whether an object or a prefix with objects is there. A missing bucket is a StorageError, not False."""
 
-    def ask() -> None:
-        fs, path = fsspec_filesystem(url)
-        fs.info(path)
+    def ask() -> bool:
+        fs, path = arrow_filesystem(url, BULK_ATTEMPTS)
+        found = fs.get_file_info(path).type != FileType.NotFound
+        if not found:
+            require_bucket(url)
+        return found
 
-    try:
-        _retried(url, ask, retry_s)
-    except ObjectMissingError:
-        return False
-    return True
+    return _retried(url, ask, retry_s)
+
+
+def _entries(url: str, recursive: bool) -> tuple[str, list[FileInfo]]:
+    """The path of a prefix with a slash at its end, and what lies below it. StorageError for a missing bucket."""
+    fs, path = arrow_filesystem(url, BULK_ATTEMPTS)
+    found = fs.get_file_info(FileSelector(path, allow_not_found=True, recursive=recursive))
+    if not found:
+        require_bucket(url)
+    return f"{path.rstrip('/')}/", found
 
 
 def list_sizes(url: str, retry_s: float = RETRY_S) -> dict[str, int]:
@@ -422,12 +433,9 @@ def list_sizes(url: str, retry_s: float = RETRY_S) -> dict[str, int]:
     """
 
     def find() -> dict[str, int]:
-        fs, path = fsspec_filesystem(url)
-        found = fs.find(path, detail=True)
-        if not found:
-            require_bucket(url)
-        root = path.rstrip("/") + "/"
-        return {name.removeprefix(root): int(found[name]["size"]) for name in sorted(found) if name.startswith(root)}
+        root, found = _entries(url, recursive=True)
+        files = {entry.path.removeprefix(root): int(entry.size) for entry in found if entry.type == FileType.File}
+        return dict(sorted(files.items()))
 
     return _retried(url, find, retry_s)
 
@@ -445,13 +453,8 @@ def list_folders(url: str, retry_s: float = RETRY_S) -> list[str]:
     """
 
     def find() -> list[str]:
-        fs, path = fsspec_filesystem(url)
-        try:
-            found = fs.ls(path, detail=True)
-        except FileNotFoundError:
-            require_bucket(url)
-            return []
-        return sorted(entry["name"].rstrip("/").rpartition("/")[2] for entry in found if entry["type"] == "directory")
+        _, found = _entries(url, recursive=False)
+        return sorted(entry.base_name for entry in found if entry.type == FileType.Directory)
 
     return _retried(url, find, retry_s)
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 
 from pipelines.io import storage
@@ -68,13 +67,12 @@ def test_runs_are_found_by_one_listing(tmp_path: Path, monkeypatch: pytest.Monke
     for name in ("tiny-002", "tiny-001", "small-001"):
         storage.write_json(run_folder(str(tmp_path), name).record, {})
     calls: list[str] = []
-    local: Any = fsspec.filesystem("file")
-    listed = local.ls
+    entries = storage._entries
 
-    def noted(path: str, detail: bool) -> Any:
-        calls.append(path)
-        return listed(path, detail)
+    def noted(url: str, recursive: bool) -> Any:
+        calls.append(url)
+        return entries(url, recursive)
 
-    monkeypatch.setattr(local, "ls", noted)
+    monkeypatch.setattr(storage, "_entries", noted)
     assert list_runs(str(tmp_path), "tiny-") == ["tiny-001", "tiny-002"]
     assert calls == [f"{tmp_path}/runs"]
