@@ -31,7 +31,7 @@ LOG_FOLDER_VARIABLE = "METEOR_LOG_DIR"
 LOGGERS = ("pipelines", "tune", "meteor_model")
 """Loggers whose warnings concern the user."""
 POLL_S = 0.1
-PROGRESS_LINES = 16
+PROGRESS_LINES = 12
 """Where the output is no terminal, about as many lines tell how far a job is; a slow one tells more."""
 PROGRESS_EVERY_S = 60.0
 """A line is shown at the latest after so long."""
@@ -136,7 +136,7 @@ class _Shown:
     """The progress line that was shown last.
 
     Attributes:
-        share: sixteenth of the whole that it told of.
+        share: twelfth of the whole that it told of.
         at: when it was shown.
     """
 

@@ -13,8 +13,10 @@ import pytest
 from PIL import Image
 
 from infra.services import Stack, full_env
+from pipelines.io import storage
 from pipelines.registry.promotion import missing_evidence
 from pipelines.registry.scores import stored_scores
+from tests.stack_fixture import applied
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
@@ -30,7 +32,8 @@ def submit(stack: Stack, job: str, *arguments: str) -> subprocess.CompletedProce
     """`ray job submit --working-dir . -- python jobs/JOB.py ...`, as a user types it."""
     ray = str(Path(sys.executable).parent / "ray")
     command = [ray, "job", "submit", "--working-dir", ".", "--", "python", f"jobs/{job}.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=full_env(stack), capture_output=True, text=True, timeout=600)
+    environment = {**full_env(stack), "RAY_LOGGER_LEVEL": "warning", "RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES": ""}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +42,7 @@ def pretrained(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     done = submit(stack, "pretrain", "--run.name", "first", "--run.output", str(output), *SMALL)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     summary: dict[str, Any] = json.loads((output / "summary.json").read_text())
-    return {**summary, "output": output, "printed": done.stdout}
+    return {**summary, "output": output, "printed": done.stdout, "errors": done.stderr}
 
 
 def test_the_summary_says_what_happened(pretrained: dict[str, Any]) -> None:
@@ -62,6 +65,39 @@ def test_the_summary_says_what_happened(pretrained: dict[str, Any]) -> None:
     assert pretrained["heldout_loss_shuffled_images"] > 0
     assert "Ray dashboard" in pretrained["printed"]
     assert "step 16/16" in pretrained["printed"]
+
+
+NOISE = ("Loading weights", "Progress bars disabled", "View run", "warnings.warn", "INFO mlflow", "accelerator", "pid=")
+"""What Ray, transformers, MLflow and DeepSpeed print; `pid=` stands before every line that Ray forwards."""
+
+
+def test_what_is_printed_concerns_the_user(stack: Stack, pretrained: dict[str, Any]) -> None:
+    printed = [*pretrained["printed"].splitlines(), *pretrained["errors"].splitlines()]
+    assert len(printed) <= 80, "\n".join(printed)
+    assert [line for line in printed if any(noise in line for noise in NOISE)] == []
+    assert "[meteor" not in pretrained["printed"]
+    log = pretrained["output"] / "pretrain.log"
+    assert f"log            {log}" in pretrained["printed"]
+    logged = log.read_text()
+    assert "pid=" in logged
+    assert "Loading weights" in logged
+    own = [line for line in pretrained["printed"].splitlines() if line.startswith(("[", "  ", "step "))]
+    assert [line for line in own if line not in logged and "ray job" not in line] == []
+    with applied(stack):
+        (kept,) = storage.list_files("s3://meteor/runs/first/logs")
+        assert "step 16/16" in storage.read_bytes(f"s3://meteor/runs/first/logs/{kept}").decode()
+
+
+def test_a_failing_job_shows_its_cause(stack: Stack) -> None:
+    done = submit(stack, "pretrain", "--data.manifest", "s3://meteor/nothing-here", *SMALL)
+    assert done.returncode == 1
+    printed = [*done.stdout.splitlines(), *done.stderr.splitlines()]
+    (first, *_) = (number for number, line in enumerate(printed) if line.startswith("error: "))
+    assert "nothing-here" in printed[first]
+    assert "log: " in printed[first + 1]
+    assert not [line for line in printed if "Traceback" in line]
+    (start,) = (number for number, line in enumerate(printed) if line.startswith("Running entrypoint"))
+    assert len(printed[start:]) <= 40, "\n".join(printed)  # Ray's command shows what the job printed a second time
 
 
 def test_pictures_are_there_for_every_stage(pretrained: dict[str, Any]) -> None:

@@ -47,7 +47,7 @@ def test_progress_is_a_few_lines(tmp_path: Path, capfd: pytest.CaptureFixture[st
             console.progress(step, 1000, f"step {step}")
         console.progress(900, 1000, "step 900")
     shown = [int(line.removeprefix("step ")) for line in capfd.readouterr().out.splitlines()]
-    assert shown == [1, *(-(-1000 * share // 16) for share in range(1, 17)), 900], "900 is of another start"
+    assert shown == [1, *(-(-1000 * share // 12) for share in range(1, 13)), 900], "900 is of another start"
     assert len((tmp_path / "job.log").read_text().splitlines()) == 1001
 
 
