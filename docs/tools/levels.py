@@ -10,7 +10,7 @@ PAGE = Path(__file__).resolve().parents[2] / "CONTRIBUTING.md"
 BEGIN, END = "<!-- levels: written by make docs -->\n", "<!-- end of levels -->\n"
 WHAT = {
     "compat": "what is used of Ray and DeepSpeed beyond their public interfaces",
-    "io": "storage, uploads, patience, a run's folder, checked settings, stored values",
+    "io": "storage, uploads, retries, a run's folder, checked settings, stored values",
     "data": "shards, their order and mixture, the ledger of what was trained, sources",
     "parts": "demo weights that travel in packages",
     "recovery": "what a failure means, when to start again, preemption",
