@@ -5,7 +5,7 @@ AWS_ACCESS_KEY_ID / AWS_SECRET_ACCESS_KEY or AWS_SHARED_CREDENTIALS_FILE / AWS_P
 plain local paths.
 
 Two clients, each for what it does well:
-- pyarrow (`arrow_filesystem`): listings (4 times as fast as s3fs), whole shards, which the manifest's checksum protects,
+- pyarrow (`arrow_filesystem`): listings (4 times as fast as s3fs), shards, which the manifest's checksum protects,
   uploads of files, Ray Train's storage; with the AWS standard retry;
 - s3fs (`fsspec_filesystem`): small objects, whose CRC it checks on reading, copies inside the store, the check of a
   bucket.
