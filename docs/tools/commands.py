@@ -16,6 +16,7 @@ SHORT_TRAINING = (
 )
 SHORT = f"{SHORT_DATA} {SHORT_TRAINING}"
 BUCKET = {"s3://bucket/": "s3://meteor/docs/"}
+MLFLOW = {'"http://127.0.0.1:5000"': 'os.environ["MLFLOW_TRACKING_URI"]'}
 PHOTO = {"photo.jpg": "$WORK/photo.jpg"}
 
 
@@ -43,6 +44,10 @@ RUNNING_JOB = (
     "from ray.job_submission import JobSubmissionClient as Jobs; "
     "print(next(job.submission_id for job in Jobs().list_jobs() if job.status == 'RUNNING'))"
 )
+PROMOTED = """\
+make register ARGS="promote --version 1 --to champion"
+make register ARGS="promote --version 2 --to champion"
+"""
 RUN = "docs"
 """Name of the run that `make pretrain` makes."""
 MIXED = f"--data.heldout-samples 8 {SHORT_TRAINING}"
@@ -161,10 +166,10 @@ ROWS: tuple[Row, ...] = (
     Row('make register ARGS="compare champion budget-8 --output compared.json"'),
     Row(
         'make register ARGS="rollback --alias champion"',
-        before='make register ARGS="promote --alias budget-8 --to champion"',
+        before=PROMOTED,
     ),
     Row('make register ARGS="parity --version 7"', replace={"7": "1"}),
-    Row("from pipelines.registry.open import load_registered  # with this repository", before=PULLED),
+    Row("from pipelines.registry.open import load_registered  # with this repository", before=PULLED, replace=MLFLOW),
     # Serve.
     Row(
         'make predict-shards ARGS="--manifest URL --output URL"',
