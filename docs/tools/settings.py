@@ -20,7 +20,7 @@ from pipelines.io.validation import bounds
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "settings.md"
-FROM_ENVIRONMENT = ("METEOR_STORAGE", "METEOR_PARTS_DIR", "MLFLOW_TRACKING_URI")
+FROM_ENVIRONMENT = ("METEOR_STORAGE", "METEOR_STATE_DIR", "METEOR_PARTS_DIR", "MLFLOW_TRACKING_URI")
 """Variables that some defaults come from; the page is written without them."""
 HEAD = """\
 # Settings
@@ -210,6 +210,8 @@ def _value(value: Any) -> str:
         return "empty"
     if isinstance(value, tuple):
         return f"`{' '.join(str(part) for part in value)}`"
+    if isinstance(value, Path) and value.is_relative_to(ROOT):
+        value = value.relative_to(ROOT)  # the page is the same wherever the checkout lies
     return f"`{value}`"
 
 
