@@ -96,7 +96,7 @@ def test_a_failing_job_shows_its_cause(stack: Stack) -> None:
     assert "nothing-here" in printed[first]
     assert "log: " in printed[first + 1]
     assert not [line for line in printed if "Traceback" in line]
-    (start,) = (number for number, line in enumerate(printed) if line.startswith("Running entrypoint"))
+    (start, *_) = (number for number, line in enumerate(printed) if line.startswith("Running entrypoint"))
     assert len(printed[start:]) <= 40, "\n".join(printed)  # Ray's command shows what the job printed a second time
 
 
