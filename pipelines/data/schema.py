@@ -24,6 +24,7 @@ from pipelines.io.fingerprint import canonical_json
 VOID = "void"  # the reason of a row that only fills up the last step
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif")
 RECORD_EXTENSION = "json"
+CAPTION_EXTENSION = "txt"
 
 Role = Literal["user", "assistant", "system"]
 Reason = Literal[

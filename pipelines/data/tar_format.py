@@ -1,22 +1,33 @@
 """Tar bytes to samples and back: the only code that opens or makes a tar.
 
 A shard is a WebDataset tar: members of one sample are neighbours and share the key, which ends at the first dot of the
-base name. Parsing is strict, because Python's tarfile ends silently at damage between two members: a shard that breaks
-off anywhere is an error, and nothing of a shard ever touches the disk or is unpickled.
+base name. Parsing is strict, because Python's tarfile ends silently at the first header that it cannot read, and at the
+first end-of-archive mark: here every byte is accounted for. Archives that were appended to each other are read on; any
+other byte behind an end, and a shard that breaks off anywhere, is an error. Nothing of a shard ever touches the disk or
+is unpickled.
 """
 
 import io
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from pipelines.data.schema import CAPTION_EXTENSION, IMAGE_EXTENSIONS, RECORD_EXTENSION
 from pipelines.io.errors import TransientError
 
 ShardFault = Literal[
-    "missing", "unreadable", "truncated", "not_a_tar", "replaced", "wrong_count", "duplicate_key", "refused_member"
+    "missing",
+    "unreadable",
+    "truncated",
+    "not_a_tar",
+    "replaced",
+    "wrong_count",
+    "duplicate_key",
+    "dotted_key",
+    "refused_member",
 ]
 
 _TAR_BLOCK = 512
@@ -98,45 +109,119 @@ def _sort_entry(name: str, entry: tarfile.TarInfo, shard: str) -> tuple[str, str
     return match.group(1), extension
 
 
+def _damaged(data: bytes, shard: str, offset: int, what: str) -> ShardError:
+    return ShardError(shard, "truncated", f"the tar breaks off or is damaged at byte {offset} of {len(data)}: {what}")
+
+
+def _end_of_zeros(data: bytes, shard: str, start: int) -> int:
+    """Where the zero blocks that begin at `start` end: at the first block of another archive, or with the data.
+
+    Raises ShardError for less than one block, and for a lone one in front of something: no archive ends so; the file
+    was cut, or a member's header wiped.
+    """
+    if len(data) - start < _TAR_BLOCK:
+        raise _damaged(data, shard, start, "it ends within its end-of-archive mark")
+    offset = start
+    while offset < len(data) and not any(data[offset : offset + _TAR_BLOCK]):
+        offset += _TAR_BLOCK
+    if offset >= len(data):
+        return len(data)
+    if offset - start == _TAR_BLOCK:
+        raise _damaged(data, shard, start, "a lone zero block where a member's header should be")
+    return offset
+
+
+def _entry_at(archive: tarfile.TarFile, data: bytes, shard: str, offset: int) -> tarfile.TarInfo:
+    """The entry whose header begins at `offset`; `archive.offset` is then behind its content. Raises ShardError."""
+    stream = archive.fileobj
+    assert stream is not None
+    stream.seek(offset)
+    try:
+        entry = tarfile.TarInfo.fromtarfile(archive)
+    # Headers are foreign bytes: numbers, encodings and chains of long names raise more than tarfile's own errors.
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError, LookupError, TypeError) as error:
+        detail = f"no header of a member there ({type(error).__name__}: {str(error)[:200]})"
+        raise _damaged(data, shard, offset, detail) from error
+    if entry.size < 0 or archive.offset <= offset:
+        raise _damaged(data, shard, offset, f"the header of {entry.name[:200]!r} gives it {entry.size} bytes")
+    if archive.offset > len(data):
+        detail = f"the member {entry.name[:200]!r} needs {archive.offset - entry.offset_data} bytes from byte "
+        raise _damaged(data, shard, offset, f"{detail}{entry.offset_data} on")
+    return entry
+
+
+def _entries(data: bytes, shard: str) -> Iterator[tarfile.TarInfo]:
+    """Every entry of a tar, and of the tars that were appended to it; `parse_shard` says what is raised.
+
+    Each entry is followed by another, or by zero blocks; zero blocks by the first entry of the next archive, or by
+    nothing. So no byte is passed over unread.
+    """
+    offset, ended = 0, False
+    with tarfile.TarFile(fileobj=io.BytesIO(b"\0" * 2 * _TAR_BLOCK)) as archive:
+        archive.fileobj = io.BytesIO(data)  # given here: the constructor would read the first entry by itself
+        while offset < len(data):
+            if not any(data[offset : offset + _TAR_BLOCK]):
+                offset, ended = _end_of_zeros(data, shard, offset), True
+                continue
+            entry = _entry_at(archive, data, shard, offset)
+            yield entry
+            offset, ended = archive.offset, False
+    if not ended:
+        raise _damaged(data, shard, min(offset, len(data)), "it ends without an end-of-archive mark")
+
+
+def _dotted(members: Mapping[str, bytes]) -> str | None:
+    """An extension that is the end of a key with a dot in it, and a real extension; None where there is none.
+
+    `a.v1.json, a.v1.jpg, a.v2.json, a.v2.jpg` are one sample `a` by WebDataset's rule, and no sample to train on.
+    """
+    plain = RECORD_EXTENSION in members or CAPTION_EXTENSION in members
+    for extension in members:
+        stem, _, kind = extension.rpartition(".")
+        if not stem or kind not in (RECORD_EXTENSION, CAPTION_EXTENSION):
+            continue
+        paired = any(f"{stem}.{image}" in members for image in IMAGE_EXTENSIONS)
+        if paired or not plain or b'"conversations"' in members[extension]:
+            return extension
+    return None
+
+
 def parse_shard(data: bytes, shard: str) -> ShardContents:
     """Split the bytes of a tar into samples; members of one key must be neighbours. Nothing touches the disk.
 
     Extensions are lower-cased. Directories, links, devices, `__meta__` and names without a key or an extension are
-    ignored and counted. Raises ShardError (not_a_tar, truncated, duplicate_key, refused_member) naming `shard`.
+    ignored and counted. Raises ShardError (not_a_tar, truncated, duplicate_key, dotted_key, refused_member) naming
+    `shard`, and the byte where it is damaged.
     """
     if not looks_like_tar(data):
         raise ShardError(shard, "not_a_tar", f"not an (uncompressed) tar: {len(data)} bytes that start {data[:16]!r}")
     samples: list[tuple[str, dict[str, bytes]]] = []
     seen: set[str] = set()
     ignored: Counter[str] = Counter()
-    try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
-            for entry in archive:
-                sorted_entry = _sort_entry(entry.name, entry, shard)
-                if isinstance(sorted_entry, str):
-                    ignored[sorted_entry] += 1
-                    continue
-                key, extension = sorted_entry
-                if not samples or samples[-1][0] != key:
-                    if key in seen:
-                        detail = (
-                            f"the key {key!r} is there twice, or its members are not neighbours; keys must be unique"
-                        )
-                        raise ShardError(shard, "duplicate_key", detail)
-                    seen.add(key)
-                    samples.append((key, {}))
-                if extension in samples[-1][1]:
-                    detail = f"the key {key!r} is there twice: two members {extension!r}; keys must be unique"
-                    raise ShardError(shard, "duplicate_key", detail)
-                # A slice, not extractfile: one copy, and a member cannot claim more bytes than the archive has.
-                samples[-1][1][extension] = data[entry.offset_data : entry.offset_data + entry.size]
-            end = archive.offset  # where the reader stopped: the zero blocks that end an archive, if it is whole
-    except tarfile.TarError as error:
-        raise ShardError(shard, "truncated", f"the tar breaks off or is damaged: {error}") from error
-    marker = data[end : end + _TAR_BLOCK]
-    if len(marker) < _TAR_BLOCK or any(marker):
-        detail = f"the tar breaks off or is damaged at byte {end} of {len(data)}: no end-of-archive mark there"
-        raise ShardError(shard, "truncated", detail)
+    for entry in _entries(data, shard):
+        sorted_entry = _sort_entry(entry.name, entry, shard)
+        if isinstance(sorted_entry, str):
+            ignored[sorted_entry] += 1
+            continue
+        key, extension = sorted_entry
+        if not samples or samples[-1][0] != key:
+            if key in seen:
+                detail = f"the key {key!r} is there twice, or its members are not neighbours; keys must be unique"
+                raise ShardError(shard, "duplicate_key", detail)
+            seen.add(key)
+            samples.append((key, {}))
+        if extension in samples[-1][1]:
+            detail = f"the key {key!r} is there twice: two members {extension!r}; keys must be unique"
+            raise ShardError(shard, "duplicate_key", detail)
+        # A slice, not extractfile: one copy, and a member cannot claim more bytes than the archive has.
+        samples[-1][1][extension] = data[entry.offset_data : entry.offset_data + entry.size]
+    for key, members in samples:
+        if (dotted := _dotted(members)) is not None:
+            detail = (
+                f"the key of {f'{key}.{dotted}'!r} has a dot in it: a key ends at the first dot of the base name, so "
+                f"all files of {key!r} are one sample; rename them, with _ for the dot, and rebuild the shard"
+            )
+            raise ShardError(shard, "dotted_key", detail)
     return ShardContents(samples, dict(sorted(ignored.items())))
 
 
@@ -156,5 +241,7 @@ def pack_shard(samples: Sequence[tuple[str, Mapping[str, bytes]]]) -> bytes:
             for extension in members:
                 if not _WRITABLE_EXTENSION.match(extension) or extension.rpartition(".")[2] in _PICKLE_SUFFIXES:
                     raise ValueError(f"the key {key!r} has a member {extension!r} that cannot be written to a shard")
+            if (dotted := _dotted(members)) is not None:
+                raise ValueError(f"the key {key!r} has a member {dotted!r} that is no sample's when written to a shard")
             writer.write({"__key__": key, **members})
     return buffer.getvalue()

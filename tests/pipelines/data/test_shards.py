@@ -56,7 +56,7 @@ def make(url: str, count: int = 20, per_shard: int = 8) -> Manifest:
     st.dictionaries(
         st.from_regex(r"[A-Za-z0-9-]{1,12}", fullmatch=True),
         st.dictionaries(
-            st.from_regex(r"([0-9]\.)?(jpg|png|json|txt)", fullmatch=True), st.binary(max_size=1500), min_size=1
+            st.from_regex(r"([0-9]\.)?(jpg|png|npy)|json|txt", fullmatch=True), st.binary(max_size=1500), min_size=1
         ),
         max_size=6,
     )
@@ -152,7 +152,8 @@ def test_entries_that_are_no_members_are_ignored_and_counted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "extension"), [("a.b", "jpg"), ("", "jpg"), ("a/b", "jpg"), ("__a__", "jpg"), ("a", "pkl"), ("a", "x/y")]
+    ("key", "extension"),
+    [("a.b", "jpg"), ("", "jpg"), ("a/b", "jpg"), ("__a__", "jpg"), ("a", "pkl"), ("a", "x/y"), ("a", "v1.json")],
 )
 def test_what_could_not_be_read_back_is_not_written(key: str, extension: str) -> None:
     with pytest.raises(ValueError, match="written"):
@@ -310,7 +311,11 @@ def damage(root: Path, manifest: Manifest, fault: ShardFault) -> ShardInfo:
         other = {"truncated": good[:3000], "not_a_tar": b"<html>gone</html>", "replaced": pack_shard(SAMPLES[:8])}
         file.write_bytes(other[fault])
     else:
-        names = {"duplicate_key": ("a.json", "b.json", "a.jpg"), "refused_member": ("a.json", "a.pkl")}[fault]
+        names = {
+            "duplicate_key": ("a.json", "b.json", "a.jpg"),
+            "dotted_key": ("a.v1.json", "a.v1.jpg"),
+            "refused_member": ("a.json", "a.pkl"),
+        }[fault]
         file.write_bytes(tar_of(*((name, b"x") for name in names)))
         data = file.read_bytes()
         return dataclasses.replace(info, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
