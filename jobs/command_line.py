@@ -18,7 +18,7 @@ from typing import Annotated, Any, Generic, TypeVar
 import tyro
 
 from pipelines.io import console
-from pipelines.tracking.redact import hide_passwords
+from pipelines.io.redact import redact_text
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 SHOWN_FRAMES = 3
@@ -125,7 +125,7 @@ class Job(Generic[S]):
                         console.say(f"  {'log':<14} {log}")
                     self._work(settings)
                 except BaseException:
-                    sys.stderr.write(hide_passwords(traceback.format_exc()))
+                    sys.stderr.write(redact_text(traceback.format_exc()))
                     raise
         except Exception as error:
             return _say_error(f"{_cause(error)}\nlog: {log}", FAILED)
@@ -152,7 +152,7 @@ def _connected() -> Iterator[None]:
 
 
 def _say_error(message: str, status: int) -> int:
-    print(f"error: {hide_passwords(message)}", file=sys.stderr, flush=True)
+    print(f"error: {redact_text(message)}", file=sys.stderr, flush=True)
     return status
 
 

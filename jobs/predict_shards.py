@@ -16,7 +16,6 @@ from pipelines.config.workers import Workers
 from pipelines.data.shards import BadShards, load_manifest
 from pipelines.inference.output import WhichQuestions
 from pipelines.io.console import say
-from pipelines.tracking.redact import hide_passwords
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def run(settings: PredictShards) -> None:
         bad_shards=settings.bad_shards,
     )
     say(f"{done['samples']} samples, {done['rows']} rows, without answer: {done['errors'] or 'none'}")
-    say(f"written   {hide_passwords(settings.output)}")
+    say(f"written   {settings.output}")
 
 
 JOB = Job("predict_shards", PredictShards, run, __doc__, check=check, needs_ray=True)

@@ -16,7 +16,6 @@ from jobs.command_line import Job
 from jobs.settings import Device, Tracking, check_gpus, check_model, cluster_gpus
 from pipelines.inference.settings import ServeSettings, ServingError
 from pipelines.io.console import say
-from pipelines.tracking.redact import hide_passwords
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def run(settings: Serve) -> None:
     serve.start(http_options={"host": settings.host, "port": settings.port})
     try:
         serve.run(build_app(model, how), name=APP_NAME, route_prefix="/")
-        say(f"serving   {hide_passwords(model.address)} at http://{settings.host}:{settings.port}/invocations")
+        say(f"serving   {model.address} at http://{settings.host}:{settings.port}/invocations")
         stopped.wait()
     finally:
         serve.shutdown()

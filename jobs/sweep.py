@@ -17,7 +17,6 @@ from jobs.command_line import Job, chosen
 from jobs.recipes import RecipeName, recipe
 from jobs.settings import Tracking, check_manifest, check_model
 from pipelines.io.console import say
-from pipelines.tracking.redact import hide_passwords
 from tune.settings import SweepSettings
 
 
@@ -52,7 +51,7 @@ def run(sweep: Sweep) -> None:
     """Search, and say where it is tracked."""
     from tune.sweep import run_sweep  # here: Ray Tune and the model, which --help does not need
 
-    say(f"  {'MLflow':<14} {hide_passwords(sweep.settings.tracking.uri)}")
+    say(f"  {'MLflow':<14} {sweep.settings.tracking.uri}")
     run_sweep(sweep.settings)
 
 

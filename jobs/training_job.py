@@ -15,7 +15,6 @@ from jobs.recipes import RecipeName, recipe
 from jobs.settings import Tracking, check_manifest, check_model
 from pipelines.config.recipe import Recipe
 from pipelines.io.console import say
-from pipelines.tracking.redact import hide_passwords
 
 JobName = Literal["pretrain", "finetune"]
 
@@ -67,5 +66,5 @@ def _check(train: Train) -> None:
 def _run(job: JobName, train: Train) -> None:
     from pipelines.job.run import run_job  # here: Ray Train and DeepSpeed, which --help does not need
 
-    say(f"  {'MLflow':<14} {hide_passwords(train.settings.tracking.uri)}")
+    say(f"  {'MLflow':<14} {train.settings.tracking.uri}")
     run_job(train.settings, job)

@@ -16,7 +16,7 @@ SERVICES = (*MODEL, "mlflow", "ray", "pandas", "scipy.stats")
 
 LIGHT: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("pipelines.registry.tags", SERVICES),
-    ("pipelines.tracking.redact", SERVICES),
+    ("pipelines.io.redact", SERVICES),
     ("pipelines.io.storage", SERVICES),
     ("pipelines.tracking.metric_points", SERVICES),
     ("pipelines.tracking.metric_logger", SERVICES),

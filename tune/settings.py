@@ -10,6 +10,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 
 from pipelines.config.recipe import Recipe, TrackingSettings
 from pipelines.config.settings import SettingsError
+from pipelines.io.redact import redact
 from pipelines.io.validation import settings_class
 from tune.space import DecodeBy
 
@@ -101,7 +102,7 @@ class SweepSettings:
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the results: two starts of one sweep must agree in it."""
-        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        plain: dict[str, Any] = redact(json.loads(json.dumps(asdict(self))))
         for key in ("name", "storage", "output", "register", "tracking", "max_concurrent", "pictures"):
             plain.pop(key)
         plain["train"] = self.train.identity() if self.kind == "finetune" else None

@@ -28,11 +28,11 @@ from pipelines.calibration.settings import CalibrateSettings
 from pipelines.data import shards
 from pipelines.data.shards import load_manifest
 from pipelines.io.console import say
+from pipelines.io.redact import redact_text
 from pipelines.registry.folder import weights_digest
 from pipelines.registry.open import device_for, open_model
 from pipelines.registry.versions import PinnedModel, pin_model, training_manifest
 from pipelines.tracking.mlflow_run import git_commit
-from pipelines.tracking.redact import hide_passwords
 from pipelines.tracking.server import require_tracking
 
 
@@ -104,7 +104,7 @@ def _drift(
                 f"{settings.against} is of weights {other_digest[:12] if other_digest else ''}, this model has "
                 f"{digest[:12]}: drift of data is told on one model; give the other dataset's manifest instead"
             )
-        return compare_ranks(config, report, other, hide_passwords(settings.against))
+        return compare_ranks(config, report, other, redact_text(settings.against))
     url, split = split_address(settings.against)
     manifest, split = load_manifest(url), split or settings.split
     other = _measure(settings, subject, manifest, split)
@@ -145,7 +145,7 @@ def _file(settings: CalibrateSettings, subject: PinnedModel, calibration: Calibr
     chart = calibration.chart()
     output = settings.output or ("" if subject.registry else f"{subject.address}-calibration")
     if output:
-        say(f"  written   {hide_passwords(store(calibration, chart, output))}")
+        say(f"  written   {store(calibration, chart, output)}")
     if subject.registry is not None:
         path = file_with_version(calibration, chart, subject.registry, subject.version)
         say(f"  filed     with version {subject.version} of {subject.registry.name}: {path}")

@@ -20,9 +20,9 @@ from pipelines.calibration.image_plan import CalibrationError
 from pipelines.calibration.lambda_check import LambdaReport
 from pipelines.calibration.ranks import BudgetReport, RankReport
 from pipelines.io import storage
+from pipelines.io.redact import redact, redact_text
 from pipelines.registry.versions import Registry
 from pipelines.tracking.mlflow_run import MlflowRun, RunRequest, document, open_run
-from pipelines.tracking.redact import hide_passwords, redact
 from pipelines.tracking.server import TrackingError
 
 FORMAT_VERSION = 1
@@ -41,7 +41,7 @@ class Dataset:
     @property
     def name(self) -> str:
         """For people."""
-        return f"{hide_passwords(self.manifest)}:{self.split}"
+        return f"{redact_text(self.manifest)}:{self.split}"
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def calibration_text(calibration: Calibration) -> str:
     report, estimator = calibration.report, calibration.estimator
     skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(report.skipped.items())) or "none"
     lines = [
-        f"  model     {hide_passwords(calibration.model)}",
+        f"  model     {redact_text(calibration.model)}",
         f"  images    {report.images} of {calibration.dataset.name}; skipped {skipped}; {report.text_only} without",
     ]
     last = max(len(items) for items in report.ranks[estimator].values())

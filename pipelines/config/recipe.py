@@ -15,6 +15,7 @@ from meteor_model.configuration_meteor import DecodePruning, EncodePruning, Fuse
 from pipelines.config.settings import DataSettings, SettingsError, TrainingSettings
 from pipelines.data.sources.openmoji import OpenMojiSettings
 from pipelines.io.fingerprint import sha256
+from pipelines.io.redact import redact
 from pipelines.io.validation import settings_class
 
 OPERATION = (
@@ -147,8 +148,8 @@ class Recipe:
             build_config(self.model.architecture, self.pruning, self.model.vocab_size, {}, image_token_id=0)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every setting, nested, as plain values."""
-        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        """Every setting, nested, as plain values, without secrets: what is stored, logged and shown of a recipe."""
+        plain: dict[str, Any] = redact(json.loads(json.dumps(asdict(self))))
         return plain
 
     def identity(self) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from pipelines.data.sources import HELDOUT, SPLITS, TRAIN, Source
 from pipelines.data.tar_format import parse_shard
 from pipelines.io import storage
 from pipelines.io.fingerprint import canonical_json, sha256_of_json
+from pipelines.io.redact import redact
 
 MARKER_NAME = "_WRITING.json"
 INDEX_SOURCE = "webdataset"
@@ -113,8 +114,10 @@ def make_shards(
     start = time.monotonic()
     storage.require_bucket(url)
     # Through JSON and back: the spec as a manifest returns it (tuples become lists).
-    spec: dict[str, Any] = json.loads(
-        canonical_json({"format": FORMAT_VERSION, "samples_per_shard": samples_per_shard, "source": source.spec()})
+    spec: dict[str, Any] = redact(
+        json.loads(
+            canonical_json({"format": FORMAT_VERSION, "samples_per_shard": samples_per_shard, "source": source.spec()})
+        )
     )
     existing = _existing(url, spec, overwrite)
     if existing is not None and not overwrite:

@@ -33,7 +33,6 @@ from pipelines.data.samples import SampleFault, try_sample
 from pipelines.data.schema import RawSample
 from pipelines.inference.output import (
     ANSWERS_SCHEMA,
-    FORMAT,
     SUCCESS_FILE,
     OutputPart,
     OutputSpec,
@@ -102,7 +101,7 @@ def predict_split(  # noqa: PLR0913 - the settings of a batch prediction, by nam
     facts = [kept[part.number] for part in parts]
     errors = sum((Counter(one["errors"]) for one in facts), Counter[str]())
     success = {
-        "asked": {**asdict(spec), "format": FORMAT},
+        "asked": spec.shown(),
         "samples": manifest.samples(split),
         "rows": sum(one["rows"] for one in facts),
         "errors": dict(sorted(errors.items())),

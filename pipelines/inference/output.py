@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from pipelines.data import shards
 from pipelines.io import storage
 from pipelines.io.fingerprint import sha256, sha256_of_json
+from pipelines.io.redact import redact_text
 
 SPEC_FILE, SUCCESS_FILE = "_SPEC.json", "_SUCCESS.json"  # readers of Parquet folders pass over names with "_"
 FORMAT = 2
@@ -72,6 +73,11 @@ class OutputSpec:
         values = {**asdict(self), "format": FORMAT}
         return {name: value for name, value in values.items() if name not in ("model", "manifest")}
 
+    def shown(self) -> dict[str, Any]:
+        """What is stored of it: everything, without secrets in the addresses."""
+        addresses = {"model": redact_text(self.model), "manifest": redact_text(self.manifest)}
+        return {**asdict(self), **addresses, "format": FORMAT}
+
     @property
     def digest(self) -> str:
         """Of the identity; every part carries it."""
@@ -112,7 +118,7 @@ def claim_output(output: str, spec: OutputSpec) -> None:
         foreign = storage.list_files(output)
         if foreign:
             raise PredictError(f"{output} holds files already ({foreign[0]}) and no {SPEC_FILE}: take a new output")
-        storage.write_json(url, {**asdict(spec), "format": FORMAT})
+        storage.write_json(url, spec.shown())
     found = storage.read_json(url)
     wanted = spec.identity
     other = [name for name in wanted if not isinstance(found, dict) or found.get(name) != wanted[name]]

@@ -6,8 +6,11 @@
               (`say_from_worker`), and warnings of this project's loggers
 3. follow     a thread reads the log as it grows and shows the marked lines on the terminal; a progress line is a bar
               there, and one line among others where the output is no terminal
+4. redact     secrets are hidden in marked lines as they are written, and in the whole log when the job ends: what
+              libraries and native code write reaches the file first
 
-The log is a plain file, so nothing blocks on a reader, and a process that is killed leaves all it said.
+The log is a plain file, so nothing blocks on a reader, and a process that is killed leaves all it said. Until the job
+ends its owner alone can read it.
 """
 
 from __future__ import annotations
@@ -20,11 +23,13 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
+
+from pipelines.io.redact import redact_text
 
 MARK = "[meteor]"
 LOG_FOLDER_VARIABLE = "METEOR_LOG_DIR"
@@ -44,7 +49,7 @@ _open: Console | None = None
 def say(text: str) -> None:
     """Show lines to the person who started the job; for the driver."""
     if _open is None:
-        print(text, flush=True)
+        print(redact_text(text), flush=True)
     else:
         _open.write(_marked(text))
 
@@ -52,7 +57,7 @@ def say(text: str) -> None:
 def progress(done: int, total: int, text: str) -> None:
     """Show how far the job is, in place of the progress line before where there is a terminal; for the driver."""
     if _open is None:
-        print(text, flush=True)
+        print(redact_text(text), flush=True)
     else:
         _open.write(_marked(text, _progress_mark(done, total)))
 
@@ -78,7 +83,7 @@ def _write_to_stdout(text: str) -> None:
 
 
 def _marked(text: str, mark: str = MARK) -> str:
-    return "".join(f"{mark} {line}\n" for line in text.split("\n"))
+    return "".join(f"{mark} {line}\n" for line in redact_text(text).split("\n"))
 
 
 class _Warnings(logging.Handler):
@@ -164,7 +169,7 @@ class Console:
         self._terminal = terminal
         self._began = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
         self._file = log.open("ab", buffering=0)
-        self._copies: list[tuple[str, Callable[[str], str]]] = []
+        self._copies: list[str] = []
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="console", daemon=True)
         self._bar: Any = None
@@ -179,25 +184,31 @@ class Console:
         """Append to the log file."""
         self._file.write(text.encode("utf-8", "replace"))
 
-    def keep_at(self, url: str, redact: Callable[[str], str]) -> None:
-        """Have what `redact` leaves of the log copied to a folder in storage when the job ends."""
-        self._copies.append((url, redact))
+    def keep_at(self, url: str) -> None:
+        """Have the log, without secrets, copied to a folder in storage when the job ends."""
+        self._copies.append(url)
 
     def close(self) -> None:
-        """Store the copies, and show what is still to be shown."""
-        for url, redact in self._copies:
-            self._store(url, redact)
+        """Store the copies, show what is still to be shown, and leave a log without secrets."""
+        for url in self._copies:
+            self._store(url)
         self._ended.set()
         self._thread.join()
         self._close_bar()
         self._file.close()
+        said = self.log.read_text("utf-8", "replace")
+        if (shown := redact_text(said)) != said:
+            partial = self.log.with_name(f".{self.log.name}.partial")
+            partial.touch(0o600)
+            partial.write_text(shown, "utf-8")
+            partial.replace(self.log)
 
-    def _store(self, folder: str, redact: Callable[[str], str]) -> None:
+    def _store(self, folder: str) -> None:
         from pipelines.io import storage  # here: jobs that keep no log need no storage
 
         url = storage.join(folder, f"{self._began}-{self.log.name}")
         try:
-            storage.write_bytes(url, redact(self.log.read_text("utf-8", "replace")).encode(), retry_s=10)
+            storage.write_bytes(url, redact_text(self.log.read_text("utf-8", "replace")).encode(), retry_s=10)
         except ValueError as error:
             self.write(_marked(f"  warning: the log is not kept with the run: {error}"))
 
@@ -253,10 +264,10 @@ class Console:
             self._bar = None
 
 
-def keep_log(url: str, redact: Callable[[str], str]) -> None:
-    """Have what `redact` leaves of the job's log, where it has one, copied to a folder in storage when the job ends."""
+def keep_log(url: str) -> None:
+    """Have the job's log, where it has one, copied without secrets to a folder in storage when the job ends."""
     if _open is not None:
-        _open.keep_at(url, redact)
+        _open.keep_at(url)
 
 
 def default_log(job: str) -> Path:
@@ -278,6 +289,7 @@ def quiet(log: Path) -> Iterator[Console]:
     global _open
     log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     log.write_bytes(b"")
+    log.chmod(0o600)
     before, streams = _open, (sys.stdout, sys.stderr)
     _flush()
     kept = [os.dup(1), os.dup(2)]

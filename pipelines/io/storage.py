@@ -35,6 +35,7 @@ from pyarrow.fs import FileInfo, FileSelector, FileType
 
 from pipelines.io.errors import TransientError
 from pipelines.io.fingerprint import sha256
+from pipelines.io.redact import redact_text
 from pipelines.io.retry import RETRY_S, Progress, retry, with_stall_limit
 
 T = TypeVar("T")
@@ -114,6 +115,9 @@ _UNREACHABLE_WORDS = (
 
 class StorageError(ValueError):
     """Storage could not be used as asked; the message names the address and what to do, never a secret."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redact_text(message))
 
 
 class ObjectMissingError(StorageError):

@@ -41,7 +41,6 @@ from pipelines.job.summary import build_summary, load_summary, store_summary, su
 from pipelines.job.train import train
 from pipelines.tracking.metric_logger import MetricLogger
 from pipelines.tracking.mlflow_run import RunRequest
-from pipelines.tracking.redact import hide_passwords
 from pipelines.tracking.run_tracker import RunTracker
 from pipelines.tracking.server import TrackingAwayError, require_tracking
 from pipelines.tracking.system_metrics import SystemMetrics
@@ -100,7 +99,7 @@ def run_job(recipe: Recipe, job: JobName) -> dict[str, Any]:
             say(f"run {chosen.name} is finished; choose another --run.name to train again")
             return load_summary(recipe, run_folder(recipe.run.storage, chosen.name))
         run = _open(recipe, job, chosen, manifests)
-    keep_log(run.folder.logs, hide_passwords)
+    keep_log(run.folder.logs)
     tracker = run.tracker
     logger = MetricLogger(tracker.run_id, recipe.tracking.uri, run.folder.url)
     system = SystemMetrics(logger, run.facts.started_ms)

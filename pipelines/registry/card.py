@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from pipelines.evaluation.scores import Score
+from pipelines.io.redact import redact
 from pipelines.registry.folder import PARITY_TOLERANCE, USE, introduction
 from pipelines.registry.tags import (
     BASE_TAG,
@@ -21,7 +22,6 @@ from pipelines.registry.tags import (
     STEP_TAG,
     TRAINING_COMMIT_TAG,
 )
-from pipelines.tracking.redact import redact
 
 if TYPE_CHECKING:
     from meteor_model.configuration_meteor import MeteorConfig

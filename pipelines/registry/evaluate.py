@@ -12,6 +12,7 @@ from pipelines.evaluation.samples import samples_with_images
 from pipelines.evaluation.scores import Score
 from pipelines.evaluation.suite import Suite
 from pipelines.io.console import say
+from pipelines.io.redact import redact
 from pipelines.registry.open import load_model
 from pipelines.registry.scores import store_score
 from pipelines.registry.versions import pin_model, training_manifest
@@ -58,7 +59,8 @@ def evaluate(
         store_score(pinned.registry, pinned.version, score, suite, setting)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        document = {"model": pinned.address, "suite": asdict(suite), "score": score.to_dict(records=True)}
+        shown = redact({"model": pinned.address, "suite": asdict(suite)})
+        document = {**shown, "score": score.to_dict(records=True)}
         output.write_text(json.dumps(document, indent=2) + "\n")
     say(score_text(pinned.address, suite, score))
     if pinned.registry is not None:

@@ -31,6 +31,7 @@ import meteor_model
 from meteor_model.configuration_meteor import MeteorConfig
 from pipelines.evaluation.scores import Score
 from pipelines.evaluation.suite import Suite
+from pipelines.io.redact import redact
 from pipelines.registry import pyfunc_model
 from pipelines.registry.aliases import move_alias
 from pipelines.registry.card import card
@@ -45,7 +46,6 @@ from pipelines.registry.folder import (
 from pipelines.registry.scores import store_score, suite_name
 from pipelines.registry.tags import COMMIT_TAG
 from pipelines.registry.versions import PinnedModel, RegisteredVersion, Registry
-from pipelines.tracking.redact import redact
 from pipelines.tracking.server import TrackingError, call_mlflow
 
 # What answers in another process; meteor_model itself travels as code.

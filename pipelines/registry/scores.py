@@ -20,11 +20,11 @@ from mlflow.entities.model_registry import ModelVersion
 
 from pipelines.evaluation.scores import Comparison, Score, ScoringError, compare_scores
 from pipelines.io import codec
+from pipelines.io.redact import redact_text
 from pipelines.registry.card import with_scores
 from pipelines.registry.tags import MANIFEST_TAG, SCORE_TAG, SUITE_NAME_TAG, SUITE_TAG
 from pipelines.registry.versions import Registry
 from pipelines.tracking.mlflow_run import MlflowRun
-from pipelines.tracking.redact import hide_passwords
 from pipelines.tracking.server import TrackingError, call_mlflow
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class StoredScore:
 
 def suite_name(suite: Suite | None) -> str:
     """A suite for people; None is one of which only the digest is known."""
-    return "suite" if suite is None else f"{suite.questions} x {suite.split} of {hide_passwords(suite.manifest)}"
+    return "suite" if suite is None else f"{suite.questions} x {suite.split} of {redact_text(suite.manifest)}"
 
 
 _FORMATS = {"accuracy": ".4f", "answer_nll": ".4f", "visual_tokens_mean": ".2f", "tflops": ".6g"}

@@ -16,8 +16,8 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
+from pipelines.io.redact import redact
 from pipelines.registry.tags import MANIFEST_TAG
-from pipelines.tracking.redact import redact
 from pipelines.tracking.server import TrackingError, call_mlflow, require_tracking, use_tracking
 
 DESCRIPTION_LENGTH = 5000

@@ -11,6 +11,7 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
 from pipelines.io import storage
+from pipelines.io.redact import redact_text
 from pipelines.io.run_folder import RunFolder
 from pipelines.tracking.metric_points import POINTS_PER_BATCH, MetricPoint, points_from_jsonl, write_points
 from pipelines.tracking.server import is_passing, limit_http_waits
@@ -83,7 +84,7 @@ def send(client: MlflowClient, run_id: str, points: Sequence[MetricPoint]) -> li
         if is_passing(error) or error.error_code not in _REFUSALS:
             raise
         if len(points) == 1:
-            logger.warning("MLflow refuses metric %r: %s", points[0].name, str(error)[:200])
+            logger.warning("MLflow refuses metric %r: %s", points[0].name, redact_text(str(error))[:200])
             return list(points)
         half = len(points) // 2  # one bad name must not hold back the others
         return send(client, run_id, points[:half]) + send(client, run_id, points[half:])

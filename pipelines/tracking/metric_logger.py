@@ -25,10 +25,10 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from pipelines.io import storage
+from pipelines.io.redact import redact_text
 from pipelines.io.retry import Backoff
 from pipelines.io.run_folder import RunFolder
 from pipelines.tracking.metric_points import POINTS_PER_BATCH, MetricPoint, write_points
-from pipelines.tracking.redact import hide_passwords
 
 if TYPE_CHECKING:
     from pipelines.tracking.delivery import Sent
@@ -166,7 +166,7 @@ class MetricLogger:
                 sent = deliver(known, batch)
             except FAULTS as error:
                 if not failures:
-                    shown = hide_passwords(str(error))[:200]
+                    shown = redact_text(str(error))[:200]
                     logger.warning("MLflow takes no metrics (%s); they are kept and sent later", shown)
                 failures += 1
                 if self._closing:

@@ -1,7 +1,7 @@
 """The MLflow run of a training, opened and closed on the driver; `metric_logger` logs its metrics.
 
 `open_run` makes one run for each training; a resumed training opens its own run again. No value of a setting whose name
-looks like a credential leaves the process: everything passes `pipelines.tracking.redact`.
+looks like a credential leaves the process: everything passes `pipelines.io.redact`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request, verify_rest_response
 
-from pipelines.tracking.redact import redact
+from pipelines.io.redact import redact
 from pipelines.tracking.server import RETRY_S, TrackingError, call_mlflow
 
 T = TypeVar("T")

@@ -17,8 +17,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 
+from pipelines.io.redact import redact_text
 from pipelines.io.retry import Backoff, retry
-from pipelines.tracking.redact import hide_passwords
 
 T = TypeVar("T")
 
@@ -26,16 +26,20 @@ RETRY_S = 60.0
 """Seconds for which a call on the driver outlasts an absent server, where nothing else is said."""
 _BACKOFF = Backoff(first_s=0.5, longest_s=8.0)
 # MLflow's own defaults wait for minutes on a server that is gone: 7 retries with doubling pauses, 120 s a request.
-_HTTP_LIMITS = {
+_HABITS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # of every run that ends, with the login of the server
 }
 
 
 class TrackingError(ValueError):
-    """The tracking server, a run or a registered model cannot be used; the message says what to do."""
+    """The tracking server, a run or a registered model cannot be used; the message says what to do, never a secret."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redact_text(message))
 
 
 class TrackingAwayError(TrackingError):
@@ -43,8 +47,11 @@ class TrackingAwayError(TrackingError):
 
 
 def limit_http_waits() -> None:
-    """Bound MLflow's HTTP retries in this process. What the user's environment sets is left as it is."""
-    for name, value in _HTTP_LIMITS.items():
+    """Bound MLflow's HTTP retries in this process, and keep it from printing the addresses of runs.
+
+    What the user's environment sets is left as it is.
+    """
+    for name, value in _HABITS.items():
         os.environ.setdefault(name, value)
 
 
@@ -66,17 +73,16 @@ def require_tracking(uri: str, timeout_s: float = 10.0) -> None:
         raise TrackingError(
             "no MLflow tracking server is given: set MLFLOW_TRACKING_URI (`make up` starts one and prints its address)"
         )
-    shown = hide_passwords(uri)
     if urlsplit(uri).scheme not in ("http", "https"):
         raise TrackingError(
-            f"the MLflow tracking URI {shown} is not an http(s) address: workers on other machines could not reach it; "
+            f"the MLflow tracking URI {uri} is not an http(s) address: workers on other machines could not reach it; "
             "start a server (`mlflow server`, or `make up` here) and give its address"
         )
     problem, away = _probe(uri, timeout_s)
     if problem is not None:
         kind = TrackingAwayError if away else TrackingError
         raise kind(
-            f"the MLflow tracking server at {shown} cannot be used: {problem}. Start it (`make up` here, `make status` "
+            f"the MLflow tracking server at {uri} cannot be used: {problem}. Start it (`make up` here, `make status` "
             "shows what runs), or set MLFLOW_TRACKING_URI to one that runs"
         )
 
@@ -98,12 +104,12 @@ def _probe(uri: str, timeout_s: float) -> tuple[str | None, bool]:
             raise_on_status=False,
         )
     except (MlflowException, requests.RequestException) as error:
-        return hide_passwords(_short_cause(error, timeout_s)), True
+        return _short_cause(error, timeout_s), True
     if response.status_code in (401, 403):
         login = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
         return f"it refused our login (HTTP {response.status_code}); {login}", False
     if response.status_code != 200:
-        answered = f"it answered HTTP {response.status_code} to {endpoint}: {response.text[:200].strip()}"
+        answered = f"it answered HTTP {response.status_code} to {endpoint}: {redact_text(response.text)[:200].strip()}"
         return answered, response.status_code >= 500 or response.status_code == 429
     try:
         answer = response.json()
@@ -119,7 +125,7 @@ def _short_cause(error: Exception, timeout_s: float) -> str:
     for words in ("Connection refused", "Name or service not known", "Failed to resolve", "Connection reset"):
         if words in text:
             return words[0].lower() + words[1:]
-    return text[:300]
+    return redact_text(text)[:300]
 
 
 def is_passing(error: Exception) -> bool:
@@ -146,7 +152,7 @@ def call_mlflow(what: str, action: Callable[[], T], retry_s: float = RETRY_S) ->
         try:
             return action()
         except (MlflowException, requests.RequestException, ConnectionError, TimeoutError) as error:
-            shown = hide_passwords(str(error))[:500]
+            shown = redact_text(str(error))[:500]  # before it is cut: half an address has no login to be seen
             if not is_passing(error):
                 raise TrackingError(f"MLflow refused {what}: {shown}") from error
             raise TrackingAwayError(f"MLflow did not take {what} within {retry_s:g} s: {shown}") from error

@@ -79,24 +79,32 @@ def test_a_worker_marks_its_lines(capsys: pytest.CaptureFixture[str]) -> None:
 def test_without_a_console_lines_are_printed_plainly(capsys: pytest.CaptureFixture[str]) -> None:
     console.say("said")
     console.progress(1, 2, "step 1/2")
-    console.keep_log("nowhere", str)
+    console.keep_log("nowhere")
     assert capsys.readouterr().out == "said\nstep 1/2\n"
 
 
 def test_the_log_is_kept_with_the_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def fails() -> None:
         with console.quiet(tmp_path / "pretrain.log"):
-            console.keep_log(str(tmp_path / "runs" / "logs"), lambda text: text.replace("secret", "(redacted)"))
-            console.keep_log("s3://no bucket", str)
-            console.say("said in secret")
+            console.keep_log(str(tmp_path / "runs" / "logs"))
+            console.keep_log("s3://no bucket")
+            console.say("said to http://me:Xq7-pw@host")
+            os.write(1, b"a library prints http://me:Xq7-pw@host/runs\n")
+            assert (tmp_path / "pretrain.log").stat().st_mode & 0o077 == 0
             raise KeyError
 
     with pytest.raises(KeyError):
         fails()
+    logged = (tmp_path / "pretrain.log").read_text()
+    assert "Xq7-pw" not in logged
+    assert "a library prints http://(redacted)@host/runs\n" in logged
     (kept,) = storage.list_files(str(tmp_path / "runs" / "logs"))
     assert kept.endswith("-pretrain.log")
-    assert (tmp_path / "runs" / "logs" / kept).read_text().startswith("[meteor] said in (redacted)\n")
-    assert "warning: the log is not kept with the run: " in capfd.readouterr().out
+    assert (tmp_path / "runs" / "logs" / kept).read_text().startswith("[meteor] said to http://(redacted)@host\n")
+    assert "Xq7-pw" not in (tmp_path / "runs" / "logs" / kept).read_text()
+    printed = capfd.readouterr().out
+    assert "warning: the log is not kept with the run: " in printed
+    assert "Xq7-pw" not in printed
 
 
 def test_a_job_that_writes_much_is_not_blocked(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
