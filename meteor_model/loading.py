@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from meteor_model.foreign import foreign
+
 if TYPE_CHECKING:
     import torch
 
@@ -29,11 +31,13 @@ def load_model_and_processor(
     Raises:
         CheckpointLayoutError: where the weights are not the ones that config.json describes, naming the tensors.
         OSError: where a file is missing, naming it.
-        ValueError: where a weights file is cut short, or a setting is not valid.
+        ValueError: where a weights file is cut short, or a setting or another file is not valid.
     """
     from meteor_model.modeling_meteor import MeteorForConditionalGeneration
     from meteor_model.processing_meteor import MeteorProcessor
 
-    processor = MeteorProcessor.from_pretrained(folder)
-    model = MeteorForConditionalGeneration.from_pretrained(folder, dtype=dtype or "auto", use_safetensors=True)
+    # The errors of the model and of missing files say what is wrong; whatever else the libraries raise names nothing.
+    with foreign(lambda what: ValueError(f"{folder} holds no model that can be loaded: {what}"), (OSError, ValueError)):
+        processor = MeteorProcessor.from_pretrained(folder)
+        model = MeteorForConditionalGeneration.from_pretrained(folder, dtype=dtype or "auto", use_safetensors=True)
     return model.eval(), processor

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from meteor_model.chat import IMAGE_PLACEHOLDER
+from meteor_model.foreign import foreign
 from meteor_model.weights.checkpoints import WeightsError, parse_source
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", IMAGE_PLACEHOLDER)
@@ -53,10 +54,8 @@ def pretrained_tokenizer(source: str) -> PreTrainedTokenizerBase:
         WeightsError: where the source holds no tokenizer.
     """
     where = parse_source(source)
-    try:
+    with foreign(lambda what: WeightsError(f"{source!r} holds no tokenizer: {what}")):
         tokenizer = AutoTokenizer.from_pretrained(where.place, revision=where.revision or "main")
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{source!r} holds no tokenizer: {' '.join(str(error).split())}") from error
     tokenizer.add_tokens([AddedToken(IMAGE_PLACEHOLDER, special=True, normalized=False)], special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token

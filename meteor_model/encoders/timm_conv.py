@@ -18,6 +18,7 @@ from torch import nn
 from typing_extensions import override
 
 from meteor_model.encoders.base import EncoderConfig, VisionEncoder, square_grid
+from meteor_model.foreign import foreign, quoted
 
 OWN_SETTINGS = ("model_name", "stage")
 
@@ -111,10 +112,9 @@ class TimmConvEncoder(VisionEncoder):
 
     @classmethod
     def _chain(cls, config: EncoderConfig) -> Chain:
-        try:
+        tower = quoted(config.tower)
+        with foreign(lambda what: ValueError(f"encoder {config.name!r}: cannot build {tower} as a chain: {what}")):
             return _chain(json.dumps(config.tower, sort_keys=True))
-        except (ValueError, TypeError, AttributeError, IndexError, AssertionError, RuntimeError) as error:
-            raise ValueError(f"encoder {config.name!r}: cannot build {config.tower} as a chain: {error}") from error
 
     @classmethod
     @override

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers.utils import cached_file
+
+from meteor_model.foreign import foreign, quoted
 
 SAFETENSORS = (".safetensors",)
 PICKLED = (".bin", ".pth", ".pt")
@@ -185,6 +185,8 @@ def _shards(source: Source, index: Path) -> dict[Path, set[str]]:
         raise WeightsError(f"{index} has no weight_map: it is no index of shards")
     files: dict[Path, set[str]] = {}
     for tensor, name in weight_map.items():
+        if not isinstance(name, str) or "/" in name or "\\" in name or name in ("", ".", ".."):
+            raise WeightsError(f"{index} says that {quoted(tensor)} is in {quoted(name)}, which is no file beside it")
         path = source_file(source, name)
         if path is None:
             raise WeightsError(f"{source.text!r} lacks the shard {name}, which holds {tensor!r}")
@@ -193,10 +195,8 @@ def _shards(source: Source, index: Path) -> dict[Path, set[str]]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise WeightsError(f"{path} is damaged: {error}") from None
+    with foreign(lambda what: WeightsError(f"{path} is damaged: {what}")):
+        content = json.loads(path.read_bytes())
     if not isinstance(content, dict):
         raise WeightsError(f"{path} is damaged: it holds no mapping")
     return content
@@ -204,19 +204,14 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_file(path: Path) -> dict[str, Tensor]:
     if path.suffix in SAFETENSORS:
-        try:
+        with foreign(lambda what: WeightsError(f"{path} is damaged: {what}")):
             return load_file(path)
-        except SafetensorError as error:
-            raise WeightsError(f"{path} is damaged: {error}") from None
     if path.suffix not in PICKLED:
         raise WeightsError(f"{path}: weights are read from {', '.join(SAFETENSORS + PICKLED)} files")
-    try:
+    with foreign(
+        lambda what: WeightsError(f"{path} cannot be read as plain tensors (torch.load, weights_only=True): {what}")
+    ):
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise WeightsError(
-            f"{path} cannot be read as plain tensors (torch.load, weights_only=True): {reason}"
-        ) from None
     return _unwrapped(content, path)
 
 

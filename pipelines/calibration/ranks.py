@@ -20,6 +20,7 @@ import numpy as np
 
 from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.encoders import encoder_class
+from meteor_model.foreign import foreign
 from meteor_model.pruning import RANK_ESTIMATORS
 from pipelines.calibration.image_plan import CalibrationError
 from pipelines.calibration.settings import RELATIVE_TOLERANCE
@@ -155,7 +156,7 @@ class RankReport:
         Raises:
             CalibrationError: naming `where`.
         """
-        try:
+        with foreign(lambda what: CalibrationError(f"{where} holds no ranks ({what}): calibrate anew")):
             ranks = {
                 estimator: {
                     name: tuple(rank_statistic(float(i["mean"]), float(i["std"]), int(data["images"])) for i in items)
@@ -164,10 +165,6 @@ class RankReport:
                 for estimator, by_name in data["ranks"].items()
             }
             return cls(int(data["images"]), dict(data.get("skipped", {})), int(data.get("text_only", 0)), ranks)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CalibrationError(
-                f"{where} holds no ranks ({type(error).__name__}: {error}): calibrate anew"
-            ) from None
 
 
 # ------------------------------------------------------------------------------------------------------------- budgets

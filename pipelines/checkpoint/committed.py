@@ -70,7 +70,7 @@ def read_state(url: str) -> TrainState:
         StorageError: if storage cannot be read.
     """
     state_url = storage.join(url, STATE_FILE)
-    return TrainState.from_json(storage.read_bytes(state_url).decode(), state_url)
+    return TrainState.from_json(storage.read_bytes(state_url), state_url)
 
 
 def remaining_stream(root: str, run_name: str, stream: Callable[[int], Dataset]) -> Dataset:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from meteor_model.foreign import foreign
 from pipelines.data.ledger import Ledger
 from pipelines.data.sample_id import Int64s, SampleId
 
@@ -141,13 +142,13 @@ class TrainState:
         return json.dumps({**values, "version": STATE_VERSION}, indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, source: str) -> TrainState:
+    def from_json(cls, text: str | bytes, source: str) -> TrainState:
         """The state in `text`, read from `source`.
 
         Raises:
             CheckpointError: if it is not a state of this version or of the one before.
         """
-        try:
+        with foreign(lambda what: CheckpointError(f"{source} is not a training state: {what}"), (CheckpointError,)):
             values: dict[str, Any] = json.loads(text)
             version = values.pop("version")
             if version == 2:
@@ -159,8 +160,6 @@ class TrainState:
             drops = tuple(DroppedSample.from_dict(drop) for drop in values.pop("dropped_samples"))
             tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
             return cls(**{**values, **tuples, "dropped_samples": drops})
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{source} is not a training state: {error!r}") from error
 
 
 def _mean(values: tuple[float, ...]) -> float:
@@ -175,4 +174,4 @@ def load_ledger(directory: Path, sizes: Sequence[Sequence[int] | Int64s]) -> Led
 def load_state(directory: Path) -> TrainState:
     """The training state of a local checkpoint."""
     path = directory / STATE_FILE
-    return TrainState.from_json(path.read_text(), str(path))
+    return TrainState.from_json(path.read_bytes(), str(path))

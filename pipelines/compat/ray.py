@@ -16,6 +16,8 @@ import ray.exceptions
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution import context
 
+from meteor_model.foreign import foreign
+
 _RETRY_ADVICE = re.compile(r"\nFailed to [^\n]* after \d+/\d+ attempts \(total backoff .*", re.DOTALL)
 
 
@@ -40,13 +42,11 @@ def parse_snapshot(data: bytes) -> Snapshot:
     Raises:
         ValueError: if it is damaged.
     """
-    try:
+    with foreign(lambda what: ValueError(f"no snapshot of Ray's checkpoint manager: {what}")):
         state = json.loads(data)
         latest, kept = state["latest_checkpoint_result"], state["checkpoint_results"]
         name = None if latest is None else str(latest["checkpoint_dir_name"])
         names = {str(result["checkpoint_dir_name"]) for result in kept}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"no snapshot of Ray's checkpoint manager: {error!r}") from error
     return Snapshot(name, frozenset(names | ({name} if name is not None else set())))
 
 

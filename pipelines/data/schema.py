@@ -9,7 +9,6 @@ human turn; the images are taken in the order of their placeholders.
 Shape legend: n images of one sample, S their size (the processor's travelling size).
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any, Literal, get_args
 import pyarrow as pa
 
 from meteor_model.chat import IMAGE_PLACEHOLDER
+from meteor_model.foreign import SHOWN_DETAIL, JsonError, parse_json, quoted, shown
 from pipelines.data.sample_id import SampleId
 from pipelines.io.fingerprint import canonical_json
 
@@ -48,11 +48,15 @@ _IMAGE_MEMBER = re.compile(rf"^(?:(\d{{1,6}})\.)?({'|'.join(IMAGE_EXTENSIONS)})$
 
 
 class SampleError(ValueError):
-    """One sample cannot be used. `reason` is one of REASONS (what is counted), `detail` says what is wrong with it."""
+    """One sample cannot be used. `reason` is one of REASONS (what is counted), `detail` says what is wrong with it.
+
+    The detail is bounded: it holds words of the sample, travels in rows and is filed.
+    """
 
     def __init__(self, reason: str, detail: str) -> None:
         if reason not in REASONS:
             raise AssertionError(f"unknown reason {reason!r}; REASONS lists them")
+        detail = shown(detail, SHOWN_DETAIL)
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
@@ -109,9 +113,9 @@ def image_members(extensions: Sequence[str]) -> tuple[str, ...]:
 
 def _parse_record(data: bytes) -> dict[str, Any]:
     try:
-        record = json.loads(data.decode("utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise SampleError("bad_json", f"{type(error).__name__}: {error}") from error
+        record = parse_json(data)
+    except JsonError as error:
+        raise SampleError("bad_json", str(error)) from error
     if not isinstance(record, dict):
         raise SampleError("bad_json", f"the record is a {type(record).__name__}, not an object")
     return record
@@ -122,13 +126,15 @@ def _parse_turn(position: int, turn: Any) -> Turn:
         raise SampleError("bad_conversation", f"turn {position} is a {type(turn).__name__}, not an object")
     speaker, text = turn.get("from"), turn.get("value")
     if not isinstance(speaker, str) or speaker not in _ROLE_OF_SPEAKER:
-        raise SampleError("bad_conversation", f"turn {position} is from {speaker!r}; expected human, gpt or system")
+        raise SampleError(
+            "bad_conversation", f"turn {position} is from {quoted(speaker)}; expected human, gpt or system"
+        )
     if not isinstance(text, str):
         raise SampleError("bad_conversation", f"turn {position} has no text in 'value'")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise SampleError("bad_conversation", f"turn {position} is not valid Unicode: {error}") from error
+        raise SampleError("bad_conversation", f"turn {position} is not valid Unicode: {error.reason}") from error
     if speaker != "human" and IMAGE_PLACEHOLDER in text:
         raise SampleError("bad_conversation", f"turn {position} ({speaker}) holds {IMAGE_PLACEHOLDER}; only human may")
     return Turn(_ROLE_OF_SPEAKER[speaker], text)
@@ -179,7 +185,7 @@ def parse_sample(key: str, members: Mapping[str, bytes]) -> RawSample:
         raise SampleError("bad_shard", members[_BAD_SHARD_MEMBER].decode())
     records = [name for name in members if name.lower() == RECORD_EXTENSION]
     if not records:
-        raise SampleError("missing_json", f"no {key}.json; members: {', '.join(sorted(members)) or 'none'}")
+        raise SampleError("missing_json", f"no {shown(key)}.json; members: {', '.join(sorted(members)) or 'none'}")
     turns = parse_turns(_parse_record(members[records[0]]))
     images = image_members(tuple(members))
     check_placeholders(turns, len(images))

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from meteor_model.foreign import foreign, quoted
 from pipelines.data.schema import bad_shard_members
 from pipelines.data.tar_format import (
     Members,
@@ -140,16 +141,21 @@ def load_manifest(url: str, retry_s: float = RETRY_S) -> Manifest:
             "jobs/make_shards.py (its `webdataset` command indexes existing shards)"
         )
         raise ShardError(address, "missing", detail) from error
-    try:
+    with foreign(
+        lambda what: ShardError(address, "replaced", f"not a manifest of this format ({what}); make the shards anew")
+    ):
         table = pq.read_table(io.BytesIO(data))
         spec = json.loads((table.schema.metadata or {})[SPEC_KEY])
         rows = table.select(MANIFEST_SCHEMA.names).cast(MANIFEST_SCHEMA).to_pylist()
-    except (pa.ArrowException, KeyError, OSError, ValueError) as error:
-        raise ShardError(
-            address, "replaced", f"not a manifest of this format ({error}); make the shards anew"
-        ) from error
-    shards = tuple(ShardInfo(**{**row, "members": dict(row["members"])}) for row in rows)
-    return Manifest(address, shards, spec)
+        return Manifest(address, tuple(map(_shard_of_row, rows)), dict(spec))
+
+
+def _shard_of_row(row: dict[str, Any]) -> ShardInfo:
+    if lacking := [name for name, value in row.items() if value is None]:
+        raise ValueError(f"a shard without {lacking[0]}")
+    if row["samples"] < 0 or row["bytes"] < 0:
+        raise ValueError(f"the shard {quoted(row['path'])} has {row['samples']} samples and {row['bytes']} bytes")
+    return ShardInfo(**{**row, "members": dict(row["members"])})
 
 
 # ------------------------------------------------------------------------------------------------------------- reading

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from meteor_model.foreign import foreign
 from pipelines.data import shards
 from pipelines.io import storage
 from pipelines.io.fingerprint import sha256, sha256_of_json
@@ -136,8 +137,9 @@ def whole_part(
     """Rows, errors and SHA-256 of a part in storage; None where it is not the plan's."""
     try:
         data = storage.read_bytes(storage.join(output, part.name))
-        table = pq.read_table(io.BytesIO(data))
-    except (storage.ObjectMissingError, pa.ArrowException, OSError):
+        with foreign(PredictError):
+            table = pq.read_table(io.BytesIO(data))
+    except (storage.ObjectMissingError, PredictError):
         return None
     if (table.schema.metadata or {}).get(b"meteor.asked") != spec.digest.encode():
         return None

@@ -13,7 +13,6 @@ GET /ping and /health say that the replica lives. Answers and refusals have MLfl
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Sequence
 
 from ray import serve
@@ -22,6 +21,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from meteor_model.answering import Answer, Answerer, Budget, Question, RequestError, read_rows
+from meteor_model.foreign import JsonError, parse_json
 from meteor_model.images import MAX_BYTES
 from meteor_model.loading import load_model_and_processor
 from pipelines.inference.settings import ServeSettings
@@ -88,8 +88,8 @@ class _Replica:
 def read_request(body: bytes, answerer: Answerer) -> list[Item]:
     """A request's rows and their budget. Raises RequestError for anything that cannot be served."""
     try:
-        content = json.loads(body)
-    except (ValueError, RecursionError) as error:
+        content = parse_json(body)
+    except JsonError as error:
         raise RequestError(f"the request is no JSON: {error}") from None
     if not isinstance(content, dict) or not {"dataframe_records"} <= set(content) <= {"dataframe_records", "params"}:
         raise RequestError("the request must be an object with `dataframe_records` and perhaps `params`, nothing else")

@@ -33,6 +33,7 @@ import fsspec
 import pyarrow.fs
 from pyarrow.fs import FileInfo, FileSelector, FileType
 
+from meteor_model.foreign import foreign
 from pipelines.io.errors import TransientError
 from pipelines.io.fingerprint import sha256
 from pipelines.io.redact import redact_text
@@ -466,10 +467,8 @@ def list_folders(url: str, retry_s: float = RETRY_S) -> list[str]:
 def read_json(url: str, retry_s: float = RETRY_S) -> Any:
     """Parse the object as JSON. Raises StorageError naming the URL when it is not JSON; else as read_bytes."""
     data = read_bytes(url, retry_s)
-    try:
+    with foreign(lambda what: StorageError(f"{url}: not JSON: {what}")):
         return json.loads(data)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise StorageError(f"{url}: not JSON: {error}") from error
 
 
 def write_json(url: str, value: Any, retry_s: float = RETRY_S) -> None:

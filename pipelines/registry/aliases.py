@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from mlflow.entities.model_registry import RegisteredModel
 
+from meteor_model.foreign import JsonError, parse_json
 from pipelines.registry.tags import HISTORY_TAG, ROLLED_BACK_TAG
 from pipelines.registry.versions import Registry, listing
 from pipelines.tracking.server import TrackingError, call_mlflow
@@ -42,8 +43,8 @@ def alias_history(registered: RegisteredModel, alias: str) -> list[int]:
     """
     text = registered.tags.get(HISTORY_TAG + alias, "[]")
     try:
-        history = json.loads(text)
-    except ValueError:
+        history = parse_json(text)
+    except JsonError:
         history = None
     if not isinstance(history, list) or not all(type(item) is int for item in history):
         raise TrackingError(

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from meteor_model.foreign import foreign
 from pipelines.io.fingerprint import sha256, sha256_of_file
 from pipelines.registry.tags import TOKENS_TAG
 
@@ -118,17 +119,15 @@ def verify_checksums(folder: Path) -> None:
     path = folder / CHECKSUMS_FILE
     if not path.is_file():
         raise ExportError(f"{path} is missing: {folder} is no METEOR model folder, or its copy is incomplete")
-    try:
-        expected = json.loads(path.read_text())
-    except ValueError as error:
-        raise ExportError(f"{path} is damaged: {error}") from None
+    with foreign(lambda what: ExportError(f"{path} is damaged: {what}")):
+        expected = json.loads(path.read_bytes())
     if not isinstance(expected, dict):
         raise ExportError(f"{path} is damaged: it holds no mapping")
     present = set(_file_names(folder))
     if missing := sorted(set(expected) - present):
         raise ExportError(f"{folder} lacks {', '.join(missing)}: the copy is incomplete; pull or export it again")
-    if foreign := sorted(present - set(expected)):
-        raise ExportError(f"{folder} holds {', '.join(foreign)}, which the export did not write: do not use this copy")
+    if strange := sorted(present - set(expected)):
+        raise ExportError(f"{folder} holds {', '.join(strange)}, which the export did not write: do not use this copy")
     for name in sorted(present):
         if sha256_of_file(folder / name) != expected[name]:
             raise ExportError(f"{folder / name} was changed after the export (other sha256): do not use this copy")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlflow.entities.model_registry import ModelVersion
 
+from meteor_model.foreign import foreign
 from pipelines.evaluation.scores import Comparison, Score, ScoringError, compare_scores
 from pipelines.io import codec
 from pipelines.io.redact import redact_text
@@ -147,12 +148,10 @@ def load_score(registry: Registry, version: ModelVersion, digest: str) -> Score:
         path = call_mlflow(
             f"the score of {where}", lambda: client.download_artifacts(version.run_id, stored.artifact, folder)
         )
-        try:
-            score = Score.from_dict(json.loads(Path(path).read_text())["score"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ScoringError(
-                f"{stored.artifact} of run {version.run_id} is damaged ({error}): evaluate again"
-            ) from None
+        with foreign(
+            lambda what: ScoringError(f"{stored.artifact} of run {version.run_id} is damaged ({what}): evaluate again")
+        ):
+            score = Score.from_dict(json.loads(Path(path).read_bytes())["score"])
     if score.to_dict() != stored.score.to_dict():
         raise ScoringError(
             f"{stored.artifact} of run {version.run_id} is not the score that {where} was given: evaluate it again"

@@ -4,7 +4,6 @@ Everything that can be wrong with a record is found before the first shard is wr
 Image bytes are copied as they are; they are decoded, and judged, when they are read for training.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import NonNegativeInt
 
+from meteor_model.foreign import SHOWN_DETAIL, JsonError, described, parse_json, quoted, shown
 from pipelines.data.schema import IMAGE_EXTENSIONS, SampleError, build_members, check_placeholders, parse_turns
 from pipelines.data.sources import SPLITS, Packed, SourceError, split_of
 from pipelines.io import storage
@@ -65,17 +65,17 @@ def key_of(identity: str) -> str:
 def safe_path(path: Any) -> str:
     """An image path of a record as a clean relative path. Raises SampleError when it would leave the image folder."""
     if not isinstance(path, str) or not path.strip():
-        raise SampleError("bad_conversation", f"'image' holds {path!r}; expected a path below the image folder")
+        raise SampleError("bad_conversation", f"'image' holds {quoted(path)}; expected a path below the image folder")
     parts = PurePosixPath(path.replace("\\", "/")).parts
     if "://" in path or path.startswith(("/", "\\", "~")) or re.match(r"^[A-Za-z]:", path) or ".." in parts:
-        raise SampleError("bad_conversation", f"the image path {path!r} leaves the image folder; refused")
+        raise SampleError("bad_conversation", f"the image path {quoted(path)} leaves the image folder; refused")
     return "/".join(parts)
 
 
 def _extension(path: str) -> str:
     extension = path.rpartition(".")[2].lower()
     if extension not in IMAGE_EXTENSIONS:
-        detail = f"the image {path!r} is not one of {', '.join(IMAGE_EXTENSIONS)} by its name"
+        detail = f"the image {quoted(path)} is not one of {', '.join(IMAGE_EXTENSIONS)} by its name"
         raise SampleError("undecodable_image", detail)
     return extension
 
@@ -85,8 +85,8 @@ def _parse_lines(text: str, url: str) -> list[Any]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                records.append(json.loads(line))
-            except (json.JSONDecodeError, RecursionError) as error:
+                records.append(parse_json(line))
+            except JsonError as error:
                 raise SourceError(f"{url}: line {number} is not JSON: {error}") from error
     return records
 
@@ -95,10 +95,10 @@ def parse_records(data: bytes, url: str) -> list[Any]:
     """The records of a JSON list or of JSON lines. Raises SourceError naming the file, and the line if there is one."""
     try:
         text = data.decode("utf-8-sig")
-        records = json.loads(text) if text.lstrip().startswith("[") else _parse_lines(text, url)
+        records = parse_json(text, None) if text.lstrip().startswith("[") else _parse_lines(text, url)
     except UnicodeDecodeError as error:
         raise SourceError(f"{url}: not UTF-8 text: {error}") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except JsonError as error:
         raise SourceError(f"{url}: not JSON: {error}") from error
     if not records:
         raise SourceError(f"{url}: holds no records; expected a JSON list or one JSON object a line")
@@ -138,7 +138,7 @@ class Llava:
 
     def _fault(self, number: int, identity: object, reason: str, detail: str) -> None:
         self._skipped[reason] += 1
-        self._faults.append(f"record {number} (id {identity!r}): {detail}")
+        self._faults.append(f"record {number} (id {quoted(identity)}): {shown(detail, SHOWN_DETAIL)}")
 
     def _checked(self, number: int, row: Any) -> Record | None:
         """The record of one row, or None after its fault has been noted."""
@@ -151,6 +151,7 @@ class Llava:
             return None
         identity = str(raw_id)
         try:
+            identity.encode()
             images = row.get("image")
             listed = [] if images is None else images if isinstance(images, list) else [images]
             paths = tuple(safe_path(path) for path in listed)
@@ -160,6 +161,9 @@ class Llava:
                 self._require_local(path)
         except SampleError as error:
             self._fault(number, identity, error.reason, error.detail)
+            return None
+        except UnicodeEncodeError:
+            self._fault(number, identity, "no_id", "has an 'id' that is not valid Unicode")
             return None
         repeats = self._seen[identity]
         self._seen[identity] += 1
@@ -175,10 +179,14 @@ class Llava:
         if self._root is None:
             return
         file = self._root / path
-        if not file.is_file():
-            raise SampleError("undecodable_image", f"the image {str(file)!r} is missing")
+        try:
+            missing = not file.is_file()
+        except (OSError, ValueError) as error:  # a name that is too long, or that no file can have
+            raise SampleError("undecodable_image", f"the image {quoted(path)}: {described(error)}") from error
+        if missing:
+            raise SampleError("undecodable_image", f"the image {quoted(str(file))} is missing")
         if not self.settings.follow_links and not file.resolve().is_relative_to(self._root):
-            detail = f"the image path {path!r} leaves the image folder by a link; allow it with --follow-links"
+            detail = f"the image path {quoted(path)} leaves the image folder by a link; allow it with --follow-links"
             raise SampleError("bad_conversation", detail)
 
     def spec(self) -> dict[str, Any]:
@@ -203,4 +211,4 @@ class Llava:
         try:
             return storage.read_bytes(storage.join(self.settings.images, path))
         except storage.ObjectMissingError as error:
-            raise SourceError(f"record {record.stored['id']!r}: its image is missing: {error}") from error
+            raise SourceError(f"record {quoted(record.stored['id'])}: its image is missing: {error}") from error

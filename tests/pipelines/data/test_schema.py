@@ -60,7 +60,7 @@ def test_upper_case_suffix() -> None:
         ({}, "missing_json", "members: none"),
         ({"json": b"{"}, "bad_json", "JSONDecodeError"),
         ({"json": b"\xff\xfe"}, "bad_json", "UnicodeDecodeError"),
-        ({"json": b"[" * 200_000}, "bad_json", "RecursionError"),
+        ({"json": b"[" * 100_000}, "bad_json", "RecursionError"),
         ({"json": b"[1]"}, "bad_json", "is a list, not an object"),
         ({"json": b"{}"}, "bad_conversation", "'conversations' must be a list"),
         ({"json": record()}, "bad_conversation", "at least one human and one gpt"),
