@@ -68,7 +68,9 @@ def foreign(error: Callable[[str], Exception], keep: tuple[type[Exception], ...]
     """
     try:
         yield
-    except (MemoryError, *keep):
+    except MemoryError:
+        raise
+    except keep:
         raise
     except Exception as found:
         raise error(described(found)) from found

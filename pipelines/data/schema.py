@@ -172,7 +172,7 @@ def check_placeholders(turns: Sequence[Turn], num_images: int) -> None:
 
 def bad_shard_members(detail: str) -> dict[str, bytes]:
     """Members that stand for a sample whose shard cannot be used: `parse_sample` raises SampleError("bad_shard")."""
-    return {_BAD_SHARD_MEMBER: detail.encode()}
+    return {_BAD_SHARD_MEMBER: shown(detail, SHOWN_DETAIL).encode()}
 
 
 def parse_sample(key: str, members: Mapping[str, bytes]) -> RawSample:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from meteor_model.foreign import foreign, quoted
 from pipelines.data.schema import CAPTION_EXTENSION, IMAGE_EXTENSIONS, RECORD_EXTENSION
 from pipelines.io.errors import TransientError
 
@@ -31,6 +32,11 @@ ShardFault = Literal[
 ]
 
 _TAR_BLOCK = 512
+_MAX_NAME = 4096  # characters, the longest path of Linux
+_MAX_HEADER_BYTES = 2**14  # of a long name or a pax header: a name of _MAX_NAME, and room to spare
+_HEADER_TYPES = (
+    tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
+)  # fmt: skip
 # Suffixes that some reader would unpickle: refused by name, whatever decoder stands behind.
 _PICKLE_SUFFIXES = frozenset({"pkl", "pickle", "pyd", "pth", "pt", "ckpt"})
 _KEY_AND_EXTENSION = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]+)$")  # the key ends at the first dot of the base name
@@ -70,6 +76,17 @@ class ShardContents:
         return dict(sorted(Counter(ext for _, members in self.samples for ext in members).items()))
 
 
+class _Header(tarfile.TarInfo):
+    """A header of a member or of its extensions, which cost time by their length; tarfile reads any."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in _HEADER_TYPES and not 0 <= header.size <= _MAX_HEADER_BYTES:
+            raise ValueError(f"an extended header of {header.size} bytes; the limit is {_MAX_HEADER_BYTES}")
+        return header
+
+
 def looks_like_tar(data: bytes) -> bool:
     """Whether the first block carries a valid tar header checksum (or is the zero block of an empty tar)."""
     block = data[:_TAR_BLOCK]
@@ -79,21 +96,28 @@ def looks_like_tar(data: bytes) -> bool:
         return True
     try:
         tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-    except tarfile.HeaderError:
+    except Exception:  # whatever it is, it is no header
         return False
     return True
 
 
-def _sort_entry(name: str, entry: tarfile.TarInfo, shard: str) -> tuple[str, str] | str:
-    """(key, extension) of a tar entry, or the reason why it is ignored. Raises ShardError for a refused one."""
+def _sort_entry(entry: tarfile.TarInfo, shard: str) -> tuple[str, str] | str:
+    r"""(key, extension) of a tar entry, or the reason why it is ignored. Raises ShardError for a refused one.
+
+    Bytes of a name that are no UTF-8 become `\xNN`: keys and extensions go into tables of text.
+    """
+    name = entry.name
+    if len(name) > _MAX_NAME:
+        detail = f"the member {quoted(name)} has a name of {len(name)} characters; the limit is {_MAX_NAME}"
+        raise ShardError(shard, "refused_member", detail)
     if entry.isdir():
         return "directory"
     if not entry.isreg() or entry.issparse():
         return "link_or_device"
     if name.startswith("/") or "\\" in name or ".." in name.split("/"):
-        detail = f"the member {name!r} has a path that leaves the archive; refused, rebuild the shard without it"
+        detail = f"the member {quoted(name)} has a path that leaves the archive; refused, rebuild the shard without it"
         raise ShardError(shard, "refused_member", detail)
-    name = name.removeprefix("./")
+    name = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace").removeprefix("./")
     base = name.rpartition("/")[2]
     if base.startswith("__") and base.endswith("__"):
         return "metadata"
@@ -102,9 +126,8 @@ def _sort_entry(name: str, entry: tarfile.TarInfo, shard: str) -> tuple[str, str
         return "no_key_or_extension"
     extension = match.group(2).lower()
     if extension.rpartition(".")[2] in _PICKLE_SUFFIXES:
-        detail = (
-            f"the member {name!r} is pickled data, which can run code when read; refused, rebuild the shard without it"
-        )
+        detail = f"the member {quoted(name)} is pickled data, which can run code when read"
+        detail += "; refused, rebuild the shard without it"
         raise ShardError(shard, "refused_member", detail)
     return match.group(1), extension
 
@@ -136,16 +159,14 @@ def _entry_at(archive: tarfile.TarFile, data: bytes, shard: str, offset: int) ->
     stream = archive.fileobj
     assert stream is not None
     stream.seek(offset)
-    try:
-        entry = tarfile.TarInfo.fromtarfile(archive)
-    # Headers are foreign bytes: numbers, encodings and chains of long names raise more than tarfile's own errors.
-    except (tarfile.TarError, ValueError, OverflowError, RecursionError, LookupError, TypeError) as error:
-        detail = f"no header of a member there ({type(error).__name__}: {str(error)[:200]})"
-        raise _damaged(data, shard, offset, detail) from error
+    with foreign(lambda what: _damaged(data, shard, offset, f"no header of a member there ({what})")):
+        entry = _Header.fromtarfile(archive)
+        if not re.fullmatch("[0-9]{1,19}", entry.pax_headers.get("size", "0")):  # tarfile takes it for 0
+            raise ValueError(f"a pax header gives the size {quoted(entry.pax_headers['size'])}")
     if entry.size < 0 or archive.offset <= offset:
-        raise _damaged(data, shard, offset, f"the header of {entry.name[:200]!r} gives it {entry.size} bytes")
+        raise _damaged(data, shard, offset, f"the header of {quoted(entry.name)} gives it {entry.size} bytes")
     if archive.offset > len(data):
-        detail = f"the member {entry.name[:200]!r} needs {archive.offset - entry.offset_data} bytes from byte "
+        detail = f"the member {quoted(entry.name)} needs {archive.offset - entry.offset_data} bytes from byte "
         raise _damaged(data, shard, offset, f"{detail}{entry.offset_data} on")
     return entry
 
@@ -199,27 +220,27 @@ def parse_shard(data: bytes, shard: str) -> ShardContents:
     seen: set[str] = set()
     ignored: Counter[str] = Counter()
     for entry in _entries(data, shard):
-        sorted_entry = _sort_entry(entry.name, entry, shard)
+        sorted_entry = _sort_entry(entry, shard)
         if isinstance(sorted_entry, str):
             ignored[sorted_entry] += 1
             continue
         key, extension = sorted_entry
         if not samples or samples[-1][0] != key:
             if key in seen:
-                detail = f"the key {key!r} is there twice, or its members are not neighbours; keys must be unique"
-                raise ShardError(shard, "duplicate_key", detail)
+                detail = f"the key {quoted(key)} is there twice, or its members are not neighbours"
+                raise ShardError(shard, "duplicate_key", f"{detail}; keys must be unique")
             seen.add(key)
             samples.append((key, {}))
         if extension in samples[-1][1]:
-            detail = f"the key {key!r} is there twice: two members {extension!r}; keys must be unique"
+            detail = f"the key {quoted(key)} is there twice: two members {quoted(extension)}; keys must be unique"
             raise ShardError(shard, "duplicate_key", detail)
         # A slice, not extractfile: one copy, and a member cannot claim more bytes than the archive has.
         samples[-1][1][extension] = data[entry.offset_data : entry.offset_data + entry.size]
     for key, members in samples:
         if (dotted := _dotted(members)) is not None:
             detail = (
-                f"the key of {f'{key}.{dotted}'!r} has a dot in it: a key ends at the first dot of the base name, so "
-                f"all files of {key!r} are one sample; rename them, with _ for the dot, and rebuild the shard"
+                f"the key of {quoted(f'{key}.{dotted}')} has a dot in it: a key ends at the first dot of the base "
+                f"name, so all files of {quoted(key)} are one sample; rename them, with _ for the dot, and rebuild the shard"
             )
             raise ShardError(shard, "dotted_key", detail)
     return ShardContents(samples, dict(sorted(ignored.items())))

@@ -16,8 +16,8 @@ from meteor_model.foreign import SHOWN, SHOWN_DETAIL, JsonError, described, fore
 from meteor_model.weights.checkpoints import WeightsError, parse_source, read_checkpoint, read_config
 from pipelines.checkpoint.state import CheckpointError, TrainState
 from pipelines.compat.ray import parse_snapshot
-from pipelines.data.schema import Row, SampleError, bad_shard_members, parse_sample, rows_to_table
 from pipelines.data.sample_id import NO_SAMPLE
+from pipelines.data.schema import Row, SampleError, bad_shard_members, parse_sample, rows_to_table
 from pipelines.data.shards import MANIFEST_SCHEMA, SPEC_KEY, ShardError, load_manifest
 from pipelines.data.sources import SourceError
 from pipelines.data.sources.llava import Llava, LlavaSettings, parse_records
@@ -161,10 +161,17 @@ def header(name: bytes, size: int = 0, kind: bytes = tarfile.REGTYPE) -> bytes:
     info.type = kind
     block = bytearray(info.tobuf(tarfile.GNU_FORMAT))
     block[:100] = name[:100].ljust(100, b"\0")
-    block[124:136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)
+    block[124:136] = size_field(size)
     block[148:156] = b" " * 8
     block[148:156] = b"%06o\0 " % sum(block)
     return bytes(block)
+
+
+def size_field(size: int) -> bytes:
+    """Eleven octal digits, or base 256 as GNU tar writes what does not fit, negative numbers too."""
+    if 0 <= size < 8**11:
+        return b"%011o\0" % size
+    return (b"\x80" if size >= 0 else b"\xff") + (size % 256**11).to_bytes(11, "big")
 
 
 def padded(data: bytes) -> bytes:
@@ -269,7 +276,7 @@ STORED = ("cut", "not_utf8", "endless_integer", "deep", "deep_and_whole", "empty
 
 @pytest.mark.parametrize("data", [*(BAD_JSON[name] for name in STORED), b"[]", b"7", b'{"version": []}'])
 def test_a_file_that_is_no_state_of_a_training_is_named(data: bytes) -> None:
-    with pytest.raises(CheckpointError, match="state.json") as caught:
+    with pytest.raises(CheckpointError, match=r"state\.json") as caught:
         TrainState.from_json(data, "state.json")
     assert len(str(caught.value)) < SHOWN_DETAIL
     with pytest.raises(ValueError, match="no snapshot"):
@@ -283,8 +290,8 @@ def test_a_json_in_storage_that_is_none_is_named(name: str, tmp_path: Path) -> N
         storage.read_json(str(tmp_path / "a.json"))
 
 
-def weights(name: str, data: bytes) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_bytes(data) and None
+def weights(name: str, data: bytes) -> Callable[[Path], int]:
+    return lambda folder: (folder / name).write_bytes(data)
 
 
 @pytest.mark.parametrize(
@@ -300,7 +307,7 @@ def weights(name: str, data: bytes) -> Callable[[Path], None]:
         weights("model.safetensors.index.json", b'{"weight_map": {"a": "../../../etc/passwd"}}'),
     ],
 )
-def test_weights_that_are_none_are_named(write: Callable[[Path], None], tmp_path: Path) -> None:
+def test_weights_that_are_none_are_named(write: Callable[[Path], int], tmp_path: Path) -> None:
     write(tmp_path)
     with pytest.raises(WeightsError, match=tmp_path.name):
         read_checkpoint(parse_source(str(tmp_path)))
