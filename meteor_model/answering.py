@@ -99,7 +99,7 @@ class Question:
         """A question; `<image>` in the prompt says where the images stand, or they lead.
 
         Raises:
-            ValueError: where the prompt places another number of images.
+            ValueError: where the prompt places another number of images, or is rendered by a template already.
         """
         return cls(processor.encode_question(prompt, len(images)), list(images))
 
@@ -177,7 +177,11 @@ def _read_row(index: int, row: Mapping[str, Any], encoded: str, processor: Meteo
         )
     if not encoded and not prompt:
         raise RequestError(f"row {index}: there is neither an image nor a prompt")
-    return Question.of(prompt, processor, [_decode(index, encoded, processor)] if encoded else [])
+    images = [_decode(index, encoded, processor)] if encoded else []
+    try:
+        return Question.of(prompt, processor, images)
+    except ValueError as error:
+        raise RequestError(f"row {index}: {error}") from None
 
 
 def _decode(index: int, encoded: str, processor: MeteorProcessor) -> torch.Tensor:

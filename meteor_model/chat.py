@@ -7,6 +7,7 @@ of a template (`jinja_template`), for programs that know only text, is made from
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,8 +23,9 @@ ROLES = ("system", "user", "assistant")
 
 
 class Special(Enum):
-    """What is not text: an image, the end-of-sequence token, ChatML's start of a turn."""
+    """What is not text: the beginning of a sequence, its end, an image, ChatML's start of a turn."""
 
+    BEGIN = "begin"
     IMAGE = "image"
     END = "end"
     TURN = "turn"
@@ -32,6 +34,8 @@ class Special(Enum):
 Part = str | Special
 #: Either text in which each `<image>` stands for an image, or parts, in which text is only text.
 Content = str | Sequence[Part]
+#: (role, content) pairs; roles are system (first only), user and assistant.
+Turns = Sequence[tuple[str, Content]]
 
 
 class Piece(NamedTuple):
@@ -51,6 +55,8 @@ class ChatTemplate:
         around_user: parts before and after a user turn.
         before_reply: parts before a reply: the generation prompt.
         reply_prefix: text that begins every reply and is learned with it.
+        trims_reply: whether white space that begins a reply is left out. Needed where white space stands before it: a
+            tokenizer would join the two into one token, which no prompt can end with.
         after_reply: parts after a reply's end token.
         begins: whether the tokenizer's beginning-of-sequence token comes first.
         user_words: whether the words of a user turn are kept, or its images alone.
@@ -61,6 +67,7 @@ class ChatTemplate:
     around_user: tuple[tuple[Part, ...], tuple[Part, ...]] = ((), ())
     before_reply: tuple[Part, ...] = ()
     reply_prefix: str = ""
+    trims_reply: bool = False
     after_reply: tuple[Part, ...] = ()
     begins: bool = True
     user_words: bool = True
@@ -68,22 +75,26 @@ class ChatTemplate:
 
 _VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-_USER, _ASSISTANT = (("USER: ",), ()), (" ASSISTANT:",)
+_BLANK_AFTER: tuple[tuple[Part, ...], tuple[Part, ...]] = ((), (" ",))
+_USER, _ASSISTANT = (("USER: ",), (" ",)), ("ASSISTANT:",)
 _AFTER_TURN = (Special.END, "\n")
 
 TEMPLATES: dict[str, ChatTemplate] = {
     # LLaVA's pre-training: the images, then the caption; the user's words are dropped.
-    "plain": ChatTemplate(user_words=False),
-    "vicuna_v1": ChatTemplate(_VICUNA_SYSTEM, around_user=_USER, before_reply=_ASSISTANT, reply_prefix=" "),
+    "plain": ChatTemplate(around_system=((), ("\n",)), user_words=False),
+    "vicuna_v1": ChatTemplate(
+        _VICUNA_SYSTEM, around_system=_BLANK_AFTER, around_user=_USER, before_reply=_ASSISTANT, reply_prefix=" "
+    ),
     # vicuna_v1 without its system prompt: a short prompt for small models.
-    "short": ChatTemplate(around_user=_USER, before_reply=_ASSISTANT, reply_prefix=" "),
+    "short": ChatTemplate(around_system=_BLANK_AFTER, around_user=_USER, before_reply=_ASSISTANT, reply_prefix=" "),
     # Qwen's and SmolLM2's; the tokenizer's end-of-sequence token must be <|im_end|>.
     "chatml": ChatTemplate(
         around_system=((Special.TURN, "system\n"), _AFTER_TURN),
         around_user=((Special.TURN, "user\n"), _AFTER_TURN),
         before_reply=(Special.TURN, "assistant\n"),
+        trims_reply=True,
         after_reply=("\n",),
         begins=False,
     ),
@@ -109,10 +120,31 @@ def content_parts(content: Content) -> tuple[Part, ...]:
     return tuple(parts)
 
 
-def render(
-    name: str, turns: Sequence[tuple[str, Content]], add_generation_prompt: bool, continue_final: bool = False
-) -> Iterator[Piece]:
-    """Pieces of a conversation, without the beginning-of-sequence token.
+def images_in_front(question: str, num_images: int) -> Turns:
+    """A plain question as a user turn, with its images in front where it does not place them."""
+    if num_images and IMAGE_PLACEHOLDER not in question:
+        question = IMAGE_PLACEHOLDER * num_images + "\n" + question
+    return [("user", question)]
+
+
+def turns_up_to_replies(turns: Turns) -> Iterator[Turns]:
+    """What each reply of a conversation answers: all turns before it, earlier replies as the conversation has them."""
+    return (turns[:index] for index, (role, _) in enumerate(turns) if role == "assistant")
+
+
+def template_marks(name: str) -> tuple[str, str]:
+    """What stands before a user's words and before a reply, as text without outer white space; "" for nothing."""
+    template = chat_template(name)
+    written = {Special.END: "", Special.TURN: TURN_TOKEN}
+    before_user, before_reply = (
+        "".join(part if isinstance(part, str) else written[part] for part in parts).strip()
+        for parts in (template.around_user[0], template.before_reply)
+    )
+    return before_user, before_reply
+
+
+def render(name: str, turns: Turns, add_generation_prompt: bool, continue_final: bool = False) -> Iterator[Piece]:
+    """Pieces of a conversation, the beginning-of-sequence token first where the template has it.
 
     Args:
         name: key of `TEMPLATES`.
@@ -125,22 +157,24 @@ def render(
             end with a reply.
     """
     template = chat_template(name)
+    if template.begins:
+        yield Piece((Special.BEGIN,), False)
     if continue_final and (add_generation_prompt or not turns or turns[-1][0] != "assistant"):
         raise ValueError("a final message to go on with is an assistant's, without a generation prompt after it")
-    system: tuple[Part, ...] = content_parts(template.system)
+    given: Content = template.system
     if turns and turns[0][0] == "system":
-        system, turns = content_parts(turns[0][1]), turns[1:]
-    if system:
+        given, turns = turns[0][1], turns[1:]
+    if any(system := content_parts(given)):
         yield _surround(template.around_system, system)
     for index, (role, content) in enumerate(turns):
         parts = content_parts(content)
+        parts = content_parts(content)
         if role == "user":
-            if not template.user_words:
-                parts = tuple(part for part in parts if part is Special.IMAGE)
-            yield _surround(template.around_user, parts)
+            seen = [part for part in parts if template.user_words or part is Special.IMAGE]
+            yield _surround(template.around_user, seen)
         elif role == "assistant":
             yield Piece(template.before_reply, False)
-            reply = ((template.reply_prefix,) if template.reply_prefix else ()) + parts
+            reply = _reply(template, parts)
             if continue_final and index == len(turns) - 1:
                 yield Piece(reply, True)
                 return
@@ -152,7 +186,15 @@ def render(
         yield Piece(template.before_reply, False)
 
 
-def _surround(around: tuple[tuple[Part, ...], tuple[Part, ...]], parts: tuple[Part, ...]) -> Piece:
+def _reply(template: ChatTemplate, parts: tuple[Part, ...]) -> tuple[Part, ...]:
+    """The parts of a reply, prefixed and trimmed."""
+    places = [place for place, part in enumerate(parts) if isinstance(part, Special)]
+    first = places[0] if places else len(parts)
+    words = "".join(str(part) for part in parts[:first])
+    return template.reply_prefix + (words.lstrip() if template.trims_reply else words), *parts[first:]
+
+
+def _surround(around: tuple[tuple[Part, ...], tuple[Part, ...]], parts: Sequence[Part]) -> Piece:
     return Piece((*around[0], *parts, *around[1]), False)
 
 
@@ -203,6 +245,15 @@ def _image_of(entry: Mapping[str, Any]) -> list[Any]:
     return [entry[key] for key in ("image", "path", "url") if entry.get(key) is not None][:1]
 
 
+#: SHA-256 of the text that each template had before 2026-11-30: a system turn stuck to the question, and white space
+#: that begins a ChatML reply was kept. Other conversations read the same, so folders that hold it are loaded.
+_EARLIER_JINJA = {
+    "plain": "74d6356dc33bde3fe4e17cbca92f750ae367fb546a00d0af0fba31ce51adb447",
+    "vicuna_v1": "6a11497b61d54c42ab39b26a8b719367d0ac17d52d506fe3a1150f27331d42c6",
+    "short": "0793b275b7bbf3a9545f35972e2809c0a39ab423aded85f062ee5785eb35e4a1",
+    "chatml": "c0dfe1deba3cf598b4e336bd92d35904ff145c2d0c4049679f9b4556131b0721",
+}
+
 _JINJA = """\
 {%%- macro words(content, keep) -%%}
 {%%- if content is string -%%}
@@ -221,16 +272,19 @@ _JINJA = """\
 {%%- endif -%%}
 {%%- endmacro -%%}
 {%%- if %(begins)s and bos_token -%%}{{ bos_token }}{%%- endif -%%}
+{%%- set system = %(system)s -%%}
 {%%- if messages and messages[0].role == "system" -%%}
-{{ %(before_system)s }}{{ words(messages[0].content, true) }}{{ %(after_system)s }}
-{%%- elif %(system)s -%%}
-{{ %(before_system)s }}{{ %(system)s }}{{ %(after_system)s }}
+{%%- set system = words(messages[0].content, true) -%%}
+{%%- endif -%%}
+{%%- if system -%%}
+{{ %(before_system)s }}{{ system }}{{ %(after_system)s }}
 {%%- endif -%%}
 {%%- for message in messages -%%}
 {%%- if message.role == "user" -%%}
 {{ %(before_user)s }}{{ words(message.content, %(user_words)s) }}{{ %(after_user)s }}
 {%%- elif message.role == "assistant" -%%}
-{{ %(before_reply)s }}{{ %(reply_prefix)s }}{{ words(message.content, true) }}{{ eos_token }}{{ %(after_reply)s }}
+{{ %(before_reply)s }}{{ %(reply_prefix)s }}{{ words(message.content, true)%(trim)s -}}
+{{ eos_token }}{{ %(after_reply)s }}
 {%%- elif message.role != "system" or not loop.first -%%}
 {{ raise_exception("a conversation has user and assistant turns, and one leading system turn at most") }}
 {%%- endif -%%}
@@ -262,5 +316,11 @@ def jinja_template(name: str) -> str:
         "user_words": json.dumps(template.user_words),
         "before_reply": literal(template.before_reply),
         "reply_prefix": json.dumps(template.reply_prefix),
+        "trim": ".lstrip()" if template.trims_reply else "",
         "after_reply": literal(template.after_reply),
     }
+
+
+def is_jinja_of(name: str, text: str) -> bool:
+    """Whether a text is the template's Jinja form, or the one that earlier folders hold."""
+    return text == jinja_template(name) or hashlib.sha256(text.encode()).hexdigest() == _EARLIER_JINJA[name]

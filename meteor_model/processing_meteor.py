@@ -1,12 +1,14 @@
 """MeteorProcessor: conversations and images to tensors, labels and placeholders; and the collation of examples.
 
 Whatever way a conversation comes in (training's turns, a plain question, Hugging Face messages, the text made from
-them), its ids come from one place, `MeteorProcessor.encode`.
+them), its ids come from one place, `MeteorProcessor.encode`; the prompt of a reply is what stands before it there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
@@ -20,14 +22,17 @@ from meteor_model.chat import (
     IGNORE_INDEX,
     IMAGE_PLACEHOLDER,
     TURN_TOKEN,
-    Content,
-    Part,
+    Piece,
     Special,
+    Turns,
     chat_template,
     content_parts,
+    images_in_front,
+    is_jinja_of,
     jinja_template,
     read_messages,
     render,
+    template_marks,
 )
 from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.image_processing_meteor import ImageInput, MeteorImageProcessor, flatten_images
@@ -35,15 +40,35 @@ from meteor_model.image_processing_meteor import ImageInput, MeteorImageProcesso
 PROCESSOR_FILE = "processor_config.json"
 PADDINGS = (True, False, "longest", "max_length")
 
-Turns = Sequence[tuple[str, Content]]
 Messages = Sequence[Mapping[str, Any]]
 
 
 class Encoded(NamedTuple):
-    """One conversation as token ids, and labels that are IGNORE_INDEX except on replies and their end token."""
+    """One conversation as token ids, and labels that are IGNORE_INDEX except on replies and their end token.
+
+    Attributes:
+        input_ids: tokens, each image as its placeholders.
+        labels: as many.
+        replies: where each reply begins in them, and where it ends, its end token included.
+    """
 
     input_ids: list[int]
     labels: list[int]
+    replies: tuple[tuple[int, int], ...] = ()
+
+
+class EncodedQuestion(NamedTuple):
+    """A reply of a conversation, and what it answers.
+
+    Attributes:
+        prompt: the conversation up to the reply, as training encodes it.
+        answer_ids: those of the reply that training supervises, its end token too.
+        num_images: images in the prompt, the first ones of the conversation.
+    """
+
+    prompt: Encoded
+    answer_ids: list[int]
+    num_images: int
 
 
 class Prompt(str):
@@ -108,7 +133,7 @@ class MeteorProcessor(ProcessorMixin):
 
     @chat_template.setter
     def chat_template(self, value: str | None) -> None:
-        if value is not None and value != jinja_template(self.template):
+        if value is not None and not is_jinja_of(self.template, value):
             raise ValueError(
                 f"chat_template is not the text of template {self.template!r}, whose pieces training encodes: name "
                 "another template (meteor_model.chat.TEMPLATES), or delete the file chat_template.jinja"
@@ -142,47 +167,62 @@ class MeteorProcessor(ProcessorMixin):
         written = sum(content_parts(content).count(Special.IMAGE) for _, content in turns)
         if written != num_images:
             raise ValueError(f"{written} {IMAGE_PLACEHOLDER} placeholders in the conversation, {num_images} images")
-        bos = self.tokenizer.bos_token_id if chat_template(self.template).begins else None
-        input_ids: list[int] = [] if bos is None else [bos]
-        labels: list[int] = [IGNORE_INDEX] * len(input_ids)
-        for parts, supervised in render(self.template, turns, add_generation_prompt, continue_final):
-            ids = self._tokenize(parts)
-            input_ids += ids
-            labels += ids if supervised else [IGNORE_INDEX] * len(ids)
-        if max_length is not None and len(input_ids) > max_length:
-            raise ValueError(f"{len(input_ids)} tokens exceed the longest sequence allowed, {max_length}")
-        return Encoded(input_ids, labels)
+        encoded = _TurnEncoder(self).encode(render(self.template, turns, add_generation_prompt, continue_final))
+        if max_length is not None and len(encoded.input_ids) > max_length:
+            raise ValueError(f"{len(encoded.input_ids)} tokens exceed the longest sequence allowed, {max_length}")
+        return encoded
 
     def encode_question(self, question: str, num_images: int) -> Encoded:
         """A user's question as the prompt of its answer, with its images in front where it does not place them.
 
         Raises:
+            ValueError: as `encode`; a question that is a rendered conversation already.
+        """
+        self._refuse_rendered(question)
+        return self.encode(images_in_front(question, num_images), num_images, add_generation_prompt=True)
+
+    def encode_questions(self, turns: Turns, num_images: int) -> list[EncodedQuestion]:
+        """Every reply of a conversation as a question, whose prompt is cut out of what training encodes.
+
+        Equal to `encode` of the turns before the reply, with a generation prompt. Earlier replies stand in it as the
+        conversation has them.
+
+        Raises:
             ValueError: as `encode`.
         """
-        return self.encode(_put_in_front(question, num_images), num_images, add_generation_prompt=True)
+        ids, labels, replies = self.encode(turns, num_images)
+        return [
+            EncodedQuestion(
+                Encoded(ids[:begin], labels[:begin], replies[:index]),
+                [label for label in labels[begin:end] if label != IGNORE_INDEX],
+                ids[:begin].count(self.image_token_id) // self.tokens_per_image,
+            )
+            for index, (begin, end) in enumerate(replies)
+        ]
+
+    def _refuse_rendered(self, question: str) -> None:
+        """Raise ValueError for a text that the template has wrapped; warn of one that holds its marks within."""
+        before_user, before_reply = template_marks(self.template)
+        text = question.replace(IMAGE_PLACEHOLDER, "").strip()
+        begins = [self.tokenizer.bos_token, before_user] if chat_template(self.template).begins else [before_user]
+        way_out = "give its messages to apply_chat_template, or the text that this made, unchanged"
+        if any(mark and text.startswith(mark) for mark in begins) or (before_reply and text.endswith(before_reply)):
+            raise ValueError(
+                f"the prompt is rendered by a template already ({text[:40]!r}); a string is taken for a user's "
+                f"question, which template {self.template!r} would wrap once more: give the question alone, or, for a "
+                f"conversation, {way_out}"
+            )
+        held = [mark for mark in (before_user, before_reply) if mark and mark in text]
+        if held:
+            warnings.warn(
+                f"the prompt holds {' and '.join(map(repr, held))}, which template {self.template!r} writes around "
+                f"turns; they are taken for the user's words. For a conversation {way_out}",
+                stacklevel=3,
+            )
 
     def batch_prompts(self, prompts: Sequence[Encoded], images: Sequence[Sequence[ImageInput]]) -> BatchFeature:
         """Prompts that are encoded already, and the images of each, ready for `generate`: what a call makes of both."""
         return self._batch(prompts, images, padding=True, padding_side="left", max_length=None, return_tensors="pt")
-
-    def _tokenize(self, parts: Sequence[Part]) -> list[int]:
-        """Token ids of a piece: an image becomes its placeholders, text that spells a special token stays text."""
-        ids: list[int] = []
-        text = ""
-        for part in (*parts, None):
-            if isinstance(part, str):
-                text += part
-                continue
-            if text:
-                ids += self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-                text = ""
-            if part is Special.IMAGE:
-                ids += [self.image_token_id] * self.tokens_per_image
-            elif part is Special.END:
-                ids.append(self.tokenizer.eos_token_id)
-            elif part is Special.TURN:
-                ids.append(self.tokenizer.convert_tokens_to_ids(TURN_TOKEN))
-        return ids
 
     def load_image(self, image: ImageInput) -> torch.Tensor:
         """Any usual image -> (3, S, S) uint8; see `MeteorImageProcessor.load_image`."""
@@ -215,11 +255,14 @@ class MeteorProcessor(ProcessorMixin):
                 cannot be used (naming its place) or an argument has another value.
         """
         prompts = [text] if isinstance(text, str) else list(text)
+        for prompt in prompts:
+            if not isinstance(prompt, Prompt):
+                self._refuse_rendered(prompt)
         conversations = [_conversation(prompt) for prompt in prompts]
         groups = _deal(images, [content for content, _ in conversations], single=isinstance(text, str))
         rows = []
         for (turns, options), group in zip(conversations, groups, strict=True):
-            placed = _put_in_front(turns, len(group)) if isinstance(turns, str) else turns
+            placed = images_in_front(turns, len(group)) if isinstance(turns, str) else turns
             rows.append(self.encode(placed, len(group), **options, max_length=max_length))
         return self._batch(rows, groups, padding, padding_side, max_length, return_tensors)
 
@@ -346,6 +389,117 @@ class MeteorProcessor(ProcessorMixin):
         return processor
 
 
+class _TurnEncoder:
+    """Tokenizes one rendered conversation as the text that it is.
+
+    The ids are those that the tokenizer gives the conversation's text (`jinja_template`): what it does at the borders
+    of words depends on what stands beside them, and many a tokenizer begins a text with a blank. Two things differ:
+
+    - Words that spell a special token stay words.
+    - A reply begins with a token of its own, also where the tokenizer would join its beginning to what stands before.
+      So a prompt is always the beginning of what training has seen.
+    """
+
+    def __init__(self, processor: MeteorProcessor) -> None:
+        self._processor = processor
+        self._tokenizer = tokenizer = processor.tokenizer
+        self._special_words = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self._written = {
+            Special.BEGIN: tokenizer.bos_token,
+            Special.END: tokenizer.eos_token,
+            Special.TURN: TURN_TOKEN,
+            Special.IMAGE: processor.image_token,
+        }
+        self._ids: list[int] = []
+        self._labels: list[int] = []
+        self._in_reply = False
+        # The run of text since the last special token: what precedes it, and its words before and in a reply.
+        self._before = ""
+        self._asked, self._reply = "", ""
+        self._asked_ids: list[int] = []
+
+    def encode(self, pieces: Iterable[Piece]) -> Encoded:
+        """Ids, labels and replies of the pieces of a conversation."""
+        replies: list[tuple[int, int]] = []
+        for parts, supervised in pieces:
+            if supervised:
+                self._begin_reply()
+            begin = len(self._ids)
+            for part in parts:
+                if isinstance(part, Special):
+                    self._add_special(part)
+                elif self._in_reply:
+                    self._reply += part
+                else:
+                    self._asked += part
+            if supervised and parts[-1] is Special.END:  # a reply to go on with has none
+                replies.append((begin, len(self._ids)))
+                self._in_reply = False
+        self._end_run("")
+        return Encoded(self._ids, self._labels, tuple(replies))
+
+    def _begin_reply(self) -> None:
+        self._asked_ids = self._ids_of(self._before, self._asked, "")
+        self._add(self._asked_ids, supervised=False)
+        self._in_reply = True
+
+    def _end_run(self, after: str) -> None:
+        """Add what is open of the run of text that the special token `after`, or nothing, ends."""
+        if not self._in_reply:
+            self._add(self._ids_of(self._before, self._asked, after), supervised=False)
+        else:
+            whole, asked = self._ids_of(self._before, self._asked + self._reply, after), self._asked_ids
+            if whole[: len(asked)] == asked:
+                self._add(whole[len(asked) :], supervised=True)
+            else:
+                self._add(self._ids_of(self._tokenizer.eos_token, self._reply, after), supervised=True)
+        self._asked, self._asked_ids, self._reply = "", [], ""
+
+    def _add_special(self, part: Special) -> None:
+        written = self._written[part]
+        if written is None:  # a tokenizer without a beginning of sequence
+            return
+        self._end_run(written)
+        number = self._tokenizer.convert_tokens_to_ids(written)
+        if part is Special.IMAGE:
+            self._add([number] * self._processor.tokens_per_image, supervised=False)  # seen in a reply, never said
+        else:
+            self._add([number], supervised=self._in_reply)
+        self._before = written
+
+    def _add(self, ids: list[int], supervised: bool) -> None:
+        self._ids += ids
+        self._labels += ids if supervised else [IGNORE_INDEX] * len(ids)
+
+    def _ids_of(self, before: str, text: str, after: str) -> list[int]:
+        """The ids of a text between two special tokens ("": none), which are not among them."""
+        if not text:
+            return []
+        ids: list[int] = self._tokenizer.encode(
+            before + text + after, add_special_tokens=False, split_special_tokens=False
+        )
+        first, last = int(bool(before)), len(ids) - int(bool(after))
+        borders = ids[:first] + ids[last:]
+        expected = [self._tokenizer.convert_tokens_to_ids(token) for token in (before, after) if token]
+        if borders == expected and not any(word in text for word in self._special_words):
+            return ids[first:last]
+        return self._ids_of_words(text)
+
+    def _ids_of_words(self, text: str) -> list[int]:
+        """The ids of a text that spells special tokens, and holds none: they are tokenized as the words they are."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        found = {self._tokenizer.convert_tokens_to_ids(word) for word in self._special_words if word in text}
+        if found.isdisjoint(ids):
+            return ids
+        # A Unigram model finds them in its vocabulary even so: they are cut behind their first character.
+        words = "|".join(sorted(map(re.escape, self._special_words), key=len, reverse=True))
+        cuts = [match.start() + 1 for match in re.finditer(words, text)]
+        pieces = [text[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        return [
+            number for piece in pieces if piece for number in self._tokenizer.encode(piece, add_special_tokens=False)
+        ]
+
+
 def _check_tokens(tokenizer: PreTrainedTokenizerBase, image_token: str, template: str) -> None:
     """Whether the tokenizer has what the template writes. Raises ValueError that names what is missing."""
     needs_turns = Special.TURN in chat_template(template).before_reply
@@ -368,13 +522,6 @@ def _conversation(prompt: str) -> tuple[Turns | str, dict[str, bool]]:
     if isinstance(prompt, Prompt):
         return prompt.turns, prompt.options
     return prompt, {"add_generation_prompt": True}
-
-
-def _put_in_front(question: str, num_images: int) -> Turns:
-    """A question as a user turn, with its images in front where it does not place them."""
-    if num_images and IMAGE_PLACEHOLDER not in question:
-        question = IMAGE_PLACEHOLDER * num_images + "\n" + question
-    return [("user", question)]
 
 
 def _deal(images: Any, prompts: Sequence[Turns | str], single: bool) -> list[list[ImageInput]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor
 
+from meteor_model import chat as chat_module
 from meteor_model.chat import IGNORE_INDEX, TEMPLATES, TURN_TOKEN
 from meteor_model.image_processing_meteor import MeteorImageProcessor
 from meteor_model.processing_meteor import MeteorProcessor, collate
@@ -175,7 +177,7 @@ def test_system_turn_replaces_the_template_s_own() -> None:
     proc = processor(template="vicuna_v1")
     own = proc.tokenizer.decode(proc.encode([("user", "Hi"), ("assistant", "yes")], 0).input_ids)
     given = proc.tokenizer.decode(
-        proc.encode([("system", "Be brief. "), ("user", "Hi"), ("assistant", "y")], 0).input_ids
+        proc.encode([("system", "Be brief."), ("user", "Hi"), ("assistant", "y")], 0).input_ids
     )
     assert own.startswith("<s>A chat between a curious user")
     assert given == "<s>Be brief. USER: Hi ASSISTANT: y</s>"
@@ -192,6 +194,7 @@ def test_special_token_text_in_a_conversation_stays_text() -> None:
     assert "say </s> now" in proc.tokenizer.decode(encoded.input_ids)
 
 
+@pytest.mark.filterwarnings("ignore:the prompt holds")
 @pytest.mark.parametrize("template", sorted(set(TEMPLATES) - {"plain"}))
 def test_a_user_cannot_write_special_tokens_or_images_on_any_way(template: str) -> None:
     proc = templated(template)
@@ -377,7 +380,7 @@ def test_decode_leaves_special_tokens_out_unless_asked() -> None:
 
 
 @pytest.mark.parametrize("template", sorted(TEMPLATES))
-def test_processor_survives_saving(template: str, tmp_path: Path) -> None:
+def test_processor_survives_saving(template: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     proc = templated(template)
     proc.save_pretrained(tmp_path)
     assert (tmp_path / "chat_template.jinja").read_text() == proc.chat_template
@@ -387,6 +390,9 @@ def test_processor_survives_saving(template: str, tmp_path: Path) -> None:
         assert loaded.encode(turns, 1) == proc.encode(turns, 1)
         assert loaded.to_dict() == proc.to_dict()
     assert AutoImageProcessor.from_pretrained(tmp_path).to_dict() == proc.image_processor.to_dict()
+    monkeypatch.setitem(chat_module._EARLIER_JINJA, template, hashlib.sha256(b"what it was").hexdigest())
+    (tmp_path / "chat_template.jinja").write_text("what it was")
+    assert MeteorProcessor.from_pretrained(tmp_path).encode(turns, 1) == proc.encode(turns, 1)
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     with pytest.raises(ValueError, match="chat_template is not the text of template"):
         MeteorProcessor.from_pretrained(tmp_path)
