@@ -133,7 +133,9 @@ def ascending(part: WorkItem) -> SampleIds:
     """All samples of a window."""
     samples = np.array(part.samples)
     index = np.arange(part.rows) - np.repeat(np.cumsum(samples) - samples, samples)
-    return SampleIds(part.datasets(), np.full(part.rows, part.epoch), np.repeat(part.shards, samples), index)
+    return SampleIds(
+        np.full(part.rows, part.dataset), np.full(part.rows, part.epoch), np.repeat(part.shards, samples), index
+    )
 
 
 def measure_ledger(name: str, shards: int, samples: int) -> dict[str, Any]:

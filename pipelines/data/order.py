@@ -63,9 +63,9 @@ class WorkItem:
         """The windows to fetch, in the order in which rows need them."""
         return () if self.is_void else (self,)
 
-    def datasets(self) -> Int64s:
-        """Dataset of every row, (rows,)."""
-        return np.full(self.rows, self.dataset, dtype=np.int64)
+    def datasets(self) -> Iterator[Int64s]:
+        """Dataset of every row in order, in pieces (n,)."""
+        yield np.full(self.rows, self.dataset, dtype=np.int64)
 
     def sample_ids(self) -> SampleIds:
         """Dataset, epoch, shard and index of every row of the item, in order."""
@@ -74,7 +74,9 @@ class WorkItem:
         order = window_order(self.seed, self.epoch, self.window, sum(self.samples))[self.lo : self.hi]
         slots, indices = _split_positions(np.asarray(self.samples, dtype=np.int64), order)
         epochs = np.full(self.rows, self.epoch, dtype=np.int64)
-        return SampleIds(self.datasets(), epochs, np.asarray(self.shards, dtype=np.int64)[slots], indices)
+        return SampleIds(
+            np.full_like(epochs, self.dataset), epochs, np.asarray(self.shards, dtype=np.int64)[slots], indices
+        )
 
 
 def void_item(rows: int, first_row: int) -> WorkItem:

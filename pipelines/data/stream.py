@@ -110,7 +110,8 @@ def read_item(manifest_urls: Sequence[str], work: ReadWork, fetch: Fetch) -> Ite
     samples[VOID_EPOCH] = itertools.repeat((NO_SAMPLE, {}))
     rows: list[dict[str, Any]] = []
     size = 0
-    for row, dataset in enumerate(item.datasets().tolist(), start=item.first_row):
+    datasets = itertools.chain.from_iterable(piece.tolist() for piece in item.datasets())
+    for row, dataset in enumerate(datasets, start=item.first_row):
         sample, members = next(samples[dataset])
         rows.append({**place_columns(row, sample), "names": list(members), "data": list(members.values())})
         size += sum(map(len, members.values()))

@@ -1,8 +1,10 @@
 """The order over several datasets: properties that must hold for every mixture, against a literal enumeration."""
 
+import heapq
 from collections import Counter
 from fractions import Fraction
 from itertools import pairwise
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,64 @@ def test_the_even_merge_is_a_sort_of_fractions(quotas: list[int]) -> None:
         assert sum(merge.positions(row)) == row
 
 
+def evenly_by_common_multiple(quotas: tuple[int, ...], row: int) -> list[int]:
+    """The first release's way: keys as integers over the quotas' common multiple, the smallest taken one by one."""
+    common = lcm(*quotas)
+    units = [common // quota for quota in quotas]
+    below = max(0, common * (2 * row - len(units) - 2) // sum(quotas))
+    counts = [((below - 1) // unit + 1) // 2 for unit in units]
+    next_keys = [((2 * counts[dataset] + 1) * unit, dataset) for dataset, unit in enumerate(units)]
+    heapq.heapify(next_keys)
+    for _ in range(row - sum(counts)):
+        key, dataset = next_keys[0]
+        counts[dataset] += 1
+        heapq.heapreplace(next_keys, (key + 2 * units[dataset], dataset))
+    return counts
+
+
+big_quotas = st.one_of(st.integers(1, 2**42), st.integers(2**40 - 3, 2**40 + 3), st.sampled_from([1, 3, 10**6]))
+
+
+@settings(deadline=None)
+@given(st.lists(big_quotas, min_size=1, max_size=8), st.integers(1, 3), st.data())
+def test_large_quotas_are_merged_by_exact_fractions(quotas: list[int], block_rows: int, data: st.DataObject) -> None:
+    """Keys that are one float and two fractions, as in the middle of two quotas of 2**40 - 1 and 2**40 + 1."""
+    merge = Merge(5, tuple(quotas), block_rows)
+    near = st.one_of(st.integers(0, merge.total), st.integers(max(0, merge.total // 2 - 20), merge.total // 2))
+    row = data.draw(near)
+    assert merge.evenly(row) == evenly_by_common_multiple(merge.quotas, row)
+    rows = data.draw(st.integers(0, min(40, merge.total - row)))
+    blocks = range(row // block_rows, -(-(row + rows) // block_rows))
+    wanted = [dataset for number in blocks for dataset in merge.block(number)[1].tolist()]
+    found = [dataset for piece in merge.datasets(row, rows) for dataset in piece.tolist()]
+    assert found == wanted[row % block_rows :][:rows]
+
+
+def test_the_first_rows_of_200_datasets_are_there_before_the_item_is_laid_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An item of so many datasets holds millions of rows; laying all of them out first took 70 s."""
+    monkeypatch.setattr(mixture, "BLOCK", BLOCK)
+    monkeypatch.setattr(mixture, "ITEM_WINDOWS", ITEM_WINDOWS)
+    generator = np.random.default_rng(0)
+    sizes = [generator.integers(5000, 10_000, generator.integers(20, 400)) for _ in range(200)]
+    plan = MixturePlan(sizes, generator.uniform(0.3, 3, 200).round(2).tolist(), 7, 2, 256, 4)
+    item = next(plan.work(0))
+    assert item.rows > 10**7
+    laid_out: list[int] = []
+    merged = Merge._blocks
+
+    def counted(merge: Merge, number: int, stop: int) -> Any:
+        laid_out.append(stop - number)
+        return merged(merge, number, stop)
+
+    monkeypatch.setattr(Merge, "_blocks", counted)
+    pieces = item.datasets()
+    first = next(pieces)
+    assert sum(laid_out) * BLOCK == len(first) <= item.rows / 50
+    assert first.tolist() == np.concatenate([plan.merge.block(n)[1] for n in range(laid_out[0])]).tolist()
+    numbers = plan.merge._key(plan.merge.quotas[0] - 1, plan.merge.quotas[0])
+    assert numbers.bit_length() < 128, "comparing keys does not become slower with the number of datasets"
+
+
 @settings(deadline=None)
 @given(mixtures())
 def test_random_access_and_work_items_equal_the_enumeration(plan: MixturePlan) -> None:
@@ -95,7 +155,9 @@ def test_random_access_and_work_items_equal_the_enumeration(plan: MixturePlan) -
     assert rows_of(plan, backwards) == rows[::-1]
     items = list(plan.work(0))
     assert [row for item in items for row in rows_of(item)] == rows
-    assert [dataset for item in items for dataset in item.datasets().tolist()] == [row[0] for row in rows]
+    assert [dataset for item in items for piece in item.datasets() for dataset in piece.tolist()] == [
+        row[0] for row in rows
+    ]
 
 
 @settings(deadline=None)
