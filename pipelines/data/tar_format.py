@@ -240,7 +240,8 @@ def parse_shard(data: bytes, shard: str) -> ShardContents:
         if (dotted := _dotted(members)) is not None:
             detail = (
                 f"the key of {quoted(f'{key}.{dotted}')} has a dot in it: a key ends at the first dot of the base "
-                f"name, so all files of {quoted(key)} are one sample; rename them, with _ for the dot, and rebuild the shard"
+                f"name, so all files of {quoted(key)} are one sample; rename them, with _ for the dot, and rebuild the "
+                "shard"
             )
             raise ShardError(shard, "dotted_key", detail)
     return ShardContents(samples, dict(sorted(ignored.items())))
