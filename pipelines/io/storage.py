@@ -1,8 +1,7 @@
 """The one place that makes filesystems and turns their faults into errors a user can act on.
 
-Addresses come from the standard environment of S3 clients: AWS_ENDPOINT_URL (or AWS_ENDPOINT_URL_S3), AWS_REGION,
-AWS_ACCESS_KEY_ID / AWS_SECRET_ACCESS_KEY or AWS_SHARED_CREDENTIALS_FILE / AWS_PROFILE. URLs are `s3://bucket/prefix` or
-plain local paths.
+Where S3 is comes from the standard environment and files of S3 clients (`pipelines.io.s3_config`). URLs are
+`s3://bucket/prefix` or plain local paths.
 
 Two clients, each for what it does well:
 - pyarrow (`arrow_filesystem`): listings (4 times as fast as s3fs), shards, which the manifest's checksum protects,
@@ -34,15 +33,13 @@ import pyarrow.fs
 from pyarrow.fs import FileInfo, FileSelector, FileType
 
 from meteor_model.foreign import foreign
-from pipelines.io.errors import TransientError
-from pipelines.io.fingerprint import sha256
-from pipelines.io.redact import redact_text
+from pipelines.io.errors import StorageError, TransientError
 from pipelines.io.retry import RETRY_S, Progress, retry, with_stall_limit
+from pipelines.io.s3_config import config_stamp, s3_config
 
 T = TypeVar("T")
 
 S3_SCHEME = "s3://"
-DEFAULT_REGION = "us-east-1"
 CONNECT_TIMEOUT_S = 5.0
 REQUEST_TIMEOUT_S = 30.0
 BULK_ATTEMPTS = 2  # of pyarrow within one try of a bulk read, which is retried as a whole
@@ -52,18 +49,6 @@ STALL_S = 60.0
 SMALL_READ_S = 300.0
 """Seconds in which the whole object of `read_bytes` must arrive."""
 PIECE_BYTES = 16 * 2**20
-
-_ADDRESS_VARIABLES = (
-    "AWS_ENDPOINT_URL",
-    "AWS_ENDPOINT_URL_S3",
-    "AWS_REGION",
-    "AWS_DEFAULT_REGION",
-    "AWS_ACCESS_KEY_ID",
-    "AWS_SECRET_ACCESS_KEY",
-    "AWS_SESSION_TOKEN",
-    "AWS_SHARED_CREDENTIALS_FILE",
-    "AWS_PROFILE",
-)
 
 # How each client words one kind of fault; matched case-insensitively against the texts of the whole exception chain.
 _BUCKET_WORDS = ("nosuchbucket", "no_such_bucket", "bucket does not exist")
@@ -114,13 +99,6 @@ _UNREACHABLE_WORDS = (
 )
 
 
-class StorageError(ValueError):
-    """Storage could not be used as asked; the message names the address and what to do, never a secret."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(redact_text(message))
-
-
 class ObjectMissingError(StorageError):
     """The bucket answers, but there is no object (or file) at this address."""
 
@@ -152,40 +130,22 @@ def join(url: str, *parts: str) -> str:
     return "/".join([root, *(piece for piece in pieces if piece)]) or "/"
 
 
-def endpoint_url() -> str | None:
-    """The S3 endpoint of the environment, or None for AWS itself. Raises StorageError when it has no scheme."""
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
-    if endpoint is not None and not re.match(r"^https?://[^/]", endpoint):
-        raise StorageError(f"AWS_ENDPOINT_URL={endpoint!r} has no scheme; write it as http://HOST:PORT")
-    return endpoint
-
-
-def region() -> str:
-    """The region of the environment (self-hosted stores take any)."""
-    return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or DEFAULT_REGION
-
-
 def _check_scheme(url: str) -> None:
     match = re.match(r"^([A-Za-z][A-Za-z0-9+.-]*)://", url)
     if match and match.group(1) != "s3":
         raise StorageError(f"{url!r}: the scheme {match.group(1)!r} is not supported; use s3://BUCKET/PREFIX or a path")
 
 
-def _address_fingerprint() -> str:
-    """A hash of the address variables: a changed environment gets a fresh client, and no secret is kept as a key."""
-    values = [f"{name}={os.environ.get(name, '')}" for name in _ADDRESS_VARIABLES]
-    return sha256("\n".join(values))
-
-
 # --------------------------------------------------------------------------------------------------------- filesystems
 
 
 @lru_cache(maxsize=4)
-def _s3fs(pid: int, fingerprint: str) -> Any:
+def _s3fs(pid: int, stamp: str) -> Any:
+    config = s3_config()
     return fsspec.filesystem(
         "s3",
-        endpoint_url=endpoint_url(),
-        client_kwargs={"region_name": region()},
+        endpoint_url=config.endpoint,
+        client_kwargs={"region_name": config.region, "verify": config.ca_bundle},
         config_kwargs={
             "s3": {"addressing_style": "path"},
             "connect_timeout": CONNECT_TIMEOUT_S,
@@ -198,15 +158,19 @@ def _s3fs(pid: int, fingerprint: str) -> Any:
 
 
 @lru_cache(maxsize=8)
-def _arrow_s3(pid: int, fingerprint: str, attempts: int) -> pyarrow.fs.FileSystem:
-    endpoint = endpoint_url()
-    scheme, override = None, None
-    if endpoint is not None:
-        scheme, _, override = endpoint.partition("://")
+def _arrow_s3(pid: int, stamp: str, attempts: int) -> pyarrow.fs.FileSystem:
+    config = s3_config()
+    # Always said: without, pyarrow would look for AWS_ENDPOINT_URL itself, also where it is to be ignored.
+    scheme, _, address = (config.endpoint or f"https://s3.{config.region}.amazonaws.com").partition("://")
+    access_key, secret_key, session_token = config.keys or (None, None, None)
     return pyarrow.fs.S3FileSystem(
-        endpoint_override=override.rstrip("/") if override else None,
+        access_key=access_key,
+        secret_key=secret_key,
+        session_token=session_token,
+        endpoint_override=address,
         scheme=scheme,
-        region=region(),
+        region=config.region,
+        tls_ca_file_path=config.ca_bundle,
         connect_timeout=CONNECT_TIMEOUT_S,
         request_timeout=REQUEST_TIMEOUT_S,
         retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=attempts),
@@ -223,7 +187,7 @@ def fsspec_filesystem(url: str) -> tuple[Any, str]:
     _check_scheme(url)
     if is_s3(url):
         bucket, key = split_s3(url)
-        return _s3fs(os.getpid(), _address_fingerprint()), f"{bucket}/{key}".rstrip("/")
+        return _s3fs(os.getpid(), config_stamp()), f"{bucket}/{key}".rstrip("/")
     return fsspec.filesystem("file"), str(Path(url).expanduser().absolute())
 
 
@@ -238,7 +202,7 @@ def arrow_filesystem(url: str, attempts: int = FILESYSTEM_ATTEMPTS) -> tuple[pya
     _check_scheme(url)
     if is_s3(url):
         bucket, key = split_s3(url)
-        return _arrow_s3(os.getpid(), _address_fingerprint(), attempts), f"{bucket}/{key}".rstrip("/")
+        return _arrow_s3(os.getpid(), config_stamp(), attempts), f"{bucket}/{key}".rstrip("/")
     return pyarrow.fs.LocalFileSystem(), str(Path(url).expanduser().absolute())
 
 
@@ -255,7 +219,8 @@ def _chain_text(error: BaseException) -> str:
 
 
 def _where() -> str:
-    return endpoint_url() or f"AWS ({region()})"
+    config = s3_config()
+    return config.endpoint or f"AWS ({config.region})"
 
 
 def translate(url: str, error: BaseException) -> StorageError:

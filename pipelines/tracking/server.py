@@ -53,6 +53,10 @@ def limit_http_waits() -> None:
     """
     for name, value in _HABITS.items():
         os.environ.setdefault(name, value)
+    if region := os.environ.get(
+        "AWS_REGION"
+    ):  # boto3, with which MLflow reads artifacts from S3, knows the other alone
+        os.environ.setdefault("AWS_DEFAULT_REGION", region)
 
 
 def use_tracking(uri: str) -> None:
