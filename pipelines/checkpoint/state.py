@@ -33,6 +33,8 @@ PARITY_FILE = "parity.safetensors"
 ZERO3_TAG = "zero3"
 STATE_VERSION = 3
 MAX_LISTED_DROPS = 200
+TOO_LONG = "too_long"
+"""The reason that is no fault of a sample (`pipelines.data.schema.REASONS`)."""
 SMOOTHED_STEPS = 10
 KEPT_LAST_LOSSES = 16
 
@@ -94,7 +96,9 @@ class TrainState:
     restarts: int = 0
     """How often the training went on from a checkpoint that this one descends from."""
     dropped: dict[str, int] = field(default_factory=dict)
-    """Faulty samples by reason."""
+    """Samples that trained nothing, by reason: faulty ones, and `TOO_LONG` ones."""
+    truncated: int = 0
+    """Samples trained on of which a part was left out, because they are too long."""
     dropped_samples: tuple[DroppedSample, ...] = ()
     """The first faulty samples, in the order of the plan."""
     first_losses: tuple[float, ...] = ()
@@ -112,6 +116,11 @@ class TrainState:
     def done(self) -> bool:
         """Whether every step has been made."""
         return self.step == self.total_steps
+
+    @property
+    def faulty(self) -> int:
+        """Samples that trained nothing because something is wrong with them."""
+        return sum(count for reason, count in self.dropped.items() if reason != TOO_LONG)
 
     @property
     def padding_share(self) -> float:

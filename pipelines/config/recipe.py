@@ -167,6 +167,8 @@ class Recipe:
         }.items():
             for key in keys:
                 plain[where].pop(key)
+        if plain["data"]["too_long"] == "truncate":  # so that runs from before this setting go on
+            del plain["data"]["too_long"]
         return plain
 
     def digest(self) -> str:

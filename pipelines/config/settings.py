@@ -250,7 +250,11 @@ class DataSettings:
     """A shard that is missing, damaged, or not the one the manifest describes: stop, or drop all its samples as
     bad_shard, counted under max_drop_share."""
     max_length: PositiveInt = 512
-    """Longest sample in tokens, visual tokens included; longer samples are dropped as too_long."""
+    """Longest sample in tokens, visual tokens included."""
+    too_long: Literal["truncate", "drop", "fail"] = "truncate"
+    """What becomes of longer samples. truncate: whole exchanges go from the end, then the end of the first reply, never
+    a part of a question or of an image. drop: they are passed over. fail: the job stops and names the first. Truncated
+    and dropped ones are counted, and apart from faulty ones."""
     data_task_cpus: PositiveFloat = 0.5
     """Ray CPUs that one data task (reading, decoding, encoding) reserves."""
     data_tasks: PositiveInt = 2

@@ -225,6 +225,7 @@ ROW_SCHEMA = pa.schema(
         ("images", pa.large_binary()),
         ("num_images", pa.int32()),
         ("image_size", pa.int32()),
+        ("cut", pa.int32()),
     ]
 )
 
@@ -254,6 +255,7 @@ class Row:
         images: uint8 (n, 3, S, S) in C order.
         num_images: n.
         image_size: S; 0 where there are no images.
+        cut: tokens that were left out because the sample is too long (`pipelines.data.length`); 0 of a whole one.
     """
 
     row: int
@@ -265,6 +267,7 @@ class Row:
     images: bytes = b""
     num_images: int = 0
     image_size: int = 0
+    cut: int = 0
 
     @property
     def usable(self) -> bool:

@@ -29,6 +29,7 @@ from ray.data import DataContext, Dataset, Datasource, ExecutionOptions, ReadTas
 from ray.data.block import BlockMetadata
 
 from meteor_model.chat import IGNORE_INDEX
+from pipelines.data.length import SampleTooLongError, TooLong, fit
 from pipelines.data.mixture import Item, Plan
 from pipelines.data.order import WorkItem, void_item
 from pipelines.data.ray_data import configure
@@ -206,12 +207,14 @@ class RowEncoder:
     Args:
         factory: picklable, makes the processor (e.g. `partial(MeteorProcessor.from_pretrained, folder)`).
         pad_token_id: the single token of a row that has nothing to train on.
-        max_length: longer samples get the reason `too_long`; their images are not decoded.
+        max_length: tokens of a row at most; images of what does not fit are not decoded.
+        too_long: what becomes of longer samples (`pipelines.data.length`).
     """
 
     factory: Callable[[], Processor]
     pad_token_id: int
     max_length: int
+    too_long: TooLong = "truncate"
     identity: str = field(default_factory=lambda: uuid4().hex, init=False)
 
     @property
@@ -223,7 +226,10 @@ class RowEncoder:
         return _PROCESSORS[self.identity]
 
     def __call__(self, row: int, sample: SampleId, members: Mapping[str, bytes]) -> Row:
-        """Row number `row`. Faults of the sample end in `reason` and `detail`, nothing else is caught."""
+        """Row number `row`. Faults of the sample end in `reason` and `detail`, nothing else is caught.
+
+        Raises SampleTooLongError, naming the sample, where `too_long` is fail.
+        """
         found = try_sample(sample.key, members, partial(self._encode, row, sample))
         if isinstance(found, SampleFault):
             return self.without_sample(row, sample, found.reason, found.detail)
@@ -237,20 +243,23 @@ class RowEncoder:
         from meteor_model.images import ImageError, decode_image
 
         try:
-            encoded = self.processor.encode([(turn.role, turn.text) for turn in raw.turns], len(raw.images))
+            fitted = fit(raw.turns, len(raw.images), self.processor.encode, self.max_length, self.too_long)
+        except SampleTooLongError as error:
+            raise SampleTooLongError(f"sample {sample.key!r} ({sample}) has {error}") from error
+        except SampleError:
+            raise
         except ValueError as error:  # no fault that a sample may have: the processor and the schema disagree
             raise ValueError(f"sample {sample.key!r} is well-formed but cannot be encoded: {error}") from error
-        if len(encoded.input_ids) > self.max_length:
-            raise SampleError("too_long", f"{len(encoded.input_ids)} tokens, the limit is {self.max_length}")
         size = self.processor.image_size
         pixels = []
-        for position, data in enumerate(raw.images):
+        for position, data in enumerate(raw.images[: fitted.num_images]):
             try:
                 pixels.append(decode_image(data, size).numpy().tobytes())
             except ImageError as fault:
                 raise ImageError(fault.reason, f"image {position}: {fault.detail}") from fault
         images, count = b"".join(pixels), len(pixels)
-        return Row(row, sample, "", "", encoded.input_ids, encoded.labels, images, count, size if count else 0)
+        size = size if count else 0
+        return Row(row, sample, "", "", fitted.input_ids, fitted.labels, images, count, size, fitted.cut)
 
 
 def encode_table(raw: pa.Table, encoder: RowEncoder) -> pa.Table:

@@ -66,6 +66,7 @@ def build_summary(
         "samples_expected": training.planned_samples,
         "samples_seen": state.samples_seen,
         "dropped": dict(state.dropped),
+        "truncated": state.truncated,
         "padding_share": state.padding_share,
         "restarts": state.restarts,
         "loss_first": state.loss_first,
@@ -109,11 +110,13 @@ def summary_text(summary: Mapping[str, Any], answers: Sequence[HeldoutAnswer] = 
         for name, part in tokens["encode"].items()
     )
     dropped = ", ".join(f"{count} {reason}" for reason, count in summary["dropped"].items()) or "none"
+    truncated = summary.get("truncated", 0)  # none in a summary of before
+    cut = f" ({truncated} of them truncated)" if truncated else ""
     gain = 1 - summary["heldout_loss"] / summary["heldout_loss_shuffled_images"]
     kept = tokens["decode_kept_mean"]
     lines = [
         ("run", f"{summary['run_name']} (MLflow run {summary['run_id']})"),
-        ("samples", f"{summary['samples_seen']} of {summary['samples_expected']} trained, dropped: {dropped}"),
+        ("samples", f"{summary['samples_seen']} of {summary['samples_expected']} trained{cut}, dropped: {dropped}"),
         (
             "training",
             f"{summary['steps']} steps, {summary['world_size']} workers, {summary['samples_per_s']:.1f} samples/s, "

@@ -48,7 +48,9 @@ class MicroBatch:
     samples: tuple[SampleId, ...]
     """Which samples those are, in the order of the batch."""
     dropped: tuple[DroppedSample, ...]
-    """Faulty samples among the rows."""
+    """Samples among the rows that train nothing: faulty ones, and those that are too long."""
+    truncated: int
+    """Samples in the batch of which a part was left out, because they are too long."""
 
 
 def iterate_rows(share: ray.data.DataIterator, micro_batch: int) -> Iterator[Sequence[Row]]:
@@ -159,7 +161,8 @@ def make_micro_batch(rows: Sequence[Row], collate: Collate, pad_token_id: int) -
     inputs = collate(examples)
     cells = inputs["input_ids"].numel() if samples else 0
     ids = tuple(row.sample for row in samples)
-    return MicroBatch(inputs, num_images, supervised, tokens, cells, len(samples), ids, dropped)
+    truncated = sum(row.cut > 0 for row in samples)
+    return MicroBatch(inputs, num_images, supervised, tokens, cells, len(samples), ids, dropped, truncated)
 
 
 def _empty_example(pad_token_id: int) -> dict[str, Any]:
@@ -188,6 +191,7 @@ class Counts:
     tokens: int
     cells: int
     seen: int
+    truncated: int
     dropped: dict[str, int]
     votes: tuple[int, int] = (0, 0)
     """Of the workers about a preemption notice (`pipelines.recovery.preemption`)."""
@@ -201,15 +205,17 @@ class Counts:
             sum(batch.tokens for batch in batches),
             sum(batch.cells for batch in batches),
             sum(batch.seen for batch in batches),
+            sum(batch.truncated for batch in batches),
             {reason: reasons.count(reason) for reason in REASONS},
             votes,
         )
 
     def summed_over_workers(self, device: torch.device) -> "Counts":
         """The sum over all workers, in one all-reduce; every worker must call it."""
-        numbers = [self.supervised, self.tokens, self.cells, self.seen, *self.votes]
+        numbers = [self.supervised, self.tokens, self.cells, self.seen, self.truncated, *self.votes]
         numbers += [self.dropped[reason] for reason in REASONS]
         total = torch.tensor(numbers, dtype=torch.int64, device=device)
         torch.distributed.all_reduce(total)
-        supervised, tokens, cells, seen, signalled, due, *dropped = total.tolist()
-        return Counts(supervised, tokens, cells, seen, dict(zip(REASONS, dropped, strict=True)), (signalled, due))
+        supervised, tokens, cells, seen, truncated, signalled, due, *dropped = total.tolist()
+        by_reason = dict(zip(REASONS, dropped, strict=True))
+        return Counts(supervised, tokens, cells, seen, truncated, by_reason, (signalled, due))

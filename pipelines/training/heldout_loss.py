@@ -52,11 +52,12 @@ def _inputs(batch: MicroBatch, device: torch.device) -> dict[str, Tensor]:
 
 
 def _sums(model: Any, batches: Iterable[MicroBatch], device: torch.device) -> Tensor:
-    """What `_metrics` is made of, (5,) float64.
+    """What `_metrics` is made of, (8,) float64.
 
-    Loss, loss with shuffled images, supervised tokens, samples with images, and those of them that got other ones.
+    Loss, loss with shuffled images, supervised tokens, samples with images, those of them that got other ones; samples
+    asked, samples left out, samples truncated.
     """
-    sums = torch.zeros(5, dtype=torch.float64, device=device)
+    sums = torch.zeros(8, dtype=torch.float64, device=device)
     for batch in batches:
         inputs = _inputs(batch, device)
         shuffled, changed = shuffle_images(inputs["pixel_values"], batch.num_images)
@@ -64,6 +65,7 @@ def _sums(model: Any, batches: Iterable[MicroBatch], device: torch.device) -> Te
         other_loss = model(**{**inputs, "pixel_values": shuffled}, num_items_in_batch=1.0).loss
         with_images = sum(count > 0 for count in batch.num_images)
         counts = [true_loss.item(), other_loss.item(), batch.supervised, with_images, changed]
+        counts += [batch.seen, len(batch.dropped), batch.truncated]
         sums += torch.tensor(counts, dtype=sums.dtype).to(device)
     return sums
 
@@ -75,11 +77,14 @@ def _metrics(sums: Tensor) -> dict[str, float]:
     `heldout_shuffled_share` is the share of the samples with images that got other ones: the rest has its true images
     in both losses.
     """
-    true_sum, other_sum, supervised, with_images, changed = sums.tolist()
+    true_sum, other_sum, supervised, with_images, changed, seen, dropped, truncated = sums.tolist()
     return {
         "heldout_loss": true_sum / max(1.0, supervised),
         "heldout_loss_shuffled_images": other_sum / max(1.0, supervised),
         "heldout_shuffled_share": changed / max(1.0, with_images),
+        "heldout_loss_samples": seen,
+        "heldout_loss_dropped": dropped,
+        "heldout_loss_truncated": truncated,
     }
 
 

@@ -31,7 +31,7 @@ NAMED_SAMPLES = 16
 
 
 class TooManyDroppedError(ValueError):
-    """More samples are faulty than `max_drop_share` allows; the message counts them by reason and names the first."""
+    """More samples are faulty than `max_drop_share` allows, or none could be trained; the message counts and names."""
 
 
 class DivergedError(ValueError):
@@ -213,6 +213,7 @@ class Loop:
             tokens=state.tokens + counts.tokens,
             cells=state.cells + counts.cells,
             dropped={reason: number for reason, number in dropped.items() if number},
+            truncated=state.truncated + counts.truncated,
             step_seconds=state.step_seconds + seconds,
         )
         self._throughput.add(counts)
@@ -231,18 +232,25 @@ class Loop:
 
     def _check_drops(self) -> None:
         """All workers know the same counts, so all of them stop, or none."""
-        share, expected = self.settings.max_drop_share, self.expected_samples
-        dropped = sum(self.state.dropped.values())
-        judged = max(self.state.samples_seen + dropped, min(expected, FEWEST_JUDGED_SAMPLES))
-        if dropped <= share * judged:
+        share, few = self.settings.max_drop_share, min(self.expected_samples, FEWEST_JUDGED_SAMPLES)
+        met = self.state.samples_seen + sum(self.state.dropped.values())
+        faulty, judged = self.state.faulty, max(met, few)
+        untrained = met >= few and not self.state.samples_seen
+        if faulty <= share * judged and not untrained:
             return
         self._gather_drops()
         first = "; ".join(
             f"{one.sample.key} ({one.sample}): {one.reason}, {one.detail}" for one in self.state.dropped_samples[:5]
         )
+        counted = f"By reason: {self.state.dropped}. First: {first}"
+        if faulty <= share * judged:
+            raise TooManyDroppedError(
+                f"none of the first {met} samples could be trained. {counted}. Raise data.max_length, or give an image "
+                "fewer tokens (pruning.fuse.keep)."
+            )
         raise TooManyDroppedError(
-            f"{dropped} of {judged} samples are faulty, more than max_drop_share {share} allows. By reason: "
-            f"{self.state.dropped}. First: {first}. Repair the data, or raise max_drop_share."
+            f"{faulty} of {judged} samples are faulty, more than max_drop_share {share} allows. {counted}. Repair the "
+            "data, or raise max_drop_share."
         )
 
     def _gather_drops(self) -> None:
@@ -265,6 +273,7 @@ class Loop:
             **self._throughput.rates(),
             "samples_seen": float(self.state.samples_seen),
             "samples_dropped": float(sum(self.state.dropped.values())),
+            "samples_truncated": float(self.state.truncated),
             "workers": float(self.worker.world),
         }
         progress_from_worker(self.state.step, self.state.total_steps, progress_line(self.state, metrics))
@@ -303,12 +312,13 @@ class Loop:
 def progress_line(state: TrainState, metrics: Mapping[str, float]) -> str:
     """One readable line about the step that was just made."""
     rates = [value for name, value in metrics.items() if name.startswith("learning_rate/")]
+    truncated = f"  truncated {state.truncated}" if state.truncated else ""
     return (
         f"step {state.step}/{state.total_steps}  loss {metrics['loss']:.4f}  lr {max(rates):.2e}  "
         f"grad {metrics['grad_norm']:.2f}  {metrics['samples_per_s']:.1f} samples/s  "
         f"{metrics['tokens_per_s']:.0f} tokens/s  padding {metrics['padding_share']:.0%}  "
         f"visual tokens {metrics['visual_tokens/in']:.0f} in, {metrics['visual_tokens/fuse/kept']:.0f} kept  "
-        f"dropped {metrics['samples_dropped']:.0f}"
+        f"dropped {metrics['samples_dropped']:.0f}{truncated}"
     )
 
 

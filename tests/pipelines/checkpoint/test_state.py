@@ -33,6 +33,12 @@ def test_state_keeps_every_bit(losses: list[float]) -> None:
         np.testing.assert_equal(found, sum(part) / len(part) if part else math.nan)
 
 
+def test_a_state_from_before_truncation_has_none() -> None:
+    values = json.loads(state().to_json())
+    del values["truncated"]
+    assert TrainState.from_json(json.dumps(values), "here").truncated == 0
+
+
 def test_the_state_s_size_does_not_grow_with_the_steps() -> None:
     sizes = {len(with_losses(state(), [0.5] * steps).to_json()) for steps in (20, 30)}
     assert len(sizes) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,11 @@ def test_the_identity_of_a_stored_sweep_is_found_again() -> None:
     assert digest(SweepSettings(pareto=True, storage="s3://anywhere")) == "8aa9c7"
     assert digest(SweepSettings(budgets=(8.0, 16.0), kind="finetune")) == "17bcd1"
     assert digest(SweepSettings(budgets=(8, 16), kind="finetune")) == "17bcd1"
+
+
+def test_a_default_that_came_later_is_left_out_and_another_value_is_not() -> None:
+    plain = recipe("pretrain", "tiny")
+    other = replace(plain, data=replace(plain.data, too_long="drop"))
+    assert "too_long" not in plain.identity()["data"]
+    assert other.identity()["data"]["too_long"] == "drop"
+    assert other.digest() != plain.digest()

@@ -130,7 +130,7 @@ def make_processor(log: str | None = None) -> ByteProcessor:
 
 
 def encoder() -> RowEncoder:
-    return RowEncoder(make_processor, PAD, MAX_LENGTH)
+    return RowEncoder(make_processor, PAD, MAX_LENGTH, "drop")
 
 
 def jittered(manifest_url: str, info: ShardInfo) -> stream.Samples:
@@ -238,7 +238,7 @@ def local_tables(manifest: Manifest, plan: StreamPlan, start: int = 0) -> list[p
     """What the graph computes, in this process."""
     source = PlannedShards(sources(manifest), plan, start, plan.total_rows)
     raw = [table for task in source.get_read_tasks(1) for table in task()]
-    return [encode_table(table, RowEncoder(ByteProcessor, PAD, MAX_LENGTH)) for table in raw]
+    return [encode_table(table, RowEncoder(ByteProcessor, PAD, MAX_LENGTH, "drop")) for table in raw]
 
 
 def test_rows_hold_what_the_sample_holds(manifest: Manifest) -> None:
@@ -434,7 +434,7 @@ def test_data_tasks_run_where_less_than_a_cpu_is_free(manifest: Manifest, tmp_pa
     assert ray.get(holder.ready.remote())
     log = tmp_path / "built"
     plan = make_plan(epochs=1)
-    logging = RowEncoder(partial(make_processor, str(log)), PAD, MAX_LENGTH)
+    logging = RowEncoder(partial(make_processor, str(log)), PAD, MAX_LENGTH, "drop")
     dataset = build_stream(manifest, "train", plan, logging, MICRO, cpus_per_task=0.25)
     try:
         taken = consume(dataset, 1)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +14,7 @@ import torch
 from meteor_model.processing_meteor import collate
 from pipelines.checkpoint.state import TrainState
 from pipelines.checkpoint.zero3 import parameter_groups
+from pipelines.data.schema import Row
 from pipelines.recovery.preemption import PreemptedError, Preemption
 from pipelines.training.batches import BatchReader, MicroBatch, Share
 from pipelines.training.loop import DivergedError, Loop, TooManyDroppedError
@@ -102,7 +103,11 @@ class Notice:
 
 
 def make_loop(
-    faulty: range = range(0), rows: int = TOTAL, notice: Notice | None = None, **changes: Any
+    faulty: range = range(0),
+    rows: int = TOTAL,
+    notice: Notice | None = None,
+    of_length: Callable[[Row], Row] = lambda row: row,
+    **changes: Any,
 ) -> tuple[Loop, Iterator[Any]]:
     settings = dataclasses.replace(SETTINGS, workers=1, **{"checkpoint_every_steps": 100, **changes})
     engine = OneProcessEngine(settings.accumulation)
@@ -116,7 +121,8 @@ def make_loop(
     )
     share = Share(rank=0, world=1, per_step=settings.micro_batches_per_step)
     reader = BatchReader(partial(collate, pad_token_id=PAD, image_size=IMAGE_SIZE), PAD, 4, share)
-    groups = ([make_row(row, TOTAL, SAMPLES, faulty) for row in range(first, first + 4)] for first in range(0, rows, 4))
+    every = [of_length(make_row(row, TOTAL, SAMPLES, faulty)) for row in range(rows)]
+    groups = (every[first : first + 4] for first in range(0, rows, 4))
     return loop, reader.read(groups, 0, TOTAL)
 
 
@@ -146,6 +152,37 @@ def test_too_many_faulty_samples_stop_the_job() -> None:
     assert "{'undecodable_image': 5}" in message
     assert "key1 (dataset 0, epoch 0, shard 0, index 1): undecodable_image, not an image; key4" in message
     assert loop.state.step == 1
+
+
+def of_length(row: Row, too_long: range, truncated: range) -> Row:
+    """The row as one whose sample is too long, or was truncated."""
+    if row.row in too_long and not row.void:
+        return dataclasses.replace(
+            row, reason="too_long", detail="9 tokens", input_ids=[PAD], labels=[-100], num_images=0
+        )
+    return dataclasses.replace(row, cut=3 if row.row in truncated and row.usable else 0)
+
+
+@pytest.mark.usefixtures("alone")
+def test_length_is_counted_apart_from_faults(capsys: pytest.CaptureFixture[str]) -> None:
+    """40 of 93 samples are too long, 10 truncated, one is faulty: under a ceiling of 5 % the training goes on."""
+    loop, batches = make_loop(
+        range(5, 6), of_length=partial(of_length, too_long=range(10, 50), truncated=range(60, 70))
+    )
+    loop.run(batches)
+    state = loop.state
+    assert state.done
+    assert (state.dropped, state.faulty) == ({"undecodable_image": 1, "too_long": 40}, 1)
+    assert (state.truncated, state.samples_seen) == (10, SAMPLES - 41)
+    assert capsys.readouterr().out.splitlines()[-1].endswith("1 kept  dropped 41  truncated 10")
+    assert TrainState.from_json(state.to_json(), "here") == state
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_training_that_trains_nothing_is_an_error() -> None:
+    loop, batches = make_loop(of_length=partial(of_length, too_long=range(TOTAL), truncated=range(0)))
+    with pytest.raises(TooManyDroppedError, match=r"none of the first 93 samples could be trained.*too_long': 93"):
+        loop.run(batches)
 
 
 @pytest.mark.usefixtures("alone")
