@@ -17,6 +17,7 @@ import tyro
 from jobs.command_line import Job
 from jobs.settings import RegistryAddress
 from pipelines.io.console import say
+from pipelines.io.names import require_alias, require_name
 from pipelines.registry.folder import PARITY_TOLERANCE
 
 
@@ -92,6 +93,12 @@ Command = (
 def check(command: Command) -> None:
     """What can be wrong before anything is asked. Raises ValueError."""
     command.tracking.require()
+    require_name(command.tracking.registered_model, "tracking.registered_model")
+    match command:
+        case PromoteCommand():
+            require_alias(command.to, "to")
+        case RollbackCommand():
+            require_alias(command.alias)
     if isinstance(command, PromoteCommand) and (command.version is None) == (command.alias is None):
         raise ValueError("give either --version NUMBER or --alias ALIAS: the version to promote")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipelines.io import storage
+from pipelines.io.names import require_name
 
 SWEEPS_FOLDER = "sweeps"
 
@@ -70,8 +71,8 @@ class SweepFolder:
 
 
 def sweep_folder(root: str, name: str) -> SweepFolder:
-    """The folder of sweep `name` of the storage `root`."""
-    return SweepFolder(storage.join(root, SWEEPS_FOLDER, name))
+    """The folder of sweep `name` of the storage `root`. Raises NamingError for what is no name."""
+    return SweepFolder(storage.join(root, SWEEPS_FOLDER, require_name(name, "sweep")))
 
 
 def list_sweeps(root: str) -> list[str]:

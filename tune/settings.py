@@ -10,6 +10,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 
 from pipelines.config.recipe import Recipe, TrackingSettings
 from pipelines.config.settings import SettingsError
+from pipelines.io.names import Name
 from pipelines.io.redact import redact
 from pipelines.io.validation import settings_class
 from tune.space import DecodeBy
@@ -69,7 +70,7 @@ class SweepSettings:
     """Questions of each finished trial for which the kept tokens are drawn."""
     seed: int = 0
     """Seed of the samplers."""
-    name: str | None = None
+    name: Name | None = None
     """Name of the sweep. A name that exists goes on where it stopped; None continues the last unfinished sweep of these
     settings, or begins a new one."""
     storage: str = field(default_factory=lambda: Recipe().run.storage)

@@ -15,6 +15,7 @@ from meteor_model.configuration_meteor import DecodePruning, EncodePruning, Fuse
 from pipelines.config.settings import DataSettings, SettingsError, TrainingSettings
 from pipelines.data.sources.openmoji import OpenMojiSettings
 from pipelines.io.fingerprint import sha256
+from pipelines.io.names import Name
 from pipelines.io.redact import redact
 from pipelines.io.validation import settings_class
 
@@ -79,7 +80,7 @@ class TrackingSettings:
     """Address of the MLflow server; by default the environment's MLFLOW_TRACKING_URI."""
     experiment: str = "meteor"
     """Experiment that the run is filed under."""
-    registered_model: str = "meteor"
+    registered_model: Name = "meteor"
     """Name under which the trained model is registered."""
     parity_tolerance: NonNegativeFloat = 1e-3
     """Largest difference between the registered model's logits and the training model's."""
@@ -97,7 +98,7 @@ class RunSettings:
 
     storage: str = field(default_factory=lambda: os.environ.get("METEOR_STORAGE", ""))
     """Root of all data and runs, s3://bucket/prefix or a path that every node sees; by default METEOR_STORAGE."""
-    name: str | None = None
+    name: Name | None = None
     """Name of the run. A name that exists goes on where it stopped. None continues the last unfinished run of this job
     and recipe, or begins a new one."""
     output: str | None = None
@@ -119,7 +120,7 @@ def _default_pruning() -> PruningConfig:
 class Recipe:
     """One run: model, pruning, data, training, calibration, tracking."""
 
-    name: str = "tiny"
+    name: Name = "tiny"
     """Name of the recipe."""
     model: ModelSettings = field(default_factory=ModelSettings)
     """What the model is made of and where its weights start."""

@@ -261,7 +261,7 @@ def write_shards(
     """
     if samples_per_shard < 1:
         raise ValueError(f"samples_per_shard is {samples_per_shard}; it must be at least 1")
-    if not _SPLIT_NAME.match(split):
+    if not _SPLIT_NAME.fullmatch(split):
         raise ValueError(f"the split name {split!r} cannot be a file name; use lower-case letters, digits and _")
     infos: list[ShardInfo] = []
     seen: set[str] = set()

@@ -1,12 +1,13 @@
 """The folder of a run in storage: one property for every path in it, so that no other module spells a name.
 
 `docs/run-folder.md` says who writes each, when, and who reads it; a test holds the two together. Imports no more than
-storage: controllers and data tasks use it.
+storage and names: controllers and data tasks use it.
 """
 
 from dataclasses import dataclass
 
 from pipelines.io import storage
+from pipelines.io.names import is_name, require_name
 
 RUNS_FOLDER = "runs"
 TRAIN_NAME = "train"
@@ -35,6 +36,11 @@ class RunFolder:
     def recipe(self) -> str:
         """Every setting of the last start."""
         return self._path("recipe.json")
+
+    @property
+    def starts(self) -> str:
+        """A file for every start: its commit, settings, libraries, workers and time."""
+        return self._path("starts")
 
     @property
     def init(self) -> str:
@@ -147,8 +153,8 @@ class RunFolder:
 
 
 def run_folder(root: str, name: str) -> RunFolder:
-    """The folder of run `name` of the storage `root`."""
-    return RunFolder(storage.join(root, RUNS_FOLDER, name))
+    """The folder of run `name` of the storage `root`. Raises NamingError for what is no name."""
+    return RunFolder(storage.join(root, RUNS_FOLDER, require_name(name, "run")))
 
 
 def split_run_url(url: str) -> tuple[str, str]:
@@ -158,7 +164,7 @@ def split_run_url(url: str) -> tuple[str, str]:
         StorageError: if it is no such address.
     """
     root, separator, name = url.rstrip("/").rpartition(f"/{RUNS_FOLDER}/")
-    if not separator or not root or "/" in name:
+    if not separator or not root or not is_name(name):
         raise storage.StorageError(f"{url!r} is no run's folder; those are STORAGE/{RUNS_FOLDER}/NAME")
     return root, name
 

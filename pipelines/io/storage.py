@@ -116,8 +116,10 @@ def is_s3(url: str) -> bool:
 
 
 def split_s3(url: str) -> tuple[str, str]:
-    """`s3://bucket/a/b` -> ("bucket", "a/b"). Raises StorageError when the bucket is missing."""
+    """`s3://bucket/a/b` -> ("bucket", "a/b"). Raises StorageError when the bucket is missing, or for steps upwards."""
     bucket, _, key = url.removeprefix(S3_SCHEME).partition("/")
+    if {".", ".."} & set(key.split("/")):
+        raise StorageError(f"{url!r} has a part '.' or '..': a store has no folders to go up; write the prefix itself")
     if not bucket:
         raise StorageError(f"{url!r} names no bucket; write it as s3://BUCKET/PREFIX")
     return bucket, key.strip("/")

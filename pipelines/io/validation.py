@@ -20,6 +20,7 @@ from annotated_types import Interval
 from pydantic import ConfigDict, ValidationError
 
 from meteor_model.checks import nearest
+from pipelines.io.names import NAME_RULE
 
 T = TypeVar("T")
 
@@ -35,6 +36,7 @@ _KINDS = {
     "float_type": "a number",
     "bool_type": "true or false",
     "string_type": "text",
+    "string_pattern_mismatch": NAME_RULE,  # the one pattern that settings have
     "finite_number": "a finite number",
     "dict_type": "a mapping",
     "tuple_type": "a list",

@@ -52,6 +52,8 @@ class RunFacts:
         mlflow_run_id: None until MLflow has the run.
         finished: whether every phase is complete.
         export: `run.export` of the start that finished it.
+        started_from: what `model.start` named when the run was begun: models:/NAME/VERSION, since an alias moves, or a
+            folder; None without a start model, and for runs from before it was kept.
     """
 
     job: str
@@ -63,6 +65,7 @@ class RunFacts:
     mlflow_run_id: str | None = None
     finished: bool = False
     export: str = "last"
+    started_from: str | None = None
 
     @classmethod
     def begun(cls, recipe: Recipe, job: JobName, manifests: Sequence[shards.Manifest]) -> RunFacts:

@@ -16,12 +16,19 @@ from pipelines.data import shards
 from pipelines.io import storage
 from pipelines.io.console import say
 from pipelines.job.answers import HeldoutAnswers
+from pipelines.job.starts import Start, start_tags
 from pipelines.job.train import Training
 from pipelines.registry.aliases import move_alias
 from pipelines.registry.provenance import training_tags
 from pipelines.registry.publish import publish_version
 from pipelines.registry.scores import store_score, stored_scores
-from pipelines.registry.tags import BASE_TAG, COMMIT_TAG, PARITY_TAG, PARITY_TOLERANCE_TAG, STEP_TAG
+from pipelines.registry.tags import (
+    BASE_TAG,
+    COMMIT_TAG,
+    PARITY_TAG,
+    PARITY_TOLERANCE_TAG,
+    STEP_TAG,
+)
 from pipelines.registry.versions import RegisteredVersion, Registry
 from pipelines.tracking.metric_points import MetricPoint, points_from_jsonl
 
@@ -53,6 +60,8 @@ class TrainedRun:
         training: that has ended.
         parity: largest difference of a logit between export and training.
         manifests: of the data.
+        starts: every start of the run, oldest first.
+        started_from: the version or folder behind `model.start`, pinned when the run was begun; None where it was not.
     """
 
     recipe: Recipe
@@ -63,6 +72,8 @@ class TrainedRun:
     training: Training
     parity: float
     manifests: Sequence[shards.Manifest]
+    starts: Sequence[Start] = ()
+    started_from: str | None = None
 
 
 def register_run(trained: TrainedRun, folder: Path, answers: HeldoutAnswers) -> RegisteredVersion:
@@ -109,5 +120,6 @@ def _version_tags(trained: TrainedRun) -> dict[str, str]:
         PARITY_TOLERANCE_TAG: f"{recipe.tracking.parity_tolerance:g}",
         STEP_TAG: str(exported.step),
         "heldout_loss": f"{exported.final['heldout_loss']:.4f}",
-        **training_tags(recipe, trained.manifests),
+        **start_tags(trained.starts),
+        **training_tags(recipe, trained.manifests, trained.started_from),
     }

@@ -37,8 +37,10 @@ from pipelines.job.export import export_run
 from pipelines.job.names import ChosenRun, JobName, RunFacts, choose_run, store_facts
 from pipelines.job.register import TrainedRun, register_run, undelivered_points
 from pipelines.job.start import loaded_parts, prepare_start
+from pipelines.job.starts import Start, add_start, shown_starts, start_tags
 from pipelines.job.summary import build_summary, load_summary, store_summary, summary_text
 from pipelines.job.train import train
+from pipelines.registry.versions import pin_model
 from pipelines.tracking.metric_logger import MetricLogger
 from pipelines.tracking.mlflow_run import RunRequest
 from pipelines.tracking.run_tracker import RunTracker
@@ -73,6 +75,7 @@ class Run:
         facts: what it was begun with.
         manifests: of its datasets, in their order.
         tracker: of its MLflow run.
+        starts: every start of it, this one last.
     """
 
     recipe: Recipe
@@ -82,6 +85,7 @@ class Run:
     facts: RunFacts
     manifests: Sequence[shards.Manifest]
     tracker: RunTracker
+    starts: Sequence[Start]
 
 
 def run_job(recipe: Recipe, job: JobName) -> dict[str, Any]:
@@ -149,7 +153,7 @@ def _phases(run: Run, phases: Phases) -> tuple[dict[str, Any], HeldoutAnswers]:
     """All phases after the first: the summary, and the held-out answers."""
     recipe, tracker, manifest = run.recipe, run.tracker, run.manifests[0]
     with phases("calibrate", "start model, ranks of the feature maps, budgets"):
-        ranks = prepare_start(recipe, manifest, run.folder)
+        ranks = prepare_start(recipe, manifest, run.folder, run.facts.started_from)
         _tell_of_start(run, ranks)
     with phases("train", f"{recipe.training.workers} workers, ZeRO-3"):
         metrics_run = MetricsRun(recipe.tracking.uri, tracker.run_id)
@@ -164,7 +168,16 @@ def _phases(run: Run, phases: Phases) -> tuple[dict[str, Any], HeldoutAnswers]:
             tracker.log_points(undelivered_points(training.last))
             mlflow_run_id = tracker.deliver().run_id
             trained = TrainedRun(
-                recipe, run.job, run.name, mlflow_run_id, run.facts.commit, training, parity, run.manifests
+                recipe,
+                run.job,
+                run.name,
+                mlflow_run_id,
+                run.facts.commit,
+                training,
+                parity,
+                run.manifests,
+                run.starts,
+                run.facts.started_from,
             )
             version = register_run(trained, folder, answers)
         summary = build_summary(
@@ -220,10 +233,14 @@ def _open(recipe: Recipe, job: JobName, chosen: ChosenRun, manifests: Sequence[s
 
     The file is written first: what a start that dies here has made, the next one finds.
     """
-    root, name, facts = recipe.run.storage, chosen.name, chosen.facts
+    root, name = recipe.run.storage, chosen.name
     folder = run_folder(root, name)
+    facts = _pin_start(recipe, chosen, folder)
     store_facts(root, name, facts)
     storage.write_json(folder.recipe, recipe.to_dict())
+    starts = add_start(folder, Start.now(recipe))
+    if len(starts) > 1 and (changes := starts[-1].changes(starts[-2])):
+        say("  other than at the start before:" + "".join(f"\n    {change}" for change in changes))
     request = RunRequest(
         experiment=recipe.tracking.experiment,
         run_name=name,
@@ -235,8 +252,13 @@ def _open(recipe: Recipe, job: JobName, chosen: ChosenRun, manifests: Sequence[s
             "run_url": folder.url,
             "manifest": manifests[0].url,
             "manifest_sha256": manifests[0].sha256,
+            **start_tags(starts),
         },
-        documents={"recipe.json": recipe.to_dict(), "manifests.json": facts.manifests},
+        documents={
+            "recipe.json": recipe.to_dict(),
+            "manifests.json": facts.manifests,
+            "starts.json": shown_starts(starts),
+        },
         training_id=facts.training_id,
         started_ms=facts.started_ms,
     )
@@ -255,4 +277,16 @@ def _open(recipe: Recipe, job: JobName, chosen: ChosenRun, manifests: Sequence[s
         f"  run {name} ({'continued' if chosen.continued else 'new'}), "
         f"MLflow run {tracker.run_id or '(when MLflow is there)'}",
     )
-    return Run(recipe, job, name, folder, facts, manifests, tracker)
+    return Run(recipe, job, name, folder, facts, manifests, tracker, starts)
+
+
+def _pin_start(recipe: Recipe, chosen: ChosenRun, folder: RunFolder) -> RunFacts:
+    """The facts with what `model.start` names now, if this start is the one that will pull it.
+
+    Raises:
+        TrackingError: an unknown version or alias, or a server that is away.
+    """
+    start, facts = recipe.model.start, chosen.facts
+    if start is None or facts.started_from is not None or (chosen.continued and storage.exists(folder.init_ready)):
+        return facts
+    return replace(facts, started_from=pin_model(start, recipe.tracking.uri).address)

@@ -40,8 +40,16 @@ from pipelines.registry.versions import PinnedModel, pin_model
 TOKENIZER_TEXTS = 20_000
 
 
-def prepare_start(recipe: Recipe, manifest: shards.Manifest, run: RunFolder) -> dict[str, Any]:
+def prepare_start(
+    recipe: Recipe, manifest: shards.Manifest, run: RunFolder, started_from: str | None = None
+) -> dict[str, Any]:
     """Make sure that `init/` and `ranks.json` of a run exist; what an earlier start completed is kept.
+
+    Args:
+        recipe: of the run.
+        manifest: of its first dataset.
+        run: its folder.
+        started_from: what `model.start` named when the run was begun; None takes what it names now.
 
     Returns: the content of `ranks.json`.
 
@@ -53,7 +61,7 @@ def prepare_start(recipe: Recipe, manifest: shards.Manifest, run: RunFolder) -> 
         return ranks
     loaded: list[LoadedPart] = []
     if recipe.model.start:
-        model, processor = _pulled(recipe)
+        model, processor = _pulled(recipe, started_from or recipe.model.start)
     else:
         model, processor, loaded = _built(recipe, manifest)
     parts = [{**asdict(part), "dropped": len(part.dropped)} for part in loaded]
@@ -139,10 +147,8 @@ def _built(
     return model, MeteorProcessor(images, tokenizer, config.tokens_per_image, template=settings.template), loaded
 
 
-def _pulled(recipe: Recipe) -> tuple[MeteorForConditionalGeneration, MeteorProcessor]:
+def _pulled(recipe: Recipe, start: str) -> tuple[MeteorForConditionalGeneration, MeteorProcessor]:
     """A registered or stored model under the recipe's pruning and chat template."""
-    start = recipe.model.start
-    assert start is not None
     model, processor = load_model(pin_model(start, recipe.tracking.uri))
     model.config = config = model.config.with_pruning(recipe.pruning, None)
     processor.tokens_per_image, processor.template = config.tokens_per_image, recipe.model.template

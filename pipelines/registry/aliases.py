@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from mlflow.entities.model_registry import RegisteredModel
 
 from meteor_model.foreign import JsonError, parse_json
+from pipelines.io.names import require_alias
 from pipelines.registry.tags import HISTORY_TAG, ROLLED_BACK_TAG
 from pipelines.registry.versions import Registry, listing
 from pipelines.tracking.server import TrackingError, call_mlflow
@@ -58,7 +59,8 @@ def alias_history(registered: RegisteredModel, alias: str) -> list[int]:
 
 
 def move_alias(registry: Registry, alias: str, version: int) -> Move:
-    """Let an alias point to a version, and keep where it pointed before. Raises TrackingError."""
+    """Let an alias point to a version, and keep where it pointed before. Raises TrackingError, NamingError."""
+    require_alias(alias)
     registered = registry.registered_model()
     history, before = alias_history(registered, alias), _target(registered, alias)
     if before != version:

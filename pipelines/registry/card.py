@@ -15,10 +15,12 @@ from pipelines.registry.folder import PARITY_TOLERANCE, USE, introduction
 from pipelines.registry.tags import (
     BASE_TAG,
     COMMIT_TAG,
+    LIBRARIES_TAG,
     LICENCE_TAG,
     MANIFEST_TAG,
     PARITY_TAG,
     PARITY_TOLERANCE_TAG,
+    STARTS_TAG,
     STEP_TAG,
     TRAINING_COMMIT_TAG,
 )
@@ -40,6 +42,8 @@ _ORIGIN = {
     "mixture": "further manifests",
     COMMIT_TAG: "commit",
     TRAINING_COMMIT_TAG: "commit of the training",
+    STARTS_TAG: "starts of the training",
+    LIBRARIES_TAG: "libraries of the training",
     STEP_TAG: "optimizer steps of the exported checkpoint",
     "heldout_loss": "held-out loss of the exported checkpoint",
 }

@@ -12,8 +12,16 @@ from pipelines.registry.versions import find_version
 from pipelines.tracking.server import TrackingAwayError, TrackingError
 
 
-def training_tags(recipe: Recipe, manifests: Sequence[shards.Manifest]) -> dict[str, str]:
+def training_tags(
+    recipe: Recipe, manifests: Sequence[shards.Manifest], started_from: str | None = None
+) -> dict[str, str]:
     """Tags of what a training of this recipe on this data makes.
+
+    Args:
+        recipe: of the training.
+        manifests: of its data.
+        started_from: what `model.start` named when the run was begun: models:/NAME/VERSION or a folder; None where that
+            was not kept.
 
     Raises:
         TrackingAwayError: where the registry is away that knows the licences of the model it started from.
@@ -22,22 +30,25 @@ def training_tags(recipe: Recipe, manifests: Sequence[shards.Manifest]) -> dict[
         "recipe": recipe.name,
         MANIFEST_TAG: manifests[0].url,
         "manifest_sha256": manifests[0].sha256,
-        **licence_tags(recipe, manifests, _inherited_licences(recipe)),
+        **licence_tags(recipe, manifests, _inherited_licences(recipe, started_from)),
     }
     if len(manifests) > 1:
         tags["mixture"] = "; ".join(f"{manifest.url} ({manifest.sha256[:12]})" for manifest in manifests[1:])
     if recipe.model.start is not None:
-        tags["start"] = recipe.model.start
+        tags["start"] = started_from or recipe.model.start
     return tags
 
 
-def _inherited_licences(recipe: Recipe) -> dict[str, str]:
-    """Licence tags of the version that a training started from, or one that says that they are not known."""
-    start, key = recipe.model.start, f"{LICENCE_TAG}weights"
+def _inherited_licences(recipe: Recipe, started_from: str | None) -> dict[str, str]:
+    """Licence tags of the version that a training started from, or one that says that they are not known.
+
+    An alias is not asked: it may point elsewhere by now.
+    """
+    start, key = started_from or recipe.model.start, f"{LICENCE_TAG}weights"
     if start is None:
         return {}
     unknown = {key: f"not recorded: those of {start}"}
-    if not start.startswith("models:"):
+    if not start.startswith("models:") or "@" in start:
         return unknown
     try:
         registry, version = find_version(start, recipe.tracking.uri)

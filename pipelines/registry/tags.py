@@ -17,12 +17,14 @@ SUITE_NAME_TAG = "suite_name"
 SCORE_TAG = "score."
 COMMIT_TAG = "git_commit"
 TRAINING_COMMIT_TAG = "training_commit"
+STARTS_TAG = "training_starts"
+LIBRARIES_TAG = "training_libraries"
 MANIFEST_TAG = "manifest"
 ROLLED_BACK_TAG = "rolled_back."
 HISTORY_TAG = "alias_history."
 
 DATA_TAGS = (MANIFEST_TAG, "manifest_sha256", "mixture")
-TRAINING_TAGS = ("recipe", "run_name", "start")
+TRAINING_TAGS = ("recipe", "run_name", "start", STARTS_TAG, LIBRARIES_TAG)
 """With DATA_TAGS what a variant takes over from its base."""
 
 VERSION_TAGS = {
@@ -30,7 +32,9 @@ VERSION_TAGS = {
     "recipe": "name of the recipe that trained it",
     "run_name": "name of the training run in storage",
     "run_id": "the MLflow run that it is filed under",
-    "start": "the model that its training started from",
+    "start": "the version or folder that its training started from, as the alias stood when the run was begun",
+    STARTS_TAG: "every start of the training run: when, commit, workers",
+    LIBRARIES_TAG: "releases that the training ran on, in order where they changed between starts",
     MANIFEST_TAG: "address of the manifest of its training data",
     "manifest_sha256": "hash of that manifest, which covers the hashes of all shards",
     "mixture": "further manifests of the training, each with the start of its hash",

@@ -16,6 +16,7 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
+from pipelines.io.names import require_name
 from pipelines.io.redact import redact
 from pipelines.registry.tags import MANIFEST_TAG
 from pipelines.tracking.server import TrackingError, call_mlflow, require_tracking, use_tracking
@@ -59,6 +60,9 @@ class Registry:
 
     uri: str
     name: str
+
+    def __post_init__(self) -> None:
+        require_name(self.name, "registered model")
 
     @property
     def client(self) -> MlflowClient:

@@ -25,7 +25,7 @@ def test_a_stored_model_starts_a_run_under_the_recipe_s_pruning(s3: S3Server, tm
     base = recipe("finetune", "tiny")
     for start in (url, str(folder)):
         wanted = replace(base, model=replace(base.model, start=start))
-        pulled, its_processor = _pulled(wanted)
+        pulled, its_processor = _pulled(wanted, start)
         assert pulled.config.pruning == wanted.pruning
         assert its_processor.tokens_per_image == pulled.config.tokens_per_image == 32
         for name, tensor in built.state_dict().items():
@@ -35,5 +35,5 @@ def test_a_stored_model_starts_a_run_under_the_recipe_s_pruning(s3: S3Server, tm
     (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
     upload_folder(folder, other)
     with pytest.raises(ExportError, match=r"config\.json"):
-        _pulled(replace(base, model=replace(base.model, start=other)))
+        _pulled(replace(base, model=replace(base.model, start=other)), other)
     assert storage.exists(url)
