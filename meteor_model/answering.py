@@ -1,7 +1,8 @@
 """Requests from outside to answers: one format, one set of limits, whoever serves the model.
 
 1. `Budget.of`      parameters of a request: longest answer, most visual tokens
-2. `read_rows`      rows with a prompt and an image in base64 -> questions; what is wrong is named by its row
+2. `read_rows`      rows with a prompt and an image in base64 -> questions; what is wrong is named by its row. Headers
+                    are read first (`open_rows`), so that limits speak before anything is decoded (`decode_rows`)
 3. `Answerer`       questions of equal budget -> answers, in one batch. What stage 3 decides lives in that batch's own
                     cache, so requests at the same time, with other budgets, do not meet
 """
@@ -10,7 +11,8 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,18 +22,24 @@ from transformers import DynamicCache
 from meteor_model.chat import IMAGE_PLACEHOLDER
 from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.decoder.cache import MeteorCache
-from meteor_model.images import MAX_BYTES, ImageError
+from meteor_model.foreign import SHOWN_DETAIL, quoted, shown
+from meteor_model.images import ImageError, OpenedImage, open_image
+from meteor_model.limits import RequestLimits
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import Encoded, MeteorProcessor
 
 DEFAULT_NEW_TOKENS = 32
-MAX_ROWS = 256
-MAX_PROMPT_CHARACTERS = 2**16
 ROWS_PER_BATCH = 32
 
 
 class RequestError(ValueError):
-    """A request that cannot be served as it is; the message says which row or parameter, and what is allowed."""
+    """A request that cannot be served as it is; the message says which row or parameter, and what is allowed.
+
+    It is bounded: it holds words of the request.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shown(message, SHOWN_DETAIL))
 
 
 @dataclass(frozen=True)
@@ -57,12 +65,12 @@ class Budget:
         """
         unknown = sorted(set(parameters) - {"max_new_tokens", "visual_tokens"})
         if unknown:
-            raise RequestError(f"parameter {unknown[0]} is unknown; there are max_new_tokens and visual_tokens")
+            raise RequestError(f"parameter {shown(unknown[0])} is unknown; there are max_new_tokens and visual_tokens")
         given = parameters.get("max_new_tokens")
         longest = config.text_config.max_position_embeddings
         new_tokens = DEFAULT_NEW_TOKENS if given is None else _whole("max_new_tokens", given)
         if not 1 <= new_tokens <= longest:
-            raise RequestError(f"max_new_tokens is {new_tokens}; it must be in 1..{longest}")
+            raise RequestError(f"max_new_tokens is {quoted(new_tokens)}; it must be in 1..{longest}")
         most = parameters.get("visual_tokens")
         if most is None:
             return cls(new_tokens)
@@ -71,14 +79,14 @@ class Budget:
             raise RequestError("visual_tokens cannot be set: this model prunes nothing in the LLM; leave it out")
         least, all_of_them = min(decode.k_min, config.tokens_per_image), config.tokens_per_image
         if not least <= _whole("visual_tokens", most) <= all_of_them:
-            raise RequestError(f"visual_tokens is {most}; it must be in {least}..{all_of_them}")
+            raise RequestError(f"visual_tokens is {quoted(most)}; it must be in {least}..{all_of_them}")
         return cls(new_tokens, int(most))
 
 
 def _whole(name: str, value: Any) -> int:
     """Raises RequestError for anything but a whole number; numpy's integers are some."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise RequestError(f"{name} must be a whole number, got {value!r}"[:200])
+        raise RequestError(f"{name} must be a whole number, got {quoted(value)}")
     return int(value)
 
 
@@ -117,54 +125,114 @@ class Answer:
     visual_tokens: int
 
 
-def read_rows(rows: Sequence[Mapping[str, Any]], processor: MeteorProcessor) -> list[Question]:
-    """The questions of a request.
+@dataclass(frozen=True)
+class OpenedRow:
+    """A row of a request, checked, its image not decoded.
+
+    Attributes:
+        prompt: the question.
+        image: what it is about, if anything.
+    """
+
+    prompt: str
+    image: OpenedImage | None
+
+
+def read_rows(
+    rows: Sequence[Mapping[str, Any]],
+    processor: MeteorProcessor,
+    limits: RequestLimits = RequestLimits(),  # noqa: B008 - frozen
+) -> list[Question]:
+    """The questions of a request: `open_rows`, then `decode_rows`."""
+    return decode_rows(open_rows(rows, limits), processor)
+
+
+def open_rows(
+    rows: Sequence[Mapping[str, Any]],
+    limits: RequestLimits = RequestLimits(),  # noqa: B008 - frozen
+) -> list[OpenedRow]:
+    """Check the rows of a request, and read the headers of its images.
 
     Args:
         rows: mappings with `prompt` and perhaps `image`: an image file (JPEG, PNG, WebP, GIF) in base64; an empty or
             missing one asks the language model alone.
-        processor: decodes the images.
+        limits: the most that is accepted.
 
     Raises:
-        RequestError: naming the row and what is wrong with it; also for too many rows, or images of more than
-            `MAX_BYTES` in all.
+        RequestError: naming the row and what is wrong with it; also for what is above the limits.
     """
-    if not 1 <= len(rows) <= MAX_ROWS:
+    if not 1 <= len(rows) <= limits.rows:
         raise RequestError(
-            f"the request has {len(rows)} rows; 1..{MAX_ROWS} are allowed, send more in several requests"
+            f"the request has {len(rows)} rows; 1..{limits.rows} are allowed, send more in several requests"
         )
-    limit = (MAX_BYTES + 2) // 3 * 4
-    encoded = [_encoded_image(index, row, limit) for index, row in enumerate(rows)]
-    if sum(map(len, encoded)) > limit:
+    most = (limits.image_bytes + 2) // 3 * 4
+    encoded = [_encoded_image(index, row, most) for index, row in enumerate(rows)]
+    if sum(map(len, encoded)) > most:
         raise RequestError(
-            f"the images of the request have {sum(map(len, encoded))} base64 characters, the limit is {limit}: send "
+            f"the images of the request have {sum(map(len, encoded))} base64 characters, the limit is {most}: send "
             "them in several requests"
         )
-    return [
-        _read_row(index, row, image, processor) for index, (row, image) in enumerate(zip(rows, encoded, strict=True))
+    opened = [
+        _open_row(index, row, image, limits) for index, (row, image) in enumerate(zip(rows, encoded, strict=True))
     ]
+    if num_pixels(opened) > limits.pixels:
+        raise RequestError(
+            f"the images of the request have {num_pixels(opened)} pixels, the limit is {limits.pixels}: send them in "
+            "several requests, or smaller"
+        )
+    return opened
 
 
-def _encoded_image(index: int, row: Mapping[str, Any], limit: int) -> str:
+def num_pixels(rows: Sequence[OpenedRow]) -> int:
+    """Pixels of all images: what decoding them costs goes by that."""
+    return sum(row.image.num_pixels for row in rows if row.image is not None)
+
+
+def decode_rows(
+    rows: Sequence[OpenedRow], processor: MeteorProcessor, check: Callable[[], None] = lambda: None
+) -> list[Question]:
+    """The questions of checked rows.
+
+    Args:
+        rows: of `open_rows`.
+        processor: encodes the prompts.
+        check: called before each row; what it raises ends the work.
+
+    Raises:
+        RequestError: naming the row whose image cannot be decoded, or whose prompt cannot be encoded.
+    """
+    questions = []
+    for index, row in enumerate(rows):
+        check()
+        with _named_image(index):
+            images = [] if row.image is None else [row.image.decode(processor.image_size)]
+        try:
+            questions.append(Question.of(row.prompt, processor, images))
+        except ValueError as error:
+            raise RequestError(f"row {index}: {error}") from None
+    return questions
+
+
+def _encoded_image(index: int, row: Mapping[str, Any], most: int) -> str:
     unknown = sorted(str(name) for name in row if name not in ("prompt", "image"))
     if unknown:
-        raise RequestError(f"row {index}: column {unknown[0]!r} is unknown; there are `prompt` and `image`")
+        raise RequestError(f"row {index}: column {quoted(unknown[0])} is unknown; there are `prompt` and `image`")
     image = row.get("image")
     if image is None or (isinstance(image, float) and image != image):  # NaN is how pandas says None
         return ""
     if not isinstance(image, str):
         raise RequestError(f"row {index}: image must be a base64 string, got {type(image).__name__}")
-    if len(image) > limit:
-        raise RequestError(f"row {index}: image has {len(image)} base64 characters, the limit is {limit}")
+    if len(image) > most:
+        raise RequestError(f"row {index}: image has {len(image)} base64 characters, the limit is {most}")
     return image
 
 
-def _read_row(index: int, row: Mapping[str, Any], encoded: str, processor: MeteorProcessor) -> Question:
+def _open_row(index: int, row: Mapping[str, Any], encoded: str, limits: RequestLimits) -> OpenedRow:
     prompt = row.get("prompt")
     if not isinstance(prompt, str):
         raise RequestError(f"row {index}: prompt must be a string, got {type(prompt).__name__}")
-    if len(prompt) > MAX_PROMPT_CHARACTERS:
-        raise RequestError(f"row {index}: prompt has {len(prompt)} characters, the limit is {MAX_PROMPT_CHARACTERS}")
+    if len(prompt) > limits.characters:
+        raise RequestError(f"row {index}: prompt has {len(prompt)} characters, the limit is {limits.characters}")
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
@@ -177,20 +245,22 @@ def _read_row(index: int, row: Mapping[str, Any], encoded: str, processor: Meteo
         )
     if not encoded and not prompt:
         raise RequestError(f"row {index}: there is neither an image nor a prompt")
-    images = [_decode(index, encoded, processor)] if encoded else []
-    try:
-        return Question.of(prompt, processor, images)
-    except ValueError as error:
-        raise RequestError(f"row {index}: {error}") from None
+    return OpenedRow(prompt, _open_image(index, encoded, limits) if encoded else None)
 
 
-def _decode(index: int, encoded: str, processor: MeteorProcessor) -> torch.Tensor:
+def _open_image(index: int, encoded: str, limits: RequestLimits) -> OpenedImage:
     try:
         data = base64.b64decode(encoded, validate=True)
     except (binascii.Error, ValueError) as error:
         raise RequestError(f"row {index}: image is no base64 text: {error}") from None
+    with _named_image(index):
+        return open_image(data, limits.image)
+
+
+@contextmanager
+def _named_image(index: int) -> Iterator[None]:
     try:
-        return processor.load_image(data)
+        yield
     except ImageError as error:
         raise RequestError(f"row {index}: image cannot be used: {error}") from None
 

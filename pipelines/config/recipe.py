@@ -12,7 +12,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from meteor_model.architectures import Architecture, architecture, build_config
 from meteor_model.chat import chat_template
 from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, PruningConfig
-from pipelines.config.settings import DataSettings, SettingsError, TrainingSettings
+from pipelines.config.settings import DataSettings, SampleLimits, SettingsError, TrainingSettings
 from pipelines.data.sources.openmoji import OpenMojiSettings
 from pipelines.io.fingerprint import sha256
 from pipelines.io.names import Name
@@ -170,6 +170,8 @@ class Recipe:
                 plain[where].pop(key)
         if plain["data"]["too_long"] == "truncate":  # so that runs from before this setting go on
             del plain["data"]["too_long"]
+        if self.data.limits == SampleLimits():  # younger than runs that are stored
+            plain["data"].pop("limits")
         return plain
 
     def digest(self) -> str:

@@ -12,6 +12,7 @@ from typing import Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from meteor_model.limits import MAX_CHARACTERS, ImageLimits
 from pipelines.io.validation import Share, ShareBelowOne, settings_class
 
 Part = Literal["projector", "towers", "llm"]
@@ -223,6 +224,27 @@ def _divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
+@settings_class("data.limits", SettingsError)
+class SampleLimits:
+    """The most that is accepted of one sample; above it the sample is dropped, with its reason."""
+
+    image_bytes: PositiveInt = ImageLimits.bytes
+    """Bytes of an image file."""
+    image_pixels: PositiveInt = ImageLimits.pixels
+    """Pixels of an image, by its header."""
+    image_aspect: PositiveInt = ImageLimits.aspect
+    """Longer side of an image by its shorter one."""
+    jpeg_scans: PositiveInt = ImageLimits.scans
+    """Scans of a JPEG, each of which costs a pass over all pixels; encoders write about ten."""
+    characters: PositiveInt = MAX_CHARACTERS
+    """Characters of all turns of a conversation."""
+
+    @property
+    def image(self) -> ImageLimits:
+        """Those of one image."""
+        return ImageLimits(self.image_bytes, self.image_pixels, self.image_aspect, self.jpeg_scans)
+
+
 @settings_class("data", SettingsError)
 class DataSettings:
     """Where the samples come from, and how they are read."""
@@ -255,6 +277,8 @@ class DataSettings:
     """What becomes of longer samples. truncate: whole exchanges go from the end, then the end of the first reply, never
     a part of a question or of an image. drop: they are passed over. fail: the job stops and names the first. Truncated
     and dropped ones are counted, and apart from faulty ones."""
+    limits: SampleLimits = field(default_factory=SampleLimits)
+    """The most that is accepted of one sample in training."""
     data_task_cpus: PositiveFloat = 0.5
     """Ray CPUs that one data task (reading, decoding, encoding) reserves."""
     data_tasks: PositiveInt = 2

@@ -29,6 +29,7 @@ from ray.data import DataContext, Dataset, Datasource, ExecutionOptions, ReadTas
 from ray.data.block import BlockMetadata
 
 from meteor_model.chat import IGNORE_INDEX
+from meteor_model.limits import MAX_CHARACTERS, ImageLimits
 from pipelines.data.length import SampleTooLongError, TooLong, fit
 from pipelines.data.mixture import Item, Plan
 from pipelines.data.order import WorkItem, void_item
@@ -209,12 +210,16 @@ class RowEncoder:
         pad_token_id: the single token of a row that has nothing to train on.
         max_length: tokens of a row at most; images of what does not fit are not decoded.
         too_long: what becomes of longer samples (`pipelines.data.length`).
+        limits: images above them get the reason `image_too_large`.
+        max_characters: samples whose turns have more get the reason `bad_conversation`, before they are tokenised.
     """
 
     factory: Callable[[], Processor]
     pad_token_id: int
     max_length: int
     too_long: TooLong = "truncate"
+    limits: ImageLimits = field(default_factory=ImageLimits)
+    max_characters: int = MAX_CHARACTERS
     identity: str = field(default_factory=lambda: uuid4().hex, init=False)
 
     @property
@@ -242,6 +247,9 @@ class RowEncoder:
     def _encode(self, row: int, sample: SampleId, raw: RawSample) -> Row:
         from meteor_model.images import ImageError, decode_image
 
+        characters = sum(len(turn.text) for turn in raw.turns)
+        if characters > self.max_characters:
+            raise SampleError("bad_conversation", f"{characters} characters, the limit is {self.max_characters}")
         try:
             fitted = fit(raw.turns, len(raw.images), self.processor.encode, self.max_length, self.too_long)
         except SampleTooLongError as error:
@@ -254,7 +262,7 @@ class RowEncoder:
         pixels = []
         for position, data in enumerate(raw.images[: fitted.num_images]):
             try:
-                pixels.append(decode_image(data, size).numpy().tobytes())
+                pixels.append(decode_image(data, size, self.limits).numpy().tobytes())
             except ImageError as fault:
                 raise ImageError(fault.reason, f"image {position}: {fault.detail}") from fault
         images, count = b"".join(pixels), len(pixels)

@@ -1,7 +1,7 @@
 """A Ray Serve application: the requests of the MLflow server, answered in batches that form while requests come in.
 
 1. read     POST /invocations with `{"dataframe_records": [{"image", "prompt"}], "params": {...}}`; a body that is too
-            long is refused before it is read to its end, everything else by `meteor_model.answering`
+            long is refused before it is read to its end, everything else by `reading.py`, in threads of its own
 2. gather   rows of all requests wait up to `batch_wait_s` for others, at most `batch_rows` together
 3. answer   rows of equal budget are one batch of the model; a request gets its answers in its own order
 4. refuse   requests beyond those in work and those that may wait get a 503 at once, by Serve's proxy
@@ -20,17 +20,16 @@ from ray.serve import Application
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from meteor_model.answering import Answer, Answerer, Budget, Question, RequestError, read_rows
-from meteor_model.foreign import JsonError, parse_json
-from meteor_model.images import MAX_BYTES
+from meteor_model.answering import Answer, Answerer, RequestError
+from meteor_model.limits import MAX_BYTES
 from meteor_model.loading import load_model_and_processor
+from pipelines.inference.reading import Item, ReadingTimeoutError, RequestReader
 from pipelines.inference.settings import ServeSettings
 from pipelines.registry.open import device_for, open_model
 from pipelines.registry.versions import PinnedModel
 
 APP_NAME = "meteor"
 MAX_BODY_BYTES = MAX_BYTES * 4 // 3 + 2**20
-Item = tuple[Question, Budget]
 
 
 def build_app(model: PinnedModel, settings: ServeSettings) -> Application:
@@ -60,6 +59,7 @@ class _Replica:
         with open_model(model) as folder:
             loaded, processor = load_model_and_processor(folder)
         self._answerer = Answerer(loaded.to(device), processor)
+        self._reader = RequestReader(self._answerer, settings.limits, settings.read_threads, settings.read_s)
         self._gather.set_max_batch_size(settings.batch_rows)
         self._gather.set_batch_wait_timeout_s(settings.batch_wait_s)
 
@@ -74,34 +74,17 @@ class _Replica:
         if body is None:
             return _refusal(413, "BAD_REQUEST", f"the request is longer than {MAX_BODY_BYTES} bytes")
         try:
-            items = await asyncio.to_thread(read_request, body, self._answerer)
+            items = await self._reader.read(body)
         except RequestError as error:
             return _refusal(400, "INVALID_PARAMETER_VALUE", str(error))
+        except ReadingTimeoutError as error:
+            return _refusal(503, "TEMPORARILY_UNAVAILABLE", str(error))
         answers = await asyncio.gather(*(self._gather(item) for item in items))
         return JSONResponse({"predictions": [answer.text for answer in answers]})
 
     @serve.batch  # sizes are set per replica
     async def _gather(self, items: list[Item]) -> list[Answer]:
         return await asyncio.to_thread(answer_items, items, self._answerer)
-
-
-def read_request(body: bytes, answerer: Answerer) -> list[Item]:
-    """A request's rows and their budget. Raises RequestError for anything that cannot be served."""
-    try:
-        content = parse_json(body)
-    except JsonError as error:
-        raise RequestError(f"the request is no JSON: {error}") from None
-    if not isinstance(content, dict) or not {"dataframe_records"} <= set(content) <= {"dataframe_records", "params"}:
-        raise RequestError("the request must be an object with `dataframe_records` and perhaps `params`, nothing else")
-    rows, parameters = content["dataframe_records"], content.get("params", {})
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise RequestError("dataframe_records must be a list of objects with `prompt` and perhaps `image`")
-    if not isinstance(parameters, dict):
-        raise RequestError(f"params must be an object, got {type(parameters).__name__}")
-    budget = answerer.budget(parameters)
-    questions = read_rows(rows, answerer.processor)
-    answerer.require_room(questions, budget)
-    return [(question, budget) for question in questions]
 
 
 def answer_items(items: Sequence[Item], answerer: Answerer) -> list[Answer]:

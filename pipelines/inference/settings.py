@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
+from meteor_model.limits import ImageLimits, RequestLimits
 from pipelines.io.validation import settings_class
 
 
@@ -29,3 +30,23 @@ class ServeSettings:
     """Requests that a replica works on at a time."""
     queued: PositiveInt = 64
     """Requests that may wait for a replica; more get a 503."""
+    read_threads: PositiveInt = 2
+    """Threads that read requests and decode their images; one more decodes those of many pixels, one after another."""
+    read_s: PositiveFloat = 10.0
+    """Seconds in which a request must be read and its images decoded; later it gets a 503."""
+    image_pixels: PositiveInt = ImageLimits.pixels
+    """Pixels of an image, by its header; more are refused."""
+    image_aspect: PositiveInt = ImageLimits.aspect
+    """Longer side of an image by its shorter one; more is refused."""
+    jpeg_scans: PositiveInt = ImageLimits.scans
+    """Scans of a JPEG; more are refused."""
+    request_pixels: PositiveInt = RequestLimits.pixels
+    """Pixels of all images of a request; more are refused."""
+    prompt_characters: PositiveInt = RequestLimits.characters
+    """Characters of a prompt; more are refused."""
+
+    @property
+    def limits(self) -> RequestLimits:
+        """The most that is accepted of a request."""
+        image = ImageLimits(pixels=self.image_pixels, aspect=self.image_aspect, scans=self.jpeg_scans)
+        return RequestLimits(image, characters=self.prompt_characters, pixels=self.request_pixels)

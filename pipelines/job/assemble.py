@@ -45,7 +45,14 @@ def assemble_training(
     training, data = recipe.training, recipe.data
     url = run_folder(recipe.run.storage, run_name).url
     processor = load_processor(url)
-    encoder = RowEncoder(partial(load_processor, url), processor.tokenizer.pad_token_id, data.max_length, data.too_long)
+    encoder = RowEncoder(
+        partial(load_processor, url),
+        processor.tokenizer.pad_token_id,
+        data.max_length,
+        data.too_long,
+        data.limits.image,
+        data.limits.characters,
+    )
     plan = make_plan(
         [[info.samples for info in manifest.split(data.train_split)] for manifest in manifests],
         data.weights,

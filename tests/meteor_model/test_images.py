@@ -2,10 +2,13 @@
 
 import contextlib
 import io
+import os
 import struct
+import time
 import tracemalloc
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -13,8 +16,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from meteor_model import images
-from meteor_model.images import ImageError, decode_image, fit_square
+from meteor_model import images, libjpeg
+from meteor_model.images import ImageError, ImageLimits, decode_image, fit_square
 
 SIZE = 32
 RED, BLUE, WHITE = (220, 20, 30), (20, 40, 200), (255, 255, 255)
@@ -119,14 +122,6 @@ def test_the_jpeg_path_agrees_with_pillow() -> None:
     assert difference.max() <= 4
 
 
-def test_what_torchvision_refuses_is_left_to_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> torch.Tensor:
-        raise RuntimeError("refused")
-
-    monkeypatch.setattr(images, "decode_jpeg", refuse)
-    assert close(colours(decode_image(saved(halves(), "JPEG", quality=95), SIZE)), [RED, BLUE], 6)
-
-
 @pytest.mark.parametrize(("width", "height"), [(64, 16), (16, 64), (400, 1), (1, 400), (33, 31), (1, 1)])
 def test_the_aspect_ratio_survives_by_padding(width: int, height: int) -> None:
     tensor = decode_image(saved(Image.new("RGB", (width, height), RED), "PNG"), SIZE)
@@ -165,7 +160,7 @@ def png_header(width: int, height: int) -> bytes:
 def test_absurd_sizes_are_refused_from_the_header(
     width: int, height: int, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
-    monkeypatch.setattr(images, "pillow_to_rgb", lambda image: pytest.fail("the pixels were decoded"))
+    monkeypatch.setattr(images, "_to_rgb", lambda image: pytest.fail("the pixels were decoded"))
     with pytest.raises(ImageError) as caught:
         decode_image(png_header(width, height), SIZE)
     assert caught.value.reason == "image_too_large"
@@ -185,7 +180,7 @@ def huge_claims() -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", ["jpeg", "gif", "webp"])
 def test_absurd_sizes_are_refused_in_every_format(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for function in ("pillow_to_rgb", "_decode_jpeg"):
+    for function in ("_to_rgb", "_decode_jpeg"):
         monkeypatch.setattr(images, function, lambda image: pytest.fail("the pixels were decoded"))
     with pytest.raises(ImageError) as caught:
         decode_image(huge_claims()[name], SIZE)
@@ -221,12 +216,12 @@ def test_pixel_data_beyond_the_claimed_size_are_not_unpacked() -> None:
 
 def test_limits_can_be_set() -> None:
     data = saved(halves(40, 40), "JPEG")
-    assert decode_image(data, SIZE, max_pixels=1600).shape == (3, SIZE, SIZE)
+    assert decode_image(data, SIZE, ImageLimits(pixels=1600)).shape == (3, SIZE, SIZE)
     with pytest.raises(ImageError, match="40 x 40 pixels, the limit is 1599") as caught:
-        decode_image(data, SIZE, max_pixels=1599)
+        decode_image(data, SIZE, ImageLimits(pixels=1599))
     assert caught.value.reason == "image_too_large"
     with pytest.raises(ImageError, match=f"{len(data)} bytes, the limit is 10") as caught:
-        decode_image(data, SIZE, max_bytes=10)
+        decode_image(data, SIZE, ImageLimits(bytes=10))
     assert caught.value.reason == "image_too_large"
 
 
@@ -349,3 +344,200 @@ def test_numbers_of_unknown_range_are_refused_and_16_bits_become_8(
 def test_an_image_without_pixels_is_refused(shape: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=f"{shape[0]} rows and {shape[1]} columns has no pixels"):
         fit_square(torch.zeros(3, *shape, dtype=torch.uint8), SIZE)
+
+
+# ------------------------------------------------------------------------------------------------ damage and its limits
+
+
+def scene(**options: Any) -> bytes:
+    """A JPEG with something to see in every block, so that what is missing is missed."""
+    noise = np.random.default_rng(7).integers(0, 255, (50, 50, 3), dtype=np.uint8)
+    return saved(Image.fromarray(noise).resize((400, 400), Image.Resampling.BICUBIC), "JPEG", quality=90, **options)
+
+
+JPEGS = {
+    "baseline": lambda: scene(),
+    "optimised": lambda: scene(optimize=True),
+    "progressive": lambda: scene(progressive=True),
+    "restarts": lambda: scene(restart_marker_rows=1),
+    "cmyk": lambda: saved(Image.open(io.BytesIO(scene())).convert("CMYK"), "JPEG"),
+    "grey": lambda: saved(Image.open(io.BytesIO(scene())).convert("L"), "JPEG"),
+}
+EOI = b"\xff\xd9"
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "cut": lambda data: data[: len(data) // 2],
+    "cut_with_end": lambda data: data[: len(data) // 2] + EOI,
+    "zeros": lambda data: data[: len(data) // 2] + bytes(len(data) - len(data) // 2),
+    "zeros_with_end": lambda data: data[: len(data) // 2] + bytes(len(data) - len(data) // 2 - 2) + EOI,
+    "many_zeros": lambda data: data[: len(data) // 2] + bytes(300_000),
+    "many_zeros_with_end": lambda data: data[: len(data) // 2] + bytes(300_000) + EOI,
+    "hole": lambda data: data[: len(data) // 2] + data[len(data) // 2 + 4000 :],
+    "no_end": lambda data: data[:-2],
+    "ones": lambda data: data[: len(data) // 2] + b"\xff" * 5000 + data[len(data) // 2 :],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("kind", JPEGS)
+def test_half_a_jpeg_is_no_picture_whatever_lies_behind_it(kind: str, damage: str) -> None:
+    whole = JPEGS[kind]()
+    assert decode_image(whole, SIZE).shape == (3, SIZE, SIZE)
+    with pytest.raises(ImageError, match="libjpeg") as caught:
+        decode_image(DAMAGE[damage](whole), SIZE)
+    assert caught.value.reason == "undecodable_image"
+
+
+def test_what_follows_the_end_of_a_jpeg_is_no_damage() -> None:
+    whole = scene()
+    assert torch.equal(decode_image(whole + b"\0" * 5000 + whole, SIZE), decode_image(whole, SIZE))
+
+
+def test_other_words_on_standard_error_are_passed_on(capfd: pytest.CaptureFixture[str]) -> None:
+    words = "from another thread: Corrupt JPEG data: is no beginning of a line\n"
+
+    def decode(encoded: torch.Tensor, mode: Any) -> torch.Tensor:
+        os.write(2, words.encode() + b"Corrupt JPEG data: bad Huffman code\n")
+        return torch.zeros(3, 4, 4, dtype=torch.uint8)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(libjpeg, "decode_jpeg", decode)
+        with pytest.raises(libjpeg.JpegDamageError, match=r"^Corrupt JPEG data: bad Huffman code$"):
+            libjpeg.decode_whole_jpeg(scene())
+    assert capfd.readouterr().err == words
+
+
+def test_threads_hear_the_warnings_of_their_own_pictures() -> None:
+    good, bad = scene(), DAMAGE["cut_with_end"](scene())
+
+    def fault(data: bytes) -> bool:
+        try:
+            decode_image(data, SIZE)
+        except ImageError:
+            return True
+        return False
+
+    order = [bool(n % 3) for n in range(60)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(fault, [bad if one else good for one in order])) == order
+
+
+def test_a_forked_process_decodes_while_its_parent_does() -> None:
+    """As a loader's workers do: the lock that another thread held at the fork is not theirs."""
+    with libjpeg._hearing:
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if decode_image(scene(), SIZE).shape == (3, SIZE, SIZE) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("place", [0.2, 0.5, 0.9])
+def test_a_flipped_bit_in_a_png_is_seen(place: float) -> None:
+    broken = bytearray(GOOD_PNG)
+    broken[int(len(broken) * place)] ^= 0x10
+    with pytest.raises(ImageError, match="wrong checksum"):
+        decode_image(bytes(broken), SIZE)
+
+
+def exif_block(orientation: int, order: str = "<") -> bytes:
+    mark = b"II" if order == "<" else b"MM"
+    entry = struct.pack(f"{order}HHIHH", 0x0112, 3, 1, orientation, 0)
+    return b"Exif\0\0" + mark + struct.pack(f"{order}HIH", 42, 8, 1) + entry + bytes(4)
+
+
+def segment(kind: int, body: bytes) -> bytes:
+    return b"\xff" + bytes([kind]) + struct.pack(">H", len(body) + 2) + body
+
+
+XMP = b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta>%s</x:xmpmeta>"
+TURNED = XMP % b'<rdf:Description tiff:Orientation="6"/>'
+NO_EXIF = segment(0xE1, XMP % b"")
+ORIENTED: dict[str, list[bytes]] = {
+    "alone": [segment(0xE1, exif_block(6))],
+    "big_endian": [segment(0xE1, exif_block(6, ">"))],
+    "behind_another_app1": [NO_EXIF, segment(0xE1, exif_block(6))],
+    "behind_many": [segment(0xE0, b"JFIF\0\1\1" + bytes(7)), NO_EXIF, NO_EXIF, segment(0xFE, b"hello"),
+                    segment(0xE2, b"MPF\0" + bytes(50)), segment(0xE1, exif_block(6))],
+    "in_two_segments": [segment(0xE1, exif_block(6)[:20]), segment(0xE1, b"Exif\0\0" + exif_block(6)[20:])],
+    "in_xmp": [segment(0xE1, TURNED)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ORIENTED)
+def test_the_orientation_of_a_jpeg_is_found_wherever_it_stands(name: str) -> None:
+    plain = scene()
+    data = plain[:2] + b"".join(ORIENTED[name]) + plain[2:]
+    assert ImageOps.exif_transpose(Image.open(io.BytesIO(data))).tobytes() != Image.open(io.BytesIO(plain)).tobytes()
+    difference = decode_image(data, SIZE).int() - decode_image(plain, SIZE).rot90(-1, (1, 2)).int()
+    assert difference.abs().max() <= 1  # rows are resized before columns
+
+
+@pytest.mark.parametrize("kind", [b"tEXt", b"zTXt"])
+def test_the_orientation_that_imagemagick_writes_into_a_png_is_found(kind: bytes) -> None:
+    lines = b"\nexif\n      32\n" + exif_block(6).hex().encode() + b"\n"
+    text = b"Raw profile type exif\0" + (b"\0" + zlib.compress(lines) if kind == b"zTXt" else lines)
+    data = GOOD_PNG[:33] + chunk(kind, text) + GOOD_PNG[33:]
+    assert torch.equal(decode_image(data, 64), decode_image(GOOD_PNG, 64).rot90(-1, (1, 2)))
+
+
+@pytest.mark.parametrize(
+    "block", [b"", b"II", b"II*\0\xff\xff\xff\xff", exif_block(0), exif_block(9), exif_block(6)[:-7]]
+)
+def test_an_exif_block_that_says_nothing_turns_nothing(block: bytes) -> None:
+    plain = scene()
+    data = plain[:2] + segment(0xE1, b"Exif\0\0" + block.removeprefix(b"Exif\0\0")) + plain[2:]
+    assert torch.equal(decode_image(data, SIZE), decode_image(plain, SIZE))
+
+
+# ---------------------------------------------------------------------------------------------------------------- costs
+
+
+def exif_bomb() -> bytes:
+    """A block of 64 kB whose 5,300 entries are 60 kB each, of the same bytes: Pillow reads 300 MB as it opens it."""
+    entries = b"".join(struct.pack("<HHII", 0x8000 + number, 7, 60_000, 8) for number in range(5300))
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, 5300) + entries + bytes(4)
+
+
+def test_metadata_cost_nothing(recwarn: pytest.WarningsRecorder) -> None:
+    plain = scene()
+    segments = segment(0xE1, exif_bomb()) * 20 + segment(0xE2, b"MPF\0" + exif_bomb()[6:]) + segment(0xFE, b"") * 9000
+    started = time.process_time()
+    tracemalloc.start()
+    tensor = decode_image(plain[:2] + segments + plain[2:], SIZE)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert torch.equal(tensor, decode_image(plain, SIZE))
+    assert peak < 20 * 2**20
+    assert time.process_time() - started < 2
+    assert not [one for one in recwarn.list if issubclass(one.category, UserWarning)]
+
+
+def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = scene(progressive=True)
+    assert decode_image(whole, SIZE, ImageLimits(scans=10)).shape == (3, SIZE, SIZE)
+    monkeypatch.setattr(images, "_decode_jpeg", lambda data: pytest.fail("the pixels were decoded"))
+    with pytest.raises(ImageError, match="more than 9 scans, the limit") as caught:
+        decode_image(whole, SIZE, ImageLimits(scans=9))
+    assert caught.value.reason == "image_too_large"
+    last = whole.rindex(b"\xff\xda")
+    with pytest.raises(ImageError, match="more than 64 scans"):
+        decode_image(whole[:-2] + whole[last:-2] * 1000 + EOI, SIZE)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF"])
+@pytest.mark.parametrize(("width", "height"), [(513, 1), (1, 513), (3, 1537)])
+def test_a_strip_is_refused(kind: str, width: int, height: int) -> None:
+    data = saved(Image.new("RGB", (width, height)), kind)
+    with pytest.raises(ImageError, match="the limit is 512 to 1") as caught:
+        decode_image(data, SIZE)
+    assert caught.value.reason == "image_too_large"
+    assert decode_image(data, SIZE, ImageLimits(aspect=513)).shape == (3, SIZE, SIZE)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P", "L", "I;16"])
+def test_bands_make_the_same_picture(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = np.random.default_rng(8).integers(0, 255, (37, 21, 4), dtype=np.uint8)
+    image = Image.fromarray(noise).convert(mode) if mode != "I;16" else Image.fromarray(noise[..., 0].astype(np.uint16))
+    data = saved(image, "PNG", **({"transparency": 3} if mode == "P" else {}))
+    whole = decode_image(data, SIZE)
+    monkeypatch.setattr(images, "BAND_PIXELS", 50)
+    assert torch.equal(decode_image(data, SIZE), whole)

@@ -459,3 +459,10 @@ def test_a_broken_shard_reaches_the_driver_by_name(tmp_path: Path) -> None:
     cause = root_cause(ray.train.WorkerGroupError("failed", {0: caught.value}), "run 'a'")
     assert isinstance(cause, ShardError)
     assert (cause.shard, cause.fault) == (str(path), "truncated")
+
+
+def test_samples_above_the_limits_are_dropped_by_reason() -> None:
+    members = {"json": record("hello", "yes"), "jpg": b""}
+    limited = RowEncoder(ByteProcessor, PAD, MAX_LENGTH, max_characters=7)
+    row = limited(0, SampleId(0, 0, 0, 0, "key"), {"json": members["json"]})
+    assert (row.reason, row.detail) == ("bad_conversation", "8 characters, the limit is 7")

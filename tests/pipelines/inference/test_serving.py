@@ -16,7 +16,8 @@ import torch
 
 from benchmarks.serve import serving
 from meteor_model.answering import Answerer, Budget, Question, RequestError, read_rows
-from pipelines.inference.serving import answer_items, read_request
+from pipelines.inference.reading import read_request
+from pipelines.inference.serving import answer_items
 from pipelines.inference.settings import ServeSettings, ServingError
 from pipelines.registry.folder import export_model
 from tests.meteor_model.builders import counted_encodes, model, processor

@@ -20,7 +20,8 @@ import torch
 from mlflow.models import Model
 from PIL import Image
 
-from meteor_model.answering import MAX_ROWS, Answerer, Budget, Question, RequestError, read_rows
+from meteor_model.answering import Answerer, Budget, Question, RequestError, read_rows
+from meteor_model.limits import RequestLimits
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from pipelines.registry.publish import _pack, example_input
@@ -81,7 +82,7 @@ def test_absurd_parameters_are_named(tiny: Tiny, parameters: dict[str, Any], mes
     ("rows", "message"),
     [
         ([], "the request has 0 rows"),
-        ([{"prompt": "x"}] * (MAX_ROWS + 1), f"has {MAX_ROWS + 1} rows"),
+        ([{"prompt": "x"}] * (RequestLimits().rows + 1), f"has {RequestLimits().rows + 1} rows"),
         ([{"prompt": "x", "url": "http://127.0.0.1"}], "row 0: column 'url' is unknown"),
         ([{"prompt": "x" * 2**17}], "row 0: prompt has 131072 characters"),
         ([{"prompt": "\ud800"}], "row 0: prompt is not valid Unicode"),

@@ -19,6 +19,7 @@ from mlflow.pyfunc import PythonModelContext
 from PIL import Image
 
 from jobs import predict
+from meteor_model.limits import RequestLimits
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from pipelines.registry.folder import ExportError
@@ -142,16 +143,16 @@ def test_a_bad_row_is_named(loaded: tuple[MeteorPyfunc, PythonModelContext], row
 
 
 def test_a_huge_image_and_bad_parameters_are_refused(
-    loaded: tuple[MeteorPyfunc, PythonModelContext], monkeypatch: pytest.MonkeyPatch
+    loaded: tuple[MeteorPyfunc, PythonModelContext],
 ) -> None:
     model, context = loaded
     with pytest.raises(ValueError, match=r"max_new_tokens is 0; it must be in 1\.\."):
         model.predict(context, [GOOD], {"max_new_tokens": 0})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="needs a column `prompt`"):
         model.predict(context, [{"text": "x"}])  # type: ignore[arg-type]
-    monkeypatch.setattr("meteor_model.answering.MAX_BYTES", 300)
-    with pytest.raises(ValueError, match="row 0: image has 404 base64 characters, the limit is 400"):
-        model.predict(context, [{"image": in_base64(b"x" * 301), "prompt": "x"}])  # type: ignore[arg-type]
+    huge = {"image": "A" * (RequestLimits().image_bytes // 3 * 4 + 8), "prompt": "x"}
+    with pytest.raises(ValueError, match="row 0: image has 89478492 base64 characters, the limit is 89478488"):
+        model.predict(context, [huge])  # type: ignore[arg-type]
 
 
 def test_pull_by_alias_and_by_version(
