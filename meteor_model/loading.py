@@ -13,8 +13,23 @@ from meteor_model.foreign import foreign
 if TYPE_CHECKING:
     import torch
 
+    from meteor_model.configuration_meteor import MeteorConfig
     from meteor_model.modeling_meteor import MeteorForConditionalGeneration
     from meteor_model.processing_meteor import MeteorProcessor
+
+
+def load_config(folder: str | Path) -> MeteorConfig:
+    """The configuration in a folder.
+
+    Raises:
+        OSError: where there is none, or it is not JSON.
+        ValueError: where it is not one of this model's.
+    """
+    from meteor_model.configuration_meteor import MeteorConfig
+
+    with foreign(lambda what: ValueError(f"{folder}: config.json is none of METEOR: {what}"), (OSError, ValueError)):
+        config: MeteorConfig = MeteorConfig.from_pretrained(folder)
+    return config
 
 
 def load_model_and_processor(
@@ -36,6 +51,7 @@ def load_model_and_processor(
     from meteor_model.modeling_meteor import MeteorForConditionalGeneration
     from meteor_model.processing_meteor import MeteorProcessor
 
+    load_config(folder)  # it is the first to be wrong
     # The errors of the model and of missing files say what is wrong; whatever else the libraries raise names nothing.
     with foreign(lambda what: ValueError(f"{folder} holds no model that can be loaded: {what}"), (OSError, ValueError)):
         processor = MeteorProcessor.from_pretrained(folder)
