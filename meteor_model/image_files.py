@@ -147,7 +147,7 @@ def orientation_of(exif: bytes, xmp: bytes = b"") -> int:
     number = _exif_orientation(exif.removeprefix(_EXIF_MARK))
     if number is None and (found := _XMP_ORIENTATION.search(xmp)):
         number = int(found.group(1))
-    return number if number in range(1, 9) else 1
+    return number if number is not None and 1 <= number <= 8 else 1
 
 
 def _exif_orientation(tiff: bytes) -> int | None:
