@@ -121,7 +121,7 @@ def dense_maps(encoder: VisionEncoder, pixels_MCRR: torch.Tensor, num_segments: 
 
 def _embed(encoder: VisionEncoder, pixels_MCRR: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What the first block is given, and the positions (M, N) of the full grid."""
-    hidden_MTD = encoder.embed(pixels_MCRR)
+    hidden_MTD = encoder.checkpointed_input(encoder.embed(pixels_MCRR))
     cells_N = torch.arange(encoder.grid[0] * encoder.grid[1], device=hidden_MTD.device)
     return hidden_MTD, cells_N.expand(len(hidden_MTD), -1)
 

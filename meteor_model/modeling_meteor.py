@@ -34,6 +34,7 @@ from meteor_model.decoder.loop import decode_pruned
 from meteor_model.decoder.prompt import check_not_empty
 from meteor_model.encode import dense_maps, encode_pruned
 from meteor_model.encoders import VisionEncoder, build_encoder
+from meteor_model.encoders.at_hand import runs_at
 from meteor_model.fusion import MeteorProjector, concat_channels, concat_width, fuse_cooperatively
 from meteor_model.generation_meteor import MeteorGenerationMixin, position_ids_of
 from meteor_model.inputs import (
@@ -113,8 +114,8 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
     def _pixels_of(self, name: str, pixel_values: torch.Tensor) -> torch.Tensor:
         """Normalised pixels (M, 3, R, R) for one tower, where it is and in its dtype."""
         encoder = cast(VisionEncoder, self.encoders[name])
-        weight = next(p for p in encoder.parameters() if p.is_floating_point())
-        return encoder.normalize(pixel_values.to(weight.device), weight.dtype)
+        device, dtype = runs_at(encoder)
+        return encoder.normalize(pixel_values.to(device), dtype)
 
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor) -> MeteorImageFeatures:

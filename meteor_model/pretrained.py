@@ -75,6 +75,8 @@ class MeteorPreTrainedModel(PreTrainedModel):
         except SafetensorError as error:
             found = broken_file(pretrained_model_name_or_path) or f"of {pretrained_model_name_or_path}: {error}"
             raise ValueError(f"a weights file is cut short or broken, copy it again: {found}") from error
+        for encoder in model.encoders.values():
+            encoder.freeze_idle()  # loading makes every parameter anew
         if output_loading_info:
             return model, info
         mismatched = () if ignore_mismatched_sizes else info["mismatched_keys"]

@@ -40,8 +40,10 @@ def encoder_class(family: str) -> type[VisionEncoder]:
 
 
 def build_encoder(config: EncoderConfig) -> VisionEncoder:
-    """A tower with random weights from its configuration."""
-    return encoder_class(config.family)(config)
+    """A tower with random weights from its configuration; what none of its tokens depends on is frozen."""
+    encoder = encoder_class(config.family)(config)
+    encoder.freeze_idle()
+    return encoder
 
 
 __all__ = ["ENCODERS", "EncoderConfig", "VisionEncoder", "VisionTokens", "build_encoder", "encoder_class"]

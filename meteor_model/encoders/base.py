@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, TypeGuard, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from meteor_model.checks import nearest, whole_number
+from meteor_model.encoders.at_hand import whole_weight
 from meteor_model.pruning import absorbed_prefix_attention, evenly_spaced, prefix_attention, received_attention
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -98,6 +99,8 @@ class VisionEncoder(nn.Module, ABC):
     #: Channel mean and standard deviation of the pixels in [0, 1].
     mean: tuple[float, float, float] = HALF_MEAN
     std: tuple[float, float, float] = HALF_STD
+    #: Parameters of the tower, by the start of their names, on which no token depends: they never get a gradient.
+    idle: tuple[str, ...] = ()
     #: The library's module, whole; weights are loaded into it by its own names.
     tower: Any
 
@@ -153,6 +156,23 @@ class VisionEncoder(nn.Module, ABC):
             return self.run_block(index, hidden_MTD, positions_MN)
         return recompute(partial(self.run_block, index), hidden_MTD, positions_MN)
 
+    def checkpointed_input(self, hidden_MTD: torch.Tensor) -> torch.Tensor:
+        """What the first block is given, with a gradient of its own where blocks are recomputed.
+
+        The reentrant kind of checkpointing gives gradients to a block's parameters only where its input has one, and
+        behind frozen embeddings it has none: adapters in the blocks would not learn.
+        """
+        recomputes = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if recomputes and not hidden_MTD.requires_grad and any(p.requires_grad for p in self.parameters()):
+            hidden_MTD.requires_grad_()
+        return hidden_MTD
+
+    def freeze_idle(self) -> None:
+        """Parameters that never get a gradient ask for none, so that DistributedDataParallel does not wait for them."""
+        for name, parameter in self.tower.named_parameters():
+            if name.startswith(self.idle):
+                parameter.requires_grad_(False)
+
     def checkpoints_itself(self, index: int, positions_MN: torch.Tensor) -> bool:
         """Whether `run_block` calls a layer of transformers, which does its own gradient checkpointing."""
         return isinstance(self.blocks[index], GradientCheckpointingLayer)
@@ -186,9 +206,10 @@ class VisionEncoder(nn.Module, ABC):
         normed_MTD = parts.norm(input_MTD)
         if self.num_prefix_tokens:
             query_MH1d = split_heads(parts.query(normed_MTD[:, :1]), parts.num_heads)
-            if is_whole_linear(parts.key):
+            key_weight = whole_weight(parts.key, normed_MTD)
+            if key_weight is not None:
                 return absorbed_prefix_attention(
-                    query_MH1d[:, :, 0], normed_MTD, parts.key.weight, parts.scaling, self.num_prefix_tokens
+                    query_MH1d[:, :, 0], normed_MTD, key_weight, parts.scaling, self.num_prefix_tokens
                 )
             key_MHTd = split_heads(parts.key(normed_MTD), parts.num_heads)
             return prefix_attention(query_MH1d, key_MHTd, scaling=parts.scaling, num_prefix=self.num_prefix_tokens)
@@ -221,11 +242,6 @@ def flatten_patches(pixels_MCRR: torch.Tensor, rows: int, columns: int) -> torch
     """(M, 3, R, R) -> (M, rows * columns, p * p * 3): patches in raster order, each with its channels last."""
     patches = pixels_MCRR.unflatten(3, (columns, -1)).unflatten(2, (rows, -1))
     return patches.permute(0, 2, 4, 3, 5, 1).flatten(1, 2).flatten(2)
-
-
-def is_whole_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether the layer is W x + b with W at hand: not an adapter around a layer, not quantised, not a ZeRO-3 shard."""
-    return type(layer) is nn.Linear and layer.weight.shape == (layer.out_features, layer.in_features)
 
 
 def square_grid(config: EncoderConfig, patch_size: Any) -> tuple[int, int]:

@@ -16,6 +16,7 @@ class ClipEncoder(TransformersVit):
     config_class, model = CLIPVisionConfig, CLIPVisionModel
     num_prefix_tokens = 1
     mean, std = OPENAI_MEAN, OPENAI_STD
+    idle = ("post_layernorm",)
 
     @override
     def embed(self, pixels_MCRR: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,7 @@ class ConvNextEncoder(VisionEncoder):
 
     prunes_between_blocks = False
     mean, std = IMAGENET_MEAN, IMAGENET_STD
+    idle = ("layernorm",)  # of the pooled output
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__(config)

@@ -19,6 +19,7 @@ class Dinov2Encoder(TransformersVit):
     config_class, model = Dinov2Config, Dinov2Model
     num_prefix_tokens = 1
     mean, std = IMAGENET_MEAN, IMAGENET_STD
+    idle = ("embeddings.mask_token",)
 
     @property
     @override

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
+from meteor_model.encoders.at_hand import own_tensors, project_part, whole_weight
 from meteor_model.encoders.base import OPENAI_MEAN, OPENAI_STD, EncoderConfig, VisionEncoder, square_grid
 from meteor_model.encoders.windows import (
     Memo,
@@ -83,8 +84,9 @@ def _project(attention: EvaAttention, hidden_MTD: Tensor, part: int) -> Tensor:
     """Query (0), key (1) or value (2) of the block's own projections, fused or not: (M, T, H, d)."""
     linear = (attention.q_proj, attention.k_proj, attention.v_proj)[part]
     if linear is None:
-        bias = (attention.q_bias, attention.k_bias, attention.v_bias)[part]
-        projected_MTD = F.linear(hidden_MTD, attention.qkv.weight.chunk(3)[part], bias)
+        with own_tensors(attention):
+            bias = (attention.q_bias, attention.k_bias, attention.v_bias)[part]
+            projected_MTD = project_part(attention.qkv, hidden_MTD, part, bias)
     else:
         projected_MTD = linear(hidden_MTD)
     heads_MTHd = projected_MTD.unflatten(2, (attention.num_heads, -1))
@@ -92,6 +94,15 @@ def _project(attention: EvaAttention, hidden_MTD: Tensor, part: int) -> Tensor:
         return heads_MTHd
     normed_MTHd: Tensor = (attention.q_norm, attention.k_norm)[part](heads_MTHd)
     return normed_MTHd
+
+
+def _call_projection(attention: EvaAttention, hidden_MTD: Tensor) -> None:
+    """Have timm's own forward call a fused projection that something stands around.
+
+    Where a bias goes with it, timm multiplies by the layer's weight itself, past adapters and offloading.
+    """
+    if attention.qkv is not None and attention.q_bias is not None:
+        attention.qkv_bias_separate = whole_weight(attention.qkv, hidden_MTD) is None
 
 
 def _rotate(attention: EvaAttention, heads: Tensor, rope: Tensor) -> Tensor:
@@ -107,12 +118,13 @@ def _rope_of(table_NC: Tensor, cells_MN: Tensor, all_present: bool) -> Tensor:
 
 def _add_branches(block: EvaBlock, hidden_MND: Tensor, attended_MND: Tensor) -> Tensor:
     """What `EvaBlock` does with the output of its attention."""
-    if block.gamma_1 is not None:
-        attended_MND = block.gamma_1 * attended_MND
-    hidden_MND = hidden_MND + block.drop_path1(attended_MND)
-    fed_MND: Tensor = block.mlp(block.norm2(hidden_MND))
-    if block.gamma_2 is not None:
-        fed_MND = block.gamma_2 * fed_MND
+    with own_tensors(block):
+        if block.gamma_1 is not None:
+            attended_MND = block.gamma_1 * attended_MND
+        hidden_MND = hidden_MND + block.drop_path1(attended_MND)
+        fed_MND: Tensor = block.mlp(block.norm2(hidden_MND))
+        if block.gamma_2 is not None:
+            fed_MND = block.gamma_2 * fed_MND
     return hidden_MND + block.drop_path2(fed_MND)
 
 
@@ -120,6 +132,7 @@ class _EvaEncoder(VisionEncoder):
     """What both layouts share: where the parts of timm's Eva are."""
 
     mean, std = OPENAI_MEAN, OPENAI_STD
+    idle = ("fc_norm",)
     #: What the layout fixes of Eva's arguments.
     fixed: ClassVar[Mapping[str, Any]]
     #: Settings of `tower` that are the layout's own, not Eva's.
@@ -163,7 +176,9 @@ class Eva02Encoder(_EvaEncoder):
 
     @override
     def embed(self, pixels_MCRR: Tensor) -> Tensor:
-        hidden, _ = self.tower._pos_embed(self.tower.patch_embed(pixels_MCRR))
+        patches = self.tower.patch_embed(pixels_MCRR)
+        with own_tensors(self.tower):
+            hidden, _ = self.tower._pos_embed(patches)
         return self.tower.norm_pre(hidden)
 
     def _rope(self, positions_MN: Tensor) -> Tensor:
@@ -172,7 +187,9 @@ class Eva02Encoder(_EvaEncoder):
 
     @override
     def run_block(self, index: int, hidden_MTD: Tensor, positions_MN: Tensor) -> Tensor:
-        output: Tensor = self.blocks[index](hidden_MTD, rope=self._rope(positions_MN))
+        block = self.tower.blocks[index]
+        _call_projection(block.attn, hidden_MTD)
+        output: Tensor = block(hidden_MTD, rope=self._rope(positions_MN))
         return output
 
     @override
@@ -193,13 +210,13 @@ class Eva02Encoder(_EvaEncoder):
         )
 
 
-def _outside_sink(attention: EvaAttention, outside_MN: Tensor, value_MNHd: Tensor) -> Sink:
-    """The zero cells of a window beyond the grid's edge: key zero (there is no key bias), value the bias."""
+def _outside_sink(attention: EvaAttention, outside_MN: Tensor, value_MNHd: Tensor, width: int) -> Sink:
+    """The zero cells of a window beyond the grid's edge, D `width`: key zero (there is no key bias), value the bias."""
     logit_MN = outside_MN.clamp(min=1).log().to(value_MNHd.dtype)
     logit_MN = logit_MN.masked_fill(outside_MN == 0, blocked(value_MNHd.dtype))
     zero_Hd = value_MNHd.new_zeros(value_MNHd.shape[2:])
-    bias = attention.v_bias if attention.v_proj is None else attention.v_proj.bias
-    return Sink(zero_Hd, zero_Hd if bias is None else bias.unflatten(0, zero_Hd.shape), logit_MN[..., None])
+    value_Hd = _project(attention, value_MNHd.new_zeros(1, 1, width), 2)[0, 0]
+    return Sink(zero_Hd, value_Hd, logit_MN[..., None])
 
 
 class _Places(NamedTuple):
@@ -261,8 +278,9 @@ class Eva02DetEncoder(_EvaEncoder):
     def embed(self, pixels_MCRR: Tensor) -> Tensor:
         tower = self.tower
         hidden_MND = tower.patch_embed(pixels_MCRR).flatten(1, 2)
-        if tower.pos_embed is not None:
+        with own_tensors(tower):
             position_1ND = tower.pos_embed
+        if position_1ND is not None:
             if tower.patch_embed.grid_size != self.grid:
                 grid_1Dhw = position_1ND.transpose(1, 2).unflatten(2, tower.patch_embed.grid_size)
                 resized_1Dhw = F.interpolate(grid_1Dhw.float(), size=self.grid, mode="bicubic", align_corners=False)
@@ -289,6 +307,7 @@ class Eva02DetEncoder(_EvaEncoder):
     @override
     def run_block(self, index: int, hidden_MTD: Tensor, positions_MN: Tensor) -> Tensor:
         block, places = self.tower.blocks[index], self._known(positions_MN, self._places)
+        _call_projection(block.attn, hidden_MTD)
         if index in self.global_blocks:
             output: Tensor = block(hidden_MTD, rope=places.global_rope)
             return output
@@ -308,7 +327,9 @@ class Eva02DetEncoder(_EvaEncoder):
             _rotate(attention, _project(attention, normed_MND, 1), places.window_rope),
             value_MNHd,
             layout,
-            sink=None if places.outside_MN is None else _outside_sink(attention, places.outside_MN, value_MNHd),
+            sink=None if places.outside_MN is None else _outside_sink(
+                attention, places.outside_MN, value_MNHd, normed_MND.shape[2]
+            ),
             dropout=attention.attn_drop.p if self.training else 0.0,
         )
         output: Tensor = attention.proj_drop(attention.proj(attention.norm(attended_MND)))

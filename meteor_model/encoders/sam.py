@@ -21,12 +21,12 @@ from transformers import SamVisionConfig, SamVisionModel
 from transformers.models.sam.modeling_sam import SamVisionAttention
 from typing_extensions import override
 
+from meteor_model.encoders.at_hand import of_a_zero_token, own_tensors, project_part
 from meteor_model.encoders.base import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     EncoderConfig,
     VisionEncoder,
-    is_whole_linear,
     library_config,
     square_grid,
 )
@@ -63,6 +63,8 @@ class SamEncoder(VisionEncoder):
         super().__init__(config)
         self.tower = SamVisionModel(self._library_config(config))
         self.neck = self._neck(config)
+        if self.neck == "short":
+            self.idle = ("vision_encoder.neck.conv2", "vision_encoder.neck.layer_norm2")
         self._layout = Memo[WindowLayout]()
 
     @staticmethod
@@ -102,12 +104,14 @@ class SamEncoder(VisionEncoder):
     def embed(self, pixels_MCRR: Tensor) -> Tensor:
         """Patches and their positions; at another than the tower's own size the positions are resized bicubically."""
         encoder = self.tower.vision_encoder
+        with own_tensors(encoder):
+            position_1RRD = encoder.pos_embed
         if self.config.image_size == self.tower.config.image_size:
             hidden = encoder.patch_embed(pixels_MCRR)
-            return (hidden if encoder.pos_embed is None else hidden + encoder.pos_embed).flatten(1, 2)
+            return (hidden if position_1RRD is None else hidden + position_1RRD).flatten(1, 2)
         hidden = encoder.patch_embed.projection(pixels_MCRR).permute(0, 2, 3, 1)  # its forward refuses other sizes
-        if encoder.pos_embed is not None:
-            position_1DRR = encoder.pos_embed.permute(0, 3, 1, 2)
+        if position_1RRD is not None:
+            position_1DRR = position_1RRD.permute(0, 3, 1, 2)
             position_1DRR = F.interpolate(position_1DRR, size=self.grid, mode="bicubic", align_corners=False)
             hidden = hidden + position_1DRR.permute(0, 2, 3, 1)
         return hidden.flatten(1, 2)
@@ -144,7 +148,7 @@ class SamEncoder(VisionEncoder):
             value_MNHd,
             self._layout(positions_MN, lambda cells_MN: window_layout(cells_MN, self.grid, window)),
             relative,
-            _padding_sink(attention, query_MNHd, relative, positions_MN, self.grid, window),
+            _padding_sink(attention, normed_MND, query_MNHd, relative, positions_MN, self.grid, window),
         )
 
     def _attend_globally(self, attention: SamVisionAttention, normed_MND: Tensor, positions_MN: Tensor) -> Tensor:
@@ -221,13 +225,8 @@ def _project(attention: SamVisionAttention, normed_MND: Tensor) -> tuple[Tensor,
 
 def _query_and_key(attention: SamVisionAttention, normed_MND: Tensor, pick_Q: Tensor) -> tuple[Tensor, Tensor]:
     """Queries of a few tokens and keys of all, (M, Q, H, d) and (M, N, H, d): no more than a score needs."""
-    if not is_whole_linear(attention.qkv):
-        query_MNHd, key_MNHd, _ = _project(attention, normed_MND)
-        return query_MNHd[:, pick_Q], key_MNHd
-    weights = attention.qkv.weight.chunk(3)
-    biases = (None, None) if attention.qkv.bias is None else attention.qkv.bias.chunk(3)
-    query_MQD = F.linear(normed_MND[:, pick_Q], weights[0], biases[0])
-    key_MND = F.linear(normed_MND, weights[1], biases[1])
+    query_MQD = project_part(attention.qkv, normed_MND[:, pick_Q], 0)
+    key_MND = project_part(attention.qkv, normed_MND, 1)
     heads = attention.num_attention_heads
     return query_MQD.unflatten(2, (heads, -1)), key_MND.unflatten(2, (heads, -1))
 
@@ -248,9 +247,11 @@ def _relative(
         return None
     rows_MN, columns_MN = local_cells(positions_MN, grid[1], side)
     rows_MQ, columns_MQ = (rows_MN, columns_MN) if pick_Q is None else (rows_MN[:, pick_Q], columns_MN[:, pick_Q])
+    with own_tensors(attention):
+        row_offsets_Ld, column_offsets_Ld = attention.rel_pos_h, attention.rel_pos_w
     return Relative(
-        _axis_term(attention, query_MQHd, attention.rel_pos_h, rows_MQ, side),
-        _axis_term(attention, query_MQHd, attention.rel_pos_w, columns_MQ, side),
+        _axis_term(attention, query_MQHd, row_offsets_Ld, rows_MQ, side),
+        _axis_term(attention, query_MQHd, column_offsets_Ld, columns_MQ, side),
         rows_MN,
         columns_MN,
     )
@@ -273,6 +274,7 @@ def _axis_term(
 
 def _padding_sink(
     attention: SamVisionAttention,
+    normed_MND: Tensor,
     query_MNHd: Tensor,
     relative: Relative | None,
     positions_MN: Tensor,
@@ -286,10 +288,7 @@ def _padding_sink(
     if grid[0] % window == 0 and grid[1] % window == 0:
         return None
     heads, width = query_MNHd.shape[2:]
-    if attention.qkv.bias is None:
-        key_Hd = value_Hd = query_MNHd.new_zeros(heads, width)
-    else:
-        _, key_Hd, value_Hd = attention.qkv.bias.unflatten(0, (3, heads, width)).unbind(0)
+    _, key_Hd, value_Hd = of_a_zero_token(attention.qkv, normed_MND).unflatten(0, (3, heads, width)).unbind(0)
     if relative is None:
         row_MNHS = column_MNHS = query_MNHd.new_zeros((*query_MNHd.shape[:3], window), dtype=torch.float32)
     else:

@@ -36,6 +36,7 @@ class Siglip2Encoder(SiglipEncoder):
         patches_MNE = flatten_patches(pixels_MCRR, rows, columns)
         # The library resizes positions image by image; here all images have the same grid.
         shape_12 = torch.tensor([[rows, columns]], device="cpu")
-        positions_RRD = embeddings.position_embedding.weight.unflatten(0, (side, side))
+        cells_RR = torch.arange(side * side, device=patches_MNE.device).view(side, side)
+        positions_RRD = embeddings.position_embedding(cells_RR)
         positions_1ND = embeddings.resize_positional_embeddings(positions_RRD, shape_12, max_length=rows * columns)
         return embeddings.patch_embedding(patches_MNE) + positions_1ND

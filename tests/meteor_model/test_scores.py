@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from meteor_model.encoders.base import is_whole_linear
+from meteor_model.encoders.at_hand import whole_weight
 from meteor_model.pruning import (
     absorbed_prefix_attention,
     attention_rows,
@@ -66,11 +66,15 @@ def test_attention_from_some_queries_is_their_mean_over_all_keys() -> None:
 
 
 def test_only_a_whole_linear_layer_is_read() -> None:
-    layer = torch.nn.Linear(4, 6)
-    assert is_whole_linear(layer)
-    assert not is_whole_linear(torch.nn.Sequential(layer))
+    layer, like = torch.nn.Linear(4, 6), torch.zeros(1)
+    assert whole_weight(layer, like) is layer.weight
+    assert whole_weight(torch.nn.Sequential(layer), like) is None
+    assert whole_weight(layer, torch.empty(1, device="meta")) is None, "offloaded: the weight is elsewhere"
+    hook = layer.register_forward_hook(lambda *_: None)
+    assert whole_weight(layer, like) is None, "what a hook does to the output only a call knows"
+    hook.remove()
     layer.weight.data = torch.empty(0)  # what ZeRO-3 leaves of a layer outside of a forward
-    assert not is_whole_linear(layer)
+    assert whole_weight(layer, like) is None
 
 
 HIDDEN, QUERY, KEY = randn(2, 9, 8), randn(2, 2, 9, 4, seed=1), randn(2, 2, 9, 4, seed=2)
