@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,8 @@ from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.decoder.cache import Decision, MeteorCache
 from meteor_model.decoder.loop import decode_pruned
 from meteor_model.decoder.scores import attention_mass, visual_attention_by_head
-from meteor_model.inputs import check_padding
+from meteor_model.inputs import check_padding, inferred_mask
+from meteor_model.outputs import PruningStats
 
 #: Any of these makes `generate` guess tokens and check several at once.
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
@@ -30,6 +32,14 @@ UNSOLVED = (
 UNMARKED = (
     "stage 3 finds no placeholder in inputs_embeds, so it drops nothing: say with image_mask (B, T) where the visual "
     "tokens are (all False for text alone)"
+)
+UNCARRIED = (
+    "stage 3 is enabled and this call's {cache} does not carry it, so nothing is pruned in the LLM: leave it out "
+    "or give model.new_cache(), or set pruning.decode.enabled to false if the dense LLM is meant"
+)
+UNCACHED = (
+    "stage 3 is enabled and needs a cache, so with use_cache=False nothing is pruned in the LLM: leave use_cache out, "
+    "or set pruning.decode.enabled to false if the dense LLM is meant"
 )
 STACK = 5  # the caller of `generate`, seen from a helper of it: its two decorators lie between
 
@@ -58,6 +68,15 @@ class MeteorGenerationMixin(GenerationMixin):
             """Of the model."""
             ...
 
+        def read_prompts(
+            self,
+            input_ids: torch.Tensor | None,
+            pixel_values: torch.Tensor | None,
+            inputs_embeds: torch.Tensor | None = None,
+        ) -> tuple[torch.Tensor, torch.Tensor, PruningStats | None]:
+            """Of the model."""
+            ...
+
     @accepts_either_cache_name
     @torch.no_grad()
     def generate(
@@ -70,8 +89,9 @@ class MeteorGenerationMixin(GenerationMixin):
         """As in transformers: greedy, sampling and beam search, with streamers and several sequences a prompt.
 
         The towers run once, before beams or samples multiply the batch; the result goes on as embeddings. Stage 3
-        needs a cache: with `use_cache=False` nothing is pruned in the LLM. Pass your own `MeteorCache` (`new_cache()`)
-        to read afterwards what each sample kept, or to go on with the conversation: give the next call the same cache,
+        needs its own cache: with `use_cache=False` or another cache nothing is pruned in the LLM. Pass a `MeteorCache`
+        (`new_cache()`) to read afterwards what each sample kept (`decision`) and what stages 1 and 2 kept of each image
+        (`pruning_stats`), or to go on with the conversation: give the next call the same cache,
         the ids of everything so far and the new turn's, and the attention mask of all of it. A later turn is text
         (images that the cache has seen may come again); a new image needs a new cache and the whole conversation.
 
@@ -85,17 +105,22 @@ class MeteorGenerationMixin(GenerationMixin):
 
         Raises:
             ValueError: where images and placeholders do not fit, for images on a used cache, for `prefill_chunk_size`,
-                for padding on the right, and for what stage 3 cannot serve: `cache_implementation`, assisted decoding.
+                for padding on the right, also where only the padding token says so, and for what stage 3 cannot serve:
+                `cache_implementation`, assisted decoding.
 
         Warns:
-            UserWarning: where stage 3 is enabled and cannot act: its lambda is not solved, or embeddings came without
-                `image_mask`.
+            UserWarning: where stage 3 is enabled and cannot act: its lambda is not solved, embeddings came without
+                `image_mask`, or the call brought a cache that does not carry it, or none.
         """
+        if inputs is not None and "input_ids" in kwargs:
+            raise ValueError("the prompt is given twice, as inputs and as input_ids: give one of them")
         input_ids = kwargs.pop("input_ids", inputs)
-        cache = self._default_cache(kwargs) if past_key_values is None else past_key_values
+        if kwargs.get("image_mask") is not None and kwargs.get("inputs_embeds") is None:
+            raise ValueError("image_mask goes with inputs_embeds: input_ids say themselves where images are")
+        cache = self._cache(kwargs, past_key_values)
         assisted = [name for name in ASSISTED if self._generation_setting(kwargs, name)]
         self._check_settings(kwargs, cache, assisted)
-        check_padding(kwargs.get("attention_mask"))
+        self._check_mask(input_ids, kwargs)
         if cache is not None:
             kwargs[CACHE] = cache
         if assisted:  # guessed tokens and prompt come in one pass, so ids and images go on as they are
@@ -107,16 +132,32 @@ class MeteorGenerationMixin(GenerationMixin):
         elif "image_mask" not in kwargs and (input_ids is not None or "inputs_embeds" in kwargs):
             # (A mask says that the embeddings with it hold their visual tokens.)
             kwargs.update(self._embedded(input_ids, pixel_values, kwargs.pop("inputs_embeds", None), kwargs))
-        return super().generate(**kwargs)
+        with cache.appending() if isinstance(cache, MeteorCache) else nullcontext():
+            return super().generate(**kwargs)
 
-    def _default_cache(self, kwargs: Mapping[str, Any]) -> MeteorCache | None:
-        """The cache of a call that brings none: one that prunes, where caching is on and stage 3 acts."""
-        if self._generation_setting(kwargs, "use_cache") is False:
-            return None
-        cache = self.new_cache()
-        if cache is None and self.config.pruning.decode.enabled:
-            warnings.warn(UNSOLVED, stacklevel=STACK)
+    def _cache(self, kwargs: Mapping[str, Any], given: Any) -> Any:
+        """The call's own cache, or one that prunes, where caching is on and stage 3 acts; it warns where it cannot."""
+        cached = self._generation_setting(kwargs, "use_cache") is not False
+        if given is not None and not cached:
+            raise ValueError("use_cache=False and a cache contradict one another: leave one of them out")
+        cache: Any = given if given is not None else (self.new_cache() if cached else None)
+        decode = self.config.pruning.decode
+        if decode.enabled and not isinstance(cache, MeteorCache):
+            if decode.lam is None:
+                warnings.warn(UNSOLVED, stacklevel=STACK)
+            elif not cached:
+                warnings.warn(UNCACHED, stacklevel=STACK)
+            elif not (isinstance(cache, Cache) and cache.get_seq_length()):  # later turns have been warned of
+                warnings.warn(UNCARRIED.format(cache=type(cache).__name__), stacklevel=STACK)
         return cache
+
+    def _check_mask(self, input_ids: Any, kwargs: Mapping[str, Any]) -> None:
+        """Refuse padding on the right, also where transformers would infer it from the padding token."""
+        mask = kwargs.get("attention_mask")
+        if mask is None:
+            special = (self._generation_setting(kwargs, name) for name in ("pad_token_id", "eos_token_id"))
+            mask = inferred_mask(input_ids, *special)
+        check_padding(mask)
 
     def _check_settings(self, kwargs: Mapping[str, Any], cache: Any, assisted: Sequence[str]) -> None:
         """Refuse what stage 3 cannot serve. Raises ValueError."""
@@ -144,9 +185,12 @@ class MeteorGenerationMixin(GenerationMixin):
         kwargs: Mapping[str, Any],
     ) -> dict[str, Any]:
         """The arguments for transformers' `generate` that stand for the prompt, its visual tokens in place."""
-        embeds_BTC, is_image_BT = self.embed_prompts(input_ids, pixel_values, inputs_embeds)
-        if input_ids is None and isinstance(kwargs.get(CACHE), MeteorCache) and not bool(is_image_BT.any()):
-            warnings.warn(UNMARKED, stacklevel=STACK)
+        embeds_BTC, is_image_BT, stats = self.read_prompts(input_ids, pixel_values, inputs_embeds)
+        cache = kwargs.get(CACHE)
+        if isinstance(cache, MeteorCache):
+            cache.pruning_stats = stats
+            if input_ids is None and not bool(is_image_BT.any()):
+                warnings.warn(UNMARKED, stacklevel=STACK)
         if self._generation_setting(kwargs, "is_assistant") and input_ids is not None:
             # Transformers drops an assistant's embeddings and pixels, so its prompt goes into the cache here.
             cache = DynamicCache(config=self.config.text_config)

@@ -16,21 +16,38 @@ from transformers import DynamicCache, PreTrainedConfig
 
 from meteor_model.decoder.cache import MeteorCache
 from meteor_model.decoder.prompt import check_mask, check_not_empty
+from meteor_model.options import refuse_options
+
+#: What `forward` hands on to the LLM.
+LLM_OPTIONS = ("output_attentions", "output_hidden_states")
 
 
-def check_arguments(input_ids: Any, inputs_embeds: Any, labels: Any, logits_to_keep: Any, cache: Any) -> None:
-    """Arguments of `forward` that exclude one another.
+def check_arguments(
+    input_ids: Any, inputs_embeds: Any, labels: Any, logits_to_keep: Any, cache: Any, options: Mapping[str, Any]
+) -> None:
+    """Arguments of `forward` that exclude one another, and those that it does not have.
 
     Raises:
         ValueError: for ids and embeddings at once or neither; for labels with a pruned decoder, or with part of the
-            logits.
+            logits; for an unknown argument, naming it.
     """
+    refuse_options("forward", options, LLM_OPTIONS)
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
     if labels is not None and isinstance(cache, MeteorCache):
         raise ValueError("labels go with an unpruned decoder: stage 3 leaves no logits for dropped tokens")
     if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
         raise ValueError("labels need the logits of every token: leave logits_to_keep out")
+
+
+def check_image_mask(image_mask: Any, input_ids: Any, prompt_embeds: Any, cache: Any) -> None:
+    """ValueError for an image mask beside the ids of a prompt, which say themselves where its images are.
+
+    (Steps of `generate` come with the mask of their prompt.)
+    """
+    at_prompt = cache is None or (isinstance(cache, DynamicCache) and cache.get_seq_length() == 0)
+    if image_mask is not None and input_ids is not None and prompt_embeds is None and at_prompt:
+        raise ValueError("image_mask goes with inputs_embeds: input_ids say themselves where images are")
 
 
 def check_outputs(config: PreTrainedConfig, options: Mapping[str, Any]) -> None:
@@ -130,16 +147,48 @@ def check_no_images(
         )
 
 
-def check_tokens(embeds_BTC: torch.Tensor, attention_mask: Any, past_key_values: Any) -> None:
-    """There are tokens, and a (B, L) mask has their samples and columns. Shapes only.
+def check_tokens(
+    embeds_BTC: torch.Tensor,
+    attention_mask: Any,
+    past_key_values: Any,
+    position_ids: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+    image_mask: torch.Tensor | None = None,
+) -> None:
+    """There are tokens, and what is given for each of them has their samples and columns. Shapes only.
 
     Raises:
         ValueError: naming both shapes.
     """
     check_not_empty(embeds_BTC)
+    samples, length = embeds_BTC.shape[:2]
     grows = past_key_values is None or isinstance(past_key_values, DynamicCache)  # others: a mask of their whole length
-    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 and grows:
-        check_mask(embeds_BTC, attention_mask, past_key_values.get_seq_length() if past_key_values is not None else 0)
+    if isinstance(attention_mask, torch.Tensor):
+        if attention_mask.ndim == 2 and grows:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            check_mask(embeds_BTC, attention_mask, past)
+        elif attention_mask.ndim not in (2, 4) or attention_mask.dtype == torch.uint8:
+            raise ValueError(
+                f"the attention mask is {attention_mask.dtype} {tuple(attention_mask.shape)}: give (B, L) of 0 and 1, "
+                "or what the LLM's own forward takes, (B, 1, Q, L); pixel_values is the third argument"
+            )
+    expected = {"position_ids": position_ids, "labels": labels, "image_mask": image_mask}
+    for name, given in expected.items():
+        rows = (1, samples) if name == "position_ids" else (samples,)
+        if given is not None and (given.ndim != 2 or given.shape[0] not in rows or given.shape[1] != length):
+            raise ValueError(f"{name} is {tuple(given.shape)}, the tokens are {(samples, length)}")
+
+
+def inferred_mask(input_ids: Any, pad_token_id: Any, eos_token_id: Any) -> torch.Tensor | None:
+    """The mask that `generate` of transformers makes of ids that come without one, (B, T) bool; None where it does not.
+
+    A padding token that is no end-of-sequence token is padding wherever it stands.
+    """
+    if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or pad_token_id is None:
+        return None
+    ends = [] if eos_token_id is None else torch.as_tensor(eos_token_id).flatten().tolist()
+    pad = int(torch.as_tensor(pad_token_id))
+    return None if pad in ends else input_ids != pad
 
 
 def check_padding(attention_mask: Any) -> None:
@@ -148,9 +197,15 @@ def check_padding(attention_mask: Any) -> None:
     (One pass of stage 3 takes padding on either side; `generate` would go on at the wrong positions.)
 
     Raises:
-        ValueError: naming the sample that is padded on the right, or all padding.
+        ValueError: naming the sample that is padded on the right, or all padding; for a mask that is not (B, T).
     """
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2 or 0 in attention_mask.shape:
+    if attention_mask is None:
+        return
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+        is_tensor = isinstance(attention_mask, torch.Tensor)
+        shape = tuple(attention_mask.shape) if is_tensor else type(attention_mask).__name__
+        raise ValueError(f"generate takes an attention mask (B, T) of 0 and 1, got {shape}")
+    if 0 in attention_mask.shape:
         return
     ends, holds = torch.stack([attention_mask[:, -1].bool(), attention_mask.bool().any(dim=1)]).tolist()
     for sample, (ends_in_token, holds_tokens) in enumerate(zip(ends, holds, strict=True)):

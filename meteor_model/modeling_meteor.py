@@ -19,13 +19,11 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils.generic import can_return_tuple
 from typing_extensions import override
 
-from meteor_model.chat import IGNORE_INDEX
 from meteor_model.compat import CACHE, accepts_either_cache_name, cache_of
 from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.decoder.cache import MeteorCache
@@ -40,14 +38,16 @@ from meteor_model.generation_meteor import MeteorGenerationMixin, position_ids_o
 from meteor_model.inputs import (
     at_least_one,
     check_arguments,
+    check_image_mask,
     check_images,
     check_no_images,
     check_outputs,
     check_pixels,
-    check_placeholders,
     check_tokens,
     scatter_visual,
 )
+from meteor_model.logits import LogitsToKeep, check_logits_to_keep, logits_of, logits_of_kept, token_loss
+from meteor_model.options import refuse_options
 from meteor_model.outputs import MeteorImageFeatures, MeteorOutput, PruningStats, with_decision
 from meteor_model.pretrained import MeteorPreTrainedModel
 from meteor_model.pruning import singular_values, spectrum_rank
@@ -118,12 +118,18 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
         return encoder.normalize(pixel_values.to(device), dtype)
 
     @can_return_tuple
-    def get_image_features(self, pixel_values: torch.Tensor) -> MeteorImageFeatures:
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> MeteorImageFeatures:
         """Stages 1 and 2, as VLMs of transformers give them; `encode_images` gives the same as a plain pair.
 
         Args:
             pixel_values: (M, 3, S, S) uint8, M >= 1.
+            kwargs: `return_dict`. Hidden states and attentions of the towers are not given: tokens are dropped between
+                their blocks, so there is nothing to stack.
+
+        Raises:
+            ValueError: for any other argument, naming it.
         """
+        refuse_options("get_image_features", kwargs)
         visual_MKC, stats = self.encode_images(pixel_values)
         return MeteorImageFeatures(visual_MKC, visual_MKC, pruning_stats=stats)
 
@@ -205,7 +211,7 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
         image_mask: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
+        logits_to_keep: LogitsToKeep = 0,
         num_items_in_batch: torch.Tensor | float | None = None,
         **kwargs: Any,
     ) -> MeteorOutput:
@@ -222,18 +228,23 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
             image_mask: (B, T) bool, see above; with `pixel_values` by default where the placeholder's embedding is.
             prompt_embeds: (B, P, C) embeddings of the first P of `input_ids`, with the visual tokens in place.
             use_cache: as in transformers; by default not in training.
-            logits_to_keep: compute only the last so many logits (0: all), or those of these positions.
+            logits_to_keep: compute only the last so many logits (0: all), or those of these columns, (n,). Columns are
+                those of the call, also where stage 3 has dropped some: of all, dropped ones are NaN.
             num_items_in_batch: divisor of the summed loss; None: the supervised tokens of this batch.
-            kwargs: for the LLM's own forward: `output_hidden_states`, `output_attentions` (kernel "eager"), ...
+            kwargs: `output_hidden_states`, `output_attentions` (kernel "eager") of the LLM, `return_dict`.
 
         Raises:
             ValueError: where placeholders and visual tokens differ, naming the sample and both counts, also for ids of
-                images that did not come; for a mask of another shape than the tokens; for labels, hidden states or
-                attentions of a decoder that stage 3 prunes; for labels with `logits_to_keep`.
+                images that did not come; for a mask, positions or labels of another shape than the tokens; for labels,
+                hidden states or attentions of a decoder that stage 3 prunes; for labels with `logits_to_keep`, and
+                columns of it that were dropped; for an argument that other models have and this one does not.
         """
-        check_arguments(input_ids, inputs_embeds, labels, logits_to_keep, past_key_values)
+        check_arguments(input_ids, inputs_embeds, labels, logits_to_keep, past_key_values, kwargs)
+        check_image_mask(image_mask, input_ids, prompt_embeds, past_key_values)
         embeds_BTC, is_image_BT = self._embed(input_ids, inputs_embeds, prompt_embeds, image_mask)
-        check_tokens(embeds_BTC, attention_mask, past_key_values)
+        marked_BT = None if inputs_embeds is None else image_mask
+        check_tokens(embeds_BTC, attention_mask, past_key_values, position_ids, labels, marked_BT)
+        check_logits_to_keep(logits_to_keep, embeds_BTC.shape[1])
         visual_MKC, stats = None, None
         if pixel_values is not None:
             is_image_BT = self._placeholders(embeds_BTC) if is_image_BT is None else is_image_BT
@@ -244,19 +255,22 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
             visual_MKC = features_MKC[: len(pixel_values)]
         elif is_image_BT is not None and inputs_embeds is None and prompt_embeds is None:  # bare ids
             check_no_images(is_image_BT, self.config.tokens_per_image, labels, past_key_values)
+            is_image_BT = None  # a placeholder that came without its image is text
         # 5. decode
         decoded = self._decode(
             embeds_BTC, attention_mask, position_ids, is_image_BT, past_key_values, use_cache, kwargs
         )
-        rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = softcap_logits(self.config.text_config, self.lm_head(decoded.last_hidden_state[:, rows]))
+        logits = self._logits(decoded, embeds_BTC.shape[1], logits_to_keep, past_key_values)
+        stats = with_decision(stats, decoded)
+        if isinstance(past_key_values, MeteorCache) and stats is not None:
+            past_key_values.pruning_stats = stats
         return MeteorOutput(
             loss=None if labels is None else token_loss(logits, labels, num_items_in_batch),
             logits=logits,
             hidden_states=decoded.hidden_states,
             attentions=decoded.attentions,
             image_hidden_states=visual_MKC,
-            pruning_stats=with_decision(stats, decoded),
+            pruning_stats=stats,
             **{CACHE: cache_of(decoded)},
         )
 
@@ -295,7 +309,7 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
     ) -> ModelOutput:
         """5. decode: the LLM; with stage 3 where the cache carries it."""
         config = self.config.text_config
-        if position_ids is None and attention_mask is not None:
+        if position_ids is None and isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
             position_ids = position_ids_of(attention_mask)[:, -embeds_BTC.shape[1] :]
         if isinstance(cache, MeteorCache):
             check_outputs(config, options)
@@ -309,6 +323,17 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
             **{CACHE: cache},
             **options,
         )
+
+    def _logits(self, decoded: ModelOutput, length: int, logits_to_keep: LogitsToKeep, cache: Any) -> torch.Tensor:
+        """Logits (B, n, V) of the columns of this call, T `length`, that are asked for."""
+
+        def head(hidden_BnC: torch.Tensor) -> torch.Tensor:
+            return softcap_logits(self.config.text_config, self.lm_head(hidden_BnC))
+
+        hidden_BWC = decoded.last_hidden_state
+        if isinstance(cache, MeteorCache) and decoded.prefill:
+            return logits_of_kept(hidden_BWC, decoded.decision, logits_to_keep, head)
+        return logits_of(hidden_BWC, logits_to_keep, head)
 
     def embed_prompts(
         self,
@@ -327,34 +352,30 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
         Raises:
             ValueError: where placeholders and visual tokens differ, naming the sample and both counts.
         """
+        embeds_BTC, is_image_BT, _ = self.read_prompts(input_ids, pixel_values, inputs_embeds)
+        return embeds_BTC, is_image_BT
+
+    def read_prompts(
+        self,
+        input_ids: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, PruningStats | None]:
+        """`embed_prompts`, and what stages 1 and 2 kept of the images; None without images."""
         embeds_BTC = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         check_not_empty(embeds_BTC)
         is_image_BT = self._placeholders(embeds_BTC) if input_ids is None else input_ids == self.config.image_token_id
         if pixel_values is not None:
             check_pixels(pixel_values, empty=True)
+        stats = None
         if pixel_values is not None and len(pixel_values):
             check_images(pixel_values, is_image_BT, self.config.tokens_per_image)
-            embeds_BTC = scatter_visual(embeds_BTC, is_image_BT, self.encode_images(pixel_values)[0])
+            visual_MKC, stats = self.encode_images(pixel_values)
+            embeds_BTC = scatter_visual(embeds_BTC, is_image_BT, visual_MKC)
         elif inputs_embeds is None:
-            check_placeholders(is_image_BT, 0, self.config.tokens_per_image)
-        return embeds_BTC, is_image_BT
-
-
-def token_loss(
-    logits_BTV: torch.Tensor, labels_BT: torch.Tensor, num_items_in_batch: torch.Tensor | float | None = None
-) -> torch.Tensor:
-    """Next-token cross entropy, summed over supervised tokens in fp32 and divided by `num_items_in_batch`.
-
-    With None the divisor is this batch's own count of supervised tokens (at least 1): the mean. A distributed run
-    passes global tokens / (world * accumulation), so that averaging gradients gives the mean over the global batch.
-    """
-    shifted_BT = labels_BT[:, 1:].to(logits_BTV.device)
-    total = F.cross_entropy(
-        logits_BTV[:, :-1].flatten(0, 1).float(), shifted_BT.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-    )
-    if num_items_in_batch is None:
-        num_items_in_batch = (shifted_BT != IGNORE_INDEX).sum().clamp_min(1)
-    return total / num_items_in_batch
+            check_no_images(is_image_BT, self.config.tokens_per_image, None, None)
+            is_image_BT = torch.zeros_like(is_image_BT)  # a placeholder that came without its image is text
+        return embeds_BTC, is_image_BT, stats
 
 
 AutoConfig.register(MeteorConfig.model_type, MeteorConfig, exist_ok=True)

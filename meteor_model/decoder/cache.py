@@ -8,16 +8,23 @@ Shape legend: B samples, T tokens of the whole prompt, W kept tokens of the long
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from meteor_model.configuration_meteor import DecodePruning
 from meteor_model.decoder.families import check_decode_settings, plan_decoder
 from meteor_model.pruning import gather_tokens
+
+if TYPE_CHECKING:
+    from meteor_model.outputs import PruningStats
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,9 @@ class MeteorCache(DynamicCache):
     `decode_pruned` (or to `generate`, where it makes the model prune). All layers grow, sliding ones too: which tokens
     a window hides is a matter of their original places, which the columns of a pruned layer do not tell.
 
+    Beside the decision of stage 3 (`decision`, by row of the batch) lies what stages 1 and 2 kept (`pruning_stats`, by
+    image, in the order in which the images came), where the model ran them for this cache.
+
     Args:
         config: the decoder's configuration.
         settings: stage 3's settings; `lam` must be known.
@@ -103,34 +113,44 @@ class MeteorCache(DynamicCache):
         self.num_heads = num_heads
         self.lam = settings.lam
         self.k_max = k_max
+        self._forget()
+
+    def _forget(self) -> None:
         self.decision: Decision | None = None
-        self.padded_since = False  # whether a later turn brought padding of its own
+        self.pruning_stats: PruningStats | None = None
+        #: Which cached columns hold a token, (B, L) bool; None before prefill.
+        self.attended_BL: Tensor | None = None
+        #: Whether a mask that came after prefill hides any column of its own.
+        self.masked_since = False
+        self._appends = False
 
     def reset(self) -> None:
         """Empty, with the decision forgotten."""
         # Fresh layers: some releases' own reset only zeroes a growing layer and leaves its length.
         self.layers = [DynamicLayer() for _ in self.layers]
-        self.decision = None
-        self.padded_since = False
+        self._forget()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows follow their beams."""
         super().reorder_cache(beam_idx)
-        if self.decision is not None:
-            self.decision = self.decision.select(beam_idx)
+        self._select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows of the batch."""
         super().batch_select_indices(indices)
-        if self.decision is not None:
-            self.decision = self.decision.select(indices)
+        self._select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times in a row."""
         super().batch_repeat_interleave(repeats)
         if self.decision is not None:
             rows = torch.arange(len(self.decision.kept_counts_B), device=self.decision.kept_counts_B.device)
-            self.decision = self.decision.select(rows.repeat_interleave(repeats))
+            self._select(rows.repeat_interleave(repeats))
+
+    def _select(self, rows: Tensor) -> None:
+        if self.decision is not None and self.attended_BL is not None:
+            self.decision = self.decision.select(rows)
+            self.attended_BL = self.attended_BL[rows.to(self.attended_BL.device)]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last `-tokens_to_remove` tokens of every layer; 0 drops none.
@@ -147,3 +167,42 @@ class MeteorCache(DynamicCache):
                 "were pruned together and cannot be cut; start a new cache"
             )
         super().crop(tokens_to_remove)
+        if tokens_to_remove < 0 and self.attended_BL is not None:
+            self.attended_BL = self.attended_BL[:, :tokens_to_remove]
+
+    @contextmanager
+    def appending(self) -> Iterator[None]:
+        """Inside the block a step's mask is the one before and a one: what `generate` does, and need not be read."""
+        self._appends = True
+        try:
+            yield
+        finally:
+            self._appends = False
+
+    def follow_mask(self, attention_mask_BL: Tensor | None, new: int) -> None:
+        """Take in the mask of a pass over `new` more tokens; None where all of them are attended.
+
+        A mask says of every column whether it may be seen from now on, of cached ones too: what it hides stays cached
+        and is hidden. Its values are read back, once; not for a step of `generate`.
+
+        Raises:
+            ValueError: naming a sample, where a column that was padding is to be seen: it holds no token.
+        """
+        known_BL = self.attended_BL
+        assert known_BL is not None, "prefill sets it"
+        if attention_mask_BL is None:
+            self.attended_BL = F.pad(known_BL, (0, new), value=True)
+            return
+        mask_BL = attention_mask_BL.to(device=known_BL.device, dtype=torch.bool)
+        past = known_BL.shape[1]
+        if not (self._appends and new == 1):
+            shown_B = (mask_BL[:, :past] & ~known_BL).any(dim=1)
+            hides = (~mask_BL[:, :past] & known_BL).any() | ~mask_BL[:, past:].all()
+            hidden, *shown = torch.cat([hides[None], shown_B]).tolist()
+            if any(shown):
+                raise ValueError(
+                    f"the attention mask shows columns of sample {shown.index(True)} that were padding when they were "
+                    "cached, and hold no token: give the mask of the prompt, extended, or start a new cache"
+                )
+            self.masked_since = self.masked_since or bool(hidden)
+        self.attended_BL = torch.cat([known_BL, mask_BL[:, past:]], dim=1)

@@ -10,7 +10,7 @@
 
 What was decided at prefill lives in the cache (`MeteorCache`). The loop owns the calls to the decoder's layers and
 changes none of them. A prefill reads values back to the host twice (is anything padded; how wide is the result), a
-decode step never does.
+later pass with a mask of its own once (does it hide anything), a step of `generate` never.
 
 Shape legend: B samples, T tokens of the whole prompt, W kept tokens of the longest sample, Q new tokens of this call,
 L all tokens so far (cached and new), R rows that ask, H heads, G key/value heads, C language model width, d head width.
@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -45,9 +44,11 @@ class DecodedOutput(BaseModelOutputWithPast):
             rows of a prefill are.
         past_key_values: the `MeteorCache`, or None without a cache; named `cache` from transformers 5.24 on.
         decision: what stage 3 decided on the prompt.
+        prefill: whether this pass was the prompt, so that rows of the hidden state are its kept columns.
     """
 
     decision: Decision | None = None
+    prefill: bool | None = None
 
 
 def decode_pruned(
@@ -68,8 +69,8 @@ def decode_pruned(
     Args:
         language_model: a bare decoder (`LlamaModel`, ...) of one of `DECODER_FAMILIES`.
         inputs_embeds_BQC: embeddings of the prompt (Q = T), or of the new tokens.
-        attention_mask_BL: 0 and 1 for all tokens so far, cached and new. None: no padding but the prompt's. Where
-            nothing has been padded before, a single new token is attended whatever the mask says of it.
+        attention_mask_BL: 0 and 1 for all tokens so far, cached and new: what it hides of either is hidden from now on.
+            None: no padding but the prompt's.
         position_ids_BQ: the original positions. None: counted up from the length of the cache.
         visual_mask_BQ: which tokens of the prompt are visual; ignored after prefill. None: none.
         cache: carries settings and decision.
@@ -77,7 +78,7 @@ def decode_pruned(
 
     Raises:
         ValueError: an unsupported decoder or attention kernel, masks that do not fit, a sample without any token, NaN,
-            or a cache that was filled elsewhere.
+            a mask that shows cached padding, or a cache that was filled elsewhere.
     """
     past_length = _check_cache(cache, use_cache)
     if past_length:
@@ -147,8 +148,8 @@ def _prefill(
         cache=kept_cache,
     )
     if kept_cache is not None:
-        kept_cache.decision = decision
-    return DecodedOutput(language_model.norm(hidden_BWC), kept_cache, decision=decision)
+        kept_cache.decision, kept_cache.attended_BL = decision, decision.attended_BT
+    return DecodedOutput(language_model.norm(hidden_BWC), kept_cache, decision=decision, prefill=True)
 
 
 def _continue(
@@ -158,7 +159,7 @@ def _continue(
     position_ids_BQ: Tensor | None,
     cache: MeteorCache,
 ) -> DecodedOutput:
-    """5. decode: new tokens through all layers. Nothing is read back to the host for a single one."""
+    """5. decode: new tokens through all layers. Nothing is read back to the host for a step of `generate`."""
     decision, plan, config, layer = cache.decision, cache.plan, language_model.config, cache.settings.layer
     assert decision is not None
     if len(embeds_BQC) != len(decision.kept_counts_B):
@@ -171,24 +172,28 @@ def _continue(
     position_ids_BQ = positions(embeds_BQC, position_ids_BQ, past_length)
     if attention_mask_BL is not None:
         check_mask(embeds_BQC, attention_mask_BL, past_length)
-        if embeds_BQC.shape[1] > 1 and not cache.padded_since:
-            cache.padded_since = not bool(attention_mask_BL[:, past_length:].all())
-    lower_padded = decision.lower_padded or cache.padded_since
-    upper_padded = decision.upper_padded or cache.padded_since
+    cache.follow_mask(attention_mask_BL, embeds_BQC.shape[1])
+    lower_padded = decision.lower_padded or cache.masked_since
+    upper_padded = decision.upper_padded or cache.masked_since
     binds = plan.window is not None and length >= plan.window
 
     lower_seen = upper_seen = lower_places = upper_places = None
     if lower_padded or upper_padded or binds:
+        tokens_BL = cache.attended_BL
+        assert tokens_BL is not None
+        kept_index_BW = decision.kept_index_BW.clamp(min=0)
         if attention_mask_BL is None:
-            attended_BL = F.pad(decision.attended_BT, (0, length - prompt_length), value=True)
+            attended_BL = tokens_BL
         else:
             attended_BL = attention_mask_BL.to(device=embeds_BQC.device, dtype=torch.bool)
         lower_seen = attended_BL if lower_padded else None
-        upper_seen = torch.cat([decision.mask_BW, attended_BL[:, prompt_length:]], dim=1) if upper_padded else None
-        if binds:
-            lower_places = places(lower_seen, length, embeds_BQC)
+        if upper_padded:
+            seen_BW = decision.mask_BW & gather_tokens(attended_BL, kept_index_BW)
+            upper_seen = torch.cat([seen_BW, attended_BL[:, prompt_length:]], dim=1)
+        if binds:  # a hidden token keeps its place
+            lower_places = places(tokens_BL if lower_padded else None, length, embeds_BQC)
             everywhere_BL = lower_places.expand(len(embeds_BQC), -1)
-            kept_BW = gather_tokens(everywhere_BL, decision.kept_index_BW.clamp(min=0))
+            kept_BW = gather_tokens(everywhere_BL, kept_index_BW)
             upper_places = torch.cat([kept_BW, everywhere_BL[:, prompt_length:]], dim=1)
 
     rotary = rotary_embeddings(language_model, plan, embeds_BQC, position_ids_BQ)
@@ -210,6 +215,10 @@ def _decide(scores: VisualScores, prompt: Prompt, lam: float, k_min: int, k_max:
     """The decision, and the gather order (B, W): prompt columns of the kept tokens, after those that pad the row."""
     attended_BT, visual_BT = prompt.attended_BT, prompt.visual_BT
     scores_BT, mass_B = scores.scores_BT.to(visual_BT.device), scores.mass_B.to(visual_BT.device)
+    # The next token is read off the last one: where a prompt ends in an image, that is the first to be kept.
+    columns_T = torch.arange(attended_BT.shape[1], device=attended_BT.device)
+    last_B1 = torch.where(attended_BT, columns_T, 0).amax(dim=1, keepdim=True)
+    scores_BT = scores_BT.masked_fill(columns_T == last_B1, torch.inf)
     visual_kept_BT, counts_B = adaptive_selection(scores_BT, mass_B, visual_BT, lam, k_min, k_max)
     keep_BT = (attended_BT & ~visual_BT) | visual_kept_BT
     totals_B = keep_BT.sum(dim=1)

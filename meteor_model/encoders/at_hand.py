@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +39,9 @@ def project_part(layer: nn.Module, hidden: Tensor, part: int, bias: Tensor | Non
     if weight is None:
         projected: Tensor = layer(hidden).chunk(3, dim=-1)[part]
         return projected if bias is None else projected + bias
-    if bias is None and layer.bias is not None:
-        bias = layer.bias.chunk(3)[part]
+    own_bias = cast(nn.Linear, layer).bias
+    if bias is None and own_bias is not None:
+        bias = own_bias.chunk(3)[part]
     return F.linear(hidden, weight.chunk(3)[part], bias)
 
 
@@ -56,7 +57,7 @@ def own_tensors(*modules: nn.Module) -> Iterator[None]:
 
     DeepSpeed gathers a parameter that is read during a forward by itself; accelerate's hook has to be asked.
     """
-    hooked = [(module, module._hf_hook) for module in modules if hasattr(module, "_hf_hook")]
+    hooked = [(module, cast(Any, module)._hf_hook) for module in modules if hasattr(module, "_hf_hook")]
     for module, hook in hooked:
         hook.pre_forward(module)
     try:
@@ -67,7 +68,7 @@ def own_tensors(*modules: nn.Module) -> Iterator[None]:
 
 
 def runs_at(module: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype in which a module takes its input, also where its weights are stored elsewhere or as integers."""
+    """Device and dtype in which a module takes its input, wherever and as whatever its weights are stored."""
     tensors = [*module.parameters(), *module.buffers()]
     floating = [tensor for tensor in tensors if tensor.is_floating_point()]
     dtype = floating[0].dtype if floating else torch.get_default_dtype()

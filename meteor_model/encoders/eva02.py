@@ -327,9 +327,9 @@ class Eva02DetEncoder(_EvaEncoder):
             _rotate(attention, _project(attention, normed_MND, 1), places.window_rope),
             value_MNHd,
             layout,
-            sink=None if places.outside_MN is None else _outside_sink(
-                attention, places.outside_MN, value_MNHd, normed_MND.shape[2]
-            ),
+            sink=None
+            if places.outside_MN is None
+            else _outside_sink(attention, places.outside_MN, value_MNHd, normed_MND.shape[2]),
             dropout=attention.attn_drop.p if self.training else 0.0,
         )
         output: Tensor = attention.proj_drop(attention.proj(attention.norm(attended_MND)))

@@ -159,8 +159,9 @@ def test_ddp_waits_for_no_gradient_that_never_comes(name: str) -> None:
         parallel = DistributedDataParallel(Loss(tower(name).train(), pruned))
         for _ in range(2):
             parallel().backward()
-        frozen = [key for key, parameter in parallel.module.encoder.tower.named_parameters() if not parameter.requires_grad]
-        assert all(key.startswith(parallel.module.encoder.idle) for key in frozen)
+        encoder = parallel.module.encoder
+        frozen = [key for key, value in encoder.tower.named_parameters() if not value.requires_grad]
+        assert all(key.startswith(encoder.idle) for key in frozen)
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")

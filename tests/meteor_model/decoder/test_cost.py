@@ -54,15 +54,18 @@ class _Reads(torch.overrides.TorchFunctionMode):
 @pytest.mark.parametrize("name", ["llama", "qwen3-window"])
 @pytest.mark.parametrize("layouts", [LAYOUTS, LAYOUTS[:1]], ids=["padded", "single"])
 @torch.no_grad()
-def test_a_prefill_reads_back_twice_and_a_step_never(name: str, layouts: tuple[str, ...]) -> None:
+def test_a_prefill_reads_back_twice_and_a_step_of_generate_never(name: str, layouts: tuple[str, ...]) -> None:
     model, prompts = build_model(name), build_prompts(layouts)
     cache = new_cache(model, settings_for())
     with _Reads() as reads:
         generation = Generation(model, prompts, cache)
         assert reads.count == 2
-        for _ in range(3):
-            generation.step()
+        with cache.appending():  # what `generate` says of its masks
+            for _ in range(3):
+                generation.step()
         assert reads.count == 2
+        generation.step()
+        assert reads.count == 3, "a mask of one's own may hide anything"
 
 
 @pytest.mark.parametrize("same", [True, False])

@@ -15,7 +15,8 @@ from PIL import Image
 from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.decoder.loop import decode_pruned
 from meteor_model.generation_meteor import position_ids_of
-from meteor_model.modeling_meteor import MeteorForConditionalGeneration, token_loss
+from meteor_model.logits import token_loss
+from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor, collate
 from pipelines.data import shards
 from pipelines.data.schema import RawSample, Turn
