@@ -46,4 +46,4 @@ def refuse_options(where: str, given: Mapping[str, Any], known: Collection[str] 
             hint = f": {ELSEWHERE[name]}"
         else:
             hint = nearest(name, known)
-        raise ValueError(f"{where} does not take {name}={value!r:.60}{hint}")
+        raise ValueError(f"{where} does not take {name}={' '.join(repr(value).split())[:40]}{hint}")

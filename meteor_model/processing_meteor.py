@@ -36,6 +36,7 @@ from meteor_model.chat import (
 )
 from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.image_processing_meteor import ImageInput, MeteorImageProcessor, flatten_images
+from meteor_model.options import refuse_options
 
 PROCESSOR_FILE = "processor_config.json"
 PADDINGS = (True, False, "longest", "max_length")
@@ -237,6 +238,7 @@ class MeteorProcessor(ProcessorMixin):
         padding_side: str = "left",
         max_length: int | None = None,
         return_tensors: str | None = "pt",
+        **kwargs: Any,
     ) -> BatchFeature:
         """Prompts ready for `generate`: padded ids, attention mask and uint8 pixels.
 
@@ -244,17 +246,19 @@ class MeteorProcessor(ProcessorMixin):
             text: one prompt or several. A plain string is a user's question and becomes a user turn with a generation
                 prompt, `<image>` in front where it is missing; a `Prompt` is the conversation that it was made from.
             images: per prompt one image, a list of images, or none; for one prompt also its flat list of images, and
-                for several the flat list of all, dealt out by their `<image>`.
+                for several the flat list of all, dealt out by their `<image>` where these are as many.
             padding: True or "longest", or "max_length" for one length always; False for prompts of equal length.
             padding_side: "left" for `generate`, "right" for training.
             max_length: refuse longer prompts; nothing is ever cut, for that would cut images.
             return_tensors: "pt" or "np".
+            kwargs: none; what other processors take is refused by name.
 
         Raises:
             ValueError: where there is no prompt, prompts and images differ in number, a prompt is too long, an image
-                cannot be used (naming its place) or an argument has another value.
+                cannot be used (naming its place) or an argument has another value or is not known.
         """
-        prompts = [text] if isinstance(text, str) else list(text)
+        refuse_options("MeteorProcessor", kwargs)
+        prompts = _prompts(text)
         for prompt in prompts:
             if not isinstance(prompt, Prompt):
                 self._refuse_rendered(prompt)
@@ -369,8 +373,10 @@ class MeteorProcessor(ProcessorMixin):
             batch["pixel_values"] = torch.stack(pixels)
         return BatchFeature(batch, tensor_type=return_tensors)
 
-    def decode(self, ids: torch.Tensor | Sequence[int], skip_special_tokens: bool = True, **kwargs: Any) -> str:
-        """Token ids -> text, special tokens left out unless asked for."""
+    def decode(self, ids: Any, skip_special_tokens: bool = True, **kwargs: Any) -> Any:
+        """Token ids -> text, special tokens left out unless asked for; rows of ids -> a list of texts."""
+        if _is_batch(ids):
+            return [self.decode(row, skip_special_tokens, **kwargs) for row in ids]
         return str(self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, **kwargs)).strip()
 
     def batch_decode(
@@ -517,6 +523,25 @@ def _check_tokens(tokenizer: PreTrainedTokenizerBase, image_token: str, template
         )
 
 
+def _prompts(text: Any) -> list[str]:
+    """The prompts of a call. Raises ValueError for what is no text."""
+    prompts = [text] if isinstance(text, str) else list(text) if isinstance(text, list | tuple) else [text]
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise ValueError(
+                f"prompt {index} must be a string, got {type(prompt).__name__}: a call is (text, images); messages go "
+                "through apply_chat_template"
+            )
+    return prompts
+
+
+def _is_batch(ids: Any) -> bool:
+    """Whether ids are rows of ids."""
+    if isinstance(ids, torch.Tensor | np.ndarray):
+        return ids.ndim > 1
+    return isinstance(ids, list | tuple) and len(ids) > 0 and hasattr(ids[0], "__len__")
+
+
 def _conversation(prompt: str) -> tuple[Turns | str, dict[str, bool]]:
     """A prompt's turns, or the question that it is; and how it ends."""
     if isinstance(prompt, Prompt):
@@ -535,13 +560,17 @@ def _deal(images: Any, prompts: Sequence[Turns | str], single: bool) -> list[lis
     entries = list(images) if _is_sequence(images) else [images]
     if single:
         return [flatten_images(entries)]
-    if len(entries) == len(prompts):
-        return [flatten_images(entry) for entry in entries]
     counts = [_placeholders(prompt) for prompt in prompts]
-    if any(_is_sequence(entry) for entry in entries) or sum(counts) != len(entries):
-        raise ValueError(f"{len(prompts)} prompts came with images for {len(entries)}")
-    flat = iter(entries)
-    return [[next(flat) for _ in range(count)] for count in counts]
+    is_flat = not any(entry is None or _is_sequence(entry) for entry in entries)
+    if is_flat and sum(counts) == len(entries):
+        flat = iter(entries)
+        return [[next(flat) for _ in range(count)] for count in counts]
+    if len(entries) != len(prompts):
+        raise ValueError(
+            f"{len(prompts)} prompts with {counts} {IMAGE_PLACEHOLDER} came with images for {len(entries)}: give one "
+            "entry a prompt, or a flat list of as many as there are placeholders"
+        )
+    return [flatten_images(entry) for entry in entries]
 
 
 def _placeholders(prompt: Turns | str) -> int:

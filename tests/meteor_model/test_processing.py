@@ -305,6 +305,9 @@ def test_arrays_and_tensors_are_what_pillow_makes_of_them(array: np.ndarray, mod
         (["two <image> and <image>", "none"], [[ARRAY, ARRAY], []], [2, 0]),
         (["<image><image>", "none", "<image>"], [[ARRAY, ARRAY], None, ARRAY], [2, 0, 1]),
         (["<image><image>", "<image>"], [ARRAY, ARRAY, ARRAY], [2, 1]),
+        (["<image><image> which?", "none"], [ARRAY, ARRAY], [2, 0]),
+        (["none", "<image> what?", "<image><image>"], [ARRAY, ARRAY, ARRAY], [0, 1, 2]),
+        (["<image> what?", "in front"], [ARRAY, ARRAY], [1, 1]),
         (["a", "b"], np.stack([ARRAY, ARRAY]), [1, 1]),
     ],
 )
@@ -319,7 +322,18 @@ def test_images_are_dealt_to_their_prompts(text: Any, images: Any, expected: lis
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda p: p(["a", "b"], [ARRAY]), "2 prompts came with images for 1"),
+        (lambda p: p(["a", "b"], [ARRAY]), r"2 prompts with \[0, 0\] <image> came with images for 1"),
+        (lambda p: p(ARRAY, "a"), r"prompt 0 must be a string, got ndarray: a call is \(text, images\)"),
+        (
+            lambda p: p([[{"role": "user", "content": "a"}]]),
+            "prompt 0 must be a string, got list: .*apply_chat_template",
+        ),
+        (lambda p: p("a", truncation=True), "MeteorProcessor does not take truncation=True: nothing is cut"),
+        (lambda p: p("a", videos=[ARRAY]), "MeteorProcessor does not take videos=.*: there are no videos"),
+        (lambda p: p("a", audio=[ARRAY]), "MeteorProcessor does not take audio="),
+        (lambda p: p("a", return_mm_token_type_ids=True), "does not take return_mm_token_type_ids=True: placeholders"),
+        (lambda p: p("a", add_special_tokens=True), "does not take add_special_tokens=True: the template"),
+        (lambda p: p("a", do_resize=True), "MeteorProcessor does not take do_resize=True"),
         (lambda p: p("a", torch.zeros(3, 8, 8)), r"image 0: image tensors are uint8 .* got torch.float32 \(3, 8, 8\)"),
         (lambda p: p("a", ARRAY.astype(np.float32)), r"got float32 \(64, 48, 3\)"),
         (lambda p: p("a", ARRAY[..., :2]), r"got uint8 \(64, 48, 2\)"),
@@ -375,7 +389,8 @@ def test_decode_leaves_special_tokens_out_unless_asked() -> None:
     ids = proc.encode([("user", "Hi"), ("assistant", "yes")], 0).input_ids
     assert proc.decode(ids) == "USER: Hi ASSISTANT: yes"
     assert proc.decode(ids, skip_special_tokens=False) == "<s>USER: Hi ASSISTANT: yes</s>"
-    assert proc.batch_decode(torch.tensor([ids, ids])) == ["USER: Hi ASSISTANT: yes"] * 2
+    for rows in (torch.tensor([ids, ids]), [ids, ids], np.array([ids, ids]), [torch.tensor(ids)] * 2):
+        assert proc.batch_decode(rows) == proc.decode(rows) == ["USER: Hi ASSISTANT: yes"] * 2
     assert proc.post_process_image_text_to_text(torch.tensor([ids])) == ["USER: Hi ASSISTANT: yes"]
 
 
