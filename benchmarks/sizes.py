@@ -56,7 +56,7 @@ def tiny_setup() -> Setup:
 def gpu_setup() -> Setup:
     """EAGLE-X4's towers at their real size and Vicuna-7B's layers; the published counts."""
     return from_architecture(
-        architecture("eagle_x4_7b"), 32, 32001, shares=(0.39, 0.195), leave=1193, fused=576, kept=242
+        architecture("meteor_x4_7b"), 32, 32001, shares=(0.39, 0.195), leave=1193, fused=576, kept=242
     )
 
 

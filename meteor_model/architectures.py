@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from meteor_model.checks import nearest
@@ -159,6 +159,12 @@ HUB_WEIGHTS = {
 }
 
 
+def as_eagle(item: EncoderConfig) -> EncoderConfig:
+    """The tower as EAGLE runs it: its pixels are EAGLE's, and CLIP's blocks run without the CLS token."""
+    tower = {**item.tower, "cls_token": "dropped"} if item.family == "clip" else item.tower
+    return replace(item, tower=tower, pixels="eagle")
+
+
 def _published(encoders: tuple[EncoderConfig, ...], fusion: str) -> Architecture:
     """Towers of EAGLE around Vicuna-7B."""
     parts = [*(item.name for item in encoders), LLM_PART]
@@ -173,17 +179,22 @@ def _published(encoders: tuple[EncoderConfig, ...], fusion: str) -> Architecture
 
 
 def eagle_x4_7b() -> Architecture:
-    """EAGLE-X4, the dense baseline: four towers joined on the channels, Vicuna-7B (github.com/NVlabs/EAGLE)."""
-    return _published((CLIP_L_336, CONVNEXT_XXL_1024, EVA02_L_DET_1024, PIX2STRUCT_L), "channel_concat")
+    """EAGLE-X4, the dense baseline: four towers joined on the channels, Vicuna-7B (github.com/NVlabs/EAGLE).
+
+    From the square image on: how an image becomes one is this project's (meteor_model/images.py).
+    """
+    towers = (CLIP_L_336, CONVNEXT_XXL_1024, EVA02_L_DET_1024, PIX2STRUCT_L)
+    return _published(tuple(map(as_eagle, towers)), "channel_concat")
 
 
 def eagle_x5_7b() -> Architecture:
     """EAGLE-X5: EAGLE-X4 and SAM-L."""
-    return _published((CLIP_L_336, CONVNEXT_XXL_1024, SAM_L_1024, EVA02_L_DET_1024, PIX2STRUCT_L), "channel_concat")
+    towers = (CLIP_L_336, CONVNEXT_XXL_1024, SAM_L_1024, EVA02_L_DET_1024, PIX2STRUCT_L)
+    return _published(tuple(map(as_eagle, towers)), "channel_concat")
 
 
 def meteor_x4_7b() -> Architecture:
-    """The towers of EAGLE-X4 with one projector each, so that all three stages apply."""
+    """The towers of EAGLE-X4 with one projector each, so that all three stages apply; pixels and CLS as trained."""
     return _published((CLIP_L_336, CONVNEXT_XXL_1024, EVA02_L_DET_1024, PIX2STRUCT_L), "post_projection")
 
 

@@ -20,6 +20,10 @@ from meteor_model.pruning_config import DecodePruning, EncodePruning, FusePrunin
 __all__ = ["FUSIONS", "DecodePruning", "EncodePruning", "FusePruning", "MeteorConfig", "PruningConfig"]
 
 FUSIONS = ("post_projection", "channel_concat")
+#: What transformers says of a saved model where this package is not imported: it prints what stands before the dashes.
+#: It is no repository's name, so nothing is ever fetched by it.
+HINT = "the Python package meteor_model (install it, and `import meteor_model.auto` before loading)"
+AUTO_MAP = {"AutoConfig": f"{HINT}--configuration_meteor.MeteorConfig"}
 #: Properties that are worked out from the settings, once.
 DERIVED = ("encoder_grids", "encoder_tokens", "encode_budgets", "tokens_per_image")
 
@@ -74,9 +78,9 @@ class MeteorConfig(PreTrainedConfig):
         image_token_id: id of the placeholder, one per visual token that survives fusion.
         ranks: expected rank of each encoder's feature map at each of its boundaries, from calibration; None before it
             (then encoders share by token count alone, as if all ranks were equal).
-        fusion: "post_projection" (METEOR: one projector per encoder, tokens pooled) or "channel_concat" (EAGLE: every
-            map is brought to one grid, joined on the channels, and goes through one projector; nothing is pruned before
-            the LLM).
+        fusion: "post_projection" (METEOR: one projector per encoder, tokens pooled) or "channel_concat" (EAGLE's
+            layout: every map is brought to one grid, joined on the channels, and goes through one projector; nothing is
+            pruned before the LLM; that towers see images as EAGLE's do are settings of the encoders).
         concat_grid: rows and columns of that one grid; used by "channel_concat" alone.
 
     Raises:
@@ -99,6 +103,7 @@ class MeteorConfig(PreTrainedConfig):
         concat_grid: int = 32,
         **kwargs: Any,
     ) -> None:
+        kwargs.pop("auto_map", None)  # for programs without this package
         self.encoders = _as_encoders(encoders)
         self.text_config = _as_text_config(text_config)
         self.pruning = _as_pruning(pruning)
@@ -303,4 +308,5 @@ class MeteorConfig(PreTrainedConfig):
         output["pruning"] = asdict(self.pruning)
         output["pruning"]["encode"]["totals"] = list(self.pruning.encode.totals)
         output["ranks"] = self.ranks
+        output["auto_map"] = AUTO_MAP
         return output

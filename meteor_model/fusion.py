@@ -2,8 +2,8 @@
 
     post_projection  METEOR: one projector per encoder, the tokens are pooled, and those that another encoder already
                      says are dropped
-    channel_concat   EAGLE, the dense baseline: every map is brought to one grid, the maps are joined on the channels
-                     and go through one projector
+    channel_concat   EAGLE's layout, the dense baseline: every map is brought to one grid, the maps are joined on the
+                     channels and go through one projector
 
 Legend: M images, N tokens of one encoder, K tokens kept of the pool, G side of the common grid, D encoder width, C LLM
 width.

@@ -120,12 +120,12 @@ class MeteorGenerationMixin(GenerationMixin):
         cache = self._cache(kwargs, past_key_values)
         assisted = [name for name in ASSISTED if self._generation_setting(kwargs, name)]
         self._check_settings(kwargs, cache, assisted)
-        self._check_mask(input_ids, kwargs)
+        used = cache.get_seq_length() if isinstance(cache, Cache) else 0
+        self._check_mask(input_ids, kwargs, used)
         if cache is not None:
             kwargs[CACHE] = cache
         if assisted:  # guessed tokens and prompt come in one pass, so ids and images go on as they are
             return super().generate(inputs=input_ids, pixel_values=pixel_values, **kwargs)
-        used = cache.get_seq_length() if isinstance(cache, Cache) else 0
         if used and input_ids is not None:
             self._check_next_turn(input_ids, kwargs.get("attention_mask"), pixel_values, used)
             kwargs["input_ids"] = input_ids
@@ -151,13 +151,16 @@ class MeteorGenerationMixin(GenerationMixin):
                 warnings.warn(UNCARRIED.format(cache=type(cache).__name__), stacklevel=STACK)
         return cache
 
-    def _check_mask(self, input_ids: Any, kwargs: Mapping[str, Any]) -> None:
+    def _check_mask(self, input_ids: Any, kwargs: Mapping[str, Any], used: int) -> None:
         """Refuse padding on the right, also where transformers would infer it from the padding token."""
         mask = kwargs.get("attention_mask")
         if mask is None:
             special = (self._generation_setting(kwargs, name) for name in ("pad_token_id", "eos_token_id"))
             mask = inferred_mask(input_ids, *special)
         check_padding(mask)
+        prompt = kwargs.get("inputs_embeds") if input_ids is None else input_ids
+        if mask is not None and prompt is not None and not used and mask.shape != prompt.shape[:2]:
+            raise ValueError(f"the attention mask is {tuple(mask.shape)}, the prompt is {tuple(prompt.shape[:2])}")
 
     def _check_settings(self, kwargs: Mapping[str, Any], cache: Any, assisted: Sequence[str]) -> None:
         """Refuse what stage 3 cannot serve. Raises ValueError."""

@@ -16,6 +16,18 @@ from meteor_model.encoders import ENCODERS
 from meteor_model.fusion import MeteorProjector
 
 NAMED_TENSORS = 8  # of each kind in an error
+README = """# A METEOR vision-language model
+
+transformers alone does not know it: it needs the Python package `meteor_model`.
+
+```python
+import meteor_model.auto
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("FOLDER").eval()
+processor = AutoProcessor.from_pretrained("FOLDER")
+```
+"""
 
 
 class CheckpointLayoutError(ValueError, RuntimeError):
@@ -83,6 +95,13 @@ class MeteorPreTrainedModel(PreTrainedModel):
         missing = () if pretrained_model_name_or_path is None else info["missing_keys"]
         check_layout(str(pretrained_model_name_or_path), missing, info["unexpected_keys"], mismatched)
         return model
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, with a README.md that names this package where the folder has none."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        readme = Path(save_directory) / "README.md"
+        if kwargs.get("is_main_process", True) and not readme.exists():
+            readme.write_text(README)
 
     def set_attn_implementation(
         self, attn_implementation: str | Mapping[str, str], allow_all_kernels: bool = False

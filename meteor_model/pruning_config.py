@@ -18,7 +18,8 @@ class EncodePruning:
     enabled: bool = True
     """Prune inside the encoders."""
     totals: tuple[int, ...] = ()
-    """Tokens that survive each boundary, summed over the encoders that are pruned there; one number a segment."""
+    """Tokens that survive each boundary, summed over the encoders that are pruned there; one number a segment. The last
+    may be larger than the one before by the tokens of convolutional encoders, which join there."""
     first_deep_segment: int = 2
     """First segment (counted from 1) whose boundary scores by attention; earlier ones by similarity to the mean."""
     rank_estimator: str = "effective"
@@ -38,8 +39,11 @@ class EncodePruning:
         object.__setattr__(self, "totals", totals)
         if self.enabled and not totals:
             raise ValueError(f"{where}.totals is empty: give the tokens to keep after each segment, or disable")
-        if any(later > earlier for earlier, later in pairwise(totals)):
-            raise ValueError(f"{where}.totals must not grow from boundary to boundary, got {totals}")
+        if any(later > earlier for earlier, later in pairwise(totals[:-1])):  # the last one: MeteorConfig
+            raise ValueError(
+                f"{where}.totals must not grow from boundary to boundary, got {totals}; the last one may, by the "
+                "tokens of convolutional encoders, which join there"
+            )
         first, past = whole_number(f"{where}.first_deep_segment", self.first_deep_segment), len(totals) + 1
         if first < 1:
             raise ValueError(f"{where}.first_deep_segment counts from 1, got {first}")

@@ -14,17 +14,13 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import nn
-from torchvision.transforms.v2 import functional as tvf
 from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from meteor_model.checks import nearest, whole_number
 from meteor_model.encoders.at_hand import whole_weight
+from meteor_model.encoders.pixels import HALF_MEAN, HALF_STD, PIXELS, check_images, eagle_pixels, own_pixels
 from meteor_model.pruning import absorbed_prefix_attention, evenly_spaced, prefix_attention, received_attention
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-HALF_MEAN, HALF_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 ConfigT = TypeVar("ConfigT", bound=PreTrainedConfig)
 
@@ -40,6 +36,8 @@ class EncoderConfig:
         tower: arguments of the library's own configuration class.
         fold: cells per side that are folded into one token's channels (pixel unshuffle) where maps are joined on the
             channels; EAGLE-X5 folds SAM's 64 x 64 map by 2.
+        pixels: how images become this tower's pixels: "own", as the family was trained, or "eagle", as EAGLE does it
+            for all its towers (`meteor_model.encoders.pixels`).
     """
 
     name: str
@@ -47,6 +45,7 @@ class EncoderConfig:
     image_size: int
     tower: dict[str, Any] = field(default_factory=dict)
     fold: int = 1
+    pixels: str = "own"
 
     def __post_init__(self) -> None:
         if not (isinstance(self.name, str) and self.name.isidentifier()):
@@ -55,6 +54,8 @@ class EncoderConfig:
             raise ValueError(f"encoder name {self.name!r} is taken by torch.nn.ModuleDict, which holds the encoders")
         whole_number(f"encoder {self.name!r}: image_size", self.image_size, least=1)
         whole_number(f"encoder {self.name!r}: fold", self.fold, least=1)
+        if self.pixels not in PIXELS:
+            raise ValueError(f"encoder {self.name!r}: pixels must be one of {', '.join(PIXELS)}, got {self.pixels!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionary for config.json."""
@@ -220,17 +221,11 @@ class VisionEncoder(nn.Module, ABC):
 
     def normalize(self, pixels_MCSS: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """uint8 images (M, 3, S, S) -> this tower's resolution and value range, on the images' device."""
-        if pixels_MCSS.dtype != torch.uint8:
-            raise ValueError(f"images travel as uint8, got {pixels_MCSS.dtype}")
-        shape = tuple(pixels_MCSS.shape)
-        if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3]:  # one channel would broadcast, a strip be squashed
-            raise ValueError(f"images travel as squares (M, 3, S, S), got {shape}")
+        check_images(pixels_MCSS)
         size = self.config.image_size
-        if pixels_MCSS.shape[-2:] != (size, size):
-            pixels_MCSS = tvf.resize(pixels_MCSS, [size, size], antialias=True)
-        mean = torch.tensor(self.mean, device=pixels_MCSS.device).view(3, 1, 1)
-        std = torch.tensor(self.std, device=pixels_MCSS.device).view(3, 1, 1)
-        return ((pixels_MCSS.float() / 255 - mean) / std).to(dtype)
+        if self.config.pixels == "eagle":
+            return eagle_pixels(pixels_MCSS, size).to(dtype)
+        return own_pixels(pixels_MCSS, size, self.mean, self.std).to(dtype)
 
 
 def split_heads(hidden_BTD: torch.Tensor, num_heads: int) -> torch.Tensor:

@@ -9,14 +9,8 @@ from torch import nn
 from transformers import ConvNextConfig, ConvNextModel
 from typing_extensions import override
 
-from meteor_model.encoders.base import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    EncoderConfig,
-    VisionEncoder,
-    library_config,
-    square_grid,
-)
+from meteor_model.encoders.base import EncoderConfig, VisionEncoder, library_config, square_grid
+from meteor_model.encoders.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 
 class ConvNextEncoder(VisionEncoder):

@@ -9,7 +9,8 @@ from torch import nn
 from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 from typing_extensions import override
 
-from meteor_model.encoders.base import IMAGENET_MEAN, IMAGENET_STD, EncoderConfig, ScoreProjections
+from meteor_model.encoders.base import EncoderConfig, ScoreProjections
+from meteor_model.encoders.pixels import IMAGENET_MEAN, IMAGENET_STD
 from meteor_model.encoders.transformers_vit import TransformersVit
 
 

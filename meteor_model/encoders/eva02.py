@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from meteor_model.encoders.at_hand import own_tensors, project_part, whole_weight
-from meteor_model.encoders.base import OPENAI_MEAN, OPENAI_STD, EncoderConfig, VisionEncoder, square_grid
+from meteor_model.encoders.base import EncoderConfig, VisionEncoder, square_grid
+from meteor_model.encoders.pixels import OPENAI_MEAN, OPENAI_STD
 from meteor_model.encoders.windows import (
     Memo,
     Sink,

@@ -17,6 +17,7 @@ from meteor_model.encoders.base import (
     library_config,
     square_grid,
 )
+from meteor_model.encoders.pixels import check_images, eagle_pix2struct_pixels, standardised
 
 
 class Pix2StructEncoder(VisionEncoder):
@@ -68,10 +69,10 @@ class Pix2StructEncoder(VisionEncoder):
 
     def normalize(self, pixels_MCSS: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Per-image standardisation, as the library's image processor does it."""
-        pixels_MCRR = super().normalize(pixels_MCSS, torch.float32)
-        mean = pixels_MCRR.mean(dim=(1, 2, 3), keepdim=True)
-        std = pixels_MCRR.std(dim=(1, 2, 3), keepdim=True)
-        return ((pixels_MCRR - mean) / std.clamp_min(pixels_MCRR[0].numel() ** -0.5)).to(dtype)
+        if self.config.pixels == "eagle":
+            check_images(pixels_MCSS)
+            return eagle_pix2struct_pixels(pixels_MCSS, self.config.image_size).to(dtype)
+        return standardised(super().normalize(pixels_MCSS, torch.float32)).to(dtype)
 
     def flatten_patches(self, pixels_MCRR: torch.Tensor) -> torch.Tensor:
         """(M, 3, R, R) -> (M, N, 2 + 3 p^2): the library's patches, led by their row and column, counted from 1."""

@@ -22,14 +22,8 @@ from transformers.models.sam.modeling_sam import SamVisionAttention
 from typing_extensions import override
 
 from meteor_model.encoders.at_hand import of_a_zero_token, own_tensors, project_part
-from meteor_model.encoders.base import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    EncoderConfig,
-    VisionEncoder,
-    library_config,
-    square_grid,
-)
+from meteor_model.encoders.base import EncoderConfig, VisionEncoder, library_config, square_grid
+from meteor_model.encoders.pixels import IMAGENET_MEAN, IMAGENET_STD
 from meteor_model.encoders.windows import (
     Memo,
     Relative,

@@ -74,6 +74,10 @@ def test_another_pruning_may_come_with_other_ranks_or_none() -> None:
         ({"encode": {"totals": (200, 64, 60)}}, r"totals\[0\]: .*200.*128"),
         ({"encode": {"totals": (96, 64, 2)}}, r"totals\[2\]: .*2"),
         ({"encode": {"totals": (64, 96, 60)}}, r"totals must not grow.*\(64, 96, 60\)"),
+        (
+            {"encode": {"totals": (96, 64, 129)}},
+            r"totals\[2\]: a budget of 129 .* than the 128 tokens there are",
+        ),
         ({"encode": {"totals": ()}}, "totals is empty"),
         ({"encode": {"totals": (96, 64, 62, 60)}}, "totals has 4 segments, encoder 'clip' 3 blocks"),
         ({"encode": {"totals": (96,), "rank_estimator": "efective"}}, "rank_estimator 'efective' is unknown"),

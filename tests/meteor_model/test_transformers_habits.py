@@ -62,6 +62,31 @@ print(isinstance(AutoModelForImageTextToText.from_pretrained(folder), MeteorForC
     assert done.stdout.split() == ["MeteorConfig", "True", "True"], done.stderr
 
 
+@pytest.mark.parametrize("trust", [None, False, True])
+def test_without_the_package_the_error_names_it(trust: bool | None, folder: Path) -> None:
+    code = """
+import sys
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+for cls in (AutoConfig, AutoModelForImageTextToText, AutoProcessor):
+    try:
+        cls.from_pretrained(sys.argv[1], trust_remote_code=eval(sys.argv[2]))
+    except Exception as error:
+        print(" ".join(str(error).split()))
+assert "meteor_model" not in sys.modules
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder), repr(trust)],
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3, done.stderr
+    assert all("the Python package meteor_model (install it, and `import meteor_model.auto`" in line for line in lines)
+    assert "import meteor_model.auto" in (folder / "README.md").read_text()
+
+
 def test_shards_are_safetensors_and_the_processor_lies_beside_them(folder: Path) -> None:
     names = {path.name for path in folder.iterdir()}
     assert len([name for name in names if name.endswith(".safetensors")]) > 3
