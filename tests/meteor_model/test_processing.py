@@ -389,7 +389,8 @@ def test_decode_leaves_special_tokens_out_unless_asked() -> None:
     ids = proc.encode([("user", "Hi"), ("assistant", "yes")], 0).input_ids
     assert proc.decode(ids) == "USER: Hi ASSISTANT: yes"
     assert proc.decode(ids, skip_special_tokens=False) == "<s>USER: Hi ASSISTANT: yes</s>"
-    for rows in (torch.tensor([ids, ids]), [ids, ids], np.array([ids, ids]), [torch.tensor(ids)] * 2):
+    batches: list[Any] = [torch.tensor([ids, ids]), [ids, ids], np.array([ids, ids]), [torch.tensor(ids)] * 2]
+    for rows in batches:
         assert proc.batch_decode(rows) == proc.decode(rows) == ["USER: Hi ASSISTANT: yes"] * 2
     assert proc.post_process_image_text_to_text(torch.tensor([ids])) == ["USER: Hi ASSISTANT: yes"]
 

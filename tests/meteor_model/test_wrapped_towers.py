@@ -182,8 +182,8 @@ def test_adapters_learn_the_same_with_both_kinds_of_recomputation(name: str) -> 
     for reentrant in (False, True):
         Holder(encoder).gradient_checkpointing_enable({"use_reentrant": reentrant})
         for key, gradient in gradients().items():
-            if key.startswith("tower.base_model.model.stem") or expected[key] is None:
-                continue
-            assert gradient is not None, f"{key} does not learn (reentrant: {reentrant})"
-            tolerance = 1e-4 * float(expected[key].abs().max())
-            torch.testing.assert_close(gradient, expected[key], rtol=0.0, atol=tolerance, msg=key)
+            wanted = expected[key]
+            if wanted is not None:  # an adapter of what no token depends on never learns
+                assert gradient is not None, f"{key} does not learn (reentrant: {reentrant})"
+                tolerance = 1e-4 * float(wanted.abs().max())
+                torch.testing.assert_close(gradient, wanted, rtol=0.0, atol=tolerance, msg=key)
