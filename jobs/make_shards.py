@@ -2,7 +2,8 @@
 """Make a dataset of shards in storage: `python jobs/make_shards.py {openmoji,llava,webdataset} --output URL ...`.
 
 `openmoji` and `llava` write WebDataset shards and their manifest; `webdataset` writes a manifest for shards that are
-there already. The same command again does nothing; `--help` after a source shows its settings.
+there already. The same command again writes nothing and says whether the shards are still the same; `--help` after a
+source shows its settings.
 """
 
 import sys
@@ -16,11 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tyro
 
 from jobs.command_line import Job
-from pipelines.data.build import MakeResult, index_shards, make_shards
+from pipelines.data.build import MakeResult, SharedImages, index_shards, make_shards
 from pipelines.data.shards import SAMPLES_PER_SHARD, ShardInfo
 from pipelines.data.sources import SPLITS
 from pipelines.data.sources.llava import Llava, LlavaSettings
 from pipelines.data.sources.openmoji import OpenMoji, OpenMojiSettings
+from pipelines.data.survey import report_lines
 from pipelines.io.console import say
 
 PROGRESS_EVERY_S = 2.0
@@ -64,6 +66,8 @@ class WebDatasetCommand:
     """Which objects below the prefix are shards (a glob on the path below the prefix)."""
     heldout: str = ""
     """Which of them are held out from training (a glob, for example 'val-*.tar'); none by default."""
+    shared_images: SharedImages = "stop"
+    """The same image in held-out and in other shards, whatever its key: an error, or counted."""
     overwrite: bool = False
     """Replace a manifest that is there."""
 
@@ -103,7 +107,14 @@ def execute(command: OpenMojiCommand | LlavaCommand | WebDatasetCommand) -> Make
             llava = Llava(command.source)
             return make_shards(llava, command.output, command.samples_per_shard, command.overwrite, Progress())
         case WebDatasetCommand():
-            return index_shards(command.output, command.pattern, command.heldout, command.overwrite, Progress())
+            return index_shards(
+                command.output,
+                command.pattern,
+                command.heldout,
+                command.overwrite,
+                Progress(),
+                shared_images=command.shared_images,
+            )
 
 
 def summary(result: MakeResult) -> str:
@@ -114,8 +125,7 @@ def summary(result: MakeResult) -> str:
         shards = manifest.split(name)
         size = sum(shard.bytes for shard in shards) / 1e6
         lines.append(f"  {name:8s} {manifest.samples(name):>9,} samples  {len(shards):>5} shards  {size:>9,.1f} MB")
-    if result.left_out:
-        lines.append("  left out: " + ", ".join(f"{count} {reason}" for reason, count in result.left_out.items()))
+    lines += [f"  {line}" for line in report_lines(manifest.report)]
     lines.append(f"  sha256 {manifest.sha256}")
     return "\n".join(lines)
 

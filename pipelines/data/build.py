@@ -1,24 +1,27 @@
 """Making a dataset: shards from a source, or a manifest for shards that are there already.
 
-Idempotent: the manifest holds the settings it was made with. Asked again with the same ones, nothing is done; with
-other ones, the differences are named and nothing is touched unless told to overwrite. While shards are written a marker
-lies in the prefix, so that what a killed run left is told apart from a user's own files.
+Idempotent: the manifest holds the settings it was made with. Asked again with the same ones, the shards are read and
+compared with it, and nothing is written; with other ones, the differences are named and nothing is touched unless told
+to overwrite. While shards are written a marker lies in the prefix, so that what a killed run left is told apart from a
+user's own files.
 """
 
 import fnmatch
 import json
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from pipelines.data.img2dataset import failed_downloads
 from pipelines.data.shards import (
     FORMAT_VERSION,
     SAMPLES_PER_SHARD,
     Manifest,
     ShardError,
     ShardInfo,
+    check_shards,
     dataset_url,
     load_manifest,
     manifest_url,
@@ -26,7 +29,8 @@ from pipelines.data.shards import (
     shard_info,
     write_shards,
 )
-from pipelines.data.sources import HELDOUT, SPLITS, TRAIN, Source
+from pipelines.data.sources import HELDOUT, SPLITS, TRAIN, Packed, Source
+from pipelines.data.survey import DIGESTS_NAME, SHARED, Survey, images_of, is_among, shared
 from pipelines.data.tar_format import parse_shard
 from pipelines.io import storage
 from pipelines.io.fingerprint import canonical_json, sha256_of_json
@@ -34,6 +38,7 @@ from pipelines.io.redact import redact
 
 MARKER_NAME = "_WRITING.json"
 INDEX_SOURCE = "webdataset"
+_SHOWN = 5  # shards listed in an error
 
 
 class DatasetConflictError(ValueError):
@@ -42,11 +47,10 @@ class DatasetConflictError(ValueError):
 
 @dataclass(frozen=True)
 class MakeResult:
-    """What was made: the manifest, whether it was there already, what was left out by reason, and the seconds taken."""
+    """What was made: the manifest, with what was left out, whether it was there already, and the seconds taken."""
 
     manifest: Manifest
     reused: bool
-    left_out: dict[str, int]
     seconds: float
 
 
@@ -77,7 +81,7 @@ def _existing(url: str, spec: dict[str, Any], overwrite: bool) -> Manifest | Non
         changed = "\n".join(f"  {line}" for line in differences(existing.spec, spec))
         raise DatasetConflictError(
             f"{existing.url} was made with other settings:\n{changed}\n"
-            "choose another --out, or replace it with --overwrite"
+            "choose another --output, or replace it with --overwrite"
         )
     return existing
 
@@ -87,7 +91,8 @@ def _check_prefix_is_ours(url: str, existing: Manifest | None, overwrite: bool) 
     root = dataset_url(url)
     if existing is not None and existing.spec.get("source", {}).get("name") == INDEX_SOURCE:
         raise DatasetConflictError(
-            f"{root} holds shards that were indexed, not made here; those are never overwritten: choose another --out"
+            f"{root} holds shards that were indexed, not made here; those are never overwritten: choose another "
+            "--output"
         )
     if existing is not None or overwrite:
         return
@@ -95,8 +100,8 @@ def _check_prefix_is_ours(url: str, existing: Manifest | None, overwrite: bool) 
     tars = [name for name in files if name.endswith(".tar")]
     if tars and MARKER_NAME not in files:
         raise DatasetConflictError(
-            f"{root} holds {len(tars)} tars (the first is {tars[0]}) but no manifest: choose another --out, index them "
-            "with the `webdataset` command, or replace them with --overwrite"
+            f"{root} holds {len(tars)} tars (the first is {tars[0]}) but no manifest: choose another --output, index "
+            "them with the `webdataset` command, or replace them with --overwrite"
         )
 
 
@@ -106,10 +111,16 @@ def make_shards(
     samples_per_shard: int = SAMPLES_PER_SHARD,
     overwrite: bool = False,
     on_shard: Callable[[ShardInfo], None] = _say_nothing,
+    *,
+    check: bool = True,
 ) -> MakeResult:
     """Write all splits of `source` as shards below the prefix `url`, then the manifest.
 
-    Raises DatasetConflictError (another dataset is there), SourceError, StorageError, or ValueError for a setting.
+    A held-out sample with an image that is trained on, too, is left out and counted. Where the dataset is there
+    already, its shards are read and compared with the manifest, unless `check` is off.
+
+    Raises DatasetConflictError (another dataset is there, or other shards than it says), SourceError, StorageError,
+    NoSampleError, or ValueError for a setting.
     """
     start = time.monotonic()
     storage.require_bucket(url)
@@ -121,23 +132,53 @@ def make_shards(
     )
     existing = _existing(url, spec, overwrite)
     if existing is not None and not overwrite:
-        return MakeResult(existing, True, {}, time.monotonic() - start)
+        if check and (changed := check_shards(existing)):
+            raise _changed(existing, changed)
+        return MakeResult(existing, True, time.monotonic() - start)
     _check_prefix_is_ours(url, existing, overwrite)
     root = dataset_url(url)
     marker = storage.join(root, MARKER_NAME)
     storage.write_json(marker, spec)
     storage.delete(manifest_url(url))  # from here to the end the prefix is unfinished, and says so
     infos: list[ShardInfo] = []
+    survey, left_out = Survey(), Counter[str]()
     for split in SPLITS:
-        infos.extend(write_shards(source.samples(split), root, split, samples_per_shard, on_shard))
+        samples = _surveyed(source.samples(split), split, survey, left_out)
+        infos.extend(write_shards(samples, root, split, samples_per_shard, on_shard))
     if not infos:
         raise ValueError(f"the source {spec['source']['name']!r} gave no samples with these settings")
+    survey.require_samples(root)
     stale = {shard.path for shard in existing.shards} - {info.path for info in infos} if existing else set()
     for path in sorted(stale):
         storage.delete(storage.join(root, path))
-    manifest = save_manifest(url, infos, spec)
+    storage.write_bytes(storage.join(root, DIGESTS_NAME), survey.to_parquet(SPLITS))
+    survey.not_read.update(source.not_read())
+    manifest = save_manifest(url, infos, spec, survey.report({**source.report(), **left_out}))
     storage.delete(marker)
-    return MakeResult(manifest, False, source.report(), time.monotonic() - start)
+    return MakeResult(manifest, False, time.monotonic() - start)
+
+
+def _surveyed(samples: Iterable[Packed], split: str, survey: Survey, left_out: Counter[str]) -> Iterator[Packed]:
+    """The samples of a split; of the held-out ones those whose images were not trained on."""
+    trained = survey.digests(TRAIN)
+    for key, members in samples:
+        if split != TRAIN and any(is_among(image, trained) for image in images_of(members)):
+            left_out["image_trained_on"] += 1
+            continue
+        survey.add(split, key, members)
+        yield key, members
+
+
+def _changed(existing: Manifest, changed: Sequence[str]) -> DatasetConflictError:
+    shown = "\n".join(f"  {line}" for line in changed[:_SHOWN])
+    more = f"\n  ... and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
+    return DatasetConflictError(
+        f"{existing.url} is there, but {len(changed)} of its {len(existing.shards)} shards are not as it says:\n"
+        f"{shown}{more}\nrestore them, or replace it with --overwrite"
+    )
+
+
+SharedImages = Literal["stop", "count"]
 
 
 def index_shards(
@@ -146,34 +187,77 @@ def index_shards(
     heldout: str = "",
     overwrite: bool = False,
     on_shard: Callable[[ShardInfo], None] = _say_nothing,
+    *,
+    shared_images: SharedImages = "stop",
 ) -> MakeResult:
     """Write a manifest for the tars already below the prefix `url`, reading each whole; no shard is changed.
 
     `pattern` and `heldout` are globs on the path below the prefix; shards that match `heldout` become that split, the
-    others train. Raises ShardError naming the prefix that holds no such file, or the shard that is no tar, is truncated
-    or has a key twice; DatasetConflictError when another manifest is there; StorageError.
+    others train. All shards are read every time: a manifest that is there stays only where it says what was found.
+
+    Raises ShardError naming the prefix that holds no such file, or the shard that is no tar, is truncated or has a key
+    twice; ValueError for a `heldout` that matches no shard, and for an image in both splits (`shared_images` "count"
+    only counts them); NoSampleError; DatasetConflictError when another manifest is there; StorageError.
     """
     start = time.monotonic()
     storage.require_bucket(url)
     root = dataset_url(url)
-    sizes = {path: size for path, size in storage.list_sizes(root).items() if fnmatch.fnmatchcase(path, pattern)}
+    listed = storage.list_sizes(root)
+    sizes = {path: size for path, size in listed.items() if fnmatch.fnmatchcase(path, pattern)}
     if not sizes:
         raise ShardError(root, "missing", f"no object matches {pattern!r} here; is the prefix right, and not empty?")
-    listing = sha256_of_json(sizes)
-    settings = {"pattern": pattern, "heldout": heldout, "listing_sha256": listing}
+    splits = _splits(root, list(sizes), heldout)
+    settings = {"pattern": pattern, "heldout": heldout, "listing_sha256": sha256_of_json(sizes)}
     spec = {"format": FORMAT_VERSION, "source": {"name": INDEX_SOURCE, "settings": settings}}
     existing = _existing(url, spec, overwrite)
-    if existing is not None and not overwrite:
-        return MakeResult(existing, True, {}, time.monotonic() - start)
     infos: list[ShardInfo] = []
-    ignored: Counter[str] = Counter()
-    for path in sizes:
-        split = HELDOUT if heldout and fnmatch.fnmatchcase(path, heldout) else TRAIN
+    survey = Survey()
+    left_out = Counter({"tar_outside_pattern": sum(path.endswith(".tar") for path in listed.keys() - sizes.keys())})
+    for path, split in splits.items():
         address = storage.join(root, path)
         data = storage.read_bulk(address)
         contents = parse_shard(data, address)
-        ignored.update(contents.ignored)
+        left_out.update(contents.ignored)
+        left_out.update(failed_downloads(root, path, listed, len(contents.samples)))
+        for key, members in contents.samples:
+            survey.add(split, key, members)
         infos.append(shard_info(path, split, data, contents))
         on_shard(infos[-1])
-    manifest = save_manifest(url, infos, spec)
-    return MakeResult(manifest, False, dict(sorted(ignored.items())), time.monotonic() - start)
+    if existing is not None and not overwrite:
+        if changed := _replaced(existing, infos):
+            raise _changed(existing, changed)
+        return MakeResult(existing, True, time.monotonic() - start)
+    survey.require_samples(root)
+    report = survey.report(+left_out)
+    if both := shared(survey.digests(TRAIN), survey.digests(HELDOUT)):
+        if shared_images == "stop":
+            raise ValueError(
+                f"{root}: {both} images lie in shards that match --heldout {heldout!r} and in others: held-out scores "
+                "would be those of pictures that were trained on. Sort the shards by picture, or let them be counted "
+                "with --shared-images count"
+            )
+        report[SHARED] = {HELDOUT: both}
+    storage.write_bytes(storage.join(root, DIGESTS_NAME), survey.to_parquet(SPLITS))
+    return MakeResult(save_manifest(url, infos, spec, report), False, time.monotonic() - start)
+
+
+def _splits(root: str, paths: Sequence[str], heldout: str) -> dict[str, str]:
+    """The split of every shard. Raises ValueError where shards are to be held out and none is."""
+    splits = {path: HELDOUT if heldout and fnmatch.fnmatchcase(path, heldout) else TRAIN for path in paths}
+    if heldout and HELDOUT not in splits.values():
+        raise ValueError(
+            f"{root}: --heldout {heldout!r} matches none of the {len(paths)} shards, so all of them would be trained "
+            f"on; the glob is for the path below the prefix, and the first one is {paths[0]!r}"
+        )
+    return splits
+
+
+def _replaced(existing: Manifest, found: Sequence[ShardInfo]) -> list[str]:
+    """Shards that are no longer what the manifest says, a line for each."""
+    old = {info.path: info for info in existing.shards}
+    return [
+        f"{info.path}: {old[info.path].bytes} bytes with SHA-256 {old[info.path].sha256[:12]}... became {info.bytes} "
+        f"with {info.sha256[:12]}..."
+        for info in found
+        if info != old[info.path]
+    ]

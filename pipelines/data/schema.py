@@ -2,7 +2,8 @@
 
 A sample is `KEY.json` (a LLaVA record: {"id", "conversations": [{"from": "human"|"gpt"|"system", "value"}]}) plus its
 images: `KEY.jpg` for one, `KEY.0.jpg, KEY.1.jpg, ...` for several, none for text. Each image is one `<image>` in a
-human turn; the images are taken in the order of their placeholders.
+human turn; the images are taken in the order of their placeholders. Or it is one image and its caption, as img2dataset
+writes them: `KEY.txt`, or `caption` in a `KEY.json` without conversations.
 
 `Row` is what a sample becomes on the way from the data tasks to the workers; `ROW_SCHEMA` is its form in Arrow.
 
@@ -19,18 +20,23 @@ import pyarrow as pa
 from meteor_model.chat import IMAGE_PLACEHOLDER
 from meteor_model.foreign import SHOWN_DETAIL, JsonError, parse_json, quoted, shown
 from pipelines.data.sample_id import SampleId
+from pipelines.data.unread import named_images, refused_field, refused_member, unread_fields
 from pipelines.io.fingerprint import canonical_json
 
 VOID = "void"  # the reason of a row that only fills up the last step
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif")
 RECORD_EXTENSION = "json"
 CAPTION_EXTENSION = "txt"
+CAPTION_QUESTION = f"{IMAGE_PLACEHOLDER}\nDescribe the image."
+"""What an image with a caption is asked; the caption is the reply."""
 
 Role = Literal["user", "assistant", "system"]
 Reason = Literal[
     "missing_json",
     "bad_json",
     "bad_conversation",
+    "missing_caption",
+    "unread_content",
     "placeholder_missing",
     "placeholder_excess",
     "undecodable_image",
@@ -176,20 +182,71 @@ def bad_shard_members(detail: str) -> dict[str, bytes]:
 
 
 def parse_sample(key: str, members: Mapping[str, bytes]) -> RawSample:
-    """The sample of one key from its members by extension; members that are neither record nor image are left out.
+    """The sample of one key from its members by extension.
 
-    Raises SampleError with one of the reasons missing_json, bad_json, bad_conversation, placeholder_missing,
+    Members and fields that change nothing are passed over (`unread` names them). Raises SampleError with one of the
+    reasons missing_json, bad_json, bad_conversation, missing_caption, unread_content, placeholder_missing,
     placeholder_excess, bad_shard. Images are not decoded here.
     """
     if _BAD_SHARD_MEMBER in members:
         raise SampleError("bad_shard", members[_BAD_SHARD_MEMBER].decode())
-    records = [name for name in members if name.lower() == RECORD_EXTENSION]
-    if not records:
-        raise SampleError("missing_json", f"no {shown(key)}.json; members: {', '.join(sorted(members)) or 'none'}")
-    turns = parse_turns(_parse_record(members[records[0]]))
+    members = {name.lower(): data for name, data in members.items()}
+    record = _record_of(key, members)
+    if member := refused_member(members):
+        raise SampleError("unread_content", f"the member .{shown(member)} is not read; leave the sample out")
+    if field := refused_field(record):
+        raise SampleError("unread_content", field)
     images = image_members(tuple(members))
+    if "conversations" in record or not (CAPTION_EXTENSION in members or "caption" in record):
+        turns = parse_turns(record)
+        if (named := named_images(record)) > len(images):
+            raise SampleError("unread_content", f"the record names {named} images, the sample holds {len(images)}")
+    else:
+        turns = _caption_turns(record, members, len(images))
     check_placeholders(turns, len(images))
     return RawSample(key, tuple(members[name] for name in images), turns)
+
+
+def unread(members: Mapping[str, bytes]) -> list[str]:
+    """What of a good sample is passed over: fields by name, members as `.EXTENSION`."""
+    record = _record_of("", members)
+    captioned = "conversations" not in record
+    known = {RECORD_EXTENSION, *image_members(tuple(members)), *([CAPTION_EXTENSION] if captioned else [])}
+    return [*unread_fields(record), *(f".{name}" for name in members if name not in known)]
+
+
+def _record_of(key: str, members: Mapping[str, bytes]) -> dict[str, Any]:
+    """The record; empty where a caption needs none, or its metadata are no JSON (img2dataset writes NaN)."""
+    captioned = CAPTION_EXTENSION in members
+    if RECORD_EXTENSION not in members:
+        if captioned:
+            return {}
+        raise SampleError("missing_json", f"no {shown(key)}.json; members: {', '.join(sorted(members)) or 'none'}")
+    data = members[RECORD_EXTENSION]
+    try:
+        return _parse_record(data)
+    except SampleError:
+        if captioned and b'"conversations"' not in data:
+            return {}
+        raise
+
+
+def _caption_turns(record: Mapping[str, Any], members: Mapping[str, bytes], num_images: int) -> tuple[Turn, ...]:
+    """Question and caption of an image."""
+    if (status := record.get("status")) not in (None, "success"):
+        raise SampleError("missing_caption", f"img2dataset's status of the sample is {quoted(status)}")
+    if num_images != 1:
+        raise SampleError("missing_caption", f"a caption without a conversation needs one image; found {num_images}")
+    caption: Any = record.get("caption")
+    if CAPTION_EXTENSION in members:
+        try:
+            caption = members[CAPTION_EXTENSION].decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise SampleError("missing_caption", f"the caption is not UTF-8: {error.reason}") from error
+    if not isinstance(caption, str) or not caption.strip():
+        raise SampleError("missing_caption", f"the caption is {quoted(caption)}; expected text")
+    turns = [{"from": "human", "value": CAPTION_QUESTION}, {"from": "gpt", "value": caption.strip()}]
+    return parse_turns({"conversations": turns})
 
 
 def build_members(record: Mapping[str, Any], images: Sequence[tuple[str, bytes]]) -> dict[str, bytes]:

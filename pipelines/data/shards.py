@@ -9,7 +9,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from math import inf
 from typing import Any, Literal
@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from meteor_model.foreign import foreign, quoted
 from pipelines.data.schema import bad_shard_members
+from pipelines.data.survey import Report
 from pipelines.data.tar_format import (
     Members,
     ShardContents,
@@ -35,7 +36,9 @@ from pipelines.io.retry import RETRY_S, Backoff, retry
 MANIFEST_NAME = "manifest.parquet"
 FORMAT_VERSION = 1
 SPEC_KEY = b"meteor.spec"
+REPORT_KEY = b"meteor.report"
 AT_REST_READS = 4
+MAKE_ANEW = "give the command of jobs/make_shards.py that made this manifest again, with --overwrite"
 SAMPLES_PER_SHARD = 256
 BadShards = Literal["fail", "drop"]
 """What becomes of a shard that is missing or damaged at rest."""
@@ -70,11 +73,15 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All shards of a dataset in their order, and `spec`: the settings it was made with (format, source, ...)."""
+    """All shards of a dataset in their order, and `spec`: the settings it was made with (format, source, ...).
+
+    `report` counts what was left out and found faulty when it was made; it is no part of the identity.
+    """
 
     url: str
     shards: tuple[ShardInfo, ...]
     spec: dict[str, Any]
+    report: Report = field(default_factory=dict)
 
     @cached_property
     def sha256(self) -> str:
@@ -116,11 +123,16 @@ def shard_url(manifest: str, info: ShardInfo) -> str:
     return storage.join(dataset_url(manifest), info.path)
 
 
-def save_manifest(url: str, shards: Iterable[ShardInfo], spec: Mapping[str, Any]) -> Manifest:
+def save_manifest(
+    url: str, shards: Iterable[ShardInfo], spec: Mapping[str, Any], report: Report | None = None
+) -> Manifest:
     """Write `manifest.parquet` for the shards, the last act of making a dataset. Raises StorageError."""
-    manifest = Manifest(manifest_url(url), tuple(shards), dict(spec))
+    manifest = Manifest(manifest_url(url), tuple(shards), dict(spec), report or {})
     rows = [{**asdict(shard), "members": sorted(shard.members.items())} for shard in manifest.shards]
-    schema = MANIFEST_SCHEMA.with_metadata({SPEC_KEY: canonical_json(manifest.spec).encode()})
+    metadata = {SPEC_KEY: canonical_json(manifest.spec).encode()}
+    if report:
+        metadata[REPORT_KEY] = canonical_json(report).encode()
+    schema = MANIFEST_SCHEMA.with_metadata(metadata)
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), buffer, compression="zstd")
     storage.write_bytes(manifest.url, buffer.getvalue())
@@ -147,7 +159,8 @@ def load_manifest(url: str, retry_s: float = RETRY_S) -> Manifest:
         table = pq.read_table(io.BytesIO(data))
         spec = json.loads((table.schema.metadata or {})[SPEC_KEY])
         rows = table.select(MANIFEST_SCHEMA.names).cast(MANIFEST_SCHEMA).to_pylist()
-        return Manifest(address, tuple(map(_shard_of_row, rows)), dict(spec))
+        report = json.loads((table.schema.metadata or {}).get(REPORT_KEY, b"{}"))
+        return Manifest(address, tuple(map(_shard_of_row, rows)), dict(spec), dict(report))
 
 
 def _shard_of_row(row: dict[str, Any]) -> ShardInfo:
@@ -163,7 +176,7 @@ def _shard_of_row(row: dict[str, Any]) -> ShardInfo:
 
 def _body_fault(shard: str, data: bytes, info: ShardInfo) -> ShardError | None:
     """What is wrong with the bytes of a shard against its row of the manifest; None when they are the ones written."""
-    again = "restore the shard, or make the manifest anew with jobs/make_shards.py"
+    again = f"restore the shard, or {MAKE_ANEW}"
     if len(data) == info.bytes and sha256(data) == info.sha256:
         return None
     if not looks_like_tar(data):
@@ -172,6 +185,19 @@ def _body_fault(shard: str, data: bytes, info: ShardInfo) -> ShardError | None:
         return ShardError(shard, "truncated", f"truncated: {len(data)} of {info.bytes} bytes; {again}")
     detail = f"replaced after the manifest was written: length {len(data)} (manifest {info.bytes}) or checksum differ"
     return ShardError(shard, "replaced", f"{detail}; {again}")
+
+
+def check_shards(manifest: Manifest) -> list[str]:
+    """What is wrong with the shards of a manifest, a line for each, after reading all of them; [] where nothing is."""
+    found = []
+    for info in manifest.shards:
+        try:
+            _verified_body(shard_url(manifest.url, info), info, RETRY_S)
+        except ShardUnreadableError:
+            raise
+        except ShardError as error:
+            found.append(str(error))
+    return found
 
 
 def read_shard(
@@ -198,7 +224,7 @@ def read_shard(
     )
     samples = parse_shard(data, url).samples
     if len(samples) != info.samples:
-        detail = f"{len(samples)} samples, but the manifest says {info.samples}; make the manifest anew"
+        detail = f"{len(samples)} samples, but the manifest says {info.samples}; {MAKE_ANEW}"
         raise ShardError(url, "wrong_count", detail)
     return samples
 
@@ -208,7 +234,7 @@ def _verified_body(url: str, info: ShardInfo, retry_s: float) -> bytes:
     try:
         data = storage.read_bulk(url, retry_s)
     except storage.ObjectMissingError as error:
-        detail = "missing, but the manifest lists it; restore it, or make the manifest anew with jobs/make_shards.py"
+        detail = f"missing, but the manifest lists it; restore it, or {MAKE_ANEW}"
         raise ShardError(url, "missing", detail) from error
     except storage.TransientStorageError as error:
         detail = (

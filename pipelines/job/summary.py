@@ -9,6 +9,7 @@ from typing import Any
 
 from meteor_model.configuration_meteor import MeteorConfig
 from pipelines.config.recipe import Recipe
+from pipelines.data.survey import report_lines
 from pipelines.evaluation.scores import normalise
 from pipelines.io import storage
 from pipelines.io.run_folder import RunFolder
@@ -67,6 +68,7 @@ def build_summary(
         "samples_seen": state.samples_seen,
         "dropped": dict(state.dropped),
         "truncated": state.truncated,
+        "data": {manifest.url: manifest.report for manifest in trained.manifests},
         "padding_share": state.padding_share,
         "restarts": state.restarts,
         "loss_first": state.loss_first,
@@ -147,6 +149,8 @@ def summary_text(summary: Mapping[str, Any], answers: Sequence[HeldoutAnswer] = 
         lines.insert(
             3, ("exported", f"the checkpoint of step {summary['exported_step']}, the best on held-out samples")
         )
+    reports = summary.get("data", {})  # none in a summary of before
+    lines += [("data", f"{url}: {line}") for url, report in reports.items() for line in report_lines(report)]
     text = "\n".join(f"  {name:<9} {value}" for name, value in lines)
     for answer in list(answers)[:4]:
         text += f"\n  {'asked':<9} {answer.question!r}: {answer.answer!r} (expected {answer.expected!r})"

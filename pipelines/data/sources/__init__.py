@@ -36,6 +36,10 @@ class Source(Protocol):
         """What was left out so far, by reason."""
         ...
 
+    def not_read(self) -> dict[str, int]:
+        """Fields of the material that were passed over, by name."""
+        ...
+
 
 def fraction_of(name: str) -> float:
     """A number in [0, 1) that belongs to `name` for ever, whatever the machine and the Python: for stable splits."""

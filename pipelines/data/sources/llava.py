@@ -4,6 +4,7 @@ Everything that can be wrong with a record is found before the first shard is wr
 Image bytes are copied as they are; they are decoded, and judged, when they are read for training.
 """
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -16,11 +17,12 @@ from pydantic import NonNegativeInt
 from meteor_model.foreign import SHOWN_DETAIL, JsonError, described, parse_json, quoted, shown
 from pipelines.data.schema import IMAGE_EXTENSIONS, SampleError, build_members, check_placeholders, parse_turns
 from pipelines.data.sources import SPLITS, Packed, SourceError, split_of
+from pipelines.data.unread import refused_field, unread_fields
 from pipelines.io import storage
 from pipelines.io.fingerprint import sha256
 from pipelines.io.validation import ShareBelowOne, settings_class
 
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2  # of 1 the split was drawn by the id alone
 _SHOWN = 5  # faults listed in an error
 
 
@@ -33,7 +35,7 @@ class LlavaSettings:
     images: str
     """The folder (a path or s3:// URL) that the records' image paths are relative to."""
     heldout_share: ShareBelowOne = 0.02
-    """Share of records that is never trained on, chosen by a hash of the id."""
+    """Share of records that is never trained on, chosen by a hash of the first image's path, or of the id of a text."""
     follow_links: bool = False
     """Whether symbolic links in the image folder may lead out of it."""
     limit: NonNegativeInt = 0
@@ -80,6 +82,15 @@ def _extension(path: str) -> str:
     return extension
 
 
+def _listed_images(row: dict[str, Any]) -> list[Any]:
+    """What `image`, or `images`, of a record holds. Raises SampleError where both do, and differ."""
+    image, images = row.get("image"), row.get("images")
+    if image is not None and images and images not in (image, [image]):
+        raise SampleError("unread_content", "'image' and 'images' name other images; keep one of the two")
+    image = images or None if image is None else image
+    return [] if image is None else image if isinstance(image, list) else [image]
+
+
 def _parse_lines(text: str, url: str) -> list[Any]:
     records = []
     for number, line in enumerate(text.split("\n"), start=1):
@@ -114,13 +125,18 @@ class Llava:
         self._skipped: Counter[str] = Counter()
         self._faults: list[str] = []
         self._seen: Counter[str] = Counter()
+        self._not_read: Counter[str] = Counter()
         data = storage.read_bytes(settings.records)
         self._sha256 = sha256(data)
         self._root = None if storage.is_s3(settings.images) else Path(settings.images).expanduser().resolve()
         if self._root is not None and not self._root.is_dir():
             raise SourceError(f"images={settings.images!r} is not a folder")
+        # One listing of the folder says which are missing before anything is written.
+        self._stored = None if self._root is not None else frozenset(storage.list_files(settings.images))
         rows = parse_records(data, settings.records)
-        rows = rows[: settings.limit] if settings.limit else rows
+        if settings.limit and len(rows) > settings.limit:
+            self._skipped["past_limit"] = len(rows) - settings.limit
+            rows = rows[: settings.limit]
         checked = [self._checked(number, row) for number, row in enumerate(rows)]
         self.records = tuple(record for record in checked if record is not None)
         if self._faults and (settings.faults == "stop" or not self.records):
@@ -152,13 +168,13 @@ class Llava:
         identity = str(raw_id)
         try:
             identity.encode()
-            images = row.get("image")
-            listed = [] if images is None else images if isinstance(images, list) else [images]
-            paths = tuple(safe_path(path) for path in listed)
+            if field := refused_field(row):
+                raise SampleError("unread_content", field)
+            paths = tuple(safe_path(path) for path in _listed_images(row))
             check_placeholders(parse_turns(row), len(paths))
             for path in paths:
                 _extension(path)
-                self._require_local(path)
+                self._require_there(path)
         except SampleError as error:
             self._fault(number, identity, error.reason, error.detail)
             return None
@@ -172,19 +188,26 @@ class Llava:
             return None
         unique = f"{identity}#{repeats}" if repeats else identity
         stored = {"id": unique, "conversations": row["conversations"]}
-        return Record(key_of(unique), split_of(identity, self.settings.heldout_share), paths, stored)
+        self._not_read.update(name for name in unread_fields(row) if not name.startswith("turn."))  # those are kept
+        split = split_of(paths[0] if paths else identity, self.settings.heldout_share)
+        return Record(key_of(unique), split, paths, stored)
 
-    def _require_local(self, path: str) -> None:
-        """For a local folder: the image must be a file, and below the folder even when links are followed."""
-        if self._root is None:
+    def _require_there(self, path: str) -> None:
+        """The image must be there; of a local folder a file that can be read, and below it if links are followed."""
+        if self._stored is not None:
+            if path not in self._stored:
+                found = quoted(storage.join(self.settings.images, path))
+                raise SampleError("undecodable_image", f"the image {found} is missing")
             return
+        assert self._root is not None
         file = self._root / path
         try:
-            missing = not file.is_file()
+            missing = not (file.is_file() and os.access(file, os.R_OK))
         except (OSError, ValueError) as error:  # a name that is too long, or that no file can have
             raise SampleError("undecodable_image", f"the image {quoted(path)}: {described(error)}") from error
         if missing:
-            raise SampleError("undecodable_image", f"the image {quoted(str(file))} is missing")
+            detail = f"the image {quoted(str(file))} is missing, or may not be read"
+            raise SampleError("undecodable_image", detail)
         if not self.settings.follow_links and not file.resolve().is_relative_to(self._root):
             detail = f"the image path {quoted(path)} leaves the image folder by a link; allow it with --follow-links"
             raise SampleError("bad_conversation", detail)
@@ -198,17 +221,35 @@ class Llava:
         """Records left out, by reason."""
         return dict(sorted(self._skipped.items()))
 
+    def not_read(self) -> dict[str, int]:
+        """Fields of the records that are not stored, by name."""
+        return dict(sorted(self._not_read.items()))
+
     def samples(self, split: str) -> Iterator[Packed]:
-        """The records of a split in the order of the file. SourceError for an unknown split or a missing image."""
+        """The records of a split in the order of the file.
+
+        An image that went missing since the records were checked is a SourceError, or leaves its record out; an
+        unknown split is one as well.
+        """
         if split not in SPLITS:
             raise SourceError(f"llava has no split {split!r}; it has {', '.join(SPLITS)}")
         for record in self.records:
-            if record.split == split:
+            if record.split != split:
+                continue
+            try:
                 images = [(_extension(path), self._read(record, path)) for path in record.images]
-                yield record.key, build_members(record.stored, images)
+            except SourceError:
+                if self.settings.faults == "stop":
+                    raise
+                self._skipped["undecodable_image"] += 1
+                continue
+            yield record.key, build_members(record.stored, images)
 
     def _read(self, record: Record, path: str) -> bytes:
         try:
             return storage.read_bytes(storage.join(self.settings.images, path))
         except storage.ObjectMissingError as error:
-            raise SourceError(f"record {quoted(record.stored['id'])}: its image is missing: {error}") from error
+            raise SourceError(
+                f"record {quoted(record.stored['id'])}: its image is missing: {error}; give the same command again "
+                "when it is back, or leave such records out with --faults skip"
+            ) from error

@@ -155,6 +155,10 @@ class OpenMoji:
         """Drawings that could not be used, by reason."""
         return dict(sorted(self._skipped.items()))
 
+    def not_read(self) -> dict[str, int]:
+        """Nothing: all of a drawing is drawn."""
+        return {}
+
     def pool(self, split: str) -> list[str]:
         """All code points of a split, in an order of their own that no setting changes but the split."""
         found = [file.stem for file in self._folder.glob("*.svg") if not _SKIN_TONES & set(file.stem.split("-"))]

@@ -12,12 +12,13 @@ from PIL import Image
 
 from jobs.make_shards import JOB
 from pipelines.data.build import MARKER_NAME, DatasetConflictError, index_shards, make_shards
-from pipelines.data.schema import parse_sample
+from pipelines.data.schema import build_members, parse_sample
 from pipelines.data.shards import ShardError, load_manifest, read_shard
 from pipelines.data.sources import HELDOUT, TRAIN, SourceError, split_of
 from pipelines.data.sources.llava import Llava, LlavaSettings, key_of
 from pipelines.data.sources.openmoji import OpenMoji, OpenMojiSettings, QuestionWeights, family_of, short_name
 from pipelines.data.sources.scenes import CENTERS, PALETTE, cut_to_visible, main_color
+from pipelines.data.survey import DIGESTS_NAME
 from pipelines.data.tar_format import pack_shard
 from pipelines.io import storage
 from tests.pipelines.s3_fixture import BUCKET, S3Server
@@ -243,6 +244,7 @@ GOOD: list[Any] = [
     {"id": "two/x.y", "image": ["sub/b.JPEG", "./c.png"], "conversations": talk(2)},
     {"id": 3, "conversations": talk(0)},
 ]
+TEXT_SAMPLE = build_members(GOOD[2], [])
 LINKED = {"id": "x", "image": "link.jpg", "conversations": talk()}
 
 
@@ -350,7 +352,9 @@ def test_made_twice_is_made_once_and_overwrite_leaves_nothing_stale(openmoji: Op
         make_shards(openmoji, url, samples_per_shard=30)
     assert "--overwrite" in str(caught.value)
     third = make_shards(openmoji, url, samples_per_shard=30, overwrite=True)
-    assert storage.list_files(url) == sorted(["manifest.parquet", *(shard.path for shard in third.manifest.shards)])
+    assert storage.list_files(url) == sorted(
+        [DIGESTS_NAME, "manifest.parquet", *(shard.path for shard in third.manifest.shards)]
+    )
     assert [key for shard in third.manifest.split(TRAIN) for key, _ in read_shard(url, shard)] == [
         key for key, _ in openmoji.samples(TRAIN)
     ]
@@ -376,7 +380,7 @@ def test_a_killed_run_is_taken_up_but_foreign_tars_are_not(folder: Path, tmp_pat
     assert make_shards(source, url, samples_per_shard=1).manifest.samples(TRAIN) == 3
     assert not storage.exists(f"{url}/{MARKER_NAME}")
 
-    storage.write_bytes(str(tmp_path / "mine" / "x.tar"), pack_shard([("a", {"json": b"{}"})]))
+    storage.write_bytes(str(tmp_path / "mine" / "x.tar"), pack_shard([("a", TEXT_SAMPLE)]))
     with pytest.raises(DatasetConflictError, match=r"holds 1 tars \(the first is x\.tar\) but no manifest"):
         make_shards(source, str(tmp_path / "mine"))
     index_shards(str(tmp_path / "mine"))
@@ -389,7 +393,7 @@ def test_index_existing_shards(tmp_path: Path) -> None:
     bodies = {"a/train-0.tar": 3, "a/train-1.tar": 2, "val/x.tar": 4}
     for path, count in bodies.items():
         storage.write_bytes(
-            f"{url}/{path}", pack_shard([(f"k{n}", {"json": b"{}", "jpg": b"1"}) for n in range(count)])
+            f"{url}/{path}", pack_shard([(f"k{n}", {**TEXT_SAMPLE, "npy": b"1"}) for n in range(count)])
         )
     before = {path: (tmp_path / path).read_bytes() for path in bodies}
     made = index_shards(url, heldout="val/*")
@@ -401,7 +405,7 @@ def test_index_existing_shards(tmp_path: Path) -> None:
     assert {path: (tmp_path / path).read_bytes() for path in bodies} == before
     assert len(read_shard(url, made.manifest.shards[2])) == 4
     assert index_shards(url, heldout="val/*").reused
-    storage.write_bytes(f"{url}/b.tar", pack_shard([("z", {"json": b"{}"})]))
+    storage.write_bytes(f"{url}/b.tar", pack_shard([("z", TEXT_SAMPLE)]))
     with pytest.raises(DatasetConflictError, match="listing_sha256"):
         index_shards(url, heldout="val/*")
     assert index_shards(url, heldout="val/*", overwrite=True).manifest.samples(TRAIN) == 6
