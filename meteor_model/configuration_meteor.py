@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from meteor_model.calibrated import Record, settled
 from meteor_model.checks import from_mapping, nearest, whole_number
 from meteor_model.compat import CACHE_NAMES
 from meteor_model.decoder.families import plan_decoder
@@ -82,6 +83,8 @@ class MeteorConfig(PreTrainedConfig):
             layout: every map is brought to one grid, joined on the channels, and goes through one projector; nothing is
             pruned before the LLM; that towers see images as EAGLE's do are settings of the encoders).
         concat_grid: rows and columns of that one grid; used by "channel_concat" alone.
+        calibrated: the settings that `pruning.decode.lam` and `ranks` belong to (`meteor_model.calibrated`), as a saved
+            configuration holds it; without it they belong to the settings that they come with.
 
     Raises:
         ValueError: naming the field that contradicts another.
@@ -104,6 +107,7 @@ class MeteorConfig(PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         kwargs.pop("auto_map", None)  # for programs without this package
+        self.calibrated: Record = dict(kwargs.pop("calibrated", None) or {})
         self.encoders = _as_encoders(encoders)
         self.text_config = _as_text_config(text_config)
         self.pruning = _as_pruning(pruning)
@@ -154,6 +158,7 @@ class MeteorConfig(PreTrainedConfig):
         if fuse.enabled and fuse.keep > pool:
             raise ValueError(f"pruning.fuse.keep {fuse.keep} exceeds the {pool} tokens that leave the encoders")
         self._check_decoder()
+        self.calibrated = settled(self)
 
     def _check_decoder(self) -> None:
         decode, text = self.pruning.decode, self.text_config
@@ -309,4 +314,5 @@ class MeteorConfig(PreTrainedConfig):
         output["pruning"]["encode"]["totals"] = list(self.pruning.encode.totals)
         output["ranks"] = self.ranks
         output["auto_map"] = AUTO_MAP
+        output["calibrated"] = self.calibrated
         return output

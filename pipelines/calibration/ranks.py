@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -172,9 +171,8 @@ class RankReport:
 
 def budgets_of(config: MeteorConfig, ranks: Ranks) -> dict[str, tuple[int, ...]]:
     """Tokens that each encoder keeps at each boundary under these ranks. Raises ValueError where they do not fit."""
-    changed = deepcopy(config)
-    changed.ranks = {name: list(values) for name, values in ranks.items()}
-    return changed.encode_budgets
+    decode = replace(config.pruning.decode, lam=None)  # that of other budgets
+    return config.with_pruning(replace(config.pruning, decode=decode), ranks).encode_budgets
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def measured_cost(config: MeteorConfig, kept: float) -> FlopReport:
     decode = config.pruning.decode
     if decode.enabled:
         target = min(max(kept, float(decode.k_min)), float(config.tokens_per_image))
-        config = config.with_pruning(replace(config.pruning, decode=replace(decode, target_mean=target)))
+        config = config.with_pruning(replace(config.pruning, decode=replace(decode, target_mean=target, lam=None)))
     return count_flops(config)
 
 

@@ -41,7 +41,8 @@ def solve_for_target(
     """
     decode = model.config.pruning.decode
     if decode.enabled and decode.target_mean is not None:
-        model.config = with_lambda(model.config, solve_lambda_on(model, processor, samples()))
+        lam = solve_lambda_on(model, processor, samples())
+        model.config = with_lambda(model.config, lam, decode.target_mean)
 
 
 def attention_masses(
@@ -58,6 +59,7 @@ def attention_masses(
     return torch.cat(masses), torch.cat(counts)
 
 
-def with_lambda(config: MeteorConfig, lam: float) -> MeteorConfig:
-    """The configuration with stage 3's lambda."""
-    return config.with_pruning(replace(config.pruning, decode=replace(config.pruning.decode, lam=lam)))
+def with_lambda(config: MeteorConfig, lam: float, target_mean: float) -> MeteorConfig:
+    """The configuration with stage 3's lambda and the target that it was solved for."""
+    decode = replace(config.pruning.decode, lam=lam, target_mean=target_mean)
+    return config.with_pruning(replace(config.pruning, decode=decode))

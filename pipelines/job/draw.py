@@ -42,7 +42,7 @@ def calibrate_for(
     ]
     mass_B, num_visual_B = (torch.cat(parts) for parts in zip(*measured, strict=True))
     lam = solve_lambda(mass_B, num_visual_B, mean, model.config.pruning.decode.k_min)
-    model.config = with_lambda(model.config, lam)
+    model.config = with_lambda(model.config, lam, mean)
     say(f"lambda {lam:.4g} keeps {mean:g} tokens on average of these prompts")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ TEXTS = ("What colour is the background? red", "Where is the drawing? left", "Na
 PRUNED = PruningConfig(
     EncodePruning(totals=(96, 64, 60)), FusePruning(keep=24), DecodePruning(layer=2, target_mean=12.0, lam=30.0)
 )
+UNSOLVED = replace(PRUNED, decode=replace(PRUNED.decode, lam=None))
 DENSE = PruningConfig(EncodePruning(enabled=False), FusePruning(enabled=False), DecodePruning(enabled=False))
 
 
@@ -36,7 +38,7 @@ def config(pruning: PruningConfig = PRUNED, **changes: Any) -> MeteorConfig:
     built = build_config("tiny", pruning, 300, ids, 3)
     if not changes:
         return built
-    return MeteorConfig(**{**built.to_dict(), **changes})
+    return MeteorConfig(**{**built.to_dict(), "calibrated": None, **changes})  # its numbers belong to what it gets
 
 
 def model(pruning: PruningConfig = PRUNED, seed: int = 0) -> MeteorForConditionalGeneration:

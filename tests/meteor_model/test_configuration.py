@@ -11,7 +11,7 @@ import pytest
 from meteor_model.architectures import architecture
 from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, MeteorConfig, PruningConfig
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
-from tests.meteor_model.builders import DENSE, PRUNED, config, model, pixels
+from tests.meteor_model.builders import DENSE, PRUNED, UNSOLVED, config, model, pixels
 
 
 def test_budgets_share_the_totals_by_rank_and_respect_the_tokens_present() -> None:
@@ -49,23 +49,24 @@ RANKS = {"clip": [3.0, 2.0, 1.0], "pix2struct": [1.0, 1.0, 1.0], "convnext": [2.
 
 def test_another_pruning_is_another_configuration() -> None:
     built = config(PRUNED, ranks=RANKS)
-    fewer = replace(PRUNED, fuse=FusePruning(keep=8), decode=replace(PRUNED.decode, target_mean=4.0))
+    fewer = replace(PRUNED, fuse=FusePruning(keep=8), decode=replace(PRUNED.decode, target_mean=4.0, lam=9.0))
     changed = built.with_pruning(fewer)
     assert changed.pruning == fewer
     assert changed.ranks == RANKS, "ranks stay"
     assert changed.tokens_per_image == 8, "and what follows from the settings is worked out anew"
-    assert {**changed.to_dict(), "pruning": None} == {**built.to_dict(), "pruning": None}
+    own = {"pruning": None, "calibrated": None}
+    assert {**changed.to_dict(), **own} == {**built.to_dict(), **own}
     assert built.pruning == PRUNED
     assert built.tokens_per_image == 24
 
 
 def test_another_pruning_may_come_with_other_ranks_or_none() -> None:
-    built = config(PRUNED, ranks=RANKS)
+    built = config(UNSOLVED, ranks=RANKS)
     other = {name: [1.0] for name in RANKS}
-    assert built.with_pruning(PRUNED, ranks=other).ranks == other
-    assert built.with_pruning(PRUNED, ranks=None).encode_budgets == config(PRUNED).encode_budgets
+    assert built.with_pruning(UNSOLVED, ranks=other).ranks == other
+    assert built.with_pruning(UNSOLVED, ranks=None).encode_budgets == config(PRUNED).encode_budgets
     with pytest.raises(ValueError, match=r"fuse\.keep 61 exceeds the 60 tokens"):
-        built.with_pruning(replace(PRUNED, fuse=FusePruning(keep=61)))
+        built.with_pruning(replace(UNSOLVED, fuse=FusePruning(keep=61)))
 
 
 @pytest.mark.parametrize(
@@ -207,7 +208,7 @@ TWO_SEGMENTS = PruningConfig(EncodePruning(totals=(64, 30)), FusePruning(keep=20
     ],
 )
 def test_a_changed_setting_counts_in_the_model_and_in_what_it_saves(setting: str, value: Any) -> None:
-    changed, fresh = config(PRUNED), MeteorConfig(**{**config(PRUNED).to_dict(), setting: value})
+    changed, fresh = config(UNSOLVED), MeteorConfig(**{**config(UNSOLVED).to_dict(), setting: value})
     setattr(changed, setting, value)
     for saved in (changed, MeteorConfig.from_dict(changed.to_dict())):
         assert saved.to_dict() == fresh.to_dict()
@@ -234,7 +235,7 @@ def test_a_change_that_contradicts_is_refused_and_changes_nothing(setting: str, 
 
 
 def test_a_live_model_keeps_the_tokens_of_its_changed_configuration(tmp_path: Path) -> None:
-    net = model(PRUNED)
+    net = model(UNSOLVED)
     net.encode_images(pixels(1))
     net.config.ranks = CALIBRATED
     _, stats = net.encode_images(pixels(1))

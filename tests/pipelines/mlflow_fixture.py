@@ -38,8 +38,9 @@ MODEL_NAME = "meteor-test"
 SUITE = Suite("s3://bucket/data/manifest.parquet", "ab" * 32, "heldout", 4)
 
 
-def tiny_pruning(fuse: int = 32, lam: float = 20.0) -> PruningConfig:
-    """All three stages; `fuse` tokens enter the LLM."""
+def tiny_pruning(fuse: int = 32, lam: float | None = None) -> PruningConfig:
+    """All three stages; `fuse` tokens enter the LLM, with a lambda of their own where none is given."""
+    lam = 20.0 * fuse / 32 if lam is None else lam
     return PruningConfig(
         EncodePruning(totals=(96, 64, 64)), FusePruning(keep=fuse), DecodePruning(layer=2, target_mean=16, lam=lam)
     )

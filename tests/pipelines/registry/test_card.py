@@ -35,8 +35,10 @@ RECORDS = [record(0), record(1), record(2, right=False, nll=1.5), record(3, kept
 
 
 def test_the_card_says_score_cost_calibration_origin_and_licences() -> None:
-    config = tiny_config()
+    pruning = tiny_pruning()
+    config = tiny_config(replace(pruning, decode=replace(pruning.decode, lam=None)))
     config.ranks = {"clip": [20.0, 15.0, 10.5], "pix2struct": [9.0, 8.0, 7.0], "convnext": [5.0, 4.0, 3.0]}
+    config.pruning = pruning  # solved last
     tags = {
         "base": "models:/meteor/3",
         "recipe": "tiny",
@@ -66,7 +68,6 @@ def test_the_card_says_score_cost_calibration_origin_and_licences() -> None:
         assert expected in text
     assert "secret" not in text
     assert "not the card's business" not in text
-    pruning = tiny_pruning()
     unsolved = replace(pruning, decode=replace(pruning.decode, lam=None))
     unscored = card(tiny_config(unsolved), {}, {})
     assert "Not scored on a suite yet" in unscored
