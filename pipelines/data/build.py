@@ -8,6 +8,7 @@ user's own files.
 
 import fnmatch
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -38,6 +39,7 @@ from pipelines.io.redact import redact
 
 MARKER_NAME = "_WRITING.json"
 INDEX_SOURCE = "webdataset"
+_ARCHIVE = re.compile(r"\.(tar(\.\w+)?|tgz|tzst|zip)$", re.IGNORECASE)
 _SHOWN = 5  # shards listed in an error
 
 
@@ -212,7 +214,8 @@ def index_shards(
     existing = _existing(url, spec, overwrite)
     infos: list[ShardInfo] = []
     survey = Survey()
-    left_out = Counter({"tar_outside_pattern": sum(path.endswith(".tar") for path in listed.keys() - sizes.keys())})
+    others = sum(bool(_ARCHIVE.search(path)) for path in listed.keys() - sizes.keys())
+    left_out = Counter({"archive_outside_pattern": others})
     for path, split in splits.items():
         address = storage.join(root, path)
         data = storage.read_bulk(address)

@@ -148,12 +148,13 @@ def test_what_changes_nothing_is_counted_by_name_kept_and_shown(
         "video",
     ]
     url = store(tmp_path, a=pack_shard([("k", members), ("bad", {"json": b"{"})]))
-    storage.write_bytes(f"{url}/b.TAR.tar", shard(b"2"))
+    for name in ("b.tar", "c.TAR", "d.tar.gz", "e.tgz", "notes.txt"):
+        storage.write_bytes(f"{url}/{name}", b"not looked at")
     for said in ("written in", "was there already"):
         assert JOB.main(["webdataset", "--output", url, "--pattern", "a.*"]) == 0
         printed = capfd.readouterr().out
         assert said in printed
-        assert "left out: 1 tar_outside_pattern" in printed
+        assert "left out: 4 archive_outside_pattern" in printed
         assert "faulty: 1 bad_json" in printed
         assert "1 .mask.png" in printed
         assert "1 turn.source, 1 url" in printed
