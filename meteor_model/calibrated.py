@@ -104,7 +104,7 @@ def _settle(name: str, value: Any, now: dict[str, Any], known: Mapping[str, Any]
 
 def _stage1(config: MeteorConfig) -> dict[str, Any]:
     encode = config.pruning.encode
-    used = {"pruning.encode.enabled": encode.enabled}
+    used: dict[str, Any] = {"pruning.encode.enabled": encode.enabled}
     for name in ("totals", "first_deep_segment", "score_queries"):
         used[f"pruning.encode.{name}"] = getattr(encode, name) if encode.enabled else None
     return used

@@ -23,6 +23,7 @@ from starlette.responses import JSONResponse, Response
 from meteor_model.answering import Answer, Answerer, RequestError
 from meteor_model.limits import MAX_BYTES
 from meteor_model.loading import load_model_and_processor
+from pipelines.inference.browser import is_foreign_page
 from pipelines.inference.reading import Item, ReadingTimeoutError, RequestReader
 from pipelines.inference.settings import ServeSettings
 from pipelines.registry.open import device_for, open_model
@@ -60,10 +61,15 @@ class _Replica:
             loaded, processor = load_model_and_processor(folder)
         self._answerer = Answerer(loaded.to(device), processor)
         self._reader = RequestReader(self._answerer, settings.limits, settings.read_threads, settings.read_s)
+        self._origins = settings.origins
         self._gather.set_max_batch_size(settings.batch_rows)
         self._gather.set_batch_wait_timeout_s(settings.batch_wait_s)
 
     async def __call__(self, request: Request) -> Response:
+        if is_foreign_page(request.headers, self._origins):
+            return _refusal(
+                403, "PERMISSION_DENIED", "no web page may ask this server; name its origin in serve.origins"
+            )
         if request.url.path in ("/ping", "/health"):
             return Response("\n")
         if request.url.path != "/invocations":

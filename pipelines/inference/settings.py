@@ -44,6 +44,8 @@ class ServeSettings:
     """Pixels of all images of a request; more are refused."""
     prompt_characters: PositiveInt = RequestLimits.characters
     """Characters of a prompt; more are refused."""
+    origins: tuple[str, ...] = ()
+    """Origins (scheme://host:port) of web pages that may ask; requests of any other page get a 403."""
 
     @property
     def limits(self) -> RequestLimits:
