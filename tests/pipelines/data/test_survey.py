@@ -355,3 +355,29 @@ def test_images_that_are_missing_in_storage_are_found_before_writing_and_can_be_
     assert len(listings) == 2, "one listing for all records"
     assert len(list(source.samples(TRAIN))) == 2
     assert source.report() == {"undecodable_image": 2}
+
+
+# ------------------------------------------------------------------------------------------------------------ in a job
+
+
+def test_a_job_says_what_was_found_and_which_held_out_images_a_mixture_trains_on(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from pipelines.config.recipe import Recipe, RunSettings
+    from pipelines.config.settings import DataSettings
+    from pipelines.job.datasets import ensure_shards
+
+    main = store(tmp_path / "main", train=shard(b"1", source="web"), val=shard(b"2", b"3"))
+    more = store(tmp_path / "more", a=shard(b"3", b"4", prefix="another"))
+    old = store(tmp_path / "old", a=shard(b"2"))
+    index_shards(main, heldout="val.tar")
+    for url in (more, old):
+        index_shards(url)
+    storage.delete(f"{old}/{DIGESTS_NAME}")
+    data = DataSettings(manifest=main, mixture={more: 1.0, old: 1.0})
+    manifests = ensure_shards(Recipe(data=data, run=RunSettings(str(tmp_path), "r")))
+    assert [manifest.report for manifest in manifests] == [{survey.NOT_READ: {"source": 1}}, {}, {}]
+    printed = capfd.readouterr().out
+    assert f"{main}/manifest.parquet: not read: 1 source" in printed
+    assert f"{more}/manifest.parquet: 1 of the 2 held-out images are trained on in this dataset" in printed
+    assert f"{old}/" not in printed, "it was made before digests were kept"
