@@ -80,7 +80,7 @@ def test_every_row_of_a_request_is_encoded_once(answerer: Answerer) -> None:
 @pytest.mark.parametrize("name", ["replicas", "batch_rows", "ongoing", "queued", "batch_wait_s"])
 def test_bad_settings_are_named(name: str) -> None:
     with pytest.raises(ServingError, match=f"{name} is -1"):
-        ServeSettings(**{name: -1})
+        ServeSettings(**dict[str, Any]({name: -1}))
 
 
 # ---------------------------------------------------------------------------------------------------------- with server
