@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Score a model on a suite of questions: `python jobs/evaluate.py --model models:/NAME@ALIAS`.
 
-Shows accuracy and likelihood of the expected answers with 95 % intervals, visual tokens, and TFLOPs. The score of a
+Shows what was asked, answered and left out, accuracy and likelihood of the expected answers with 95 % intervals, visual
+tokens, and TFLOPs. The score of a
 registered model is filed with its version: numbers in its tags and its description, every question as an artifact.
 """
 
@@ -13,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from jobs.command_line import Job
 from jobs.settings import Device, Tracking, check_device, check_manifest, check_model, torch_device
+from pipelines.evaluation.suite import Replies
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,11 @@ class Evaluate:
     split: str = "heldout"
     """Split of the dataset."""
     questions: int = 256
-    """The first question of so many samples with readable images each; all of the split's where it has fewer."""
+    """So many of the split's questions about readable images, the first ones; all where it has fewer. What was left out
+    on the way is counted by reason."""
+    replies: Replies = "all"
+    """Which replies of a sample are questions: all, each asked for by what stands before it, or the first alone. The
+    replies of one sample resemble one another, which the intervals do not know."""
     batch: int = 16
     """Questions at a time."""
     output: Path | None = None
@@ -56,6 +62,7 @@ def run(settings: Evaluate) -> None:
         settings.manifest,
         settings.split,
         settings.questions,
+        replies=settings.replies,
         batch=settings.batch,
         device=torch_device(settings.device),
         output=settings.output,

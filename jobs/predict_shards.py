@@ -31,9 +31,11 @@ class PredictShards:
     split: str = "heldout"
     """Split of the dataset."""
     prompt: str = ""
-    """Asked of every sample with all its images; by default the samples' own questions."""
+    """Asked of every sample with all its images, which stand in front or at its `<image>`; by default the samples' own
+    questions."""
     questions: WhichQuestions = "first"
-    """Which of a sample's own questions."""
+    """Which of a sample's own replies are asked for; each by all that stands before it, earlier replies as the data has
+    them."""
     max_new_tokens: int = 32
     """Longest answer, in tokens."""
     visual_tokens: int | None = None

@@ -55,6 +55,8 @@ class PromoteCommand:
     """The alias that moves."""
     parity_tolerance: float = PARITY_TOLERANCE
     """Largest difference of a logit between the registered files and the model that they were made of."""
+    max_unanswered: float = 0.01
+    """Largest share of a suite's questions that was left out (text alone apart) or answered without a word."""
     tracking: RegistryAddress = field(default_factory=RegistryAddress)
     """MLflow."""
 
@@ -99,6 +101,8 @@ def check(command: Command) -> None:
             require_alias(command.to, "to")
         case RollbackCommand():
             require_alias(command.alias)
+    if isinstance(command, PromoteCommand) and not 0 <= command.max_unanswered <= 1:
+        raise ValueError(f"max_unanswered is {command.max_unanswered}; it is a share, in 0..1")
     if isinstance(command, PromoteCommand) and (command.version is None) == (command.alias is None):
         raise ValueError("give either --version NUMBER or --alias ALIAS: the version to promote")
 
@@ -126,7 +130,7 @@ def execute(command: Command) -> str:
             version = (
                 registry.resolve(str(command.version)) if command.alias is None else registry.target(command.alias)
             )
-            move = promotion.promote(registry, version, command.to, command.parity_tolerance)
+            move = promotion.promote(registry, version, command.to, command.parity_tolerance, command.max_unanswered)
             return tables.show_move(registry, move)
         case RollbackCommand():
             return tables.show_move(registry, aliases.roll_back(registry, command.alias))

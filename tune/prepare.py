@@ -17,7 +17,7 @@ from pipelines.checkpoint.local import local_copy
 from pipelines.config.settings import SettingsError
 from pipelines.data import shards
 from pipelines.data.build import differences
-from pipelines.evaluation.samples import samples_with_images
+from pipelines.evaluation.questions import read_questions
 from pipelines.evaluation.suite import Suite
 from pipelines.io import codec, storage
 from pipelines.io.console import say
@@ -184,9 +184,10 @@ def _require_questions(settings: SweepSettings, subject: _Subject, base: str) ->
     with local_copy(base) as folder:
         config = MeteorConfig.from_pretrained(folder)
         processor = MeteorProcessor.from_pretrained(folder)
-    subject.suite.load(processor)
+    positions = config.text_config.max_position_embeddings
+    subject.suite.load(processor, positions)
     manifest, split = subject.manifest, settings.train_split
-    if not samples_with_images(manifest, split, processor, 1):
+    if not read_questions(manifest, split, processor, 1, positions=positions).asked:
         raise SettingsError(f"split {split!r} of {manifest.url} has no prompt with images for lambda")
     return config
 

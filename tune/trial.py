@@ -33,10 +33,9 @@ from pipelines.checkpoint.committed import CheckpointRef, latest_checkpoint
 from pipelines.checkpoint.local import local_copy
 from pipelines.config.recipe import Recipe
 from pipelines.data import shards
-from pipelines.data.schema import RawSample
 from pipelines.evaluation.evaluate import longest_answer, score_model, score_of_records
-from pipelines.evaluation.pictures import draw_samples
-from pipelines.evaluation.samples import samples_with_images
+from pipelines.evaluation.pictures import draw_questions
+from pipelines.evaluation.questions import Question, Questions, read_questions
 from pipelines.evaluation.scores import Record, Score
 from pipelines.evaluation.suite import Suite
 from pipelines.evaluation.target_mean import solve_for_target
@@ -94,9 +93,9 @@ class Trial(tune.Trainable):
         """A new actor with its first trial."""
         torch.set_num_threads(max(1, int(context.settings.cpus_per_trial)))
         self.context = context
-        self._questions: list[RawSample] = []
+        self._questions: Questions | None = None
         self._longest = 0
-        self._prompts: list[RawSample] = []
+        self._prompts: tuple[Question, ...] = ()
         self.begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -134,18 +133,20 @@ class Trial(tune.Trainable):
         """Where the trial computes."""
         return device_for(self.context.settings.gpus_per_trial)
 
-    def prompts(self, processor: MeteorProcessor) -> list[RawSample]:
-        """The samples that lambda is solved on, read once an actor."""
+    def prompts(self, model: MeteorForConditionalGeneration, processor: MeteorProcessor) -> Sequence[Question]:
+        """The questions that lambda is solved on, read once an actor and encoded for the trial's pruning."""
         if not self._prompts:
             manifest, settings = shards.load_manifest(self.context.manifest), self.context.settings
-            self._prompts = samples_with_images(manifest, settings.train_split, processor, settings.calibration_samples)
-        return self._prompts
+            count, positions = settings.calibration_samples, model.config.text_config.max_position_embeddings
+            self._prompts = read_questions(manifest, settings.train_split, processor, count, positions=positions).asked
+        return [question.encoded_by(processor) for question in self._prompts]
 
-    def questions(self, processor: MeteorProcessor) -> list[RawSample]:
+    def questions(self, model: MeteorForConditionalGeneration, processor: MeteorProcessor) -> Questions:
         """The suite, read once an actor."""
-        if not self._questions:
-            self._questions = self.context.suite.load(processor)
-            self._longest = longest_answer(processor, self._questions)
+        if self._questions is None:
+            positions = model.config.text_config.max_position_embeddings
+            self._questions = self.context.suite.load(processor, positions)
+            self._longest = longest_answer(self._questions.asked)
         return self._questions
 
     @property
@@ -161,12 +162,12 @@ class Trial(tune.Trainable):
 
     def ask(self, model: MeteorForConditionalGeneration, processor: MeteorProcessor, count: int) -> None:
         """Score the next `count` questions."""
-        done, questions = len(self.answers), self.questions(processor)
-        part = [questions[place] for place in self.order[done : done + count]]
+        done, suite = len(self.answers), self.questions(model, processor)
+        places = self.order[done : done + count]
         score = score_model(
             model,
             processor,
-            part,
+            Questions(tuple(suite.asked[place].encoded_by(processor) for place in places)),
             self.context.suite.digest,
             self.context.settings.batch,
             longest=self._longest,
@@ -177,12 +178,12 @@ class Trial(tune.Trainable):
         """Keep the score with all questions and the pictures in storage; the last report."""
         context = self.context
         by_place = dict(zip(self.order, self.answers, strict=True))
-        score = score_of_records(model.config, [by_place[place] for place in sorted(by_place)], context.suite.digest)
+        suite = self.questions(model, processor)
+        records = [by_place[place] for place in sorted(by_place)]
+        score = score_of_records(model.config, records, context.suite.digest, suite.left_out)
         if context.settings.pictures:
             with tempfile.TemporaryDirectory(prefix="meteor-trial-") as name:
-                for file, picture in draw_samples(
-                    model, processor, self.questions(processor), context.settings.pictures
-                ):
+                for file, picture in draw_questions(model, processor, suite.asked, context.settings.pictures):
                     picture.save(Path(name) / file)
                 upload_folder(Path(name), context.folder.trial_pictures(self.id))
         storage.write_json(context.folder.score(self.id), score.to_dict(records=True))
@@ -210,7 +211,7 @@ class EvaluateTrial(Trial):
         settings = self.context.settings
         if not self.ready:
             apply_pruning(self.model, self.processor, self.pruning, self.ranks)
-            solve_for_target(self.model, self.processor, lambda: self.prompts(self.processor))
+            solve_for_target(self.model, self.processor, lambda: self.prompts(self.model, self.processor))
             self.ready = True
         self.ask(self.model, self.processor, -(-settings.questions // settings.portions))
         if len(self.answers) >= settings.questions:

@@ -19,8 +19,10 @@ from pipelines.calibration.image_plan import CalibrationError
 from pipelines.calibration.ranks import Ranks
 from pipelines.calibration.statistics import RunningStatistics, half_width
 from pipelines.data import shards
-from pipelines.evaluation.samples import samples_with_images
+from pipelines.evaluation.questions import read_questions
+from pipelines.evaluation.scores import counted
 from pipelines.evaluation.target_mean import attention_masses
+from pipelines.io.console import say
 from pipelines.registry.variants import apply_pruning
 
 
@@ -124,8 +126,13 @@ def solve_on_split(
         raise CalibrationError("pruning.decode.enabled is false: stage 3 is off, so there is no lambda to solve for")
     decode = replace(pruning.decode, target_mean=target_mean, lam=None)
     apply_pruning(model, processor, replace(pruning, decode=decode), ranks)
-    samples = samples_with_images(manifest, split, processor, 2 * prompts)
-    if not samples:
-        raise CalibrationError(f"split {split!r} of {manifest.url} has no prompt with images to solve lambda on")
-    mass_B, num_visual_B = attention_masses(model, processor, samples)
+    positions = model.config.text_config.max_position_embeddings
+    questions = read_questions(manifest, split, processor, 2 * prompts, positions=positions)
+    left_out = counted(questions.left_out)
+    if not questions.asked:
+        raise CalibrationError(
+            f"split {split!r} of {manifest.url} has no prompt with images to solve lambda on (left out: {left_out})"
+        )
+    say(f"lambda is solved on {len(questions.asked)} prompts of split {split}, left out: {left_out}")
+    mass_B, num_visual_B = attention_masses(model, processor, questions.asked)
     return check_lambda(mass_B, num_visual_B, target_mean, decode.k_min)

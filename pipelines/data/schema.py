@@ -87,6 +87,11 @@ class RawSample:
     images: tuple[bytes, ...]
     turns: tuple[Turn, ...]
 
+    @property
+    def conversation(self) -> list[tuple[str, str]]:
+        """(role, text) pairs, as `MeteorProcessor.encode` takes them."""
+        return [(turn.role, turn.text) for turn in self.turns]
+
 
 def image_members(extensions: Sequence[str]) -> tuple[str, ...]:
     """The image members of one sample in order (`jpg`, or `0.jpg, 1.png, ...`); members of other kinds are left out.

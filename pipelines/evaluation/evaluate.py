@@ -1,7 +1,7 @@
 """How well a model answers a fixed suite of questions: it is asked, and gets a score (`pipelines.evaluation.scores`).
 
-A suite is the first question of each sample of one split, in manifest order. For each question, with all three stages
-active as in `generate`:
+A suite is the first replies of one split, in manifest order, each asked for by what stands before it in its sample
+(`pipelines.evaluation.questions`). For each question, with all three stages active as in `generate`:
 
 1. vision     towers and fusion run once, for both measures
 2. answer     greedy generation; right where it equals the expected answer but for case, spaces and a final full stop
@@ -13,8 +13,8 @@ Legend: B questions, T prompt tokens, A answer tokens, C LLM width, V vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,15 +23,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from meteor_model.chat import IGNORE_INDEX
 from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.decoder.cache import MeteorCache
 from meteor_model.flops import FlopReport, count_flops
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
-from meteor_model.processing_meteor import Encoded, MeteorProcessor
-from pipelines.data.schema import RawSample
-from pipelines.evaluation.samples import BATCH, first_question
-from pipelines.evaluation.scores import Record, Score, ScoringError, bootstrap, normalise, wilson
+from meteor_model.processing_meteor import MeteorProcessor
+from pipelines.evaluation.questions import BATCH, Question, Questions
+from pipelines.evaluation.scores import Record, Score, ScoringError, bootstrap, counted, normalise, wilson
 
 LONGEST_ANSWER = 64
 """Tokens generated at most. A longer expected answer counts as answered wrongly; its likelihood counts whole."""
@@ -44,48 +42,51 @@ LONGEST_ANSWER = 64
 def score_model(
     model: MeteorForConditionalGeneration,
     processor: MeteorProcessor,
-    samples: Sequence[RawSample],
+    questions: Questions,
     suite_digest: str,
     batch: int = BATCH,
     report: Callable[[Sequence[Record]], None] | None = None,
     longest: int | None = None,
 ) -> Score:
-    """Ask a model the first question of each sample; the answers that count are the first ones.
+    """Ask a model; greedy answers count.
 
     Args:
         model: in eval mode; stage 3 prunes where its lambda is set.
         processor: the model's, with its `tokens_per_image`.
-        samples: `Suite.load`.
+        questions: `Suite.load`, or a part of them.
         suite_digest: `Suite.digest`, which the score carries.
         batch: questions at a time. The batches change no result beyond rounding.
         report: hears the records of all questions so far after every batch (`score_of_records` makes a score of them);
             what it raises ends the scoring.
-        longest: tokens that are generated at most; by default `longest_answer` of the samples. Give that of the whole
+        longest: tokens that are generated at most; by default `longest_answer` of the questions. Give that of the whole
             suite where it is asked in portions: an answer that is cut earlier may come out right.
 
     Raises:
-        ScoringError: for no sample, a sample without a reply, a processor of another pruning, a training model, or
-            stage 3 without its lambda.
+        ScoringError: for no question, a processor of another pruning, a training model, or stage 3 without its lambda.
     """
-    _check(model, processor, samples)
-    questions = [_Question.of(sample, processor) for sample in samples]
-    longest = _longest(questions) if longest is None else longest
+    asked = questions.asked
+    _check(model, processor, questions)
+    longest = longest_answer(asked) if longest is None else longest
     records: list[Record] = []
-    for start in range(0, len(questions), batch):
-        records += _ask(model, processor, questions[start : start + batch], longest)
+    for start in range(0, len(asked), batch):
+        records += _ask(model, processor, asked[start : start + batch], longest)
         if report is not None:
             report(tuple(records))
-    return score_of_records(model.config, records, suite_digest)
+    return score_of_records(model.config, records, suite_digest, questions.left_out)
 
 
-def score_of_records(config: MeteorConfig, records: Sequence[Record], suite_digest: str) -> Score:
-    """The score of these questions under this configuration."""
+def score_of_records(
+    config: MeteorConfig, records: Sequence[Record], suite_digest: str, left_out: Mapping[str, int]
+) -> Score:
+    """The score of these questions under this configuration; `left_out` is what was not asked, by reason."""
     right = np.array([record.right for record in records], dtype=np.float64)
     nll = np.array([record.nll for record in records], dtype=np.float64)
     kept = sum(record.kept for record in records) / sum(record.images for record in records)
     return Score(
         suite=suite_digest,
         questions=len(records),
+        answered=sum(bool(normalise(record.answer)) for record in records),
+        left_out=dict(left_out),
         accuracy=float(right.mean()),
         accuracy_interval=wilson(int(right.sum()), len(right)),
         answer_nll=float(nll.mean()),
@@ -106,21 +107,24 @@ def measured_cost(config: MeteorConfig, kept: float) -> FlopReport:
     return count_flops(config)
 
 
-def longest_answer(processor: MeteorProcessor, samples: Sequence[RawSample]) -> int:
+def longest_answer(questions: Sequence[Question]) -> int:
     """Tokens of the longest expected answer, its end token included, LONGEST_ANSWER at most."""
-    return _longest([_Question.of(sample, processor) for sample in samples])
-
-
-def _longest(questions: Sequence[_Question]) -> int:
     return min(LONGEST_ANSWER, max(len(question.answer_ids) for question in questions))
 
 
 # ---------------------------------------------------------------------------------------------------------- the asking
 
 
-def _check(model: MeteorForConditionalGeneration, processor: MeteorProcessor, samples: Sequence[RawSample]) -> None:
-    if not samples:
-        raise ScoringError("there is no question to score: the suite is empty")
+def _check(model: MeteorForConditionalGeneration, processor: MeteorProcessor, questions: Questions) -> None:
+    if not questions.asked:
+        raise ScoringError(f"there is no question to score (left out: {counted(questions.left_out)})")
+    positions = model.config.text_config.max_position_embeddings
+    for question in questions.asked:
+        if question.length > positions:
+            raise ScoringError(
+                f"question {question.key!r} has {question.length} tokens with its answer, the model has {positions} "
+                "positions: leave it out"
+            )
     if model.training:
         raise ScoringError("the model is in training mode: call .eval() before it is scored")
     if processor.tokens_per_image != model.config.tokens_per_image:
@@ -135,43 +139,11 @@ def _check(model: MeteorForConditionalGeneration, processor: MeteorProcessor, sa
         )
 
 
-def _expected(sample: RawSample) -> str:
-    for turn in sample.turns:
-        if turn.role == "assistant":
-            return turn.text
-    raise ScoringError(f"sample {sample.key!r} has no reply to score")
-
-
-@dataclass(frozen=True)
-class _Question:
-    """A question of a suite, encoded once.
-
-    Attributes:
-        sample: that it is of.
-        expected: answer.
-        prompt: its ids.
-        answer_ids: those of the expected answer, its end token too: the ones that training supervises.
-    """
-
-    sample: RawSample
-    expected: str
-    prompt: Encoded
-    answer_ids: list[int]
-
-    @classmethod
-    def of(cls, sample: RawSample, processor: MeteorProcessor) -> _Question:
-        expected = _expected(sample)
-        ids, labels = processor.encode([("user", first_question(sample)), ("assistant", expected)], len(sample.images))
-        answer_ids = [label for label in labels if label != IGNORE_INDEX]
-        begin = next(place for place, label in enumerate(labels) if label != IGNORE_INDEX)
-        return cls(sample, expected, Encoded(ids[:begin], labels[:begin]), answer_ids)
-
-
 def _ask(
-    model: MeteorForConditionalGeneration, processor: MeteorProcessor, questions: Sequence[_Question], longest: int
+    model: MeteorForConditionalGeneration, processor: MeteorProcessor, questions: Sequence[Question], longest: int
 ) -> list[Record]:
     """The records of one batch."""
-    inputs = processor.batch_prompts([q.prompt for q in questions], [q.sample.images for q in questions])
+    inputs = processor.batch_prompts([q.prompt for q in questions], [q.images for q in questions])
     inputs = inputs.to(model.device)
     mask_BT = inputs["attention_mask"]
     embeds_BTC, is_image_BT = model.embed_prompts(inputs["input_ids"], inputs["pixel_values"])
@@ -193,11 +165,17 @@ def _ask(
     )
     records = []
     for row, question in enumerate(questions):
-        sample, answer = question.sample, processor.decode(ids_BA[row])
+        answer = processor.decode(ids_BA[row])
         right = normalise(answer) == normalise(question.expected)
         records.append(
             Record(
-                sample.key, question.expected, answer, right, float(nll_B[row]), int(kept_B[row]), len(sample.images)
+                question.key,
+                question.expected,
+                answer,
+                right,
+                float(nll_B[row]),
+                int(kept_B[row]),
+                len(question.images),
             )
         )
     return records

@@ -8,6 +8,7 @@ Imports no torch: the registry stores and compares scores without a model (`pipe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -22,6 +23,8 @@ MEASURED = (
     *("visual_tokens", "visual_tokens_mean", "tflops"),
 )
 """Fields of a score that were measured, in the order in which people read them."""
+TEXT_ONLY = "text_only"
+"""Reason of a question without an image: left out of every suite, and no loss."""
 
 
 class ScoringError(ValueError):
@@ -45,7 +48,7 @@ class Record:
     """One question of a suite.
 
     Attributes:
-        key: of its sample.
+        key: of its sample, and which of its replies.
         expected: what the data says.
         answer: what the model said.
         right: whether they are equal (`normalise`).
@@ -70,6 +73,8 @@ class Score:
     Attributes:
         suite: digest of the suite.
         questions: how many were asked.
+        answered: of those, how many got an answer with words in it.
+        left_out: by reason, what was not asked on the way to the last question.
         accuracy: share of right answers.
         accuracy_interval: Wilson's.
         answer_nll: mean over questions of the NLL per token of the expected answer, in nats.
@@ -82,6 +87,8 @@ class Score:
 
     suite: str
     questions: int
+    answered: int
+    left_out: dict[str, int]
     accuracy: float
     accuracy_interval: Interval
     answer_nll: float
@@ -98,6 +105,17 @@ class Score:
         if not records:
             del plain["records"]
         return plain
+
+    @property
+    def unanswered_share(self) -> float:
+        """Share of the questions with images that have no answer: left out, or answered without a word."""
+        lost = sum(number for reason, number in self.left_out.items() if reason != TEXT_ONLY)
+        return (self.questions - self.answered + lost) / (self.questions + lost)
+
+    @property
+    def coverage(self) -> str:
+        """Asked, answered, left out by reason: for people."""
+        return f"{self.questions} asked, {self.answered} answered, left out: {counted(self.left_out)}"
 
     def numbers(self) -> dict[str, float]:
         """Every measured number under a name of its own; the ends of an interval as `NAME_low` and `NAME_high`."""
@@ -161,6 +179,11 @@ def compare_scores(first: Score, second: Score) -> Comparison:
         visual_tokens_mean=second.visual_tokens_mean - first.visual_tokens_mean,
         tflops=second.tflops - first.tflops,
     )
+
+
+def counted(left_out: Mapping[str, int]) -> str:
+    """What was left out by reason, for people."""
+    return ", ".join(f"{number} {reason}" for reason, number in left_out.items()) or "none"
 
 
 def normalise(answer: str) -> str:

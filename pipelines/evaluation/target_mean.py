@@ -11,12 +11,11 @@ from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from meteor_model.pruning import solve_lambda
-from pipelines.data.schema import RawSample
-from pipelines.evaluation.samples import BATCH, first_question
+from pipelines.evaluation.questions import BATCH, Question
 
 
 def solve_lambda_on(
-    model: MeteorForConditionalGeneration, processor: MeteorProcessor, samples: Sequence[RawSample]
+    model: MeteorForConditionalGeneration, processor: MeteorProcessor, questions: Sequence[Question]
 ) -> float:
     """Lambda for which these prompts keep `pruning.decode.target_mean` visual tokens on average.
 
@@ -25,34 +24,34 @@ def solve_lambda_on(
     """
     decode = model.config.pruning.decode
     assert decode.target_mean is not None
-    mass_B, num_visual_B = attention_masses(model, processor, samples)
+    mass_B, num_visual_B = attention_masses(model, processor, questions)
     return solve_lambda(mass_B, num_visual_B, decode.target_mean, decode.k_min)
 
 
 def solve_for_target(
-    model: MeteorForConditionalGeneration, processor: MeteorProcessor, samples: Callable[[], Sequence[RawSample]]
+    model: MeteorForConditionalGeneration, processor: MeteorProcessor, questions: Callable[[], Sequence[Question]]
 ) -> None:
-    """Give a model, in place, stage 3's lambda for its target mean on these samples.
+    """Give a model, in place, stage 3's lambda for its target mean on these prompts.
 
-    One without a target is left as it is, and the samples are not asked for.
+    One without a target is left as it is, and the prompts are not asked for.
 
     Raises:
         ValueError: where the target cannot be reached.
     """
     decode = model.config.pruning.decode
     if decode.enabled and decode.target_mean is not None:
-        lam = solve_lambda_on(model, processor, samples())
+        lam = solve_lambda_on(model, processor, questions())
         model.config = with_lambda(model.config, lam, decode.target_mean)
 
 
 def attention_masses(
-    model: MeteorForConditionalGeneration, processor: MeteorProcessor, samples: Sequence[RawSample]
+    model: MeteorForConditionalGeneration, processor: MeteorProcessor, questions: Sequence[Question]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention mass on visual tokens (B,) and their number (B,), of each sample's first question."""
+    """Attention mass on visual tokens (B,) and their number (B,) of each prompt."""
     masses, counts = [], []
-    for start in range(0, len(samples), BATCH):
-        part = samples[start : start + BATCH]
-        inputs = processor([first_question(s) for s in part], [list(s.images) for s in part]).to(model.device)
+    for start in range(0, len(questions), BATCH):
+        part = questions[start : start + BATCH]
+        inputs = processor.batch_prompts([q.prompt for q in part], [q.images for q in part]).to(model.device)
         mass_B, num_visual_B = model.visual_attention_mass(**inputs)
         masses.append(mass_B)
         counts.append(num_visual_B)

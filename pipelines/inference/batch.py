@@ -24,13 +24,14 @@ import ray.data
 from torch import Tensor
 
 from meteor_model.answering import ROWS_PER_BATCH, Answerer, Budget, Question, RequestError
-from meteor_model.chat import IMAGE_PLACEHOLDER
+from meteor_model.chat import IMAGE_PLACEHOLDER, images_in_front
 from meteor_model.loading import load_model_and_processor
+from meteor_model.processing_meteor import MeteorProcessor
 from pipelines.config.workers import Workers
 from pipelines.data import shards
 from pipelines.data.ray_data import work_items
 from pipelines.data.samples import SampleFault, try_sample
-from pipelines.data.schema import RawSample
+from pipelines.data.schema import RawSample, SampleError
 from pipelines.inference.output import (
     ANSWERS_SCHEMA,
     SUCCESS_FILE,
@@ -64,6 +65,8 @@ def predict_split(  # noqa: PLR0913 - the settings of a batch prediction, by nam
 ) -> dict[str, Any]:
     """Answer a split into `output`, or what is missing of it; what `_SUCCESS.json` then says.
 
+    A sample's own question is asked as training has encoded it: all turns before the reply, images where they stand.
+
     Args:
         model: as for `pipelines.registry.open.open_model`, the same for as long as the output is unfinished.
         manifest: of the samples.
@@ -72,7 +75,7 @@ def predict_split(  # noqa: PLR0913 - the settings of a batch prediction, by nam
         budget: of every question.
         workers: how the cluster is used.
         prompt: asked of every sample, with all its images; empty: the samples' own questions.
-        questions: which of their own.
+        questions: which of their own replies are asked for.
         part_samples: most samples of a part.
         bad_shards: what becomes of a shard that is wrong at rest.
 
@@ -82,6 +85,8 @@ def predict_split(  # noqa: PLR0913 - the settings of a batch prediction, by nam
     """
     with open_model(model) as folder:
         digest = model_digest(folder)
+        if prompt:
+            _check_prompt(prompt, MeteorProcessor.from_pretrained(folder))
     spec = OutputSpec(
         model.address, digest, manifest.url, manifest.sha256, split, prompt, questions, budget.max_new_tokens,
         budget.visual_tokens, part_samples, bad_shards,
@@ -109,6 +114,14 @@ def predict_split(  # noqa: PLR0913 - the settings of a batch prediction, by nam
     }
     storage.write_json(storage.join(output, SUCCESS_FILE), success)
     return {**success, "answered_now": len(missing)}
+
+
+def _check_prompt(prompt: str, processor: MeteorProcessor) -> None:
+    """Raise PredictError for a prompt that no sample can be asked."""
+    try:
+        processor.encode_question(prompt, prompt.count(IMAGE_PLACEHOLDER))
+    except ValueError as error:
+        raise PredictError(f"prompt: {error}") from None
 
 
 def _whole_parts(
@@ -139,6 +152,14 @@ def _answer_parts(
     )
     for done, row in enumerate(written.iter_rows(), start=1):
         progress(done, len(parts), f"  {done} of {len(parts)} parts, the last {row['name']} of {row['rows']} rows")
+
+
+def _check_placeholders(prompt: str, num_images: int) -> None:
+    """Raise SampleError where a prompt places its images, and a sample has another number of them."""
+    placed = prompt.count(IMAGE_PLACEHOLDER)
+    if placed not in (0, num_images):
+        reason = "placeholder_missing" if placed < num_images else "placeholder_excess"
+        raise SampleError(reason, f"{placed} {IMAGE_PLACEHOLDER} in the given prompt but {num_images} images")
 
 
 class _PartAnswerer:
@@ -183,13 +204,8 @@ class _PartAnswerer:
         if isinstance(found, SampleFault):
             yield {**place, **empty, "question": 0, "error": found.reason, "detail": found.detail}, None
             return
-        sample, images = found
-        texts = [self._spec.prompt] if self._spec.prompt else [t.text for t in sample.turns if t.role == "user"]
-        for number, text in enumerate(texts[:1] if self._spec.questions == "first" else texts):
-            plain = text.replace(IMAGE_PLACEHOLDER, "").strip()
-            prompt = f"{IMAGE_PLACEHOLDER * len(images)}\n{plain}" if images else plain
-            answer_row = {**place, **empty, "question": number, "prompt": prompt}
-            question = Question.of(prompt, self._answerer.processor, images)
+        for number, (text, question) in enumerate(self._questions(*found)):
+            answer_row = {**place, **empty, "question": number, "prompt": text}
             try:
                 self._answerer.require_room([question], self._budget)
             except RequestError as fault:
@@ -197,7 +213,24 @@ class _PartAnswerer:
                 continue
             yield answer_row, question
 
+    def _questions(self, sample: RawSample, images: list[Tensor]) -> list[tuple[str, Question]]:
+        """The questions of a sample, each with the turn that is answered, as it is written."""
+        processor, given = self._answerer.processor, self._spec.prompt
+        if given:
+            ((_, text),) = images_in_front(given, len(images))
+            return [(str(text), Question.of(given, processor, images))]
+        turns = sample.conversation
+        asked = [turns[place - 1][1] for place, (role, _) in enumerate(turns) if role == "assistant"]
+        encoded = processor.encode_questions(turns, len(images))
+        questions = [
+            (text, Question(prompt, images[:num_images]))
+            for text, (prompt, _, num_images) in zip(asked, encoded, strict=True)
+        ]
+        return questions[:1] if self._spec.questions == "first" else questions
+
     def _decoded(self, sample: RawSample) -> tuple[RawSample, list[Tensor]]:
+        if self._spec.prompt:
+            _check_placeholders(self._spec.prompt, len(sample.images))
         return sample, [self._answerer.processor.load_image(image) for image in sample.images]
 
     def _answer(self, waiting: list[tuple[dict[str, Any], Question]]) -> None:

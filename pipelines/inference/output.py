@@ -18,7 +18,8 @@ from pipelines.io.fingerprint import sha256, sha256_of_json
 from pipelines.io.redact import redact_text
 
 SPEC_FILE, SUCCESS_FILE = "_SPEC.json", "_SUCCESS.json"  # readers of Parquet folders pass over names with "_"
-FORMAT = 2
+FORMAT = 3
+"""3: questions are asked as training has encoded them; 2 asked each user turn alone, its images moved to the front."""
 WhichQuestions = Literal["first", "all"]
 
 ANSWERS_SCHEMA = pa.schema(
@@ -50,7 +51,7 @@ class OutputSpec:
         model_sha256: of its files (`model_folder.model_digest`).
         manifest, manifest_sha256, split: the samples.
         prompt: asked of every sample; empty: the samples' own questions.
-        questions: "first" or "all" of a sample's own.
+        questions: "first" or "all" of a sample's own replies.
         max_new_tokens, visual_tokens: the budget.
         part_samples: most samples of a part.
         bad_shards: "fail" at a shard that is wrong at rest, or "drop" its samples, counted.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,11 @@ from pipelines.checkpoint.losses import read_losses
 from pipelines.checkpoint.state import CheckpointError
 from pipelines.config.recipe import Recipe
 from pipelines.data import shards
-from pipelines.data.schema import RawSample
 from pipelines.evaluation.evaluate import score_model
-from pipelines.evaluation.pictures import draw_samples
-from pipelines.evaluation.samples import first_question, samples_with_images
+from pipelines.evaluation.pictures import draw_questions
+from pipelines.evaluation.questions import Questions, read_questions
 from pipelines.evaluation.scores import Score
-from pipelines.evaluation.suite import Suite
+from pipelines.evaluation.suite import ASKED_AS, Suite
 from pipelines.io import codec
 from pipelines.io.console import say
 from pipelines.io.run_folder import RunFolder
@@ -49,9 +48,17 @@ class HeldoutAnswer:
 
 @dataclass(frozen=True)
 class HeldoutAnswers:
-    """The answers to held-out questions; no score where there was no question."""
+    """The answers to held-out questions; no score where there was no question.
 
-    answers: tuple[HeldoutAnswer, ...] = ()
+    Attributes:
+        answers: to the suite's questions.
+        left_out: what could not be asked, by reason.
+        suite: the questions.
+        score: of the answers.
+    """
+
+    answers: tuple[HeldoutAnswer, ...]
+    left_out: dict[str, int]
     suite: Suite | None = None
     score: Score | None = None
 
@@ -59,6 +66,7 @@ class HeldoutAnswers:
         """Plain dictionary."""
         return {
             "answers": [asdict(answer) for answer in self.answers],
+            "left_out": self.left_out,
             "suite": None if self.suite is None else asdict(self.suite),
             "score": None if self.score is None else self.score.to_dict(records=True),
         }
@@ -93,16 +101,18 @@ def answer_heldout(
         folder: the export.
         pictures: a new folder, which is filled.
     """
-    if done := completed(run.answers, training.exported):
+    done = completed(run.answers, training.exported)
+    if done is not None and done.get("asked_as") == ASKED_AS:
         with local_copy(run.pictures) as earlier:
             shutil.copytree(earlier, pictures)
         say("  answered by an earlier start")
         return HeldoutAnswers.from_dict(done, run.answers)
     model, processor = load_model_and_processor(folder)
-    samples = samples_with_images(manifest, recipe.data.heldout_split, processor, recipe.data.heldout_samples)
-    answers = _ask(model, processor, manifest, recipe.data.heldout_split, samples)
+    split, positions = recipe.data.heldout_split, model.config.text_config.max_position_embeddings
+    questions = read_questions(manifest, split, processor, recipe.data.heldout_samples, positions=positions)
+    answers = _ask(model, processor, manifest, split, questions)
     pictures.mkdir(parents=True)
-    for name, picture in draw_samples(model, processor, samples, recipe.run.pictures):
+    for name, picture in draw_questions(model, processor, questions.asked, recipe.run.pictures):
         picture.save(pictures / name)
     _draw_training(run, training, ranks, pictures)
     upload_folder(pictures, run.pictures)
@@ -114,7 +124,7 @@ def answer_heldout(
             "dropped_samples.json": [dropped.to_dict() for dropped in training.last.state.dropped_samples],
         }
     )
-    complete(run.answers, training.exported, answers.to_dict())
+    complete(run.answers, training.exported, {**answers.to_dict(), "asked_as": ASKED_AS})
     return answers
 
 
@@ -138,24 +148,25 @@ def _ask(
     processor: MeteorProcessor,
     manifest: shards.Manifest,
     split: str,
-    samples: Sequence[RawSample],
+    questions: Questions,
 ) -> HeldoutAnswers:
-    if not samples:
-        return HeldoutAnswers()
+    left_out = dict(questions.left_out)
+    if not questions.asked:
+        return HeldoutAnswers((), left_out)
     config, decode = model.config, model.config.pruning.decode
     if decode.enabled and decode.lam is None:  # without a target there is no lambda: the model answers unpruned
         model.config = config.with_pruning(replace(config.pruning, decode=replace(decode, enabled=False)))
-    suite = Suite.of(manifest, split, len(samples))
-    score = score_model(model, processor, samples, suite.digest)
+    suite = Suite.of(manifest, split, len(questions.asked))
+    score = score_model(model, processor, questions, suite.digest)
     model.config = config
     answers = [
         HeldoutAnswer(
             record.key,
-            first_question(sample).replace("<image>", "").strip(),
+            question.text,
             record.expected,
             record.answer,
             record.kept,
         )
-        for sample, record in zip(samples, score.records, strict=True)
+        for question, record in zip(questions.asked, score.records, strict=True)
     ]
-    return HeldoutAnswers(tuple(answers), suite, score)
+    return HeldoutAnswers(tuple(answers), left_out, suite, score)

@@ -23,8 +23,8 @@ from pipelines.checkpoint.local import load_processor, local_copy
 from pipelines.checkpoint.state import PARITY_FILE
 from pipelines.config.recipe import Recipe
 from pipelines.data import shards
-from pipelines.data.schema import RawSample
-from pipelines.evaluation.samples import samples_with_images
+from pipelines.evaluation.questions import Question, read_questions
+from pipelines.evaluation.scores import counted
 from pipelines.evaluation.target_mean import solve_for_target
 from pipelines.io import storage
 from pipelines.io.console import say
@@ -52,7 +52,7 @@ class Exported:
 def export_checkpoint(
     run: RunFolder,
     checkpoint_url: str,
-    prompts: Callable[[MeteorProcessor], Sequence[RawSample]],
+    prompts: Callable[[MeteorForConditionalGeneration, MeteorProcessor], Sequence[Question]],
     folder: Path,
     to_url: str,
     *,
@@ -64,7 +64,7 @@ def export_checkpoint(
     Args:
         run: folder of the run, which holds the start model's configuration and processor.
         checkpoint_url: of the checkpoint.
-        prompts: gives the samples that lambda is solved on; asked only where stage 3 has a target mean.
+        prompts: gives the questions that lambda is solved on; asked only where stage 3 has a target mean.
         folder: is made, or empty.
         to_url: where the folder is stored.
         tolerance: largest difference of a logit that is allowed.
@@ -78,7 +78,7 @@ def export_checkpoint(
     processor = load_processor(run.url)
     with local_copy(run.init) as init, local_copy(checkpoint_url) as directory:
         model = consolidate(directory, MeteorForConditionalGeneration, init).eval().to(device)
-        solve_for_target(model, processor, lambda: prompts(processor))
+        solve_for_target(model, processor, lambda: prompts(model, processor))
         export_model(model, processor, folder)
         parity = check_parity(folder, directory / PARITY_FILE, tolerance)
     upload_folder(folder, to_url)
@@ -104,8 +104,12 @@ def export_run(
         say("  exported by an earlier start")
         return float(done["parity"])
 
-    def prompts(processor: MeteorProcessor) -> list[RawSample]:
-        return samples_with_images(manifest, recipe.data.train_split, processor, recipe.calibration.decode_samples)
+    def prompts(model: MeteorForConditionalGeneration, processor: MeteorProcessor) -> Sequence[Question]:
+        positions = model.config.text_config.max_position_embeddings
+        count = recipe.calibration.decode_samples
+        found = read_questions(manifest, recipe.data.train_split, processor, count, positions=positions)
+        say(f"  lambda is solved on {len(found.asked)} prompts, left out: {counted(found.left_out)}")
+        return found.asked
 
     exported_now = export_checkpoint(
         run, checkpoint.url, prompts, folder, run.export, tolerance=recipe.tracking.parity_tolerance

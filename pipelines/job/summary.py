@@ -10,7 +10,7 @@ from typing import Any
 from meteor_model.configuration_meteor import MeteorConfig
 from pipelines.config.recipe import Recipe
 from pipelines.data.survey import report_lines
-from pipelines.evaluation.scores import normalise
+from pipelines.evaluation.scores import counted, normalise
 from pipelines.io import storage
 from pipelines.io.run_folder import RunFolder
 from pipelines.job.answers import HeldoutAnswer, HeldoutAnswers
@@ -77,6 +77,7 @@ def build_summary(
         **exported.final,
         "heldout_answers": len(given),
         "heldout_answers_right": right,
+        "heldout_left_out": answers.left_out,
         "visual_tokens": visual_tokens(config, given),
         "ranks": {"estimator": ranks["estimator"], "images": ranks["images"]},
         "lambda": config.pruning.decode.lam,
@@ -130,7 +131,12 @@ def summary_text(summary: Mapping[str, Any], answers: Sequence[HeldoutAnswer] = 
             f"{summary['heldout_loss']:.3f}; with shuffled images "
             f"{summary['heldout_loss_shuffled_images']:.3f} ({gain:.0%} lower with the true ones)",
         ),
-        ("answers", f"{summary['heldout_answers_right']} of {summary['heldout_answers']} held-out questions right"),
+        (
+            "answers",
+            f"{summary['heldout_answers_right']} of {summary['heldout_answers']} held-out questions right, left out: "
+            # Summaries made before 2026-11-30 do not say.
+            + (counted(summary["heldout_left_out"]) if "heldout_left_out" in summary else "not counted"),
+        ),
         ("encode", encoders),
         ("fuse", f"{tokens['fuse']['in']} -> {tokens['fuse']['kept']} visual tokens into the LLM"),
         (

@@ -77,7 +77,7 @@ def scores_section(scores: Mapping[str, Score]) -> str:
     if not scores:
         return f"{SCORES_HEADING}\n\nNot scored on a suite yet (`jobs/evaluate.py`).\n"
     rows = "\n".join(
-        f"| {name} ({score.suite}) | {score.questions} | {score.accuracy_interval.beside(score.accuracy)} | "
+        f"| {name} ({score.suite}) | {score.coverage} | {score.accuracy_interval.beside(score.accuracy)} | "
         f"{score.answer_nll_interval.beside(score.answer_nll)} | {score.visual_tokens} > "
         f"{score.visual_tokens_mean:.1f} | {score.tflops:.4g} |"
         for name, score in scores.items()

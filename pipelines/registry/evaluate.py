@@ -8,9 +8,9 @@ from pathlib import Path
 
 from pipelines.data.shards import load_manifest
 from pipelines.evaluation.evaluate import score_model
-from pipelines.evaluation.samples import samples_with_images
-from pipelines.evaluation.scores import Score
-from pipelines.evaluation.suite import Suite
+from pipelines.evaluation.questions import read_questions
+from pipelines.evaluation.scores import Score, ScoringError, counted
+from pipelines.evaluation.suite import Replies, Suite
 from pipelines.io.console import say
 from pipelines.io.redact import redact
 from pipelines.registry.open import load_model
@@ -19,12 +19,13 @@ from pipelines.registry.versions import pin_model, training_manifest
 from pipelines.tracking.mlflow_run import git_commit
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913 - the settings of an evaluation, by name
     model: str,
     manifest: str,
     split: str,
     questions: int,
     *,
+    replies: Replies = "all",
     batch: int,
     device: str,
     output: Path | None = None,
@@ -37,6 +38,7 @@ def evaluate(
         manifest: of the dataset; empty: the one that the registered version was trained on.
         split: of the dataset.
         questions: most that are asked.
+        replies: which replies of a sample are questions.
         batch: questions at a time.
         device: where the model runs.
         output: JSON file for the score with every question.
@@ -51,9 +53,15 @@ def evaluate(
         raise ValueError(f"manifest is missing: {model} does not say what it was trained on")
     shards = load_manifest(address)
     loaded, processor = load_model(pinned, device)
-    samples = samples_with_images(shards, split, processor, questions)
-    suite = Suite.of(shards, split, len(samples))
-    score = score_model(loaded, processor, samples, suite.digest, batch)
+    positions = loaded.config.text_config.max_position_embeddings
+    found = read_questions(shards, split, processor, questions, positions=positions, replies=replies)
+    if not found.asked:
+        raise ScoringError(
+            f"split {split!r} of {shards.url} has no question about a readable image (left out: "
+            f"{counted(found.left_out)})"
+        )
+    suite = Suite.of(shards, split, len(found.asked), replies)
+    score = score_model(loaded, processor, found, suite.digest, batch)
     if pinned.registry is not None:
         setting = {"git_commit": git_commit(Path(__file__).resolve().parents[2]), "device": device}
         store_score(pinned.registry, pinned.version, score, suite, setting)
@@ -72,7 +80,8 @@ def score_text(model: str, suite: Suite, score: Score) -> str:
     """The score for people."""
     lines = [
         ("model", model),
-        ("suite", f"{suite.digest}: {suite.questions} questions, split {suite.split} of {suite.manifest}"),
+        ("suite", f"{suite.digest}: {suite.replies} replies, split {suite.split} of {suite.manifest}"),
+        ("questions", score.coverage),
         ("accuracy", score.accuracy_interval.beside(score.accuracy)),
         ("answer NLL", f"{score.answer_nll_interval.beside(score.answer_nll)} nats per token"),
         ("visual tokens", f"{score.visual_tokens} > {score.visual_tokens_mean:.1f} an image, after stage 3"),

@@ -1,7 +1,8 @@
 """Which version production pulls: promotion under evidence.
 
 A version is promoted to an alias only with both proofs in its tags: the parity of its export, within the tolerance, and
-a score on a suite. Each refusal names what is missing and the command that makes it good.
+a score on a suite of which at most `MAX_UNANSWERED` is without an answer. Each refusal names what is missing and the
+command that makes it good.
 """
 
 from __future__ import annotations
@@ -12,16 +13,26 @@ from mlflow.entities.model_registry import ModelVersion
 
 from pipelines.registry.aliases import Move, move_alias
 from pipelines.registry.folder import PARITY_TOLERANCE
-from pipelines.registry.scores import evaluate_command, stored_scores
-from pipelines.registry.tags import PARITY_TAG
+from pipelines.registry.scores import evaluate_command, stored_scores, void_scores
+from pipelines.registry.tags import PARITY_TAG, SUITE_TAG
 from pipelines.registry.versions import Registry
+
+MAX_UNANSWERED = 0.01
+"""Largest share of a suite's questions that was left out or answered without a word; text alone is no loss. As many as
+a training may drop (`training.max_drop_share`)."""
 
 
 class PromotionError(ValueError):
     """A version lacks what an alias for production asks; the message says what, and the commands."""
 
 
-def promote(registry: Registry, version: int, alias: str, tolerance: float = PARITY_TOLERANCE) -> Move:
+def promote(
+    registry: Registry,
+    version: int,
+    alias: str,
+    tolerance: float = PARITY_TOLERANCE,
+    max_unanswered: float = MAX_UNANSWERED,
+) -> Move:
     """Let an alias point to a version that has both proofs.
 
     Args:
@@ -29,12 +40,13 @@ def promote(registry: Registry, version: int, alias: str, tolerance: float = PAR
         version: to promote.
         alias: e.g. champion.
         tolerance: largest difference of a logit that its parity may show.
+        max_unanswered: largest share of a suite that may be without an answer.
 
     Raises:
         PromotionError: for a version without them.
         TrackingError: an unknown version, or a server that is away.
     """
-    if lacking := missing_evidence(registry.version(version), tolerance):
+    if lacking := missing_evidence(registry.version(version), tolerance, max_unanswered):
         raise PromotionError(
             f"version {version} of {registry.name} is not promoted to {alias}:\n"
             + "\n".join(f"  - {item}" for item in lacking)
@@ -42,7 +54,9 @@ def promote(registry: Registry, version: int, alias: str, tolerance: float = PAR
     return move_alias(registry, alias, version)
 
 
-def missing_evidence(version: ModelVersion, tolerance: float = PARITY_TOLERANCE) -> list[str]:
+def missing_evidence(
+    version: ModelVersion, tolerance: float = PARITY_TOLERANCE, max_unanswered: float = MAX_UNANSWERED
+) -> list[str]:
     """What keeps a version from being promoted, each with the command that makes it good; empty where nothing does.
 
     Raises:
@@ -59,9 +73,27 @@ def missing_evidence(version: ModelVersion, tolerance: float = PARITY_TOLERANCE)
             f"its parity {parity} exceeds {tolerance:g}: the registered files do not compute what the model computed; "
             f"export and register it again, or measure anew:\n      {measure}"
         )
-    if not stored_scores(version):
-        lacking.append(f"it has no suite result; score it:\n      {evaluate_command(version)}")
-    return lacking
+    return [*lacking, *_missing_score(version, max_unanswered)]
+
+
+def _missing_score(version: ModelVersion, max_unanswered: float) -> list[str]:
+    """What keeps the version's scores from being evidence; one score that answers its suite is enough."""
+    scores, command = stored_scores(version), f"score it:\n      {evaluate_command(version)}"
+    if any(stored.score.unanswered_share <= max_unanswered for stored in scores.values()):
+        return []
+    if scores:
+        stored = scores.get(version.tags.get(SUITE_TAG, ""), next(iter(scores.values())))
+        return [
+            f"its score on {stored.suite} leaves {stored.score.unanswered_share:.1%} of the questions without an answer"
+            f" ({stored.score.coverage}), {max_unanswered:.1%} are allowed: mend the data or the model and "
+            f"{command}\n    or allow it with --max-unanswered"
+        ]
+    if void := void_scores(version):
+        return [
+            f"its score on suite {void[-1]} is void: made before 2026-11-30, it asked otherwise than training does and "
+            f"counted nothing that it left out; {command}"
+        ]
+    return [f"it has no suite result; {command}"]
 
 
 def _parity_command(version: ModelVersion) -> str:

@@ -19,11 +19,19 @@ from typing import TYPE_CHECKING, Any
 from mlflow.entities.model_registry import ModelVersion
 
 from meteor_model.foreign import foreign
-from pipelines.evaluation.scores import Comparison, Score, ScoringError, compare_scores
+from pipelines.evaluation.scores import Comparison, Score, ScoringError, compare_scores, counted
 from pipelines.io import codec
 from pipelines.io.redact import redact_text
 from pipelines.registry.card import with_scores
-from pipelines.registry.tags import MANIFEST_TAG, SCORE_TAG, SUITE_NAME_TAG, SUITE_TAG
+from pipelines.registry.tags import (
+    ANSWERED_TAG,
+    ASKED_TAG,
+    LEFT_OUT_TAG,
+    MANIFEST_TAG,
+    SCORE_TAG,
+    SUITE_NAME_TAG,
+    SUITE_TAG,
+)
 from pipelines.registry.versions import Registry
 from pipelines.tracking.mlflow_run import MlflowRun
 from pipelines.tracking.server import TrackingError, call_mlflow
@@ -31,7 +39,7 @@ from pipelines.tracking.server import TrackingError, call_mlflow
 if TYPE_CHECKING:
     from pipelines.evaluation.suite import Suite
 
-_SUITE_NAME = re.compile(r"(?P<questions>\d+) x (?P<split>\S+) of (?P<manifest>\S+)")
+_SUITE_NAME = re.compile(r"(?P<questions>\d+) x (?P<split>\S+) of (?P<manifest>\S+)(?P<first>, first replies)?")
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,10 @@ class StoredScore:
 
 def suite_name(suite: Suite | None) -> str:
     """A suite for people; None is one of which only the digest is known."""
-    return "suite" if suite is None else f"{suite.questions} x {suite.split} of {redact_text(suite.manifest)}"
+    if suite is None:
+        return "suite"
+    which = "" if suite.replies == "all" else f", {suite.replies} replies"
+    return f"{suite.questions} x {suite.split} of {redact_text(suite.manifest)}{which}"
 
 
 _FORMATS = {"accuracy": ".4f", "answer_nll": ".4f", "visual_tokens_mean": ".2f", "tflops": ".6g"}
@@ -75,6 +86,9 @@ def score_tags(stored: StoredScore) -> dict[str, str]:
     return {
         SUITE_TAG: stored.score.suite,
         SUITE_NAME_TAG: stored.suite,
+        ASKED_TAG: str(stored.score.questions),
+        ANSWERED_TAG: str(stored.score.answered),
+        LEFT_OUT_TAG: counted(stored.score.left_out),
         **{name: f"{numbers[name]:{spec}}" for name, spec in _FORMATS.items()},
         **{
             f"{name}_interval": f"{numbers[f'{name}_low']:.4f} {numbers[f'{name}_high']:.4f}"
@@ -85,12 +99,28 @@ def score_tags(stored: StoredScore) -> dict[str, str]:
 
 
 def stored_scores(version: ModelVersion) -> dict[str, StoredScore]:
-    """Digest of a suite -> what the version's tags say of it. Raises ScoringError for a tag that holds no score."""
+    """Digest of a suite -> what the version's tags say of it, void scores left out.
+
+    Raises ScoringError for a tag that holds no score.
+    """
+    void = void_scores(version)
     return {
         key.removeprefix(SCORE_TAG): StoredScore.from_json(value, f"tag {key} of {version.name}/{version.version}")
         for key, value in version.tags.items()
-        if key.startswith(SCORE_TAG)
+        if key.startswith(SCORE_TAG) and key.removeprefix(SCORE_TAG) not in void
     }
+
+
+def void_scores(version: ModelVersion) -> list[str]:
+    """Suites of scores that say nothing: their questions were asked otherwise than trained, and losses not counted.
+
+    That is what all code before 2026-11-30 did; its scores do not say how many questions were answered.
+    """
+    return [
+        key.removeprefix(SCORE_TAG)
+        for key, value in version.tags.items()
+        if key.startswith(SCORE_TAG) and '"score": {' in value and '"answered":' not in value
+    ]
 
 
 def store_score(
@@ -219,4 +249,5 @@ def evaluate_command(version: ModelVersion, on: StoredScore | None = None) -> st
     suite = _SUITE_NAME.fullmatch(on.suite) if on is not None else None
     if suite is None:
         return command + version.tags.get(MANIFEST_TAG, "MANIFEST")
-    return f"{command}{suite['manifest']} --split {suite['split']} --questions {suite['questions']}"
+    which = " --replies first" if suite["first"] else ""
+    return f"{command}{suite['manifest']} --split {suite['split']} --questions {suite['questions']}{which}"

@@ -63,6 +63,7 @@ def comparison_table(titles: list[str], compared: VersionComparison) -> str:
 
     rows = [
         ("", *titles, "difference, paired"),
+        row("questions", lambda score: score.coverage, ""),
         row(
             "accuracy",
             lambda score: score.accuracy_interval.beside(score.accuracy),

@@ -14,6 +14,9 @@ LICENCE_TAG = "licence."
 TOKENS_TAG = "visual_tokens."
 SUITE_TAG = "suite"
 SUITE_NAME_TAG = "suite_name"
+ASKED_TAG = "asked"
+ANSWERED_TAG = "answered"
+LEFT_OUT_TAG = "left_out"
 SCORE_TAG = "score."
 COMMIT_TAG = "git_commit"
 TRAINING_COMMIT_TAG = "training_commit"
@@ -51,6 +54,9 @@ VERSION_TAGS = {
     TOKENS_TAG: "visual tokens of an image through a stage: `visual_tokens.ENCODER`, `.fuse`, `.decode`",
     SUITE_TAG: "digest of the suite that was scored last; the plain numbers below are of it",
     SUITE_NAME_TAG: "that suite for people",
+    ASKED_TAG: "questions of it that were asked",
+    ANSWERED_TAG: "of those, how many got an answer with words in it",
+    LEFT_OUT_TAG: "what was not asked on the way to the last question, by reason",
     "accuracy": "share of right answers",
     "accuracy_interval": "its 95 % interval: low and high",
     "answer_nll": "negative log-likelihood of the expected answers, nats per token",

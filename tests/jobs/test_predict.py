@@ -15,11 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from meteor_model.answering import Answerer, Budget, Question
+from pipelines.config.workers import Workers
 from pipelines.data import shards
-from pipelines.data.schema import parse_sample
+from pipelines.data.schema import build_members, parse_sample
 from pipelines.data.sources import Packed
 from pipelines.data.sources.openmoji import OpenMoji, OpenMojiSettings
-from pipelines.inference.batch import _PartAnswerer
+from pipelines.inference.batch import _PartAnswerer, predict_split
 from pipelines.inference.output import (
     SPEC_FILE,
     OutputPart,
@@ -33,6 +34,7 @@ from pipelines.registry.folder import export_model, model_digest, weights_digest
 from pipelines.registry.versions import PinnedModel
 from tests.jobs.killing import ROOT, kill_when, own_environment
 from tests.meteor_model.builders import counted_encodes, model, processor
+from tests.pipelines.registry.test_versions import png
 
 SOURCE = OpenMojiSettings(code_points=16, heldout_code_points=8, variants=2, text_only_share=0.1)
 
@@ -94,7 +96,8 @@ def test_a_part_holds_answers_and_reasons(folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / part.name).read_bytes() == first
 
     rows = pq.read_table(io.BytesIO(first)).to_pylist()
-    assert len(calls) == sum(row["error"] is None for row in rows), "every question is encoded once"
+    whole = {row["index"] for row in rows if row["error"] is None}
+    assert len(calls) == len(whole), "every conversation is encoded once"
     answerer = Answerer(model(), processor())
     for index, (key, members) in enumerate(shards.read_shard(manifest.url, info)[:6]):
         of_sample = [row for row in rows if row["index"] == index]
@@ -103,13 +106,61 @@ def test_a_part_holds_answers_and_reasons(folder: Path, tmp_path: Path) -> None:
             assert [row["error"] for row in of_sample] == [("undecodable_image", "missing_json")[index - 3]]
             continue
         sample = parse_sample(key, members)
-        texts = [turn.text for turn in sample.turns if turn.role == "user"]
-        assert len(of_sample) == len(texts)
-        for row, text in zip(of_sample, texts, strict=True):
-            assert text.replace("<image>", "").strip() in row["prompt"]
-            images = [answerer.processor.load_image(image) for image in sample.images]
-            (alone,) = answerer.answer([Question.of(row["prompt"], answerer.processor, images)], budget)
+        replies = [place for place, turn in enumerate(sample.turns) if turn.role == "assistant"]
+        assert len(of_sample) == len(replies)
+        for row, place in zip(of_sample, replies, strict=True):
+            assert row["prompt"] == sample.turns[place - 1].text
+            before = sample.conversation[:place]
+            count = sum(text.count("<image>") for _, text in before)
+            images = [answerer.processor.load_image(image) for image in sample.images[:count]]
+            prompt = answerer.processor.encode(before, count, add_generation_prompt=True)
+            (alone,) = answerer.answer([Question(prompt, images)], budget)
             assert (row["answer"], row["visual_tokens"], row["error"]) == (alone.text, alone.visual_tokens, None)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shown", "reasons"),
+    [
+        ("What is this?", {0: "What is this?", 1: "<image>\nWhat is this?", 2: "<image><image>\nWhat is this?"}, {}),
+        (
+            "Is <image> a cat?",
+            {1: "Is <image> a cat?"},
+            {0: "placeholder_excess", 2: "placeholder_missing"},
+        ),
+    ],
+)
+def test_a_given_prompt_places_its_images_or_says_which_samples_it_does_not_fit(
+    folder: Path, tmp_path: Path, prompt: str, shown: dict[int, str], reasons: dict[int, str]
+) -> None:
+    record = {count: "<image>" * count + "what?" for count in (0, 1, 2)}
+    members = {
+        f"k{count}": build_members(
+            {"id": "k", "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "a"}]},
+            [("png", png((0, 200, 0)))] * count,
+        )
+        for count, text in record.items()
+    }
+    url = str(tmp_path / "data")
+    manifest = shards.save_manifest(url, shards.write_shards(list(members.items()), url, "train", 3), {"source": {}})
+    (info,) = manifest.split("train")
+    actor = _PartAnswerer(
+        PinnedModel(str(folder)), asked_of(folder, manifest, prompt=prompt), Budget(3), str(tmp_path), gpus=0.0
+    )
+    part = OutputPart(0, 0, 0, 3)
+    actor({"part": asdict(part), "info": asdict(info)})
+    rows = pq.read_table(tmp_path / part.name).to_pylist()
+    assert {count: row["prompt"] for count, row in enumerate(rows) if row["prompt"] is not None} == shown
+    assert {count: row["error"] for count, row in enumerate(rows) if row["error"] is not None} == reasons
+
+
+def test_a_prompt_that_is_rendered_already_is_refused_before_anything_is_answered(folder: Path, tmp_path: Path) -> None:
+    manifest = make(str(tmp_path / "data"))
+    with pytest.raises(PredictError, match="prompt: the prompt is rendered by a template already"):
+        predict_split(
+            PinnedModel(str(folder)), manifest, "train", str(tmp_path / "out"), Budget(3), Workers(1, 0.5, 0.0),
+            prompt="USER: what? ASSISTANT:",
+        )  # fmt: skip
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_part_of_another_job_or_a_damaged_one_does_not_count(folder: Path, tmp_path: Path) -> None:

@@ -53,12 +53,17 @@ def tiny_config(pruning: PruningConfig | None = None) -> MeteorConfig:
 
 def record(number: int, *, right: bool = True, nll: float = 0.5, kept: int = 12) -> Record:
     """One question."""
-    return Record(f"sample-{number}", "red", "red" if right else "blue", right, nll, kept, 1)
+    return Record(f"sample-{number}#0", "red", "red" if right else "blue", right, nll, kept, 1)
 
 
-def score_of(records: Sequence[Record], pruning: PruningConfig | None = None, suite: Suite = SUITE) -> Score:
+def score_of(
+    records: Sequence[Record],
+    pruning: PruningConfig | None = None,
+    suite: Suite = SUITE,
+    left_out: dict[str, int] | None = None,
+) -> Score:
     """The score of the tiny model under a pruning that gave these answers."""
-    return score_of_records(tiny_config(pruning), records, suite.digest)
+    return score_of_records(tiny_config(pruning), records, suite.digest, left_out or {})
 
 
 @dataclass

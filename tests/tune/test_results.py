@@ -23,7 +23,7 @@ SETTINGS = SweepSettings(budgets=(8.0,), storage="unused")
 
 def record(study: str, number: int, kept: float, nll: float, status: Status = "completed") -> TrialRecord:
     interval = Interval(nll - 0.1, nll + 0.1)
-    score = Score("suite", 64, 0.25, Interval(0.2, 0.3), nll, interval, 32, kept, kept / 1000)
+    score = Score("suite", 64, 64, {}, 0.25, Interval(0.2, 0.3), nll, interval, 32, kept, kept / 1000)
     stored = score.to_dict() if status == "completed" else None
     return TrialRecord(f"{study}-{number:03d}", study, {"fuse.share": 0.5}, {}, None, status, -nll, stored)
 

@@ -30,7 +30,7 @@ def search(folder: Path, plan: StudyPlan = BUDGET, **options: Any) -> StudySearc
 
 def finished(objective: float, kept: float = 10.0, tflops: float = 1.0) -> dict[str, Any]:
     """What a trial reports at its end."""
-    score = Score("suite", 4, 0.5, Interval(0, 1), -objective, Interval(0, 1), 16, kept, tflops)
+    score = Score("suite", 4, 4, {}, 0.5, Interval(0, 1), -objective, Interval(0, 1), 16, kept, tflops)
     ended = {"score": score.to_dict(), "pruning": {"fuse": {"keep": 7}}}
     return {"objective": objective, "time_total_s": 2.0, "score": json.dumps(ended)}
 

@@ -66,7 +66,7 @@ def test_a_trial_reports_in_portions_and_keeps_its_score(context: TrialContext, 
     kept = load_score(context.folder, "t-0")
     assert len(kept.records) == 8
     assert kept.to_dict() == ended["score"]
-    keys = [sample.key for sample in context.suite.load(running.processor)]
+    keys = [question.key for question in context.suite.load(running.processor, 512).asked]
     assert [record.key for record in kept.records] == keys, "in the suite's order, whatever the order of asking"
     assert sorted(running.order) == list(range(8)) != running.order
     assert whole["objective"] == pytest.approx(-kept.answer_nll)
@@ -75,7 +75,8 @@ def test_a_trial_reports_in_portions_and_keeps_its_score(context: TrialContext, 
     built = MeteorForConditionalGeneration.from_pretrained(bench.base).eval()
     made = MeteorProcessor.from_pretrained(bench.base)
     apply_pruning(built, made, solved, None)
-    by_hand = score_model(built, made, context.suite.load(made), context.suite.digest)
+    by_hand = score_model(built, made, context.suite.load(made, 512), context.suite.digest)
+    assert by_hand.left_out == kept.left_out
     assert by_hand.answer_nll == pytest.approx(kept.answer_nll, rel=1e-4)
     assert by_hand.visual_tokens_mean == kept.visual_tokens_mean
 
@@ -132,7 +133,7 @@ def test_an_answer_is_cut_in_a_portion_as_in_the_whole_suite(
     running = trial(context, config("t-0", UNSOLVED))
     running.step()
     running.step()
-    whole = longest_answer(running.processor, context.suite.load(running.processor))
+    whole = longest_answer(context.suite.load(running.processor, 512).asked)
     assert given == [whole, whole]
 
 

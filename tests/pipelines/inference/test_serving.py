@@ -77,6 +77,12 @@ def test_every_row_of_a_request_is_encoded_once(answerer: Answerer) -> None:
     assert calls == [1] * 7 + [0]
 
 
+def test_a_rendered_prompt_is_refused_by_its_row(answerer: Answerer) -> None:
+    rows = [GREEN, {"prompt": "<s>USER: what? ASSISTANT:"}]
+    with pytest.raises(RequestError, match="row 1: the prompt is rendered by a template already"):
+        read_request(json.dumps({"dataframe_records": rows}).encode(), answerer)
+
+
 @pytest.mark.parametrize("name", ["replicas", "batch_rows", "ongoing", "queued", "batch_wait_s"])
 def test_bad_settings_are_named(name: str) -> None:
     with pytest.raises(ServingError, match=f"{name} is -1"):

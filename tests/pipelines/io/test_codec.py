@@ -115,6 +115,8 @@ def test_a_recipe_survives_and_a_misspelt_setting_is_refused() -> None:
 SCORE = Score(
     "5f",
     1,
+    1,
+    {"text_only": 2},
     1.0,
     Interval(0.2, 1.0),
     0.25,

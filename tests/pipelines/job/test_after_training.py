@@ -59,11 +59,16 @@ def test_earlier_answers_and_pictures_are_brought(tmp_path: Path, checkpoint: Ch
     answer = HeldoutAnswer("a", "q", "e", "e", 3)
     run_url, pictures = tmp_path / "run", tmp_path / "pictures"
     storage.write_bytes(str(run_url / "pictures" / "loss.png"), b"png")
-    answers = HeldoutAnswers((answer,), SUITE, score_of([record(0), record(1, right=False, nll=1 / 3)]))
-    storage.write_json(str(run_url / "answers.json"), {"checkpoint": checkpoint.url, **answers.to_dict()})
+    answers = HeldoutAnswers((answer,), {}, SUITE, score_of([record(0), record(1, right=False, nll=1 / 3)]))
+    stored = {"checkpoint": checkpoint.url, **answers.to_dict()}
+    storage.write_json(str(run_url / "answers.json"), {**stored, "asked_as": 2})
     found = answer_heldout(Recipe(), RunFolder(str(run_url)), UNUSED, UNUSED, ended(checkpoint), {}, UNUSED, pictures)
     assert found == answers
     assert (pictures / "loss.png").read_bytes() == b"png"
+    # Those of code that asked otherwise than training does are not taken.
+    storage.write_json(str(run_url / "answers.json"), stored)
+    with pytest.raises(TypeError):  # asked anew, for which all is missing here
+        answer_heldout(Recipe(), RunFolder(str(run_url)), UNUSED, UNUSED, ended(checkpoint), {}, UNUSED, pictures)
 
 
 def test_the_version_of_an_earlier_start_is_taken(
@@ -73,7 +78,7 @@ def test_the_version_of_an_earlier_start_is_taken(
     client = MlflowClient(server.uri)
     before = client.search_model_versions(f"name = '{MODEL_NAME}'")
     trained = TrainedRun(recipe, "adopt", "r", registered.run_id, "abc", ended(checkpoint), 0.0, ())
-    again = register_run(trained, UNUSED, HeldoutAnswers())
+    again = register_run(trained, UNUSED, HeldoutAnswers((), {}))
     newest = max(before, key=lambda item: int(item.version))
     assert again.version == int(newest.version)
     assert again.model_id == registered.model_id or again.version != registered.version

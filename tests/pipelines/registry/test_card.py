@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,11 +50,12 @@ def test_the_card_says_score_cost_calibration_origin_and_licences() -> None:
         "licence.data.openmoji": "CC BY-SA 4.0",
         "accuracy": "not the card's business",
     }
-    score = score_of_records(config, RECORDS, SUITE.digest)
+    score = score_of_records(config, RECORDS, SUITE.digest, {"bad_json": 1})
     text = card(config, tags, {"4 x heldout of data": score})
     low, high = score.accuracy_interval.low, score.accuracy_interval.high
     for expected in (
-        f"| 4 x heldout of data ({SUITE.digest}) | 4 | 0.7500 [{low:.4f}, {high:.4f}] | 0.7500 [",
+        f"| 4 x heldout of data ({SUITE.digest}) | 4 asked, 4 answered, left out: 1 bad_json | "
+        f"0.7500 [{low:.4f}, {high:.4f}] | 0.7500 [",
         f"| 32 > 14.0 | {score.tflops:.4g} |",
         f"| total | {score.tflops:.4g} |",
         "| visual_tokens.fuse | 64 > 32 |",
@@ -112,6 +114,17 @@ def version(tags: dict[str, str], status: str = "READY") -> ModelVersion:
 
 
 SCORED = score_tags(StoredScore("heldout", score_of(RECORDS), "scores/a.json"))
+LOSING, TEXT = (
+    score_tags(StoredScore("heldout", score_of(RECORDS, left_out=left_out), "scores/a.json"))
+    for left_out in ({"bad_json": 3, "text_only": 5, "too_long": 1}, {"text_only": 100})
+)
+SPEECHLESS = [*RECORDS[:3], replace(RECORDS[3], answer=" ")]
+SILENT = score_tags(StoredScore("heldout", score_of(SPEECHLESS), "scores/a.json"))
+SCORED_ELSEWHERE = {"score.other": StoredScore("other", score_of(RECORDS), "scores/b.json").to_json()}
+PARITY = {"parity_max_abs_diff": "1e-6"}
+VOID = {
+    "score.0123": re.sub(r'"answered": 4, "left_out": {}, ', "", SCORED[f"score.{SUITE.digest}"]),
+}
 EVALUATE = "python jobs/evaluate.py --model models:/meteor/7 --manifest s3://m"
 
 
@@ -127,6 +140,17 @@ EVALUATE = "python jobs/evaluate.py --model models:/meteor/7 --manifest s3://m"
         ({"parity_max_abs_diff": "nan", **SCORED}, ["parity nan exceeds 0.001"]),
         ({"parity_max_abs_diff": "small", **SCORED}, ["parity small exceeds"]),
         ({"parity_max_abs_diff": "1e-6", "manifest": "s3://m"}, ["no suite result", EVALUATE]),
+        (
+            {**PARITY, **LOSING},
+            ["50.0% of the questions without an answer", "4 asked, 4 answered"],
+        ),
+        ({**PARITY, **SILENT}, ["25.0% of the questions", "4 asked, 3 answered, left out: none"]),
+        ({**PARITY, **TEXT}, []),
+        ({**PARITY, **LOSING, **SCORED_ELSEWHERE}, []),
+        (
+            {**PARITY, **VOID},
+            ["suite 0123 is void", "asked otherwise than training", EVALUATE[:40]],
+        ),
         ({"accuracy": "0.9"}, ["parity is missing", "no suite result", "--manifest MANIFEST"]),
     ],
 )
@@ -135,6 +159,22 @@ def test_what_keeps_a_version_from_promotion(tags: dict[str, str], expected: lis
     assert bool(lacking) == bool(expected)
     for text in expected:
         assert text in lacking
+
+
+def test_a_larger_loss_is_allowed_by_name() -> None:
+    losing = version({"parity_max_abs_diff": "1e-6", **LOSING})
+    assert len(missing_evidence(losing, max_unanswered=0.499)) == 1
+    assert missing_evidence(losing, max_unanswered=0.5) == []
+    assert (LOSING["asked"], LOSING["answered"], LOSING["left_out"]) == (
+        "4",
+        "4",
+        "3 bad_json, 5 text_only, 1 too_long",
+    )
+
+
+def test_a_score_of_other_prompts_is_void_and_may_be_replaced() -> None:
+    assert stored_scores(version(VOID)) == {}
+    assert list(stored_scores(version({**VOID, **SCORED}))) == [SUITE.digest]
 
 
 def test_a_version_without_files_and_a_wider_tolerance() -> None:

@@ -336,8 +336,11 @@ def test_evaluate_files_the_score_with_the_version(
     assert version.tags["suite"] == suite.digest
     assert version.tags["answer_nll"] == f"{score.answer_nll:.4f}"
     assert load_score(registry, version, suite.digest) == score
-    assert f"6 x heldout of {manifest.url} ({suite.digest}) | 6 |" in (version.description or "")
-    assert f"filed with version {base.version} of {NAME}" in capfd.readouterr().out
+    assert f"6 x heldout of {manifest.url} ({suite.digest}) | {score.coverage} |" in (version.description or "")
+    shown = capfd.readouterr().out
+    assert f"filed with version {base.version} of {NAME}" in shown
+    assert f"6 asked, {score.answered} answered, left out: none" in shown
+    assert (version.tags["asked"], version.tags["left_out"]) == ("6", "none")
 
     alone = {**asked, "model": str(exported)}
     again = evaluate(**alone, **how, output=tmp_path / "score.json")
