@@ -2,8 +2,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help predict-shards serve setup lock up status down pretrain finetune sweep predict calibrate evaluate register shards parts visualize flops bench-prune bench-gpu bench-order bench-ranks bench-serve \
-  chaos check docs docs-check format test test-slow test-versions clean
+.PHONY: help predict-shards serve setup lock up status down pretrain finetune sweep predict calibrate evaluate register shards parts visualize flops bench-prune bench-gpu bench-order bench-ranks bench-serve bench-limits \
+  chaos check docs docs-check format fuzz test test-slow test-versions clean
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -115,6 +115,9 @@ chaos: setup  ## Kill, cut and spoil everything on real servers and count the sa
 bench-serve: setup  ## Measure serving with and without pruning and batching (about 10 minutes, quiet cores); writes benchmarks/results/serve.json
 	@$(PY) -m benchmarks.serve $(ARGS)
 
+bench-limits: setup  ## Measure what an image, a text or a request at the limits costs (a few minutes); writes benchmarks/results/limits.json
+	@$(PY) -m benchmarks.limits $(ARGS)
+
 check: setup  ## Lint, format, types, import direction
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -137,6 +140,9 @@ test: $(PARTS_STAMP)  ## All tests but the slow ones; starts and stops its own s
 
 test-slow: $(PARTS_STAMP)  ## The slow tests as well
 	@$(PYTEST) $(ARGS)
+
+fuzz: setup  ## Fuzz the readers of foreign bytes (5 minutes); what is found lands in runs/fuzz: make fuzz ARGS="--seconds 600 --seed 7 --only tar"
+	@$(PY) -m tests.fuzz $(ARGS)
 
 test-versions:  ## The model's tests at the lowest, locked and newest releases of its libraries (an environment each; hours for all): make test-versions ARGS="--only transformers-newest"
 	@$(PYTHON) -m tests.versions $(ARGS)

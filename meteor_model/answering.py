@@ -175,6 +175,11 @@ def open_rows(
     opened = [
         _open_row(index, row, image, limits) for index, (row, image) in enumerate(zip(rows, encoded, strict=True))
     ]
+    if num_characters(opened) > limits.all_characters:
+        raise RequestError(
+            f"the prompts of the request have {num_characters(opened)} characters, the limit is "
+            f"{limits.all_characters}: send them in several requests"
+        )
     if num_pixels(opened) > limits.pixels:
         raise RequestError(
             f"the images of the request have {num_pixels(opened)} pixels, the limit is {limits.pixels}: send them in "
@@ -186,6 +191,11 @@ def open_rows(
 def num_pixels(rows: Sequence[OpenedRow]) -> int:
     """Pixels of all images: what decoding them costs goes by that."""
     return sum(row.image.num_pixels for row in rows if row.image is not None)
+
+
+def num_characters(rows: Sequence[OpenedRow]) -> int:
+    """Characters of all prompts: what tokenizing them costs goes by that."""
+    return sum(len(row.prompt) for row in rows)
 
 
 def decode_rows(

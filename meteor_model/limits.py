@@ -40,6 +40,7 @@ class RequestLimits:
         image: of each of its images.
         rows: questions.
         characters: of a prompt.
+        all_characters: of all its prompts.
         image_bytes: of all its images.
         pixels: of all its images.
     """
@@ -47,5 +48,6 @@ class RequestLimits:
     image: ImageLimits = ImageLimits()
     rows: int = 256
     characters: int = 2**16
+    all_characters: int = 2**20
     image_bytes: int = MAX_BYTES
     pixels: int = 2 * MAX_PIXELS

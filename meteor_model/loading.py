@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from meteor_model.foreign import foreign
+from meteor_model.foreign import SHOWN_DETAIL, foreign, shown
 
 if TYPE_CHECKING:
     import torch
@@ -27,8 +27,11 @@ def load_config(folder: str | Path) -> MeteorConfig:
     """
     from meteor_model.configuration_meteor import MeteorConfig
 
-    with foreign(lambda what: ValueError(f"{folder}: config.json is none of METEOR: {what}"), (OSError, ValueError)):
-        config: MeteorConfig = MeteorConfig.from_pretrained(folder)
+    try:
+        with foreign(lambda what: ValueError(f"it is none of METEOR: {what}"), (OSError, ValueError)):
+            config: MeteorConfig = MeteorConfig.from_pretrained(folder)
+    except ValueError as error:  # of the configuration: it quotes values
+        raise ValueError(f"{folder}: config.json: {shown(str(error), SHOWN_DETAIL)}") from error
     return config
 
 

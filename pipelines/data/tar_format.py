@@ -34,11 +34,14 @@ ShardFault = Literal[
 _TAR_BLOCK = 512
 _MAX_NAME = 4096  # characters, the longest path of Linux
 _MAX_HEADER_BYTES = 2**14  # of a long name or a pax header: a name of _MAX_NAME, and room to spare
+_MAX_HEADERS = 16  # of one member: long name, long link, pax headers
+_MAX_DIGITS = 64  # in a row in a pax header; tarfile's time goes by their square
 _HEADER_TYPES = (
     tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
 )  # fmt: skip
 # Suffixes that some reader would unpickle: refused by name, whatever decoder stands behind.
 _PICKLE_SUFFIXES = frozenset({"pkl", "pickle", "pyd", "pth", "pt", "ckpt"})
+_PAX_RECORD = re.compile(rb"([0-9]{1,5}) [^=\n]{1,256}=")
 _KEY_AND_EXTENSION = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]+)$")  # the key ends at the first dot of the base name
 _WRITABLE_KEY = re.compile(r"^[A-Za-z0-9_-]{1,80}$")
 _WRITABLE_EXTENSION = re.compile(r"^[a-z0-9]+(\.[a-z0-9]+)?$")
@@ -74,17 +77,6 @@ class ShardContents:
     def member_counts(self) -> dict[str, int]:
         """How often each member extension occurs."""
         return dict(sorted(Counter(ext for _, members in self.samples for ext in members).items()))
-
-
-class _Header(tarfile.TarInfo):
-    """A header of a member or of its extensions, which cost time by their length; tarfile reads any."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
-        header = super().frombuf(buf, encoding, errors)
-        if header.type in _HEADER_TYPES and not 0 <= header.size <= _MAX_HEADER_BYTES:
-            raise ValueError(f"an extended header of {header.size} bytes; the limit is {_MAX_HEADER_BYTES}")
-        return header
 
 
 def looks_like_tar(data: bytes) -> bool:
@@ -154,13 +146,44 @@ def _end_of_zeros(data: bytes, shard: str, start: int) -> int:
     return offset
 
 
+def _check_extensions(data: bytes, offset: int) -> None:
+    """Raise an error unless the extended headers of a member, if any, are few, short and of their form.
+
+    tarfile believes what they say, and its time can go by the square of their length.
+    """
+    for _ in range(_MAX_HEADERS + 1):
+        header = tarfile.TarInfo.frombuf(data[offset : offset + _TAR_BLOCK], "utf-8", "surrogateescape")
+        if header.type not in _HEADER_TYPES:
+            return
+        if not 0 <= header.size <= _MAX_HEADER_BYTES:
+            raise ValueError(f"an extended header of {header.size} bytes; the limit is {_MAX_HEADER_BYTES}")
+        start = offset + _TAR_BLOCK
+        if header.type not in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
+            _check_pax(data[start : start + header.size])
+        offset = start + -(-header.size // _TAR_BLOCK) * _TAR_BLOCK
+    raise ValueError(f"a member of more than {_MAX_HEADERS} extended headers")
+
+
+def _check_pax(body: bytes) -> None:
+    if run := re.search(rb"[0-9]{%d}" % (_MAX_DIGITS + 1), body):
+        raise ValueError(f"a pax header with more than {_MAX_DIGITS} digits in a row at byte {run.start()}")
+    position = 0
+    while position < len(body) and body[position]:
+        record = _PAX_RECORD.match(body, position)
+        end = position + int(record.group(1)) if record else 0
+        if record is None or not record.end() < end <= len(body) or body[end - 1] != ord("\n"):
+            raise ValueError(f"a pax header without a record at byte {position}")
+        position = end
+
+
 def _entry_at(archive: tarfile.TarFile, data: bytes, shard: str, offset: int) -> tarfile.TarInfo:
     """The entry whose header begins at `offset`; `archive.offset` is then behind its content. Raises ShardError."""
     stream = archive.fileobj
     assert stream is not None
     stream.seek(offset)
     with foreign(lambda what: _damaged(data, shard, offset, f"no header of a member there ({what})")):
-        entry = _Header.fromtarfile(archive)
+        _check_extensions(data, offset)
+        entry = tarfile.TarInfo.fromtarfile(archive)
         if not re.fullmatch("[0-9]{1,19}", entry.pax_headers.get("size", "0")):  # tarfile takes it for 0
             raise ValueError(f"a pax header gives the size {quoted(entry.pax_headers['size'])}")
     if entry.size < 0 or archive.offset <= offset:

@@ -3,8 +3,8 @@
 Decoding pixels is what a stranger can make dear, so a request is read in two steps:
 
 1. open      JSON, base64 and the headers of its images, in one of a few threads; the limits speak here
-2. decode    its pixels: a light request in the same threads, one of more than LIGHT_PIXELS in a thread that has only
-             such ones and takes them one after another
+2. decode    pixels, and encode prompts: a light request in the same threads; one of more than LIGHT_PIXELS or
+             LIGHT_CHARACTERS in a thread that has only such ones and takes them one after another
 
 The model's batches run in other threads, so a request that costs seconds delays neither small ones nor the model. At
 the deadline a request is refused: at once where it waits, else before its next image, so at most one image late.
@@ -26,6 +26,7 @@ from meteor_model.answering import (
     Question,
     RequestError,
     decode_rows,
+    num_characters,
     num_pixels,
     open_rows,
 )
@@ -37,6 +38,8 @@ Item = tuple[Question, Budget]
 
 LIGHT_PIXELS = 4 * 2**20
 """Pixels of a request that is read past heavier ones: some 0.1 s of decoding."""
+LIGHT_CHARACTERS = 2**17
+"""Characters of its prompts: as much of encoding."""
 
 
 class ReadingTimeoutError(RuntimeError):
@@ -49,6 +52,11 @@ class OpenedRequest:
 
     rows: list[OpenedRow]
     budget: Budget
+
+    @property
+    def light(self) -> bool:
+        """Whether it is read past heavy ones."""
+        return num_pixels(self.rows) <= LIGHT_PIXELS and num_characters(self.rows) <= LIGHT_CHARACTERS
 
 
 class RequestReader:
@@ -72,7 +80,7 @@ class RequestReader:
         """The rows of a request. Raises RequestError for what cannot be served, ReadingTimeoutError."""
         deadline = time.monotonic() + self._deadline_s
         opened = await self._run(self._light, deadline, lambda: open_request(body, self._answerer, self._limits))
-        pool = self._light if num_pixels(opened.rows) <= LIGHT_PIXELS else self._heavy
+        pool = self._light if opened.light else self._heavy
 
         def decode() -> list[Item]:
             return decode_request(opened, self._answerer, lambda: self._check(deadline))

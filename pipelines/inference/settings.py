@@ -46,9 +46,16 @@ class ServeSettings:
     """Characters of a prompt; more are refused."""
     origins: tuple[str, ...] = ()
     """Origins (scheme://host:port) of web pages that may ask; requests of any other page get a 403."""
+    request_characters: PositiveInt = RequestLimits.all_characters
+    """Characters of all prompts of a request; more are refused."""
 
     @property
     def limits(self) -> RequestLimits:
         """The most that is accepted of a request."""
         image = ImageLimits(pixels=self.image_pixels, aspect=self.image_aspect, scans=self.jpeg_scans)
-        return RequestLimits(image, characters=self.prompt_characters, pixels=self.request_pixels)
+        return RequestLimits(
+            image,
+            characters=self.prompt_characters,
+            all_characters=self.request_characters,
+            pixels=self.request_pixels,
+        )

@@ -205,6 +205,8 @@ BAD_TARS: dict[str, bytes] = {
     "pax_bad_charset": MEMBER + pax(record_of(b"hdrcharset", b"\xff") + record_of(b"path", b"\xff")) + header(b"b.j"),
     "pax_without_equals": MEMBER + pax(b"2 " * 2**19) + header(b"b.json") + END,
     "pax_chain": MEMBER + pax(record_of(b"comment", b"x"), tarfile.XGLTYPE) * 3000 + header(b"b.json") + END,
+    "pax_digits": MEMBER + pax(record_of(b"comment", b"9" * 16_000)) * 3000 + header(b"b.json") + END,
+    "pax_not_of_its_length": MEMBER + pax(b"9 a=b\n") + header(b"b.json") + END,
     "long_name_chain": MEMBER + LONG_NAME * 5000 + MEMBER + END,
     "long_name_of_5_mb": MEMBER
     + header(b"././@LongLink", 5_000_000, tarfile.GNUTYPE_LONGNAME)
@@ -230,6 +232,16 @@ def test_a_name_that_is_not_utf8_is_written_with_escapes(name: bytes) -> None:
     assert key == name[:-5].decode("utf-8", "backslashreplace")
     assert members == {"json": b"{}"}
     pa.array([key, *members])  # as the stream's tables hold it
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_names_and_names_of_many_digits_are_read(kind: int) -> None:
+    buffer = io.BytesIO()
+    names = ["f" * 300, "caf\u00e9" * 60, "0123456789" * 6, "d/" * 1900 + "x"]
+    with tarfile.open(fileobj=buffer, mode="w", format=kind) as archive:
+        for name in names:
+            archive.addfile(tarfile.TarInfo(f"{name}.json"))
+    assert [key for key, _ in parse_shard(buffer.getvalue(), "shard.tar").samples] == names
 
 
 def test_names_that_differ_in_such_bytes_stay_apart() -> None:

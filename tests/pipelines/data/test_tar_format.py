@@ -133,7 +133,7 @@ def test_thousands_of_long_names_are_a_fault_of_the_shard() -> None:
     header = tarfile.TarInfo("././@LongLink")
     header.type, header.size = tarfile.GNUTYPE_LONGNAME, 5
     chain = (header.tobuf(tarfile.GNU_FORMAT) + b"a.jpg".ljust(BLOCK, b"\0")) * 3000
-    with pytest.raises(ShardError, match=r"at byte 0 of .*RecursionError"):
+    with pytest.raises(ShardError, match=r"at byte 0 of .*more than 16 extended headers"):
         parse_shard(chain + WHOLE, "s3://b/x.tar")
 
 

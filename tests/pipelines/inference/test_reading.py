@@ -49,6 +49,7 @@ LIGHT, HEAVY = picture(16), picture(2100)
         (RequestLimits(ImageLimits(pixels=255)), body(LIGHT), "row 0: image cannot be used: image_too_large: 16 x 16"),
         (RequestLimits(pixels=511), body(LIGHT, LIGHT), "have 512 pixels, the limit is 511: send them in several"),
         (RequestLimits(characters=4), body(LIGHT), "row 0: prompt has 5 characters, the limit is 4"),
+        (RequestLimits(all_characters=9), body(LIGHT, LIGHT), "have 10 characters, the limit is 9: send them in sev"),
         (RequestLimits(rows=1), body(LIGHT, LIGHT), r"2 rows; 1\.\.1 are allowed"),
         (RequestLimits(image_bytes=9), body(LIGHT), "base64 characters, the limit is 12"),
         (RequestLimits(ImageLimits(scans=0)), body(picture(16, "JPEG")), "more than 0 scans"),
@@ -63,8 +64,10 @@ def test_limits_speak_before_a_pixel_is_decoded(
 
 
 def test_the_settings_are_the_limits() -> None:
-    how = ServeSettings(image_pixels=1, image_aspect=2, jpeg_scans=3, request_pixels=4, prompt_characters=5)
-    assert how.limits == RequestLimits(ImageLimits(pixels=1, aspect=2, scans=3), characters=5, pixels=4)
+    prompts = {"prompt_characters": 5, "request_characters": 6}
+    how = ServeSettings(image_pixels=1, image_aspect=2, jpeg_scans=3, request_pixels=4, **prompts)
+    image = ImageLimits(pixels=1, aspect=2, scans=3)
+    assert how.limits == RequestLimits(image, characters=5, all_characters=6, pixels=4)
     assert ServeSettings().limits == RequestLimits(), "all ways of answering have the same limits"
 
 
