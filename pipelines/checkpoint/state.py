@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from meteor_model.foreign import foreign
+from meteor_model.foreign import foreign, quoted
 from pipelines.data.ledger import Ledger
 from pipelines.data.sample_id import Int64s, SampleId
 
@@ -165,7 +165,7 @@ class TrainState:
                 values["losses_in_version_2"] = losses
                 values["first_losses"], values["last_losses"] = losses[:SMOOTHED_STEPS], losses[-KEPT_LAST_LOSSES:]
             elif version != STATE_VERSION:
-                raise CheckpointError(f"{source} has version {version}, this code reads 2 and {STATE_VERSION}")
+                raise CheckpointError(f"{source} has version {quoted(version)}, this code reads 2 and {STATE_VERSION}")
             drops = tuple(DroppedSample.from_dict(drop) for drop in values.pop("dropped_samples"))
             tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
             return cls(**{**values, **tuples, "dropped_samples": drops})
