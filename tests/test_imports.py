@@ -45,6 +45,7 @@ LEVELS: tuple[dict[str, set[str]], ...] = (
             "evaluation",
             "io",
             "parts",
+            "recovery",
             "registry",
             "tracking",
             "training",

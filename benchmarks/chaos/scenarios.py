@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.chaos import damage, processes, store
+from benchmarks.chaos import damage, processes, state, store
 from benchmarks.chaos.stage import Stage
 
 OTHER_WORLD_TOLERANCE = 1e-5
@@ -115,6 +115,10 @@ SCENARIOS: tuple[Scenario, ...] = (
         processes.stop_by_signal,
         by_name_only=True,
     ),
+    Scenario("checkpoint-wire", "reads of a checkpoint: wrong bytes", "2", state.damaged_on_the_wire),
+    Scenario("checkpoint-rest", "a bit of the newest checkpoint changes at rest", "2", state.damaged_at_rest),
+    Scenario("lost-snapshot", "Ray's list of committed checkpoints is deleted", "2", state.lost_snapshot),
+    Scenario("second-cluster", "the same run from another Ray cluster", "2", state.second_cluster),
     Scenario("drain-node", "Ray's notice that one of two nodes goes in 60 s", "2", processes.drained_node),
 )
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}

@@ -62,6 +62,7 @@ class Config:
     """Marker of a kill of worker 1 while it waits for its first batch."""
     step_seconds: float = 0.0
     bad_shards: Literal["fail", "drop"] = "fail"
+    resume_step: int | None = None
     mlflow_uri: str | None = None
     mlflow_run_id: str | None = None
 
@@ -107,6 +108,7 @@ def make_job(config: Config) -> TrainingJob:
         data_config=data_config(),
         recipe={"name": "chaos"},
         recipe_hash="chaos",
+        resume_step=config.resume_step,
         mlflow_run_id=config.mlflow_run_id,
         make_logger=_logger_maker(config),
         observe=Recorder(config.log, config.faults, config.step_seconds),

@@ -13,7 +13,7 @@ WHAT = {
     "io": "storage, uploads, retries, a run's folder, checked settings, stored values, secrets hidden",
     "data": "shards, their order and mixture, the ledger of what was trained, sources",
     "parts": "demo weights that travel in packages",
-    "recovery": "what a failure means, when to start again, preemption",
+    "recovery": "what a failure means, when to start again, preemption, the lease of a run",
     "tracking": "MLflow runs, metric points",
     "config": "recipes and their settings",
     "evaluation": "suites, questions, scores",

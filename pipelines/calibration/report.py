@@ -19,7 +19,7 @@ from pipelines.calibration.drift import Drift
 from pipelines.calibration.image_plan import CalibrationError
 from pipelines.calibration.lambda_check import LambdaReport
 from pipelines.calibration.ranks import BudgetReport, RankReport
-from pipelines.io import storage
+from pipelines.io import sealed, storage
 from pipelines.io.redact import redact, redact_text
 from pipelines.registry.versions import Registry
 from pipelines.tracking.mlflow_run import MlflowRun, RunRequest, document, open_run
@@ -129,6 +129,8 @@ def load_report(address: str) -> tuple[RankReport, str | None]:
     data = storage.read_json(address)
     if not isinstance(data, Mapping):
         raise CalibrationError(f"{address} is no calibration: it holds a {type(data).__name__}")
+    if "sha256" in data:
+        data = sealed.read_document(address)
     version = data.get("format_version", FORMAT_VERSION)
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise CalibrationError(f"{address} has format {version}, this code reads up to {FORMAT_VERSION}: update it")

@@ -14,7 +14,7 @@ from typing import Literal
 
 from pipelines.checkpoint.committed import CheckpointRef, read_state
 from pipelines.checkpoint.state import PARITY_FILE, CheckpointError
-from pipelines.io import codec, storage
+from pipelines.io import codec, sealed, storage
 from pipelines.io.run_folder import RunFolder, run_folder
 
 BEST_VERSION = 1
@@ -37,6 +37,8 @@ class Best:
     """Bytes of every file of the copy."""
     metrics: dict[str, float] = field(default_factory=dict)
     """All its held-out metrics, under the names of `TrainState.final`; in the first runs the loss alone was kept."""
+    unknown: tuple[str, ...] = ()
+    """Whole copies beside it that no record told of when it was written: somebody may still want them."""
 
 
 def keep_best(run: str, checkpoint_url: str, step: int, metrics: Mapping[str, float]) -> bool:
@@ -52,18 +54,34 @@ def keep_best(run: str, checkpoint_url: str, step: int, metrics: Mapping[str, fl
     place, loss = RunFolder(run), metrics[HELDOUT_LOSS]
     best = _read_best(place)
     better = math.isfinite(loss) and (best is None or loss < best.loss)
+    unknown = _unknown_copies(place) if best is None else best.unknown
     if better:
         folder = PurePosixPath(checkpoint_url).name
         copied = best is not None and best.folder == folder  # it is whole: do not touch it
         files = best.files if best is not None and copied else _copy(checkpoint_url, storage.join(place.best, folder))
-        best = Best(BEST_VERSION, step, loss, checkpoint_url, folder, files, dict(metrics))
-        storage.write_json(place.best_record, asdict(best))
-    kept = f"{best.folder}/" if best is not None else None
+        best = Best(BEST_VERSION, step, loss, checkpoint_url, folder, files, dict(metrics), unknown)
+        sealed.write_document(place.best_record, asdict(best))
+    kept = {*unknown, *((best.folder,) if best is not None else ())}
     for name in storage.list_files(place.best):
         url = storage.join(place.best, name)
-        if url != place.best_record and not (kept and name.startswith(kept)):
+        if url != place.best_record and name.partition("/")[0] not in kept:
             storage.delete(url)
     return better
+
+
+def _unknown_copies(place: RunFolder) -> tuple[str, ...]:
+    """Copies that are there without a record, and are no copy that was cut short, as far as their lists tell."""
+    copies = {name.partition("/")[0] for name in storage.list_files(place.best) if "/" in name}
+    return tuple(sorted(copy for copy in copies if not _cut_short(storage.join(place.best, copy))))
+
+
+def _cut_short(url: str) -> bool:
+    """Whether a copy says itself that files of it are missing."""
+    try:
+        folder = sealed.open_folder(url)
+    except sealed.DamagedFileError:
+        return False
+    return folder.sums is not None and bool(folder.missing)
 
 
 def best_checkpoint(root: str, run_name: str) -> CheckpointRef | None:
@@ -127,11 +145,11 @@ def checkpoint_to_export(
 def _read_best(place: RunFolder) -> Best | None:
     url = place.best_record
     try:
-        text = storage.read_bytes(url)
+        best = codec.from_plain(Best, sealed.read_document(url), url)
     except storage.ObjectMissingError:
         return None
-    try:
-        best = codec.decode(Best, text, url)
+    except storage.TransientStorageError:
+        raise
     except ValueError as error:
         raise CheckpointError(f"{error}; remove {place.best}") from error
     if best.version != BEST_VERSION:

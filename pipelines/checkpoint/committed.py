@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from pipelines.checkpoint.losses import remove_uncommitted_losses
 from pipelines.checkpoint.state import STATE_FILE, CheckpointError, TrainState
 from pipelines.compat.ray import Snapshot, parse_snapshot
-from pipelines.io import storage
+from pipelines.io import sealed, storage
 from pipelines.io.run_folder import RunFolder, run_folder
 
 if TYPE_CHECKING:
@@ -42,23 +40,28 @@ def latest_checkpoint(root: str, run_name: str) -> CheckpointRef | None:
         StorageError: if storage cannot be read.
     """
     folder = run_folder(root, run_name)
-    if not storage.exists(folder.snapshot):
+    try:
+        data = storage.read_bytes(folder.snapshot)
+    except storage.ObjectMissingError:
         return None
-    latest = _read_snapshot(folder).latest
+    latest = read_snapshot(folder, data).latest
     if latest is None:
         return None
     url = folder.checkpoint(latest)
     return CheckpointRef(url, read_state(url))
 
 
-def _read_snapshot(folder: RunFolder) -> Snapshot:
+def read_snapshot(folder: RunFolder, data: bytes) -> Snapshot:
+    """What Ray's snapshot of a run says.
+
+    Raises:
+        CheckpointError: if it is damaged.
+    """
     try:
-        return parse_snapshot(storage.read_bytes(folder.snapshot))
-    except storage.StorageError:
-        raise
+        return parse_snapshot(data)
     except ValueError as error:
         raise CheckpointError(
-            f"{folder.snapshot} is damaged ({error}); start again under another run name, or remove {folder.train}"
+            f"{folder.snapshot} is damaged ({error}); go on with --run.resume-step, or use another --run.name"
         ) from error
 
 
@@ -66,11 +69,12 @@ def read_state(url: str) -> TrainState:
     """The training state of the checkpoint at an address.
 
     Raises:
-        CheckpointError: if it is damaged.
+        CheckpointError: if it is no state.
+        DamagedFileError: if it is not what was written.
         StorageError: if storage cannot be read.
     """
     state_url = storage.join(url, STATE_FILE)
-    return TrainState.from_json(storage.read_bytes(state_url), state_url)
+    return TrainState.from_json(sealed.read_file(url, STATE_FILE), state_url)
 
 
 def remaining_stream(root: str, run_name: str, stream: Callable[[int], Dataset]) -> Dataset:
@@ -86,29 +90,3 @@ def remaining_stream(root: str, run_name: str, stream: Callable[[int], Dataset])
     """
     checkpoint = latest_checkpoint(root, run_name)
     return stream(checkpoint.state.rows if checkpoint else 0)
-
-
-def remove_uncommitted(root: str, run_name: str) -> list[str]:
-    """Remove what an interrupted upload left; only while no worker of the run is alive.
-
-    That is folders of checkpoints that Ray's snapshot does not name, and losses beyond the last one that it names.
-
-    Returns:
-        the names of the folders.
-    """
-    committed_step = 0
-    folder = run_folder(root, run_name)
-    listed = storage.list_files(folder.train)
-    files = [path for path in listed if path.startswith(CHECKPOINT_PREFIX)]
-    names = {path.partition("/")[0] for path in files}
-    # Asked of the same listing, so that a false "not found" cannot cost a checkpoint.
-    if PurePosixPath(folder.snapshot).name in listed:
-        snapshot = _read_snapshot(folder)
-        names -= snapshot.names
-        if snapshot.latest is not None:
-            committed_step = read_state(folder.checkpoint(snapshot.latest)).step
-    for path in files:
-        if path.partition("/")[0] in names:
-            storage.delete(folder.checkpoint(path))
-    remove_uncommitted_losses(folder, committed_step)
-    return sorted(names)

@@ -1,7 +1,5 @@
 """One whole model out of the ZeRO-3 shards of a checkpoint."""
 
-import os
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -9,8 +7,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from pipelines.checkpoint.state import ZERO3_TAG, CheckpointError
-from pipelines.compat.deepspeed import import_deepspeed
+from pipelines.checkpoint.reshard import ZeroFiles, whole_weights
+from pipelines.checkpoint.state import CheckpointError
 
 
 def consolidate(
@@ -50,20 +48,12 @@ def consolidate(
 def read_weights(directory: Path) -> dict[str, Tensor]:
     """All weights in the ZeRO-3 shards of a local checkpoint, fp32 where they were trained.
 
-    Only read checkpoints that this project wrote: DeepSpeed's files are pickles.
+    DeepSpeed's own function for this is not used: it unpickles whatever the files hold.
 
     Raises:
-        CheckpointError: if shards are missing.
+        CheckpointError: if shards are missing or damaged.
     """
-    import_deepspeed(uses_gpu=torch.cuda.is_available())
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    try:
-        with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-            weights: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(directory), tag=ZERO3_TAG)
-    except (FileNotFoundError, ValueError) as error:
-        raise CheckpointError(f"{directory} is not a whole ZeRO-3 checkpoint: {error}") from error
-    return weights
+    return whole_weights(ZeroFiles(directory))
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,8 +1,8 @@
 """The loss of every step of a run, in files that are only ever added to.
 
 Each checkpoint adds one file `step-losses/{first}-{last}.f64` to the run's folder: the losses of the steps since the
-checkpoint before, `first` excluded, `last` included, as little-endian float64. So a checkpoint costs what its own steps
-cost, however long the run is, and old losses outlive old checkpoints.
+checkpoint before, `first` excluded, `last` included, as little-endian float64, and their SHA-256. So a checkpoint costs
+what its own steps cost, however long the run is, and old losses outlive old checkpoints.
 
 The file is written before its checkpoint is committed: a committed checkpoint of step s always has files that cover
 the steps 1 to s. Files beyond the last commit are of steps that are trained again; a start removes them
@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.checkpoint.state import CheckpointError, TrainState
-from pipelines.io import storage
+from pipelines.io import sealed, storage
+from pipelines.io.fingerprint import sha256_bytes
 from pipelines.io.run_folder import RunFolder
 
 DTYPE = np.dtype("<f8")
@@ -77,7 +78,7 @@ def write_losses(run: RunFolder, file: LossFile, content: bytes, retry_s: float)
     Raises:
         StorageError: if storage refuses, or fails for longer than `retry_s` seconds.
     """
-    storage.write_bytes(storage.join(run.losses, file.name), content, retry_s)
+    storage.write_bytes(storage.join(run.losses, file.name), content + sha256_bytes(content), retry_s)
 
 
 def read_losses(run: RunFolder, state: TrainState) -> npt.NDArray[np.float64]:
@@ -117,10 +118,13 @@ def _parsed(names: Iterable[str]) -> list[LossFile]:
 
 
 def _read(folder: str, file: LossFile) -> npt.NDArray[np.float64]:
-    url = storage.join(folder, file.name)
-    content = storage.read_bytes(url)
-    if len(content) != DTYPE.itemsize * (file.last - file.first):
-        raise CheckpointError(
-            f"{url} has {len(content)} bytes, not {DTYPE.itemsize} for each of its {file.last - file.first} steps"
-        )
-    return np.frombuffer(content, DTYPE)
+    url, size = storage.join(folder, file.name), DTYPE.itemsize * (file.last - file.first)
+    for _ in range(sealed.READS):  # a wrong body may be a fault on the wire
+        stored = storage.read_bytes(url)
+        content, digest = stored[:size], stored[size:]
+        if len(content) == size and digest in (b"", sha256_bytes(content)):  # earlier versions stored no digest
+            return np.frombuffer(content, DTYPE)
+    raise CheckpointError(
+        f"{url} is damaged: it has {len(stored)} bytes, {DTYPE.itemsize} for each of its {file.last - file.first} "
+        "steps and a SHA-256 that is theirs were written"
+    )

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from pipelines.checkpoint.state import ZERO3_TAG, CheckpointError
-from pipelines.compat.deepspeed import engine_layout, load_into_engine
+from pipelines.compat.deepspeed import checkpoint_classes, engine_layout, load_into_engine
 
 SHARD_NAME = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_(model|optim)_states\.pt")
 
@@ -98,12 +98,28 @@ class ZeroFiles:
         key = (kind, rank)
         if key not in self._open:
             path = self._paths[key]
-            try:
-                # DeepSpeed's files are pickles: only this project's own checkpoints are loaded.
-                self._open[key] = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
-            except (RuntimeError, EOFError, OSError) as error:
-                raise CheckpointError(f"{path} is damaged: {error}") from error
+            self._open[key] = load_shard(path)
         return self._open[key]
+
+
+def load_shard(path: Path) -> Mapping[str, Any]:
+    """One file of DeepSpeed, mapped into memory: tensors, plain values, and its own two plain classes; nothing runs.
+
+    Raises:
+        CheckpointError: if it is damaged, or holds anything else.
+    """
+    try:
+        with torch.serialization.safe_globals(checkpoint_classes()):
+            content: Mapping[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # whatever foreign bytes raise
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        if foreign:
+            raise CheckpointError(
+                f"{path} holds {foreign[1]}, which no checkpoint of a training holds; it was not loaded, since that "
+                "could run code. Restore the file, or resume from an older checkpoint with --run.resume-step"
+            ) from error
+        raise CheckpointError(f"{path} is damaged: {str(error)[:300]}") from error
+    return content
 
 
 @dataclass(frozen=True)
@@ -312,6 +328,29 @@ class _OptimizerReader:
                 target = offset + overlap.target_start
                 flat[target : target + overlap.length] = source[begin : begin + overlap.length]
             offset += partition_length(shape.numel(), self._new.world)
+
+
+def whole_weights(shards: ZeroFiles) -> dict[str, Tensor]:
+    """Every weight and persistent buffer of the model by name, put together from all workers' partitions.
+
+    Trained weights and buffers as fp32, frozen ones in the format they were trained beside.
+
+    Raises:
+        CheckpointError: as `layout_of`.
+    """
+    layout, model = layout_of(shards), shards.model(0)
+    reader = _OptimizerReader(shards, layout, Layout(1, layout.shapes, layout.group_of), rank=0)
+    weights: dict[str, Tensor] = {}
+    for name in model["buffer_names"]:
+        buffer = model["module"][name]
+        weights[name] = buffer.float() if buffer.is_floating_point() else buffer
+    for name, shape in model["frozen_param_shapes"].items():
+        weights[name] = frozen_partition(shards, name, shape.numel(), 1, 0).view(shape)
+    for sub_group, shapes in enumerate(layout.shapes):
+        parts = reader.weights(sub_group).split([shape.numel() for shape in shapes.values()])
+        weights |= {name: part.view(shapes[name]).clone() for name, part in zip(shapes, parts, strict=True)}
+    shared = {alias: name for alias, name in model["shared_params"].items() if name in weights}
+    return weights | {alias: weights[name] for alias, name in shared.items()}
 
 
 def frozen_partition(shards: ZeroFiles, name: str, numel: int, world: int, rank: int) -> Tensor:

@@ -8,8 +8,10 @@ A checkpoint is a folder `{storage}/runs/{run}/train/step-...` with
     recipe.json             every setting of the run
     metrics.jsonl           metrics that MLflow had not taken yet
     parity.safetensors      in the last one and in validated ones: a batch and the training model's logits on it
+    checksums-*.json        SHA-256 of every file, a list for each worker (`pipelines.io.sealed`)
 
-all but the first written by rank 0. Random numbers need no file: they are a function of (seed, step, rank).
+all but the first and the last written by rank 0. Random numbers need no file: they are a function of (seed, step,
+rank).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -35,6 +35,18 @@ def import_deepspeed(uses_gpu: bool) -> ModuleType:
         deepspeed.ops.__compatible_ops__ = {}
         deepspeed.utils.nvtx.enable_nvtx = False
     return deepspeed
+
+
+def checkpoint_classes() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
+    """The classes beside tensors and plain values that its checkpoint files hold; both are plain values, too.
+
+    They are all that `torch.load(weights_only=True)` must allow: DeepSpeed's own loaders take any pickle.
+    """
+    import_deepspeed(uses_gpu=torch.cuda.is_available())
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    return [LossScaler, ZeroStageEnum]
 
 
 def ignore_deprecated_collectives() -> None:
@@ -71,6 +83,17 @@ def engine_layout(engine: Any) -> EngineLayout:
     trained = {name for group in sub_groups for name in group}
     frozen = {names[one]: whole_shape(one) for one in engine.module.parameters() if names[one] not in trained}
     return EngineLayout(sub_groups, [optimizer.sub_group_to_group_id[one] for one in range(len(sub_groups))], frozen)
+
+
+def checkpoint_bytes(engine: Any) -> int:
+    """About how many bytes this worker's files of a checkpoint take: fp32 weights and AdamW's two moments.
+
+    What is frozen and the buffers are small beside them, or come once more in the format they are trained beside.
+    """
+    flat: Sequence[Tensor] = engine.optimizer.fp32_partitioned_groups_flat
+    frozen = [one.ds_tensor for one in engine.module.parameters() if not one.requires_grad]
+    weights = sum(one.numel() * one.element_size() for one in flat)
+    return 3 * weights + sum(one.numel() * one.element_size() for one in frozen)
 
 
 def load_into_engine(

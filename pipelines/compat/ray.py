@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import ray
 import ray.exceptions
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution import context
@@ -48,6 +50,51 @@ def parse_snapshot(data: bytes) -> Snapshot:
         name = None if latest is None else str(latest["checkpoint_dir_name"])
         names = {str(result["checkpoint_dir_name"]) for result in kept}
     return Snapshot(name, frozenset(names | ({name} if name is not None else set())))
+
+
+def without_checkpoints(data: bytes, names: frozenset[str]) -> bytes:
+    """A snapshot that names all checkpoints of `data` but these; the latest is the last reported of the others.
+
+    Raises:
+        ValueError: if `data` is damaged.
+    """
+    parse_snapshot(data)
+    state = json.loads(data)
+    results, indices = state["checkpoint_results"], state["checkpoint_report_indices"]
+    kept = [
+        (index, one) for index, one in zip(indices, results, strict=True) if one["checkpoint_dir_name"] not in names
+    ]
+    pending = zip(state["pending_training_results"], state["pending_validation_specs"], strict=True)
+    waiting = [(one, spec) for one, spec in pending if one["checkpoint_dir_name"] not in names]
+    latest = max(kept, key=lambda item: item[0], default=(0, None))[1]
+    left = {
+        **state,
+        "checkpoint_results": [one for _, one in kept],
+        "checkpoint_report_indices": [index for index, _ in kept],
+        "latest_checkpoint_result": latest,
+        "pending_training_results": [one for one, _ in waiting],
+        "pending_validation_specs": [spec for _, spec in waiting],
+    }
+    return json.dumps(left).encode()
+
+
+def make_snapshot(results: Sequence[tuple[str, Mapping[str, float]]]) -> bytes:
+    """A snapshot that names these checkpoints: folders and what was reported with each, the latest last."""
+    states = [{"version": 0, "checkpoint_dir_name": name, "metrics": dict(metrics)} for name, metrics in results]
+    return json.dumps(
+        {
+            "ray_version": ray.__version__,
+            "checkpoint_results": states,
+            "checkpoint_report_indices": list(range(len(states))),
+            "latest_checkpoint_result": states[-1] if states else None,
+            "pending_training_results": [],
+            "pending_validation_specs": [],
+            "current_report_index": len(states),
+            "validated_checkpoint_dir_names": [],
+            "timed_out_validation_checkpoint_dir_names": [],
+            "failed_validation_checkpoint_dir_names": [],
+        }
+    ).encode()
 
 
 def health_check_failure(error: BaseException) -> BaseException | None:

@@ -108,6 +108,9 @@ class RunSettings:
     export: Literal["best", "last"] = "last"
     """Checkpoint that becomes the exported, registered model. best: the one with the lowest held-out loss of those that
     were validated (training.validate_every_checkpoints) and the last."""
+    resume_step: PositiveInt | None = None
+    """Optimizer step of the checkpoint to go on from, once; newer ones are set aside. None goes on from the newest
+    whole one. It also brings a run back whose list of checkpoints is lost."""
 
 
 def _default_pruning() -> PruningConfig:
@@ -161,7 +164,7 @@ class Recipe:
         plain = self.to_dict()
         for where, keys in {
             "model": ("parts_dir",),
-            "run": ("name", "output", "storage", "pictures", "export"),
+            "run": ("name", "output", "storage", "pictures", "export", "resume_step"),
             "tracking": tuple(plain["tracking"]),
             "training": OPERATION,
             "data": ("data_task_cpus", "data_tasks", "read_patience_s", "bad_shards"),

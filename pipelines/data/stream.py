@@ -375,9 +375,9 @@ def rows_from(build: Callable[..., Dataset], split: str, plan: Plan, start_row: 
     return build(split=split, plan=plan, start_row=start_row)
 
 
-def rows_to(build: Callable[..., Dataset], split: str, plan: Plan, stop_row: int) -> Dataset:
-    """The same, from the first row to `stop_row`."""
-    return build(split=split, plan=plan, stop_row=stop_row)
+def rows_to(build: Callable[..., Dataset], split: str, plan: Plan, stop_row: int, spare_rows: int = 0) -> Dataset:
+    """The same, from the first row to `stop_row`, and void rows behind them."""
+    return build(split=split, plan=plan, stop_row=stop_row, spare_rows=spare_rows)
 
 
 def data_config(train: str = "train") -> ray.train.DataConfig:

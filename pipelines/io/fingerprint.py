@@ -29,6 +29,21 @@ def sha256_of_json(value: Any) -> str:
     return sha256(canonical_json(value))
 
 
+class RunningSha256:
+    """The SHA-256 of bytes that come in pieces."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def add(self, piece: bytes) -> None:
+        """The next piece."""
+        self._hash.update(piece)
+
+    def hex(self) -> str:
+        """64 hexadecimal digits, of all pieces so far."""
+        return self._hash.hexdigest()
+
+
 def sha256_of_file(path: Path) -> str:
     """That of a local file, which is read in pieces. Raises OSError."""
     with path.open("rb") as file:

@@ -33,6 +33,11 @@ class RunFolder:
         return self._path("run.json")
 
     @property
+    def lease(self) -> str:
+        """Which job works on the run, and its last sign of life."""
+        return self._path("lease.json")
+
+    @property
     def recipe(self) -> str:
         """Every setting of the last start."""
         return self._path("recipe.json")
@@ -85,6 +90,11 @@ class RunFolder:
     def checkpoint(self, name: str) -> str:
         """The folder of the checkpoint `name`."""
         return self._path(TRAIN_NAME, name)
+
+    @property
+    def set_aside(self) -> str:
+        """Committed checkpoints that are not resumed from any more, and why."""
+        return self._path("set-aside.json")
 
     @property
     def losses(self) -> str:

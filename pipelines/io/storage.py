@@ -34,6 +34,7 @@ from pyarrow.fs import FileInfo, FileSelector, FileType
 
 from meteor_model.foreign import foreign
 from pipelines.io.errors import StorageError, TransientError
+from pipelines.io.local_disk import FULL, LocalDiskError, no_room
 from pipelines.io.retry import RETRY_S, Progress, retry, with_stall_limit
 from pipelines.io.s3_config import config_stamp, s3_config
 
@@ -84,7 +85,7 @@ _REFUSED_WORDS = (
     "notimplemented",
     "paramvalidationerror",
 )
-_PASSING_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
+_PASSING_ERRNOS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
 _UNREACHABLE_WORDS = (
     "could not connect",
     "couldn't connect",
@@ -190,7 +191,12 @@ def fsspec_filesystem(url: str) -> tuple[Any, str]:
     if is_s3(url):
         bucket, key = split_s3(url)
         return _s3fs(os.getpid(), config_stamp()), f"{bucket}/{key}".rstrip("/")
-    return fsspec.filesystem("file"), str(Path(url).expanduser().absolute())
+    return fsspec.filesystem("file"), str(local_path(url))
+
+
+def local_path(url: str) -> Path:
+    """The absolute path of an address that is a local one."""
+    return Path(url).expanduser().absolute()
 
 
 def arrow_filesystem(url: str, attempts: int = FILESYSTEM_ATTEMPTS) -> tuple[pyarrow.fs.FileSystem, str]:
@@ -205,7 +211,7 @@ def arrow_filesystem(url: str, attempts: int = FILESYSTEM_ATTEMPTS) -> tuple[pya
     if is_s3(url):
         bucket, key = split_s3(url)
         return _arrow_s3(os.getpid(), config_stamp(), attempts), f"{bucket}/{key}".rstrip("/")
-    return pyarrow.fs.LocalFileSystem(), str(Path(url).expanduser().absolute())
+    return pyarrow.fs.LocalFileSystem(), str(local_path(url))
 
 
 # -------------------------------------------------------------------------------------------------------------- faults
@@ -233,6 +239,8 @@ def translate(url: str, error: BaseException) -> StorageError:
     if not is_s3(url):
         if isinstance(error, FileNotFoundError):
             return ObjectMissingError(f"{url}: no such file or directory")
+        if isinstance(error, OSError) and error.errno in FULL:
+            return TransientStorageError(f"{url}: {no_room(Path(url).parent, None, 'writing this file')}")
         passing = isinstance(error, OSError) and error.errno in _PASSING_ERRNOS
         return (TransientStorageError if passing else StorageError)(f"{url}: {type(error).__name__}: {error}")
     bucket, _ = split_s3(url)
@@ -268,6 +276,8 @@ def storage_errors(url: str) -> Iterator[None]:
     """Turn the faults of s3fs, botocore and pyarrow inside the block into StorageErrors that name `url`."""
     try:
         yield
+    except LocalDiskError:  # no fault of storage, and no repetition mends it
+        raise
     except _storage_faults() as error:
         raise translate(url, error) from error
 
@@ -302,7 +312,9 @@ def _missing(url: str, error: ObjectMissingError) -> StorageError:
     return error
 
 
-def _retried(url: str, call: Callable[[], T], retry_s: float) -> T:
+def retried(url: str, call: Callable[[], T], retry_s: float = RETRY_S) -> T:
+    """The result of a call to a client, made again for `retry_s` seconds; its faults are StorageErrors."""
+
     def attempt() -> T:
         try:
             with storage_errors(url):
@@ -320,7 +332,7 @@ def read_bytes(url: str, retry_s: float = RETRY_S) -> bytes:
         fs, path = fsspec_filesystem(url)  # it notices a byte that flips on the wire, by S3's CRC; pyarrow does not
         return bytes(fs.cat_file(path))
 
-    return _retried(url, lambda: with_stall_limit(read, SMALL_READ_S), retry_s)
+    return retried(url, lambda: with_stall_limit(read, SMALL_READ_S), retry_s)
 
 
 def read_bulk(url: str, retry_s: float = RETRY_S) -> bytes:
@@ -337,7 +349,7 @@ def read_bulk(url: str, retry_s: float = RETRY_S) -> bytes:
                     break
             return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    return _retried(url, lambda: with_stall_limit(read, STALL_S), retry_s)
+    return retried(url, lambda: with_stall_limit(read, STALL_S), retry_s)
 
 
 def write_bytes(url: str, data: bytes, retry_s: float = RETRY_S) -> None:
@@ -360,7 +372,7 @@ def write_bytes(url: str, data: bytes, retry_s: float = RETRY_S) -> None:
             Path(name).unlink(missing_ok=True)
             raise
 
-    _retried(url, write, retry_s)
+    retried(url, write, retry_s)
 
 
 def delete(url: str, retry_s: float = RETRY_S) -> None:
@@ -373,7 +385,7 @@ def delete(url: str, retry_s: float = RETRY_S) -> None:
         except FileNotFoundError:
             return
 
-    _retried(url, remove, retry_s)
+    retried(url, remove, retry_s)
 
 
 def exists(url: str, retry_s: float = RETRY_S) -> bool:
@@ -386,7 +398,7 @@ def exists(url: str, retry_s: float = RETRY_S) -> bool:
             require_bucket(url)
         return found
 
-    return _retried(url, ask, retry_s)
+    return retried(url, ask, retry_s)
 
 
 def _entries(url: str, recursive: bool) -> tuple[str, list[FileInfo]]:
@@ -409,7 +421,7 @@ def list_sizes(url: str, retry_s: float = RETRY_S) -> dict[str, int]:
         files = {entry.path.removeprefix(root): int(entry.size) for entry in found if entry.type == FileType.File}
         return dict(sorted(files.items()))
 
-    return _retried(url, find, retry_s)
+    return retried(url, find, retry_s)
 
 
 def list_files(url: str, retry_s: float = RETRY_S) -> list[str]:
@@ -428,7 +440,7 @@ def list_folders(url: str, retry_s: float = RETRY_S) -> list[str]:
         _, found = _entries(url, recursive=False)
         return sorted(entry.base_name for entry in found if entry.type == FileType.Directory)
 
-    return _retried(url, find, retry_s)
+    return retried(url, find, retry_s)
 
 
 def read_json(url: str, retry_s: float = RETRY_S) -> Any:

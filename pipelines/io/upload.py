@@ -6,12 +6,13 @@ an upload may be started again at any time.
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import ray.train
 
-from pipelines.io import storage
+from pipelines.io import sealed, storage
 from pipelines.io.retry import Progress, retry, with_stall_limit
 
 UPLOAD_RETRY_S = 300.0
@@ -83,10 +84,14 @@ class CheckpointUpload:
     Args:
         folder: address of the folder that Ray Train keeps its checkpoints in.
         retry_s: seconds for which one file outlasts a storage that fails.
+        part: rank of the worker; each writes its own list of SHA-256 (`pipelines.io.sealed`).
+        parts: workers that write the checkpoint.
     """
 
     folder: str
     retry_s: float = UPLOAD_RETRY_S
+    part: int = 0
+    parts: int = 1
 
     def __call__(self, checkpoint: ray.train.Checkpoint, checkpoint_dir_name: str) -> ray.train.Checkpoint:
         """The checkpoint in storage, for a local one. Raises UploadError, StorageError."""
@@ -95,8 +100,10 @@ class CheckpointUpload:
             raise storage.StorageError(
                 f"{self.folder}: no such folder on this machine; all must share the run's storage"
             )
+        local = Path(os.fspath(checkpoint.path))
         try:
-            upload_folder(Path(os.fspath(checkpoint.path)), url, self.retry_s)
+            self._write_list(url, sealed.sums_of(local))
+            upload_folder(local, url, self.retry_s)
         except UploadError as error:
             raise UploadError(
                 f"{error}\nThis checkpoint does not count; the one before it is kept and whole. Make room or bring the "
@@ -104,3 +111,13 @@ class CheckpointUpload:
             ) from error
         filesystem, path = storage.arrow_filesystem(url)
         return ray.train.Checkpoint(path=path, filesystem=filesystem)
+
+    def _write_list(self, url: str, sums: Mapping[str, sealed.FileSum]) -> None:
+        """Before its files: what is there without them is then known to be cut short."""
+        try:
+            sealed.write_list(url, sums, self.part, self.parts, self.retry_s)
+        except storage.TransientStorageError as error:
+            raise UploadError(
+                f"the list of {len(sums)} files could not be stored, though it was tried again for {self.retry_s:.0f} "
+                f"s: {error}"
+            ) from error

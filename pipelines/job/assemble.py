@@ -61,7 +61,7 @@ def assemble_training(
         training.global_batch,
         data.window_shards,
     )
-    heldout, heldout_rows = _plan_heldout(recipe, manifests[0])
+    heldout = plan_heldout(recipe, manifests[0])
     stream = partial(
         build_stream,
         manifests[0],
@@ -81,29 +81,47 @@ def assemble_training(
         pad_token_id=processor.tokenizer.pad_token_id,
         plan=plan,
         train_data=partial(rows_from, train_stream, data.train_split, plan),
-        heldout_rows=heldout_rows,
-        heldout_data=partial(rows_to, stream, data.heldout_split, heldout, heldout_rows),
+        heldout_rows=heldout.rows,
+        heldout_data=partial(
+            rows_to, stream, data.heldout_split, heldout.plan, heldout.samples, heldout.rows - heldout.samples
+        ),
         iterate=iterate_rows,
         data_config=data_config(),
         recipe=recipe.to_dict(),
         recipe_hash=training_hash(recipe, manifests),
+        resume_step=recipe.run.resume_step,
         mlflow_run_id=metrics_run.run_id if metrics_run else None,
         make_logger=partial(MetricLogger, metrics_run.run_id, metrics_run.uri, url) if metrics_run else None,
         log_validation=partial(_log_validation, metrics_run, url) if metrics_run else None,
     )
 
 
-def _plan_heldout(recipe: Recipe, manifest: shards.Manifest) -> tuple[StreamPlan, int]:
-    """The held-out samples in manifest order, and the rows of them that are evaluated: whole micro-batches."""
+class Heldout(NamedTuple):
+    """What held-out losses are measured on: the first samples of a plan, whatever the micro-batch and the workers."""
+
+    plan: StreamPlan
+    samples: int
+    """Rows of the plan that are measured, from the first on; each is a sample."""
+    rows: int
+    """The same and the void rows behind them, which fill the last micro-batch."""
+
+
+def plan_heldout(recipe: Recipe, manifest: shards.Manifest) -> Heldout:
+    """The first `data.heldout_samples` samples of the held-out split, in a fixed order.
+
+    A run may go on with another micro-batch, and the best of its checkpoints is the one with the lowest held-out loss:
+    so the samples must stay the same.
+    """
     plan = StreamPlan(
         [info.samples for info in manifest.split(recipe.data.heldout_split)],
         seed=0,
         epochs=1,
-        global_batch=recipe.training.micro_batch,
+        global_batch=1,
         window_shards=recipe.data.window_shards,
     )
-    wanted = -(-recipe.data.heldout_samples // plan.global_batch) * plan.global_batch
-    return plan, min(plan.total_rows, wanted)
+    samples = min(plan.total_samples, recipe.data.heldout_samples)
+    micro = recipe.training.micro_batch
+    return Heldout(plan, samples, -(-samples // micro) * micro)
 
 
 def training_hash(recipe: Recipe, manifests: Sequence[shards.Manifest]) -> str:

@@ -20,13 +20,13 @@ from meteor_model.processing_meteor import MeteorProcessor
 from pipelines.checkpoint.committed import CheckpointRef
 from pipelines.checkpoint.consolidate import consolidate
 from pipelines.checkpoint.local import load_processor, local_copy
-from pipelines.checkpoint.state import PARITY_FILE
+from pipelines.checkpoint.state import PARITY_FILE, CheckpointError
 from pipelines.config.recipe import Recipe
 from pipelines.data import shards
 from pipelines.evaluation.questions import Question, read_questions
 from pipelines.evaluation.scores import counted
 from pipelines.evaluation.target_mean import solve_for_target
-from pipelines.io import storage
+from pipelines.io import sealed, storage
 from pipelines.io.console import say
 from pipelines.io.run_folder import RunFolder
 from pipelines.io.upload import upload_folder
@@ -111,9 +111,15 @@ def export_run(
         say(f"  lambda is solved on {len(found.asked)} prompts, left out: {counted(found.left_out)}")
         return found.asked
 
-    exported_now = export_checkpoint(
-        run, checkpoint.url, prompts, folder, run.export, tolerance=recipe.tracking.parity_tolerance
-    )
+    try:
+        exported_now = export_checkpoint(
+            run, checkpoint.url, prompts, folder, run.export, tolerance=recipe.tracking.parity_tolerance
+        )
+    except sealed.DamagedFileError as error:
+        raise CheckpointError(
+            f"{error}. Where an older checkpoint is kept, --run.resume-step trains on from it; --run.export best takes "
+            "the best validated one"
+        ) from error
     decode = exported_now.model.config.pruning.decode
     if decode.enabled and decode.target_mean is not None:
         say(f"  lambda {decode.lam:.4g} for a mean of {decode.target_mean:g} visual tokens")
@@ -125,10 +131,10 @@ def completed(url: str, checkpoint: CheckpointRef) -> dict[str, Any] | None:
     """What the file at `url` says of a phase after training, if that was completed for this checkpoint."""
     if not storage.exists(url):
         return None
-    done: dict[str, Any] = storage.read_json(url)
+    done = sealed.read_document(url)
     return done if done["checkpoint"] == checkpoint.url else None
 
 
 def complete(url: str, checkpoint: CheckpointRef, result: dict[str, Any]) -> None:
     """Keep the result of a phase after training: the last that it does."""
-    storage.write_json(url, {**result, "checkpoint": checkpoint.url})
+    sealed.write_document(url, {**result, "checkpoint": checkpoint.url})

@@ -13,7 +13,7 @@ from pipelines.checkpoint.committed import CheckpointRef
 from pipelines.checkpoint.state import POINTS_FILE
 from pipelines.config.recipe import Recipe
 from pipelines.data import shards
-from pipelines.io import storage
+from pipelines.io import sealed, storage
 from pipelines.io.console import say
 from pipelines.job.answers import HeldoutAnswers
 from pipelines.job.starts import Start, start_tags
@@ -41,10 +41,11 @@ def undelivered_points(checkpoint: CheckpointRef) -> list[MetricPoint]:
     """
     now_ms = time.time_ns() // 1_000_000
     points = [MetricPoint(name, value, now_ms, checkpoint.state.step) for name, value in checkpoint.state.final.items()]
-    url = storage.join(checkpoint.url, POINTS_FILE)
-    if storage.exists(url):
-        points = points_from_jsonl(storage.read_bytes(url).decode(), url) + points
-    return points
+    try:
+        kept = sealed.read_file(checkpoint.url, POINTS_FILE)
+    except storage.ObjectMissingError:
+        return points
+    return points_from_jsonl(kept.decode(), storage.join(checkpoint.url, POINTS_FILE)) + points
 
 
 @dataclass(frozen=True)

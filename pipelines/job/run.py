@@ -40,6 +40,7 @@ from pipelines.job.start import loaded_parts, prepare_start
 from pipelines.job.starts import Start, add_start, shown_starts, start_tags
 from pipelines.job.summary import build_summary, load_summary, store_summary, summary_text
 from pipelines.job.train import train
+from pipelines.recovery.lease import Lease, hold_run
 from pipelines.registry.versions import pin_model
 from pipelines.tracking.metric_logger import MetricLogger
 from pipelines.tracking.mlflow_run import RunRequest
@@ -102,7 +103,14 @@ def run_job(recipe: Recipe, job: JobName) -> dict[str, Any]:
         if chosen.facts.finished and chosen.facts.export == recipe.run.export:
             say(f"run {chosen.name} is finished; choose another --run.name to train again")
             return load_summary(recipe, run_folder(recipe.run.storage, chosen.name))
-        run = _open(recipe, job, chosen, manifests)
+    # Before anything of the run is written: the records of one that another job works on stay as they are.
+    with hold_run(run_folder(recipe.run.storage, chosen.name).url, f"run {chosen.name!r}") as lease:
+        return _work(_open(recipe, job, chosen, manifests), lease, phases)
+
+
+def _work(run: Run, lease: Lease, phases: Phases) -> dict[str, Any]:
+    """The phases of a run that this job holds, and its records, however they end."""
+    recipe = run.recipe
     keep_log(run.folder.logs)
     tracker = run.tracker
     logger = MetricLogger(tracker.run_id, recipe.tracking.uri, run.folder.url)
@@ -110,7 +118,7 @@ def run_job(recipe: Recipe, job: JobName) -> dict[str, Any]:
     system.start()
     try:
         try:
-            summary, answers = _phases(run, phases)
+            summary, answers = _phases(run, lease, phases)
         finally:
             system.stop()
             logger.close()
@@ -149,7 +157,7 @@ def _how_to_go_on(run: Run, phases: Phases) -> str:
     )
 
 
-def _phases(run: Run, phases: Phases) -> tuple[dict[str, Any], HeldoutAnswers]:
+def _phases(run: Run, lease: Lease, phases: Phases) -> tuple[dict[str, Any], HeldoutAnswers]:
     """All phases after the first: the summary, and the held-out answers."""
     recipe, tracker, manifest = run.recipe, run.tracker, run.manifests[0]
     with phases("calibrate", "start model, ranks of the feature maps, budgets"):
@@ -157,7 +165,7 @@ def _phases(run: Run, phases: Phases) -> tuple[dict[str, Any], HeldoutAnswers]:
         _tell_of_start(run, ranks)
     with phases("train", f"{recipe.training.workers} workers, ZeRO-3"):
         metrics_run = MetricsRun(recipe.tracking.uri, tracker.run_id)
-        training = train(recipe, run.manifests, run.name, metrics_run)
+        training = train(recipe, run.manifests, run.name, metrics_run, lease)
     with tempfile.TemporaryDirectory(prefix="meteor-export-") as name:
         folder, pictures = Path(name) / "model", Path(name) / "pictures"
         with phases("export", "consolidate, solve lambda, reload, compare logits"):

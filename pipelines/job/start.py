@@ -29,8 +29,9 @@ from pipelines.checkpoint.zero3 import save_for_sharding
 from pipelines.config.recipe import Recipe
 from pipelines.data import shards
 from pipelines.data.samples import SampleReader
-from pipelines.io import storage
+from pipelines.io import sealed, storage
 from pipelines.io.console import say
+from pipelines.io.local_disk import writing
 from pipelines.io.run_folder import RunFolder
 from pipelines.io.upload import upload_folder
 from pipelines.parts import default_parts_dir, resolve_sources
@@ -57,15 +58,14 @@ def prepare_start(
         ValueError: where the recipe's pruning does not fit the model, or the start model cannot be pulled.
     """
     if storage.exists(run.init_ready):
-        ranks: dict[str, Any] = storage.read_json(run.ranks)
-        return ranks
+        return sealed.read_document(run.ranks)
     loaded: list[LoadedPart] = []
     if recipe.model.start:
         model, processor = _pulled(recipe, started_from or recipe.model.start)
     else:
         model, processor, loaded = _built(recipe, manifest)
     parts = [{**asdict(part), "dropped": len(part.dropped)} for part in loaded]
-    _store_start(model, processor, parts, run)
+    sums = _store_start(model, processor, parts, run)
     report = _measure_ranks(recipe, manifest, run)
     config = model.config.with_pruning(recipe.pruning, report.expected(recipe.pruning.encode.rank_estimator))
     ranks = {
@@ -74,29 +74,41 @@ def prepare_start(
         "exponent": recipe.pruning.encode.rank_exponent,
         "budgets": {name: list(budget) for name, budget in config.encode_budgets.items()},
     }
-    storage.write_json(run.ranks, ranks)
+    sealed.write_document(run.ranks, ranks)
     with tempfile.TemporaryDirectory(prefix="meteor-start-") as name:
         config.save_pretrained(name)
         storage.write_bytes(run.init_config, (Path(name) / "config.json").read_bytes())
+        sealed.write_list(run.init, {**sums, **sealed.sums_of(Path(name))})
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    storage.write_json(run.init_ready, {"parameters": parameters, "parts": parts})
+    sealed.write_document(run.init_ready, {"parameters": parameters, "parts": parts})
     return ranks
 
 
 def _store_start(
     model: MeteorForConditionalGeneration, processor: MeteorProcessor, parts: list[dict[str, Any]], run: RunFolder
-) -> None:
-    """Write the model with its processor as `init/`, and the processor apart from the weights."""
+) -> dict[str, sealed.FileSum]:
+    """Write the model with its processor as `init/`, and the processor apart from the weights.
+
+    Returns:
+        The sums of the files in `init/`, whose list is written once its configuration is complete.
+    """
+    for url in (run.init, run.processor):  # of a start that died before READY.json: it is made anew
+        storage.delete(storage.join(url, sealed.list_name()))
     with tempfile.TemporaryDirectory(prefix="meteor-start-") as name:
         folder, small = Path(name) / "whole", Path(name) / "processor"
         folder.mkdir()
         if parts:
             (folder / PurePosixPath(run.init_parts).name).write_text(json.dumps(parts, indent=2) + "\n")
-        save_for_sharding(model, folder)
-        processor.save_pretrained(folder)
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        with writing(folder, weights, "the start model"):
+            save_for_sharding(model, folder)
+            processor.save_pretrained(folder)
+        sums = sealed.sums_of(folder)
         upload_folder(folder, run.init)
         processor.save_pretrained(small)  # data tasks on every node need this alone
         upload_folder(small, run.processor)
+        sealed.write_list(run.processor, sealed.sums_of(small))
+    return sums
 
 
 def _measure_ranks(recipe: Recipe, manifest: shards.Manifest, run: RunFolder) -> RankReport:
@@ -113,7 +125,7 @@ def _measure_ranks(recipe: Recipe, manifest: shards.Manifest, run: RunFolder) ->
 
 def loaded_parts(run: RunFolder) -> list[dict[str, Any]]:
     """Name, source, size and checksum of the pretrained parts that a prepared run starts from."""
-    parts: list[dict[str, Any]] = storage.read_json(run.init_ready)["parts"]
+    parts: list[dict[str, Any]] = sealed.read_document(run.init_ready)["parts"]
     return parts
 
 

@@ -11,7 +11,7 @@ from meteor_model.configuration_meteor import MeteorConfig
 from pipelines.config.recipe import Recipe
 from pipelines.data.survey import report_lines
 from pipelines.evaluation.scores import counted, normalise
-from pipelines.io import storage
+from pipelines.io import sealed, storage
 from pipelines.io.run_folder import RunFolder
 from pipelines.job.answers import HeldoutAnswer, HeldoutAnswers
 from pipelines.job.register import TrainedRun
@@ -89,7 +89,7 @@ def build_summary(
 
 def store_summary(recipe: Recipe, run: RunFolder, summary: Mapping[str, Any], pictures: Path) -> None:
     """Beside the run in storage, and with the pictures in `run.output` where that is set."""
-    storage.write_json(run.summary, summary)
+    sealed.write_document(run.summary, summary)
     if recipe.run.output is not None:
         output = RunFolder(recipe.run.output)  # these two alone, under the same names
         shutil.rmtree(output.pictures, ignore_errors=True)
@@ -99,7 +99,7 @@ def store_summary(recipe: Recipe, run: RunFolder, summary: Mapping[str, Any], pi
 
 def load_summary(recipe: Recipe, run: RunFolder) -> dict[str, Any]:
     """The summary of a finished run; also written to `run.output` where that is set."""
-    summary: dict[str, Any] = storage.read_json(run.summary)
+    summary = sealed.read_document(run.summary)
     if recipe.run.output is not None:
         storage.write_json(RunFolder(recipe.run.output).summary, summary)
     return summary

@@ -10,6 +10,7 @@ from pipelines.checkpoint.committed import CheckpointRef
 from pipelines.config.recipe import Recipe
 from pipelines.data import shards
 from pipelines.job.assemble import MetricsRun, assemble_training
+from pipelines.recovery.lease import Lease
 from pipelines.training.trainer import fit
 
 
@@ -29,7 +30,11 @@ class Training:
 
 
 def train(
-    recipe: Recipe, manifests: Sequence[shards.Manifest], run_name: str, metrics_run: MetricsRun | None
+    recipe: Recipe,
+    manifests: Sequence[shards.Manifest],
+    run_name: str,
+    metrics_run: MetricsRun | None,
+    lease: Lease | None = None,
 ) -> Training:
     """Train, or go on with, the run whose start model is prepared (`start.prepare_start`).
 
@@ -38,6 +43,7 @@ def train(
         manifests: of the datasets in their order (`datasets.ensure_shards`).
         run_name: of the run, whose folder is `runs/NAME`.
         metrics_run: where metrics go; None logs nothing.
+        lease: of a caller who holds the run; None takes it for the time of the training.
 
     Raises:
         ValueError: naming the setting, dataset or sample that is wrong.
@@ -45,6 +51,6 @@ def train(
         TrainingError: a training that ended too often.
     """
     job = assemble_training(recipe, manifests, run_name, metrics_run)
-    last = fit(job).checkpoint
+    last = fit(job, lease).checkpoint
     exported = checkpoint_to_export(recipe.run.storage, run_name, last, recipe.run.export)
     return Training(last, exported, job.plan.total_samples)

@@ -1,7 +1,8 @@
-"""One job at a time for a run: two would overwrite each other's checkpoints.
+"""What the processes of a training tell each other, in one Ray cluster: an actor that lives as long as the driver.
 
-The lock is an actor, so it also carries the word that an attempt to train has failed from Ray's controller to the
-validations beside it (`pipelines.training.validation`).
+It carries the word that an attempt to train has failed from Ray's controller to the validations beside it
+(`pipelines.training.validation`). That only one job trains a run is the matter of its lease
+(`pipelines.recovery.lease`).
 """
 
 from collections.abc import Iterator
@@ -10,21 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-import ray.actor
 import ray.exceptions
 import ray.train
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipelines.io.fingerprint import sha256
-from pipelines.io.retry import Backoff, retry
+from pipelines.recovery.lease import Lease, LeaseToken
 
 NAMESPACE = "meteor"
-WAIT_S = 60.0  # the lock of a driver that was killed lives on for some seconds
-EVERY_SECOND = Backoff(1.0, 1.0)
-
-
-class RunInUseError(ValueError):
-    """Another job of this Ray cluster trains the run; the message says what to do."""
 
 
 class _LockActor:
@@ -47,6 +40,8 @@ class RunLock:
     """One attempt to train a claimed run; found by name from any process of the cluster."""
 
     name: str
+    lease: LeaseToken
+    """To be asked before anything is stored."""
     attempt: int = 0
 
     def fail(self) -> None:
@@ -74,34 +69,17 @@ class FailureCallback(ray.train.UserCallback):
 
 
 @contextmanager
-def lock_run(run_url: str, subject: str, wait_s: float = WAIT_S) -> Iterator[RunLock]:
-    """Hold the run at `run_url` for this driver inside the block; Ray must be initialised.
+def lock_run(lease: Lease) -> Iterator[RunLock]:
+    """The actor of a run that this job holds, for the block; it ends with the driver, however that ends.
 
-    It covers the jobs of one Ray cluster, and ends with the driver, however that ends.
-
-    Raises:
-        RunInUseError: if another driver still holds it after `wait_s` seconds.
+    Ray must be initialised.
     """
-    name = f"run-{sha256(run_url)[:16]}"
+    name = f"run-{lease.owner[:16]}"
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)  # ends with the driver
-    taken = (ValueError, ray.exceptions.RayActorError)  # the name is taken, or its node went just now
-
-    def take() -> ray.actor.ActorHandle:
-        actor = ray.remote(num_cpus=0)(_LockActor)
-        handle = actor.options(name=name, namespace=NAMESPACE, scheduling_strategy=here).remote()
-        ray.get(handle.failed.remote(0))
-        return handle
-
+    actor = ray.remote(num_cpus=0)(_LockActor)
+    handle = actor.options(name=name, namespace=NAMESPACE, scheduling_strategy=here).remote()
+    ray.get(handle.failed.remote(0))
     try:
-        lock = retry(
-            take, subject, retry_s=wait_s, transient=lambda error: isinstance(error, taken), backoff=EVERY_SECOND
-        )
-    except taken as error:
-        raise RunInUseError(
-            f"{subject} is being trained by another job: wait for it, stop it (`ray job list`, `ray job stop`), or use "
-            f"another --run.name ({error})"
-        ) from error
-    try:
-        yield RunLock(name)
+        yield RunLock(name, lease.token)
     finally:
-        ray.kill(lock)
+        ray.kill(handle)

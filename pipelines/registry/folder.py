@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from meteor_model.foreign import foreign
 from pipelines.io.fingerprint import sha256, sha256_of_file
+from pipelines.io.local_disk import writing
 from pipelines.registry.tags import TOKENS_TAG
 
 if TYPE_CHECKING:
@@ -39,16 +40,19 @@ def export_model(model: MeteorForConditionalGeneration, processor: MeteorProcess
 
     Raises:
         ExportError: if the folder exists and holds something.
+        LocalDiskError: if the disk has no room for it.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ExportError(f"{folder} exists and is not empty: export into a new folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        model.save_pretrained(scratch, safe_serialization=True)
-        processor.save_pretrained(scratch)
-        (scratch / CARD_FILE).write_text(f"{introduction(model.config)}\n{USE}")
-        write_checksums(scratch)
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        with writing(folder, weights, "the exported model"):
+            model.save_pretrained(scratch, safe_serialization=True)
+            processor.save_pretrained(scratch)
+            (scratch / CARD_FILE).write_text(f"{introduction(model.config)}\n{USE}")
+            write_checksums(scratch)
         scratch.chmod(0o755)
         scratch.replace(folder)
     finally:

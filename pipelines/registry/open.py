@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,6 +14,7 @@ from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from pipelines.checkpoint.local import local_copy
 from pipelines.config.settings import SettingsError
+from pipelines.io import sealed, storage
 from pipelines.registry.folder import CHECKSUMS_FILE, ExportError, verify_checksums
 from pipelines.registry.versions import PinnedModel, pin_model
 
@@ -35,7 +36,11 @@ def open_model(model: PinnedModel) -> Iterator[Path]:
         with TemporaryDirectory(prefix="meteor-pull-") as scratch:
             yield pull_model(model, Path(scratch) / "model")
         return
-    with local_copy(model.address) as folder:
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(local_copy(model.address))
+        except (sealed.DamagedFileError, storage.ObjectMissingError) as error:
+            raise ExportError(f"{model.address} holds no whole model: {error}") from error
         if (folder / CHECKSUMS_FILE).is_file():
             verify_checksums(folder)
         elif not (folder / "config.json").is_file():

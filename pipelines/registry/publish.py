@@ -31,6 +31,7 @@ import meteor_model
 from meteor_model.configuration_meteor import MeteorConfig
 from pipelines.evaluation.scores import Score
 from pipelines.evaluation.suite import Suite
+from pipelines.io.local_disk import writing
 from pipelines.io.redact import redact
 from pipelines.registry import pyfunc_model
 from pipelines.registry.aliases import move_alias
@@ -208,12 +209,13 @@ def pull_model(model: PinnedModel, destination: Path) -> Path:
         raise ExportError(f"{destination} is not empty: pull into a new folder")
     client, source = model.registry.client, f"{model.address}/artifacts"
     try:
-        call_mlflow(
-            f"the download of {source}",
-            lambda: mlflow.artifacts.download_artifacts(
-                source, dst_path=str(destination), tracking_uri=client.tracking_uri
-            ),
-        )
+        with writing(destination, None, f"the download of {source}"):
+            call_mlflow(
+                f"the download of {source}",
+                lambda: mlflow.artifacts.download_artifacts(
+                    source, dst_path=str(destination), tracking_uri=client.tracking_uri
+                ),
+            )
     except TrackingError as error:
         raise TrackingError(
             f"version {model.version} of {model.registry.name} cannot be downloaded as a METEOR model: {error}"

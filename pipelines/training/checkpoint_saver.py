@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ray.train
@@ -31,8 +32,10 @@ from pipelines.checkpoint.state import (
     ZERO3_TAG,
     TrainState,
 )
+from pipelines.compat.deepspeed import checkpoint_bytes
 from pipelines.data.ledger import Ledger
 from pipelines.data.sample_id import SampleId, SampleIds
+from pipelines.io.local_disk import writing
 from pipelines.io.run_folder import RunFolder
 from pipelines.recovery.preemption import wait_committed
 from pipelines.tracking.metric_points import MetricPoint, points_to_jsonl
@@ -58,6 +61,7 @@ class CheckpointSaver:
         losses: of the steps since the last checkpoint; stored by rank 0.
         upload: moves a folder to storage.
         retry_s: seconds for which the losses' upload outlasts a storage that fails.
+        require_lease: raises LeaseLostError where another job has taken the run over.
         validate_every: checkpoints between two validations; 0 for none.
         saved: checkpoints made so far.
     """
@@ -70,6 +74,7 @@ class CheckpointSaver:
     losses: LossLog
     upload: Upload
     retry_s: float
+    require_lease: Callable[[], None]
     validate_every: int
     saved: int
     _uploaded: threading.Event = field(default_factory=threading.Event)
@@ -100,14 +105,11 @@ class CheckpointSaver:
         self._await_upload()
         folder = new_folder(self.run_url)
         self._loss_file = self.losses.take()
-        self.worker.engine.save_checkpoint(str(folder), tag=ZERO3_TAG, save_latest=False)
-        if self.worker.rank == 0:
-            (folder / STATE_FILE).write_text(state.to_json())
-            (folder / LEDGER_FILE).write_bytes(self.ledger.to_bytes())
-            (folder / RECIPE_FILE).write_text(json.dumps(self.recipe, indent=1, sort_keys=True) + "\n")
-            (folder / POINTS_FILE).write_text(points_to_jsonl(pending))
-            if parity is not None:
-                save_parity(parity, folder / PARITY_FILE, self.precision)
+        need = checkpoint_bytes(self.worker.engine)
+        with writing(folder, need, f"this worker's part of the checkpoint of step {state.step}"):
+            self.worker.engine.save_checkpoint(str(folder), tag=ZERO3_TAG, save_latest=False)
+            if self.worker.rank == 0:
+                self._write_common(folder, state, pending, parity)
         validate = self.validates_next(state)
         self.saved += 1
         # Unique, so that files of an upload that was cut short never mix with those of its repetition; the clock of
@@ -124,6 +126,17 @@ class CheckpointSaver:
             validation=validate,
         )
         return names[0]
+
+    def _write_common(
+        self, folder: Path, state: TrainState, pending: Sequence[MetricPoint], parity: Parity | None
+    ) -> None:
+        """What rank 0 writes beside its shards."""
+        (folder / STATE_FILE).write_text(state.to_json())
+        (folder / LEDGER_FILE).write_bytes(self.ledger.to_bytes())
+        (folder / RECIPE_FILE).write_text(json.dumps(self.recipe, indent=1, sort_keys=True) + "\n")
+        (folder / POINTS_FILE).write_text(points_to_jsonl(pending))
+        if parity is not None:
+            save_parity(parity, folder / PARITY_FILE, self.precision)
 
     def wait_committed(self, name: str, timeout_s: float) -> bool:
         """Whether the checkpoint that was saved last, in folder `name`, is committed within `timeout_s` seconds.
@@ -156,8 +169,10 @@ class CheckpointSaver:
             self.ledger.add(dropped, dropped=True)
 
     def _upload(self, checkpoint: Checkpoint, name: str) -> Checkpoint:
+        self.require_lease()
         if self.worker.rank == 0 and self._loss_file is not None:  # first: a committed checkpoint has its losses
             write_losses(RunFolder(self.run_url), *self._loss_file, self.retry_s)
         uploaded = self.upload(checkpoint, name)
+        self.require_lease()  # again: an upload may take long, and what returns from here is committed
         self._uploaded.set()
         return uploaded

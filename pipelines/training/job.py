@@ -71,6 +71,8 @@ class TrainingJob:
     """Every setting of the run, kept in every checkpoint."""
     recipe_hash: str
     """Hash of the settings that decide the result."""
+    resume_step: int | None = None
+    """Optimizer step of the checkpoint to go on from; None: the newest whole one."""
     mlflow_run_id: str | None = None
     """The MLflow run that the metrics go to; kept in every checkpoint."""
     make_logger: Callable[[Sequence[MetricPoint]], MetricLogger] | None = None

@@ -13,7 +13,7 @@ import dataclasses
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 import ray.cloudpickle
@@ -37,6 +37,7 @@ from pipelines.data.ledger import Ledger
 from pipelines.io.console import warn_from_worker
 from pipelines.io.run_folder import RunFolder
 from pipelines.io.upload import CheckpointUpload
+from pipelines.recovery.lease import LeaseToken
 from pipelines.recovery.preemption import PreemptionWatch
 from pipelines.tracking.metric_points import MetricPoint, points_from_jsonl
 from pipelines.training.batches import BatchReader, Share
@@ -53,6 +54,7 @@ ABANDONED_S = 2.0
 def train_worker(config: Mapping[str, Any]) -> None:
     """What every worker runs; the steps are those at the top."""
     job: TrainingJob = ray.cloudpickle.loads(config["job"])
+    lease: LeaseToken = ray.cloudpickle.loads(config["lease"])
     settings = job.settings
     # 1. join
     warn_from_worker()
@@ -72,7 +74,7 @@ def train_worker(config: Mapping[str, Any]) -> None:
         job.plan.total_samples,
         worker,
         start.state,
-        _saver(job, worker, start),
+        _saver(job, worker, start, lease),
         PreemptionWatch(worker.rank, settings.preemption_grace_s),
         logger,
         job.observe,
@@ -152,10 +154,8 @@ def _resume(worker: Worker, job: TrainingJob) -> ResumePoint:
     if checkpoint is None:
         state = dataclasses.replace(job.start_state(), world_size=worker.world)
         return ResumePoint(state, Ledger(job.plan.sizes), LossLog(state), [])
-    with checkpoint.as_directory() as name:
-        # Ray downloads it once for all workers of a node, and again over the same files for one that comes late.
-        torch.distributed.barrier()
-        directory = Path(name)
+    url = RunFolder(job.url).checkpoint(PurePosixPath(checkpoint.path).name)
+    with local_copy(url) as directory:
         state = load_state(directory)
         ledger = Ledger(job.plan.sizes)
         if worker.rank == 0:
@@ -168,7 +168,7 @@ def _resume(worker: Worker, job: TrainingJob) -> ResumePoint:
     return ResumePoint(state, ledger, losses, points)
 
 
-def _saver(job: TrainingJob, worker: Worker, start: ResumePoint) -> CheckpointSaver:
+def _saver(job: TrainingJob, worker: Worker, start: ResumePoint, lease: LeaseToken) -> CheckpointSaver:
     settings = job.settings
     return CheckpointSaver(
         worker=worker,
@@ -177,8 +177,9 @@ def _saver(job: TrainingJob, worker: Worker, start: ResumePoint) -> CheckpointSa
         recipe=job.recipe,
         ledger=start.ledger,
         losses=start.losses,
-        upload=CheckpointUpload(RunFolder(job.url).train, settings.upload_patience_s),
+        upload=CheckpointUpload(RunFolder(job.url).train, settings.upload_patience_s, worker.rank, worker.world),
         retry_s=settings.upload_patience_s,
+        require_lease=lease.require,
         validate_every=settings.validate_every_checkpoints,
         saved=start.state.step // settings.checkpoint_every_steps,
     )

@@ -9,6 +9,7 @@ them does is in `pipelines.training.train_worker`.
 import dataclasses
 import itertools
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,14 +18,16 @@ import ray.exceptions
 import ray.train
 from ray.train.torch import TorchTrainer
 
-from pipelines.checkpoint.committed import CheckpointRef, latest_checkpoint, remaining_stream, remove_uncommitted
+from pipelines.checkpoint.committed import CheckpointRef, latest_checkpoint, remaining_stream
+from pipelines.checkpoint.fallback import fall_back, remove_uncommitted, settle_start
 from pipelines.checkpoint.state import CheckpointError
 from pipelines.checkpoint.zero3 import weight_dtype
 from pipelines.compat.ray_torch import StartHookTorchConfig
-from pipelines.io import storage
+from pipelines.io import sealed, storage
 from pipelines.io.console import say
-from pipelines.io.run_folder import TRAIN_NAME
+from pipelines.io.run_folder import TRAIN_NAME, RunFolder
 from pipelines.recovery.failures import TrainingError, root_cause
+from pipelines.recovery.lease import Lease, hold_run
 from pipelines.recovery.preemption import listen
 from pipelines.recovery.restart_policy import RestartPolicy
 from pipelines.recovery.run_lock import FailureCallback, RunLock, lock_run
@@ -43,30 +46,56 @@ class TrainingResult:
     """Steps made by this call; 0 if the run had ended before."""
 
 
-def fit(job: TrainingJob) -> TrainingResult:
+def fit(job: TrainingJob, lease: Lease | None = None) -> TrainingResult:
     """Train, or continue, run `job.run_name`; returns at once if it has ended already. Ray must be initialised.
+
+    Args:
+        job: the training.
+        lease: of the caller, who holds the run already; None takes it for the time of the training.
 
     Raises:
         CheckpointError: if the run was started with other settings.
         RunInUseError: if another job trains the run.
+        LeaseLostError: if another job has taken the run over.
         ValueError: what a worker or a data task raised, as it raised it (TooManyDroppedError, StreamOrderError, ...).
         TrainingError: any other failure, `max_failures` times in a row, with the worker and the reason.
     """
-    before = latest_checkpoint(job.storage, job.run_name)
-    if before is not None:
-        check_resumable(job, before)
-        if before.state.done:
-            return TrainingResult(before, 0)
-    with lock_run(job.url, f"run {job.run_name!r}") as lock:
-        after = _train(job, lock)
+    if (finished := _finished(job)) is not None:
+        return TrainingResult(finished, 0)
+    held = nullcontext(lease) if lease is not None else hold_run(job.url, f"run {job.run_name!r}")
+    with held as mine:
+        before = settle_start(job.storage, job.run_name, job.resume_step, say)
+        if before is not None:
+            check_resumable(job, before)
+            if before.state.done:
+                return TrainingResult(before, 0)
+            if not sealed.open_folder(before.url).sums:
+                say(f"  {before.url} was written without checksums, by an earlier version: its bytes are not compared")
+        with lock_run(mine) as lock:
+            after = _train(job, lock)
     return TrainingResult(after, after.state.step - (before.state.step if before else 0))
+
+
+def _finished(job: TrainingJob) -> CheckpointRef | None:
+    """The last checkpoint of a run that has ended, which nothing is written for; None where there is more to do."""
+    if job.resume_step is not None:
+        return None
+    try:
+        latest = latest_checkpoint(job.storage, job.run_name)
+    except (CheckpointError, sealed.DamagedFileError, storage.ObjectMissingError):
+        return None  # how to go on is decided by `settle_start`
+    if latest is None:
+        return None
+    check_resumable(job, latest)
+    return latest if latest.state.done else None
 
 
 def _train(job: TrainingJob, lock: RunLock) -> CheckpointRef:
     """Start the workers until the last checkpoint is committed."""
-    subject = f"run {job.run_name!r}"
+    subject, run = f"run {job.run_name!r}", RunFolder(job.url)
     policy = RestartPolicy(job.settings.max_failures)
     for attempt in itertools.count():
+        lock.lease.require()  # what follows removes files
         remove_uncommitted(job.storage, job.run_name)
         cause: Exception | None = None
         try:
@@ -76,6 +105,9 @@ def _train(job: TrainingJob, lock: RunLock) -> CheckpointRef:
         except ray.exceptions.RayActorError as error:
             # No restart: an interrupt of the driver may look the same.
             raise TrainingError(subject, f"Ray's controller of the training ended: {error}") from error
+        if isinstance(cause, sealed.DamagedFileError) and cause.folder.startswith(f"{run.train}/"):
+            fall_back(run, cause.folder, cause, say)
+            continue
         reached = latest_checkpoint(job.storage, job.run_name)
         if reached is not None and reached.state.done:
             return reached  # what failed then, failed after the last step
@@ -113,7 +145,8 @@ def _trainer(job: TrainingJob, lock: RunLock) -> TorchTrainer:
     elastic = settings.min_workers is not None
     return TorchTrainer(
         train_worker,
-        train_loop_config={"job": ray.cloudpickle.dumps(job)},  # bytes: the controller need not import what is in it
+        # Bytes: the controller need not import what is in them.
+        train_loop_config={"job": ray.cloudpickle.dumps(job), "lease": ray.cloudpickle.dumps(lock.lease)},
         torch_config=StartHookTorchConfig(
             start_hook=listen, backend="nccl" if settings.uses_gpu else "gloo", timeout_s=settings.timeout_s
         ),
@@ -155,6 +188,7 @@ def _validation(job: TrainingJob, lock: RunLock) -> ray.train.ValidationConfig:
         rows=job.heldout_rows,
         data=job.heldout_data,
         iterate=job.iterate,
+        lease=lock.lease,
     )
     return validation_config(
         validation,

@@ -32,9 +32,11 @@ import ray.train
 from ray.train import ValidationConfig, ValidationTaskConfig
 
 from pipelines.checkpoint.best import keep_best
+from pipelines.checkpoint.local import local_copy
 from pipelines.checkpoint.state import STATE_FILE, TrainState, load_state
-from pipelines.io import storage
+from pipelines.io import sealed, storage
 from pipelines.io.run_folder import RunFolder
+from pipelines.recovery.lease import LeaseToken
 
 if TYPE_CHECKING:
     import torch
@@ -79,6 +81,8 @@ class Validation:
     """The held-out stream."""
     iterate: Callable[[DataIterator, int], Iterator[Sequence[Row]]]
     """Rows of a stream, in groups of the given size."""
+    lease: LeaseToken | None = None
+    """The job's claim on the run, asked before anything is stored; None where nobody else can have it."""
 
     def __post_init__(self) -> None:
         if self.rows < 1 or self.rows % self.micro_batch:
@@ -178,6 +182,8 @@ def _validate_task(checkpoint: ray.train.Checkpoint, payload: bytes, use_gpu: bo
     validation: Validation = ray.cloudpickle.loads(payload)
     metrics, step = validate(checkpoint, validation, use_gpu)
     url = RunFolder(validation.run).checkpoint(PurePosixPath(checkpoint.path).name)
+    if validation.lease is not None:
+        validation.lease.require()
     keep_best(validation.run, url, step, heldout_metrics(metrics))
     return metrics, step
 
@@ -206,9 +212,10 @@ def validate(checkpoint: ray.train.Checkpoint, validation: Validation, use_gpu: 
 
     started = time.monotonic()
     device = torch.device("cuda" if use_gpu else "cpu")
-    with checkpoint.as_directory() as directory, _model_config(validation.run) as init:
-        step = load_state(Path(directory)).step
-        model = consolidate(Path(directory), validation.model_class, init, validation.dtype)
+    url = RunFolder(validation.run).checkpoint(PurePosixPath(checkpoint.path).name)
+    with local_copy(url) as directory, _model_config(validation.run) as init:
+        step = load_state(directory).step
+        model = consolidate(directory, validation.model_class, init, validation.dtype)
     model.to(device)
     share = Share(rank=0, world=1, per_step=1)
     reader = BatchReader(validation.collate, validation.pad_token_id, validation.micro_batch, share)
@@ -225,6 +232,6 @@ def _model_config(run: str) -> Iterator[Path]:
     init = RunFolder(run).init
     with tempfile.TemporaryDirectory(prefix="meteor-config-") as folder:
         for name in storage.list_files(init):
-            if "/" not in name and name.endswith(".json"):
-                (Path(folder) / name).write_bytes(storage.read_bytes(storage.join(init, name)))
+            if "/" not in name and name.endswith(".json") and not sealed.is_list(name):
+                (Path(folder) / name).write_bytes(sealed.read_file(init, name))
         yield Path(folder)

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from infra.services import Stack, full_env
-from pipelines.io import storage
+from pipelines.io import sealed, storage
 from pipelines.registry.promotion import missing_evidence
 from pipelines.registry.scores import stored_scores
 from tests.stack_fixture import applied
@@ -217,7 +217,7 @@ def test_the_best_checkpoint_of_a_finished_run_is_exported_answers_and_is_regist
     best = storage.read_json(record)
     assert best["step"] == 8
     assert best["metrics"]["heldout_loss"] == best["loss"] > pretrained["heldout_loss"]
-    storage.write_json(record, {**best, "loss": 0.5, "metrics": {**best["metrics"], "heldout_loss": 0.5}})
+    sealed.write_document(record, {**best, "loss": 0.5, "metrics": {**best["metrics"], "heldout_loss": 0.5}})
     done = submit(
         in_stack, "pretrain", "--run.name", "first", "--run.export", "best", "--run.output", str(tmp_path), *SMALL
     )

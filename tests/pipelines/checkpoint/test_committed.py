@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.checkpoint.committed import latest_checkpoint, remove_uncommitted
+from pipelines.checkpoint.committed import latest_checkpoint
+from pipelines.checkpoint.fallback import remove_uncommitted
 from pipelines.checkpoint.losses import LossFile, write_losses
 from pipelines.checkpoint.state import CheckpointError, TrainState
 from pipelines.io.run_folder import RunFolder
@@ -41,12 +42,13 @@ def test_only_what_no_snapshot_names_is_removed(tmp_path: Path) -> None:
     kept = ["000000000-000000002.f64", "000000002-000000004.f64"]
     assert sorted(path.name for path in (folder.parent / "step-losses").iterdir()) == kept
     assert remove_uncommitted(str(tmp_path), "a") == []
-    assert remove_uncommitted(str(tmp_path), "never started") == []
+    assert remove_uncommitted(str(tmp_path), "never-started") == []
 
 
 def test_what_ray_s_controller_imports_loads_no_torch() -> None:
     """It starts anew with every attempt to train; torch and transformers would take it 6 s."""
-    rooms = "checkpoint.committed checkpoint.best checkpoint.local recovery.run_lock training.validation"
+    rooms = "checkpoint.committed checkpoint.fallback checkpoint.best checkpoint.local"
+    rooms += " recovery.run_lock recovery.lease training.validation"
     imports = ", ".join(f"pipelines.{name}" for name in rooms.split())
     code = f"import sys, {imports}; print({{'torch', 'transformers'}} & {{*sys.modules}})"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -104,9 +104,14 @@ def test_a_file_that_is_gone_or_cut_off_is_named(tmp_path: Path) -> None:
         run.save(committed=True)
     middle = tmp_path / "step-losses" / LossFile(2, 4).name
     content = middle.read_bytes()
-    middle.write_bytes(content[:-1])
-    with pytest.raises(CheckpointError, match=r"000000002-000000004.f64 has 15 bytes, not 8 for each of its 2 steps"):
-        read_losses(run.folder, run.committed)
+    places = range(0, len(content), 9)
+    changed = [content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :] for place in places]
+    for damaged in (content[:-1], content[:7], content + b"x", *changed):
+        middle.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"000000002-000000004.f64 is damaged: it has \d+ bytes, 8 for each"):
+            read_losses(run.folder, run.committed)
+    middle.write_bytes(content[:16])  # of an earlier version
+    assert read_losses(run.folder, run.committed).tolist() == [3.0, 3.0, 2.0, 2.0, 1.0, 1.0]
     middle.unlink()
     with pytest.raises(CheckpointError, match="no unbroken losses of the steps 1 to 6: they end at step 2"):
         read_losses(run.folder, run.committed)

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,50 @@ def test_what_is_saved_after_a_resume_is_whole(trained: Path) -> None:
         kind, parameter = name.split()
         if kind == "fp32":
             assert torch.equal(weights[parameter], tensor), parameter
+
+
+def test_the_whole_weights_are_those_that_deepspeed_s_own_function_gives(trained: Path) -> None:
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    for precision in ("fp32", "bf16"):
+        folder = trained / precision / "whole"
+        theirs = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=ZERO3_TAG)
+        ours = read_weights(folder)
+        assert ours.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            assert (ours[name].dtype, ours[name].shape) == (tensor.dtype, tensor.shape), name
+            assert torch.equal(ours[name], tensor), name
+
+
+def layout_of_all(folder: Path) -> Any:
+    shards = ZeroFiles(folder)
+    return shards.model(1), shards.optimizer(1)
+
+
+class Planted:
+    """A pickle that writes a file where it is loaded."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("kind", ["model", "optim"])
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "plain"])
+@pytest.mark.parametrize("reader", [read_weights, lambda folder: layout_of_all(folder)], ids=["whole", "resharded"])
+def test_a_planted_pickle_is_refused_by_every_reader_of_shards(
+    trained: Path, tmp_path: Path, kind: str, zipped: bool, reader: Callable[[Path], Any]
+) -> None:
+    shutil.copytree(trained / "fp32" / "whole" / ZERO3_TAG, tmp_path / ZERO3_TAG)
+    shard, mark = tmp_path / ZERO3_TAG / f"zero_pp_rank_1_mp_rank_00_{kind}_states.pt", tmp_path / "ran"
+    content = torch.load(shard, weights_only=False)
+    torch.save({**content, "extra": Planted(mark)}, shard, _use_new_zipfile_serialization=zipped)
+    refused = r"rank_1_.*holds \w+\.mkdir, which no checkpoint" if zipped else r"rank_1_mp_rank_00_\w+\.pt"
+    with pytest.raises(CheckpointError, match=refused):
+        reader(tmp_path)
+    assert not mark.exists()
 
 
 def test_missing_foreign_and_damaged_shards_are_named(trained: Path, tmp_path: Path) -> None:

@@ -71,13 +71,13 @@ def test_a_name_that_is_given_is_kept(tmp_path: Path) -> None:
 def test_the_calls_do_not_grow_with_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One listing, and the file of one run: for 1 run and for 400."""
     calls: list[str] = []
-    real = storage._retried
+    real = storage.retried
 
     def counted(url: str, action: Callable[[], Any], *rest: Any) -> Any:
         calls.append(url)
         return real(url, action, *rest)
 
-    monkeypatch.setattr(storage, "_retried", counted)
+    monkeypatch.setattr(storage, "retried", counted)
     for runs in (1, 400):
         for number in range(1, runs + 1):
             store(tmp_path, number, finished=True)

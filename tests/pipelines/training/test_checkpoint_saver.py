@@ -31,6 +31,7 @@ def test_losses_are_stored_before_the_checkpoint_that_is_then_committed(tmp_path
         losses=LossLog(state),
         upload=upload,
         retry_s=0.0,
+        require_lease=lambda: None,
         validate_every=0,
         saved=0,
     )

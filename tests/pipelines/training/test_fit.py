@@ -26,7 +26,6 @@ from pipelines.checkpoint.state import PARITY_FILE, load_ledger
 from pipelines.checkpoint.zero3 import parameter_groups, schedule_factor
 from pipelines.io.run_folder import run_folder
 from pipelines.recovery.failures import TrainingError
-from pipelines.recovery.run_lock import RunInUseError, lock_run
 from pipelines.training.batches import make_micro_batch
 from pipelines.training.heldout_loss import shuffle_images
 from pipelines.training.loop import StepRecord
@@ -179,18 +178,6 @@ class _FailsAtTheEnd:
 
     def close(self, deadline_s: float = 0) -> None:
         raise RuntimeError("the worker fails after its last checkpoint")
-
-
-def test_a_run_is_for_one_job_at_a_time(cluster: None) -> None:
-    with (
-        lock_run("s3://b/runs/a", "run 'a'"),
-        lock_run("s3://b/runs/b", "run 'b'"),
-        pytest.raises(RunInUseError, match="run 'a' is being trained by another job"),
-        lock_run("s3://b/runs/a", "run 'a'", wait_s=0.0),
-    ):
-        pass
-    with lock_run("s3://b/runs/a", "run 'a'"):
-        pass
 
 
 def test_killed_driver_and_killed_worker_resume_bit_for_bit(

@@ -18,6 +18,7 @@ from ray.train.torch import TorchTrainer
 
 from meteor_model.processing_meteor import collate
 from pipelines.checkpoint.best import best_checkpoint
+from pipelines.recovery.lease import hold_run
 from pipelines.recovery.run_lock import FailureCallback, RunLock, lock_run
 from pipelines.training.batches import MicroBatch, iterate_rows, make_micro_batch
 from pipelines.training.heldout_loss import heldout_loss
@@ -197,7 +198,7 @@ def test_a_failed_training_waits_for_no_validation_and_the_next_start_makes_it(
             ),
         ).fit()
 
-    with lock_run(str(run), "run 'failed'") as lock:
+    with hold_run(str(run), "run 'failed'") as lease, lock_run(lease) as lock:
         started = time.monotonic()
         with pytest.raises(ray.train.TrainingFailedError, match="a worker fails"):
             train(lock, replace(whole, data=partial(never, whole.data)))
