@@ -246,7 +246,7 @@ class FaultProxy:
 
         self._run(work())
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
+        self._thread.join(timeout=30)
         self._loop.close()
         self._holder.close()
 

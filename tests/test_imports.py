@@ -33,8 +33,8 @@ LEVELS: tuple[dict[str, set[str]], ...] = (
         "registry": {"checkpoint", "config", "data", "evaluation", "io", "parts", "tracking"},
     },
     {
-        "calibration": {"config", "data", "evaluation", "io", "registry", "tracking"},
-        "inference": {"config", "data", "io", "registry"},
+        "calibration": {"config", "data", "evaluation", "io", "recovery", "registry", "tracking"},
+        "inference": {"config", "data", "io", "recovery", "registry"},
     },
     {
         "job": {

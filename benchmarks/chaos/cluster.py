@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -183,9 +183,9 @@ class Cluster:
         """Start "s3" or "mlflow" again, at the same address."""
         up(self.folder / "stores", only=(name,))
 
-    def add_node(self, num_cpus: int) -> Node:
-        """One more raylet on this machine."""
-        with environment({**os.environ, "AWS_ENDPOINT_URL": self.proxy.endpoint}):
+    def add_node(self, num_cpus: int, settings: Mapping[str, str] | None = None) -> Node:
+        """One more raylet on this machine; `settings` are variables of its environment and of its workers'."""
+        with environment({**os.environ, **(settings or {}), "AWS_ENDPOINT_URL": self.proxy.endpoint}):
             node = start_node(self.ray, f"node-{len(self.nodes)}-{time.time_ns():x}", num_cpus)
         self.nodes.append(node)
         return node

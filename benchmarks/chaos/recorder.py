@@ -18,6 +18,8 @@ import torch
 
 from benchmarks.chaos.data import as_json
 from pipelines.data.schema import Row
+from pipelines.data.shards import ShardInfo
+from pipelines.data.stream import Fetch, Samples
 from pipelines.training.batches import iterate_rows
 from pipelines.training.loop import StepRecord
 
@@ -25,14 +27,23 @@ HOLD_LIMIT_S = 180.0
 POLL_S = 0.02
 INTO_DATA_START_S = 0.3
 
-Action = Literal["kill", "hold", "terminate"]
+BALLOON_PIECE, BALLOON_MOST = 64 * 2**20, 4 * 2**30
+BALLOON_EVERY_S = 0.05
+MEMORY_LIMIT = "RAY_memory_usage_threshold"
+"""The variable under which Ray's nodes know when they run low on memory."""
+
+Action = Literal["kill", "hold", "terminate", "stop", "balloon"]
+
+
+SIGNALS = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM, "stop": signal.SIGSTOP}
 
 
 @dataclass(frozen=True)
 class StepFault:
     """One fault right after the optimizer step `step` on worker `rank`.
 
-    kill: SIGKILL to itself. terminate: SIGTERM to itself. hold: wait there until `marker`.go is made.
+    kill: SIGKILL to itself. terminate: SIGTERM to itself. stop: SIGSTOP to itself. hold: wait there until `marker`.go
+    is made. balloon: take memory until Ray ends it; only on a node that Ray was given a limit for.
     """
 
     step: int
@@ -42,18 +53,27 @@ class StepFault:
 
     def happen(self) -> None:
         """Claim the marker, then act; nothing where the marker was claimed before."""
-        if not claim(Path(self.marker)):
+        if (self.action == "balloon" and MEMORY_LIMIT not in os.environ) or not claim(Path(self.marker)):
             return
-        if self.action == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        elif self.action == "terminate":
-            os.kill(os.getpid(), signal.SIGTERM)
+        if self.action in SIGNALS:
+            os.kill(os.getpid(), SIGNALS[self.action])
+        elif self.action == "balloon":
+            take_memory()
         else:
             deadline = time.monotonic() + HOLD_LIMIT_S
             while not Path(self.marker + ".go").exists():
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"nobody released the hold at step {self.step} within {HOLD_LIMIT_S:.0f} s")
                 time.sleep(POLL_S)
+
+
+def take_memory() -> None:
+    """Take memory, a piece at a time, and keep it. Raises MemoryError where nobody minds."""
+    kept: list[bytes] = []
+    while len(kept) * BALLOON_PIECE < BALLOON_MOST:
+        kept.append(b"x" * BALLOON_PIECE)
+        time.sleep(BALLOON_EVERY_S)
+    raise MemoryError(f"nobody ended a process that took {BALLOON_MOST / 2**30:.0f} GiB")
 
 
 def claim(marker: Path) -> bool:
@@ -98,6 +118,21 @@ class Recorder:
         for fault in self.faults:
             if (fault.step, fault.rank) == (record.step, record.rank):
                 fault.happen()
+
+
+@dataclass(frozen=True)
+class StopsInRead:
+    """Fetches a shard as `fetch` does, but once the data task that does it is stopped in the middle, by SIGSTOP."""
+
+    fetch: Fetch
+    shard: str
+    marker: str
+
+    def __call__(self, manifest: str, info: ShardInfo) -> Samples:
+        """The samples of one shard."""
+        if info.path == self.shard and claim(Path(self.marker)):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return self.fetch(manifest, info)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.chaos import damage, processes, state, store
+from benchmarks.chaos import damage, hangs, processes, state, store
 from benchmarks.chaos.stage import Stage
 
 OTHER_WORLD_TOLERANCE = 1e-5
@@ -119,6 +119,15 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario("checkpoint-rest", "a bit of the newest checkpoint changes at rest", "2", state.damaged_at_rest),
     Scenario("lost-snapshot", "Ray's list of committed checkpoints is deleted", "2", state.lost_snapshot),
     Scenario("second-cluster", "the same run from another Ray cluster", "2", state.second_cluster),
+    Scenario("stop-worker", "SIGSTOP to a worker at a random step", "2", hangs.stop_worker),
+    Scenario("stop-data-task", "SIGSTOP to a data task that reads a shard", "2", hangs.stop_data_task),
+    Scenario(
+        "out-of-memory",
+        "a worker takes memory until Ray's node ends it",
+        "2",
+        hangs.out_of_memory,
+        by_name_only=True,  # it needs 2 GiB to spare that no other program takes meanwhile
+    ),
     Scenario("drain-node", "Ray's notice that one of two nodes goes in 60 s", "2", processes.drained_node),
 )
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}

@@ -11,14 +11,15 @@ from typing import Any, Literal
 
 from benchmarks.chaos.data import IMAGE_SIZE, PAD, ByteProcessor
 from benchmarks.chaos.model import ChaosConfig, ChaosModel
-from benchmarks.chaos.recorder import KilledInDataStart, Recorder, StepFault
+from benchmarks.chaos.recorder import KilledInDataStart, Recorder, StepFault, StopsInRead
 from meteor_model.processing_meteor import collate
 from pipelines.checkpoint.zero3 import save_for_sharding
 from pipelines.config.settings import LearningRates, OptimizerSettings, TrainingSettings
 from pipelines.data.order import StreamPlan
 from pipelines.data.shards import fetch_shard, load_manifest
-from pipelines.data.stream import RowEncoder, build_stream, data_config, rows_from, rows_to
+from pipelines.data.stream import Fetch, RowEncoder, build_stream, data_config, rows_from, rows_to
 from pipelines.io import storage
+from pipelines.io.pulse import mailbox_name
 from pipelines.io.run_folder import run_folder
 from pipelines.io.upload import upload_folder
 from pipelines.training.batches import iterate_rows
@@ -60,6 +61,8 @@ class Config:
     faults: tuple[StepFault, ...] = ()
     data_start_kill: str | None = None
     """Marker of a kill of worker 1 while it waits for its first batch."""
+    data_task_stop: tuple[str, str] | None = None
+    """A shard and a marker: the data task that reads it is stopped once."""
     step_seconds: float = 0.0
     bad_shards: Literal["fail", "drop"] = "fail"
     resume_step: int | None = None
@@ -86,12 +89,16 @@ def make_job(config: Config) -> TrainingJob:
         global_batch=HELDOUT_ROWS,
         window_shards=WINDOW_SHARDS,
     )
+    fetch: Fetch = partial(fetch_shard, bad_shards=config.bad_shards)
+    if config.data_task_stop is not None:
+        fetch = StopsInRead(fetch, *config.data_task_stop)
     stream = partial(
         build_stream,
         manifest,
         encoder=encoder,
         micro_batch=settings.micro_batch,
-        fetch=partial(fetch_shard, bad_shards=config.bad_shards),
+        mailbox=mailbox_name(run_folder(config.storage, config.run_name).url),
+        fetch=fetch,
     )
     return TrainingJob(
         storage=config.storage,

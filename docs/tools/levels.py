@@ -10,10 +10,10 @@ PAGE = Path(__file__).resolve().parents[2] / "CONTRIBUTING.md"
 BEGIN, END = "<!-- levels: written by make docs -->\n", "<!-- end of levels -->\n"
 WHAT = {
     "compat": "what is used of Ray and DeepSpeed beyond their public interfaces",
-    "io": "storage, uploads, retries, a run's folder, checked settings, stored values, secrets hidden",
+    "io": "storage, uploads, retries, a run's folder, checked settings, stored values, secrets hidden, signs of life",
     "data": "shards, their order and mixture, the ledger of what was trained, sources",
     "parts": "demo weights that travel in packages",
-    "recovery": "what a failure means, when to start again, preemption, the lease of a run",
+    "recovery": "what a failure means, when to start again, preemption, the lease of a run, the watchdog",
     "tracking": "MLflow runs, metric points",
     "config": "recipes and their settings",
     "evaluation": "suites, questions, scores",

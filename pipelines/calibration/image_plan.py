@@ -24,7 +24,9 @@ from pipelines.data import shards
 from pipelines.data.ray_data import work_items
 from pipelines.data.samples import SampleFault, try_sample
 from pipelines.data.schema import RawSample, parse_sample
+from pipelines.io.pulse import begin_data_task
 from pipelines.io.validation import settings_class
+from pipelines.recovery.watchdog import watch_tasks
 
 USABLE, TEXT_ONLY = "", "text_only"
 
@@ -120,10 +122,11 @@ def _survey(
     manifest_url: str, infos: Sequence[shards.ShardInfo], most: int, image_size: int, workers: MeasureSettings
 ) -> Iterator[list[str]]:
     """For each shard the states of its samples in order, up to its `most`-th usable image."""
-    survey = _Survey(manifest_url, most, image_size, workers.bad_shards)
     items = work_items([{"info": asdict(info)} for info in infos], ordered=True)
-    for row in items.map(survey, num_cpus=workers.cpus).iter_rows():
-        yield list(row["states"])
+    with watch_tasks() as mailbox:
+        survey = _Survey(manifest_url, most, image_size, workers.bad_shards, mailbox)
+        for row in items.map(survey, num_cpus=workers.cpus).iter_rows():
+            yield list(row["states"])
 
 
 @dataclass(frozen=True)
@@ -134,8 +137,10 @@ class _Survey:
     most: int
     image_size: int
     bad_shards: shards.BadShards
+    mailbox: str = ""
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        begin_data_task(self.mailbox)
         info, states = shards.ShardInfo(**row["info"]), []
         for key, members in shards.fetch_shard(self.manifest_url, info, bad_shards=self.bad_shards):
             found = try_sample(key, members, self._state)
@@ -166,9 +171,11 @@ class ReadBatches:
     manifest_url: str
     image_size: int
     batch: int
+    mailbox: str = ""
 
     def __call__(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The planned images of the shard in `row`: pixels and keys, a batch at a time."""
+        begin_data_task(self.mailbox)
         info, places = shards.ShardInfo(**row["info"]), list(row["places"])
         samples = shards.read_shard(self.manifest_url, info)
         for start in range(0, len(places), self.batch):

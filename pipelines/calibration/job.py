@@ -28,7 +28,9 @@ from pipelines.calibration.settings import CalibrateSettings
 from pipelines.data import shards
 from pipelines.data.shards import load_manifest
 from pipelines.io.console import say
+from pipelines.io.pulse import begin_data_task
 from pipelines.io.redact import redact_text
+from pipelines.recovery.watchdog import watch_tasks
 from pipelines.registry.folder import weights_digest
 from pipelines.registry.open import device_for, open_model
 from pipelines.registry.versions import PinnedModel, pin_model, training_manifest
@@ -124,7 +126,8 @@ def _lambda(
         return None
     task = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus)(_solve)
     try:
-        solved: LambdaReport = ray.get(task.remote(settings, subject, manifest, target, ranks))
+        with watch_tasks() as mailbox:
+            solved: LambdaReport = ray.get(task.remote(settings, subject, manifest, target, ranks, mailbox))
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, ValueError):
             raise error.cause from None
@@ -133,9 +136,15 @@ def _lambda(
 
 
 def _solve(
-    settings: CalibrateSettings, subject: PinnedModel, manifest: shards.Manifest, target: float, ranks: Ranks | None
+    settings: CalibrateSettings,
+    subject: PinnedModel,
+    manifest: shards.Manifest,
+    target: float,
+    ranks: Ranks | None,
+    mailbox: str,
 ) -> LambdaReport:
     """A task: where its GPU is, if it has one."""
+    begin_data_task(mailbox)
     device = device_for(settings.gpus)
     with open_model(subject) as folder:
         return solve_on_split(folder, manifest, settings.decode_split, settings.decode_samples, target, ranks, device)

@@ -23,6 +23,8 @@ from pipelines.calibration.ranks import ESTIMATORS, RELATIVE_TOLERANCE, RankRepo
 from pipelines.calibration.statistics import RunningStatistics
 from pipelines.data import shards
 from pipelines.data.ray_data import work_items
+from pipelines.io.pulse import begin_data_task
+from pipelines.recovery.watchdog import watch_tasks
 from pipelines.registry.open import device_for, open_model
 from pipelines.registry.versions import PinnedModel
 
@@ -68,22 +70,23 @@ def measure_plan(model: PinnedModel, plan: ImagePlan, image_size: int, workers: 
     units = [{"unit": unit, "info": asdict(info), "places": places} for unit, (info, places) in enumerate(plan.units)]
     items = work_items(units, ordered=True, block_bytes=workers.batch * 3 * image_size**2)  # a batch is a block
     # A pool of another size than the actors': else Ray fuses both, and an actor has a whole shard to itself.
-    batches = items.flat_map(
-        ReadBatches(plan.manifest, image_size, workers.batch),
-        num_cpus=workers.cpus,
-        compute=ray.data.TaskPoolStrategy(workers.actors + 1),
-    )
-    measured = batches.map(
-        _RankMeter,
-        fn_constructor_args=(model, image_size, workers.gpus),
-        compute=ray.data.ActorPoolStrategy(size=workers.actors),
-        num_cpus=workers.cpus,
-        num_gpus=workers.gpus or None,
-    )
     total: RunningStatistics | None = None
-    for row in measured.iter_rows():
-        part = RunningStatistics(int(row["count"]), np.asarray(row["mean"]), np.asarray(row["squares"]))
-        total = part if total is None else total.merged(part)
+    with watch_tasks() as mailbox:
+        batches = items.flat_map(
+            ReadBatches(plan.manifest, image_size, workers.batch, mailbox),
+            num_cpus=workers.cpus,
+            compute=ray.data.TaskPoolStrategy(workers.actors + 1),
+        )
+        measured = batches.map(
+            _RankMeter,
+            fn_constructor_args=(model, image_size, workers.gpus, mailbox),
+            compute=ray.data.ActorPoolStrategy(size=workers.actors),
+            num_cpus=workers.cpus,
+            num_gpus=workers.gpus or None,
+        )
+        for row in measured.iter_rows():
+            part = RunningStatistics(int(row["count"]), np.asarray(row["mean"]), np.asarray(row["squares"]))
+            total = part if total is None else total.merged(part)
     if total is None or total.count != plan.images:
         raise CalibrationError(
             f"{plan.manifest}: {0 if total is None else total.count} of {plan.images} planned images were measured; "
@@ -95,7 +98,8 @@ def measure_plan(model: PinnedModel, plan: ImagePlan, image_size: int, workers: 
 class _RankMeter:
     """Actor: the model's towers, unpruned."""
 
-    def __init__(self, model: PinnedModel, image_size: int, gpus: float) -> None:
+    def __init__(self, model: PinnedModel, image_size: int, gpus: float, mailbox: str = "") -> None:
+        begin_data_task(mailbox)
         device = device_for(gpus)
         with open_model(model) as folder:
             self._model = MeteorForConditionalGeneration.from_pretrained(folder, use_safetensors=True).eval()

@@ -109,6 +109,10 @@ class TrainState:
     """Loss of the last `KEPT_LAST_LOSSES` steps; all are in `step-losses/` (`pipelines.checkpoint.losses`)."""
     step_seconds: float = 0.0
     """Wall-clock seconds of all steps, waiting for data included; without the start of workers and checkpoints."""
+    data_seconds: tuple[float, ...] = ()
+    """By worker, since their number last changed: seconds that its steps waited for data."""
+    own_seconds: tuple[float, ...] = ()
+    """By worker: seconds of its steps without the wait for the other workers at their beginning."""
     final: dict[str, float] = field(default_factory=dict)
     """Held-out metrics; after the last step alone."""
     losses_in_version_2: tuple[float, ...] = ()

@@ -10,13 +10,15 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 import ray.exceptions
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution import context
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
 from meteor_model.foreign import foreign
 
@@ -114,6 +116,56 @@ def place_of_dead_actor(error: ray.exceptions.RayActorError) -> tuple[str, str] 
     """Process id and address of the actor that died, None where Ray does not know; they are in the message alone."""
     found = dict(re.findall(r"^\s*(pid|ip): (\S+)", str(error), re.MULTILINE))
     return (found["pid"], found["ip"]) if len(found) == 2 else None
+
+
+class StartPhases(ControllerCallback, WorkerGroupCallback):
+    """Tells which part of a start of the workers Ray Train's controller is at.
+
+    The controller waits without a limit for processes that never answer, and the public callback hears of no start.
+
+    Args:
+        began: called in the controller's process when it begins.
+        room: called when a start came to nothing, and it waits until there is room for another one.
+        placing: called when it asks for room for the workers, for which Ray waits a minute, and for their processes.
+        starting: called when their processes are there.
+        running: called when they train, and once more when they do not any more.
+    """
+
+    def __init__(
+        self,
+        began: Callable[[], None],
+        room: Callable[[], None],
+        placing: Callable[[], None],
+        starting: Callable[[], None],
+        running: Callable[[], None],
+    ) -> None:
+        self._began, self._room, self._placing = began, room, placing
+        self._starting, self._running = starting, running
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """The controller begins."""
+        self._began()
+
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
+        """It asks for room."""
+        self._placing()
+
+    def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
+        """A start came to nothing, or a worker has failed."""
+        self._room()
+
+    def before_init_train_context(self, workers: Any) -> dict[str, list[Any]]:
+        """The processes are there."""
+        self._starting()
+        return {}
+
+    def after_worker_group_training_start(self, worker_group: Any) -> None:
+        """The workers train."""
+        self._running()
+
+    def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
+        """They do not any more."""
+        self._running()
 
 
 def log_no_reports() -> None:

@@ -13,8 +13,12 @@ from ray.train.torch.config import _TorchBackend
 class _StartHookBackend(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         assert isinstance(backend_config, StartHookTorchConfig)
-        worker_group.execute(backend_config.start_hook)
+        worker_group.execute(_call, backend_config.start_hook)
         super().on_start(worker_group, backend_config)
+
+
+def _call(hook: Callable[[], None]) -> None:
+    hook()  # Ray asks what it executes for its name, which a partial has not
 
 
 @dataclass

@@ -155,8 +155,12 @@ class TrainingSettings:
     Faults of data or settings fail at once; a preemption is no failure."""
     preemption_grace_s: PositiveFloat = 30.0
     """Seconds that a preemption notice by SIGTERM leaves for a last checkpoint."""
+    stuck_after_s: PositiveFloat = 120.0
+    """Seconds without a sign of life of a process, or without progress of the workers (there at least ten times their
+    slowest step), after which what is stuck is ended and started again; while they start, what timeout_s says."""
     timeout_s: PositiveInt = 600
-    """Seconds after which a collective operation between the workers fails."""
+    """Seconds after which a collective operation between the workers fails, and, five times stuck_after_s at least, a
+    part of their start counts as stuck."""
     cpus_per_worker: NonNegativeFloat = 1.0
     """Ray CPUs that one worker reserves (leave some for the data tasks)."""
     gpus_per_worker: NonNegativeFloat = 0.0

@@ -47,6 +47,7 @@ from pipelines.data.schema import (
     sample_of,
 )
 from pipelines.data.shards import Manifest, ShardInfo, read_shard
+from pipelines.io.pulse import Phase, begin_data_task, doing, mark
 
 RAW_BLOCK_BYTES = 2**20  # raw members in a block: the grain of the encode tasks
 MAX_READ_TASKS = 4096  # a task costs the driver about 2 ms before the first row; beyond this, items share a task
@@ -80,7 +81,8 @@ class ReadWork:
 
 def fetch_window(manifest_url: str, infos: Sequence[ShardInfo], fetch: Fetch) -> list[Samples]:
     """The samples of the shards of one window, several shards at a time."""
-    with ThreadPoolExecutor(min(SHARD_FETCHES, len(infos))) as pool:
+    names = f"{manifest_url}: {', '.join(info.path for info in infos)}"
+    with doing(Phase.READING, names), ThreadPoolExecutor(min(SHARD_FETCHES, len(infos))) as pool:
         return list(pool.map(partial(fetch, manifest_url), infos))
 
 
@@ -124,7 +126,10 @@ def read_item(manifest_urls: Sequence[str], work: ReadWork, fetch: Fetch) -> Ite
         yield pa.Table.from_pylist(rows, schema=RAW_SCHEMA)
 
 
-def _read_task(manifest_urls: Sequence[str], works: Sequence[ReadWork], fetch: Fetch) -> Iterator[pa.Table]:
+def _read_task(
+    manifest_urls: Sequence[str], works: Sequence[ReadWork], fetch: Fetch, mailbox: str
+) -> Iterator[pa.Table]:
+    begin_data_task(mailbox)
     for work in works:
         yield from read_item(manifest_urls, work, fetch)
 
@@ -144,6 +149,7 @@ class PlannedShards(Datasource):
         stop_row: int,
         spare_rows: int = 0,
         fetch: Fetch = read_shard,
+        mailbox: str = "",
     ) -> None:
         super().__init__()
         items: list[Item] = list(plan.work(start_row, stop_row))
@@ -155,7 +161,7 @@ class PlannedShards(Datasource):
         ]
         per_task = -(-len(works) // MAX_READ_TASKS)
         self._tasks = [works[first : first + per_task] for first in range(0, len(works), per_task)]
-        self._read = partial(_read_task, tuple(url for url, _ in sources), fetch=fetch)
+        self._read = partial(_read_task, tuple(url for url, _ in sources), fetch=fetch, mailbox=mailbox)
 
     @property
     def num_tasks(self) -> int:
@@ -270,11 +276,18 @@ class RowEncoder:
         return Row(row, sample, "", "", fitted.input_ids, fitted.labels, images, count, size, fitted.cut)
 
 
-def encode_table(raw: pa.Table, encoder: RowEncoder) -> pa.Table:
-    """A table of RAW_SCHEMA -> the same rows in ROW_SCHEMA."""
+def encode_table(raw: pa.Table, encoder: RowEncoder, mailbox: str = "") -> pa.Table:
+    """A table of RAW_SCHEMA -> the same rows in ROW_SCHEMA. The watchdog with this mailbox hears of every row."""
+    begin_data_task(mailbox)
+    with doing(Phase.ENCODING):
+        return _encode_rows(raw, encoder)
+
+
+def _encode_rows(raw: pa.Table, encoder: RowEncoder) -> pa.Table:
     rows = []
     for columns in raw.to_pylist():
         row, sample = columns["row"], sample_of(columns)
+        mark(Phase.ENCODING, detail=f"row {row}, sample {sample.key} ({sample})")
         if sample.epoch == VOID_EPOCH:
             rows.append(encoder.without_sample(row, sample, VOID, "fills up the last step"))
         else:
@@ -315,6 +328,7 @@ def build_stream(  # noqa: PLR0913 - the settings of a stream, by name
     cpus_per_task: float = 0.5,
     read_concurrency: int = 2,
     encode_concurrency: int | None = None,
+    mailbox: str = "",
 ) -> Dataset:
     """The rows [start_row, stop_row) of the plan as a Ray dataset of ROW_SCHEMA, one micro-batch a block.
 
@@ -334,6 +348,7 @@ def build_stream(  # noqa: PLR0913 - the settings of a stream, by name
         read_concurrency: items that are read at a time (one window of every dataset in memory for each).
         encode_concurrency: encode tasks at a time; None: as many as `read_concurrency`. Each is a process that loads
             torch (some 5 s of CPU time), so more than there are cores to spare delay the first batch.
+        mailbox: of the watchdog that hears what its tasks do (`pipelines.io.pulse`); "": of none.
 
     Raises:
         ValueError: when the plan was not made from these splits, or when no row is left.
@@ -342,7 +357,7 @@ def build_stream(  # noqa: PLR0913 - the settings of a stream, by name
     stop = plan.total_rows if stop_row is None else stop_row
     if start_row == stop:
         raise ValueError(f"no row is left from row {start_row} to row {stop}; this plan has {plan.steps} steps")
-    source = PlannedShards(sources, plan, start_row, stop, spare_rows, fetch)
+    source = PlannedShards(sources, plan, start_row, stop, spare_rows, fetch, mailbox)
     raw = ray.data.read_datasource(
         source,
         override_num_blocks=source.num_tasks,
@@ -354,7 +369,7 @@ def build_stream(  # noqa: PLR0913 - the settings of a stream, by name
         encode_table,
         batch_size=micro_batch,  # a multiple of the block below lets Ray fuse the two
         batch_format="pyarrow",
-        fn_kwargs={"encoder": encoder},
+        fn_kwargs={"encoder": encoder, "mailbox": mailbox},
         num_cpus=cpus_per_task,
         compute=TaskPoolStrategy(encode_concurrency or read_concurrency),
     )

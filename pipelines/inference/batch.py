@@ -45,6 +45,8 @@ from pipelines.inference.output import (
 )
 from pipelines.io import storage
 from pipelines.io.console import progress, say
+from pipelines.io.pulse import Phase, begin_data_task, mark
+from pipelines.recovery.watchdog import watch_tasks
 from pipelines.registry.folder import model_digest
 from pipelines.registry.open import device_for, open_model
 from pipelines.registry.versions import PinnedModel
@@ -143,15 +145,16 @@ def _answer_parts(
     workers: Workers,
 ) -> None:
     rows = [{"part": asdict(part), "info": asdict(infos[part.shard])} for part in parts]
-    written = work_items(rows, ordered=False).map(
-        _PartAnswerer,
-        fn_constructor_args=(model, spec, budget, output, workers.gpus),
-        compute=ray.data.ActorPoolStrategy(size=workers.actors),
-        num_cpus=workers.cpus,
-        num_gpus=workers.gpus or None,
-    )
-    for done, row in enumerate(written.iter_rows(), start=1):
-        progress(done, len(parts), f"  {done} of {len(parts)} parts, the last {row['name']} of {row['rows']} rows")
+    with watch_tasks() as mailbox:
+        written = work_items(rows, ordered=False).map(
+            _PartAnswerer,
+            fn_constructor_args=(model, spec, budget, output, workers.gpus, mailbox),
+            compute=ray.data.ActorPoolStrategy(size=workers.actors),
+            num_cpus=workers.cpus,
+            num_gpus=workers.gpus or None,
+        )
+        for done, row in enumerate(written.iter_rows(), start=1):
+            progress(done, len(parts), f"  {done} of {len(parts)} parts, the last {row['name']} of {row['rows']} rows")
 
 
 def _check_placeholders(prompt: str, num_images: int) -> None:
@@ -165,7 +168,10 @@ def _check_placeholders(prompt: str, num_images: int) -> None:
 class _PartAnswerer:
     """Actor: the model; a part comes in as its place in the plan and goes out as an object in storage."""
 
-    def __init__(self, model: PinnedModel, spec: OutputSpec, budget: Budget, output: str, gpus: float) -> None:
+    def __init__(
+        self, model: PinnedModel, spec: OutputSpec, budget: Budget, output: str, gpus: float, mailbox: str = ""
+    ) -> None:
+        begin_data_task(mailbox)
         device = device_for(gpus)
         with open_model(model) as folder:
             if model_digest(folder) != spec.model_sha256:
@@ -176,6 +182,7 @@ class _PartAnswerer:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         part, info = OutputPart(**row["part"]), shards.ShardInfo(**row["info"])
+        mark(Phase.READING, detail=f"{info.path}, part {part.name}")
         samples = shards.fetch_shard(self._spec.manifest, info, bad_shards=self._spec.bad_shards)
         rows: list[dict[str, Any]] = []
         waiting: list[tuple[dict[str, Any], Question]] = []

@@ -36,6 +36,8 @@ LOG_FOLDER_VARIABLE = "METEOR_LOG_DIR"
 LOGGERS = ("pipelines", "tune", "meteor_model")
 """Loggers whose warnings concern the user."""
 POLL_S = 0.1
+CLOSE_S = 30.0
+"""Seconds for the last lines to be shown: a terminal that takes none does not hold the job."""
 PROGRESS_LINES = 12
 """Where the output is no terminal, about as many lines tell how far a job is; a slow one tells more."""
 PROGRESS_EVERY_S = 60.0
@@ -193,7 +195,7 @@ class Console:
         for url in self._copies:
             self._store(url)
         self._ended.set()
-        self._thread.join()
+        self._thread.join(CLOSE_S)
         self._close_bar()
         self._file.close()
         said = self.log.read_text("utf-8", "replace")

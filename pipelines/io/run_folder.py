@@ -142,6 +142,11 @@ class RunFolder:
         return self._path("logs")
 
     @property
+    def stuck(self) -> str:
+        """What the watchdog saw of processes that it ended: a file each time."""
+        return self._path("stuck")
+
+    @property
     def outbox(self) -> str:
         """What MLflow has not taken yet."""
         return self._path("outbox")

@@ -15,6 +15,7 @@ from pipelines.data.mixture import make_plan
 from pipelines.data.order import StreamPlan
 from pipelines.data.stream import RowEncoder, build_stream, data_config, rows_from, rows_to
 from pipelines.io.fingerprint import canonical_json, sha256
+from pipelines.io.pulse import mailbox_name
 from pipelines.io.run_folder import run_folder
 from pipelines.tracking.metric_logger import MetricLogger
 from pipelines.training.batches import iterate_rows
@@ -69,6 +70,7 @@ def assemble_training(
         micro_batch=training.micro_batch,
         cpus_per_task=data.data_task_cpus,
         read_concurrency=data.data_tasks,
+        mailbox=mailbox_name(url),
         fetch=partial(shards.fetch_shard, retry_s=data.read_patience_s, bad_shards=data.bad_shards),
     )
     train_stream = partial(stream, others=manifests[1:], spare_rows=training.spare_rows)

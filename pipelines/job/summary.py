@@ -16,6 +16,7 @@ from pipelines.io.run_folder import RunFolder
 from pipelines.job.answers import HeldoutAnswer, HeldoutAnswers
 from pipelines.job.register import TrainedRun
 from pipelines.registry.versions import RegisteredVersion
+from pipelines.training.pace import slowest, spread
 
 
 def visual_tokens(config: MeteorConfig, answers: Sequence[HeldoutAnswer]) -> dict[str, Any]:
@@ -82,6 +83,7 @@ def build_summary(
         "ranks": {"estimator": ranks["estimator"], "images": ranks["images"]},
         "lambda": config.pruning.decode.lam,
         "parity_max_abs_diff": trained.parity,
+        "workers": {"data_seconds": list(state.data_seconds), "own_seconds": list(state.own_seconds)},
         "samples_per_s": state.samples_seen / state.step_seconds,
         "wall_s": {**wall_s, "total": round(sum(wall_s.values()), 2)},
     }
@@ -151,6 +153,8 @@ def summary_text(summary: Mapping[str, Any], answers: Sequence[HeldoutAnswer] = 
         ("model", f"{summary['model_uri']} = {summary['model_alias_uri']}"),
         ("seconds", ", ".join(f"{name} {seconds:.0f}" for name, seconds in summary["wall_s"].items())),
     ]
+    if pace := pace_text(summary):
+        lines.insert(3, ("workers", pace))
     if summary["exported_step"] != summary["steps"]:
         lines.insert(
             3, ("exported", f"the checkpoint of step {summary['exported_step']}, the best on held-out samples")
@@ -161,6 +165,20 @@ def summary_text(summary: Mapping[str, Any], answers: Sequence[HeldoutAnswer] = 
     for answer in list(answers)[:4]:
         text += f"\n  {'asked':<9} {answer.question!r}: {answer.answer!r} (expected {answer.expected!r})"
     return text + "\n" + what_next(summary)
+
+
+def pace_text(summary: Mapping[str, Any]) -> str:
+    """Which worker was slowest and which waited longest for data; "" for one alone, and in summaries of before."""
+    workers = summary.get("workers", {"own_seconds": []})
+    own = tuple(workers["own_seconds"])
+    if len(own) < 2:
+        return ""
+    waits = workers["data_seconds"]
+    longest = max(range(len(own)), key=lambda rank: waits[rank])
+    return (
+        f"slowest worker {slowest(own)} of {len(own)}, {spread(own):.0%} behind the quickest; "
+        f"longest wait for data {waits[longest]:.1f} s (worker {longest})"
+    )
 
 
 def what_next(summary: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipelines.recovery.lease import Lease, LeaseToken
 
 NAMESPACE = "meteor"
+WAIT_S = 60.0  # for an answer of the actor, a new process for it included
 
 
 class _LockActor:
@@ -52,7 +53,7 @@ class RunLock:
     def failed(self) -> bool:
         """Whether this attempt has failed, or its driver is gone."""
         try:
-            return bool(ray.get(ray.get_actor(self.name, NAMESPACE).failed.remote(self.attempt)))
+            return bool(ray.get(ray.get_actor(self.name, NAMESPACE).failed.remote(self.attempt), timeout=WAIT_S))
         except (ValueError, ray.exceptions.RayError):
             return True
 
@@ -78,7 +79,7 @@ def lock_run(lease: Lease) -> Iterator[RunLock]:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)  # ends with the driver
     actor = ray.remote(num_cpus=0)(_LockActor)
     handle = actor.options(name=name, namespace=NAMESPACE, scheduling_strategy=here).remote()
-    ray.get(handle.failed.remote(0))
+    ray.get(handle.failed.remote(0), timeout=WAIT_S)
     try:
         yield RunLock(name, lease.token)
     finally:

@@ -49,7 +49,7 @@ class SystemMetrics:
     def stop(self) -> None:
         """Take a last sample and end."""
         self._stop.set()
-        self._thread.join()
+        self._thread.join(self._interval_s)  # a probe that hangs must not hold the end of the run
 
     def _sample_all(self) -> None:
         self._probes[0].collect_metrics()  # CPU use is measured since the last call: the first one says nothing

@@ -36,6 +36,7 @@ from pipelines.compat.deepspeed import checkpoint_bytes
 from pipelines.data.ledger import Ledger
 from pipelines.data.sample_id import SampleId, SampleIds
 from pipelines.io.local_disk import writing
+from pipelines.io.pulse import Phase, mark
 from pipelines.io.run_folder import RunFolder
 from pipelines.recovery.preemption import wait_committed
 from pipelines.tracking.metric_points import MetricPoint, points_to_jsonl
@@ -102,7 +103,9 @@ class CheckpointSaver:
         The last checkpoint of a training is uploaded before it returns.
         """
         self._gather()
+        mark(Phase.UPLOAD)
         self._await_upload()
+        mark(Phase.CHECKPOINT)
         folder = new_folder(self.run_url)
         self._loss_file = self.losses.take()
         need = checkpoint_bytes(self.worker.engine)
@@ -112,6 +115,7 @@ class CheckpointSaver:
                 self._write_common(folder, state, pending, parity)
         validate = self.validates_next(state)
         self.saved += 1
+        mark(Phase.UPLOAD)
         # Unique, so that files of an upload that was cut short never mix with those of its repetition; the clock of
         # rank 0 counts.
         names = [f"{CHECKPOINT_PREFIX}{state.step:07d}-{time.time_ns():x}"]

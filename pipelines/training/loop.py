@@ -19,11 +19,13 @@ from pipelines.checkpoint.zero3 import schedule_factor
 from pipelines.config.settings import TrainingSettings
 from pipelines.data.sample_id import SampleId
 from pipelines.io.console import progress_from_worker, say_from_worker
+from pipelines.io.pulse import Phase, Pulse
 from pipelines.recovery.preemption import Preemption, PreemptionWatch, preempted
 from pipelines.tracking.metric_points import MetricPoint
 from pipelines.training.batches import Counts, MicroBatch
 from pipelines.training.checkpoint_saver import CheckpointSaver
 from pipelines.training.heldout_loss import Parity, parity_batch
+from pipelines.training.pace import Pace
 from pipelines.training.worker import Worker
 
 FEWEST_JUDGED_SAMPLES = 1000
@@ -109,6 +111,7 @@ class Loop:
         preemption: how the workers agree on a notice.
         logger: of rank 0; None logs nothing.
         observe: told of every step.
+        pulse: of this process; the watchdog hears of every phase.
     """
 
     settings: TrainingSettings
@@ -119,6 +122,8 @@ class Loop:
     preemption: PreemptionWatch
     logger: MetricLogger | None = None
     observe: Observer | None = None
+    pulse: Pulse = dataclasses.field(default_factory=Pulse)
+    pace: Pace = dataclasses.field(default_factory=Pace)
     _new_drops: list[DroppedSample] = dataclasses.field(default_factory=list)
     _throughput: _Throughput = dataclasses.field(default_factory=_Throughput)
 
@@ -131,11 +136,18 @@ class Loop:
         settings = self.settings
         while not self.state.done:
             started = time.perf_counter()
+            self.pulse.mark(Phase.DATA, self.state.step + 1)
             members = next(steps)
+            ready = time.perf_counter()
+            self.pulse.mark(Phase.COLLECTIVE, detail=last_sample(members))
             counts = Counts.of(members, self.preemption.votes()).summed_over_workers(self.worker.device)
+            together = time.perf_counter()
             self._new_drops += [sample for batch in members for sample in batch.dropped]
             loss = self._optimizer_step(members, counts)
-            self._count(loss, counts, time.perf_counter() - started)
+            ended = time.perf_counter()
+            self.pulse.step_took(ended - started)
+            self.pace.add(ready - started, together - ready, ended - started)
+            self._count(loss, counts, ended - started)
             self.saver.trained(members, loss)
             step = self.state.step
             if self.observe is not None:
@@ -169,17 +181,21 @@ class Loop:
         losses = torch.zeros(len(members), dtype=torch.float64, device=engine.device)
         for index, batch in enumerate(members):
             inputs = {name: tensor.to(engine.device) for name, tensor in batch.inputs.items()}
+            self.pulse.mark(Phase.FORWARD)
             output = engine(**inputs, num_items_in_batch=divisor)
+            self.pulse.mark(Phase.BACKWARD)
             engine.backward(output.loss)
             losses[index] = output.loss.detach().double() * divisor
             if index < len(members) - 1:
                 engine.step()
         self._throughput.stats = output.pruning_stats
         total = losses.sum()
+        self.pulse.mark(Phase.COLLECTIVE)
         torch.distributed.all_reduce(total)
         loss = total.item() / tokens
         if not math.isfinite(loss):
             self._raise_diverged(loss, members, losses.tolist())
+        self.pulse.mark(Phase.UPDATE)
         engine.step()
         return loss
 
@@ -263,6 +279,7 @@ class Loop:
 
     def _log(self, loss: float) -> None:
         norm = self.worker.engine.get_global_grad_norm()
+        self.state = self.pace.share(self.state, self.worker)
         if self.worker.rank != 0:
             return
         rates = {f"learning_rate/{group['part']}": group["lr"] for group in self.worker.engine.optimizer.param_groups}
@@ -274,6 +291,7 @@ class Loop:
             "samples_seen": float(self.state.samples_seen),
             "samples_dropped": float(sum(self.state.dropped.values())),
             "samples_truncated": float(self.state.truncated),
+            **self.pace.as_metrics(),
             "workers": float(self.worker.world),
         }
         progress_from_worker(self.state.step, self.state.total_steps, progress_line(self.state, metrics))
@@ -295,6 +313,7 @@ class Loop:
         return self._save(parity_batch(self.worker.engine, members[0]) if validated else None)
 
     def _save(self, parity: Parity | None) -> str:
+        self.pulse.mark(Phase.CHECKPOINT)
         self._gather_drops()
         pending = self.logger.pending_points() if self.logger is not None else []
         return self.saver.save(self.state, pending, parity)
@@ -307,6 +326,12 @@ class Loop:
         self._save(parity)
         if self.logger is not None:
             self.logger.close()
+
+
+def last_sample(members: Sequence[MicroBatch]) -> str:
+    """The last sample of a step, for people."""
+    samples = [sample for batch in members for sample in batch.samples]
+    return f"last sample {samples[-1].key} ({samples[-1]})" if samples else ""
 
 
 def progress_line(state: TrainState, metrics: Mapping[str, float]) -> str:

@@ -11,7 +11,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -35,16 +35,17 @@ from pipelines.compat.deepspeed import ignore_deprecated_collectives, import_dee
 from pipelines.compat.ray import log_no_reports
 from pipelines.data.ledger import Ledger
 from pipelines.io.console import warn_from_worker
+from pipelines.io.pulse import Phase, mark, pulse
 from pipelines.io.run_folder import RunFolder
 from pipelines.io.upload import CheckpointUpload
 from pipelines.recovery.lease import LeaseToken
 from pipelines.recovery.preemption import PreemptionWatch
 from pipelines.tracking.metric_points import MetricPoint, points_from_jsonl
-from pipelines.training.batches import BatchReader, Share
+from pipelines.training.batches import BatchReader, MicroBatch, Share
 from pipelines.training.checkpoint_saver import CheckpointSaver
 from pipelines.training.heldout_loss import evaluate_heldout
 from pipelines.training.job import TrainingJob
-from pipelines.training.loop import Loop
+from pipelines.training.loop import Loop, last_sample
 from pipelines.training.worker import Worker
 
 ABANDONED_S = 2.0
@@ -67,6 +68,7 @@ def train_worker(config: Mapping[str, Any]) -> None:
     )
     worker = _make_worker(job)
     # 4. resume
+    mark(Phase.LOAD, detail="the checkpoint")
     start = _resume(worker, job)
     logger = job.make_logger(start.points) if job.make_logger and worker.rank == 0 else None
     loop = Loop(
@@ -78,6 +80,7 @@ def train_worker(config: Mapping[str, Any]) -> None:
         PreemptionWatch(worker.rank, settings.preemption_grace_s),
         logger,
         job.observe,
+        pulse(),
     )
     try:
         _steps(job, loop)
@@ -85,6 +88,8 @@ def train_worker(config: Mapping[str, Any]) -> None:
         if logger is not None:
             logger.close(ABANDONED_S)
         raise
+    finally:
+        mark(Phase.ENDED)
 
 
 def _make_worker(job: TrainingJob) -> Worker:
@@ -92,6 +97,7 @@ def _make_worker(job: TrainingJob) -> Worker:
     settings = job.settings
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     # 2. load
+    mark(Phase.LOAD, detail="the start model")
     config = deepspeed_config(settings.at_world(world))
     with local_copy(RunFolder(job.url).init) as directory:
         model = load_sharded(job.model_class, directory, config, weight_dtype(settings), settings.uses_gpu)
@@ -119,15 +125,22 @@ def _steps(job: TrainingJob, loop: Loop) -> None:
     loop.run(reader.read(rows, loop.state.rows, job.plan.total_rows))
     # 6. hold out
     # Not split: each worker streams all held-out rows and takes its own, so no worker can make the others wait.
+    mark(Phase.VALIDATION, 0, "the first batch")
     rows = itertools.islice(
         job.iterate(ray.train.get_dataset_shard("heldout"), settings.micro_batch), rank, None, world
     )
     heldout = BatchReader(job.collate, job.pad_token_id, settings.micro_batch, Share(rank, world, world))
-    final, parity = evaluate_heldout(
-        loop.worker.engine, itertools.chain.from_iterable(heldout.read(rows, 0, job.heldout_rows))
-    )
+    batches = itertools.chain.from_iterable(heldout.read(rows, 0, job.heldout_rows))
+    final, parity = evaluate_heldout(loop.worker.engine, _marked(batches))
     # 7. finish
     loop.finish(final, parity)
+
+
+def _marked(batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+    """The same batches; each that is asked for is progress."""
+    for batch in batches:
+        mark(Phase.VALIDATION, detail=last_sample([batch]))
+        yield batch
 
 
 @dataclass(frozen=True)

@@ -23,17 +23,25 @@ from pipelines.checkpoint.fallback import fall_back, remove_uncommitted, settle_
 from pipelines.checkpoint.state import CheckpointError
 from pipelines.checkpoint.zero3 import weight_dtype
 from pipelines.compat.ray_torch import StartHookTorchConfig
+from pipelines.config.settings import TrainingSettings
 from pipelines.io import sealed, storage
 from pipelines.io.console import say
+from pipelines.io.pulse import mailbox_name
 from pipelines.io.run_folder import TRAIN_NAME, RunFolder
 from pipelines.recovery.failures import TrainingError, root_cause
 from pipelines.recovery.lease import Lease, hold_run
-from pipelines.recovery.preemption import listen
+from pipelines.recovery.other_nodes import avoidable, other_nodes
 from pipelines.recovery.restart_policy import RestartPolicy
 from pipelines.recovery.run_lock import FailureCallback, RunLock, lock_run
+from pipelines.recovery.stall import Limits, Stuck
+from pipelines.recovery.watchdog import Watchdog, watch
+from pipelines.recovery.watched import start_worker, watched_controller
 from pipelines.training.job import TrainingJob
 from pipelines.training.train_worker import train_worker
 from pipelines.training.validation import Validation, validation_config
+
+START_FLOORS = 5.0
+"""A part of a start may take so many times `stuck_after_s`, at least."""
 
 
 @dataclass(frozen=True)
@@ -94,29 +102,59 @@ def _train(job: TrainingJob, lock: RunLock) -> CheckpointRef:
     """Start the workers until the last checkpoint is committed."""
     subject, run = f"run {job.run_name!r}", RunFolder(job.url)
     policy = RestartPolicy(job.settings.max_failures)
-    for attempt in itertools.count():
-        lock.lease.require()  # what follows removes files
-        remove_uncommitted(job.storage, job.run_name)
-        cause: Exception | None = None
-        try:
-            _trainer(job, dataclasses.replace(lock, attempt=attempt)).fit()
-        except ray.train.TrainingFailedError as error:
-            cause = root_cause(error, subject)
-        except ray.exceptions.RayActorError as error:
-            # No restart: an interrupt of the driver may look the same.
-            raise TrainingError(subject, f"Ray's controller of the training ended: {error}") from error
-        if isinstance(cause, sealed.DamagedFileError) and cause.folder.startswith(f"{run.train}/"):
-            fall_back(run, cause.folder, cause, say)
-            continue
-        reached = latest_checkpoint(job.storage, job.run_name)
-        if reached is not None and reached.state.done:
-            return reached  # what failed then, failed after the last step
-        if cause is None:
-            raise CheckpointError(f"{subject} ended without its last checkpoint in {job.url}")
-        restart = policy.after(cause, reached.state.step if reached else -1)
-        say(f"  {restart.reason}")
-        time.sleep(restart.pause_s)
+    avoided: frozenset[str] = frozenset()
+    with watch(run, _limits(job.settings), _needs(job.settings)) as watchdog:
+        for attempt in itertools.count():
+            lock.lease.require()  # what follows removes files
+            remove_uncommitted(job.storage, job.run_name)
+            trainer = _trainer(job, dataclasses.replace(lock, attempt=attempt), avoided)
+            cause, stuck = _attempt(trainer, subject, watchdog)
+            if isinstance(cause, sealed.DamagedFileError) and cause.folder.startswith(f"{run.train}/"):
+                fall_back(run, cause.folder, cause, say)
+                continue
+            reached = latest_checkpoint(job.storage, job.run_name)
+            if reached is not None and reached.state.done:
+                return reached  # what failed then, failed after the last step
+            if cause is None:
+                raise CheckpointError(f"{subject} ended without its last checkpoint in {job.url}")
+            restart = policy.after(cause, reached.state.step if reached else -1)
+            avoided = avoidable(stuck.nodes, _per_worker(job.settings), job.settings.workers) if stuck else frozenset()
+            say(f"  {restart.reason}{', on other nodes' if avoided else ''}")
+            time.sleep(restart.pause_s)
     raise AssertionError("attempts have no end")
+
+
+def _attempt(trainer: TorchTrainer, subject: str, watchdog: Watchdog) -> tuple[Exception | None, Stuck | None]:
+    """One start of the workers: why it ended before its time, and what the watchdog ended in it, if it did."""
+    cause: Exception | None = None
+    died: ray.exceptions.RayActorError | None = None
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        cause = root_cause(error, subject)
+    except ray.exceptions.RayActorError as error:
+        died = error
+    stuck = watchdog.attempt_ended()
+    if stuck is not None and (died is not None or isinstance(cause, TrainingError)):
+        return TrainingError(subject, str(stuck)), stuck
+    if died is not None:
+        # No restart: an interrupt of the driver may look the same.
+        raise TrainingError(subject, f"Ray's controller of the training ended: {died}") from died
+    return cause, stuck
+
+
+def _limits(settings: TrainingSettings) -> Limits:
+    start_s = max(float(settings.timeout_s), START_FLOORS * settings.stuck_after_s)
+    return Limits(settings.stuck_after_s, start_s, settings.upload_patience_s)
+
+
+def _per_worker(settings: TrainingSettings) -> dict[str, float]:
+    resources = {"CPU": settings.cpus_per_worker, "GPU": settings.gpus_per_worker}
+    return {name: amount for name, amount in resources.items() if amount}
+
+
+def _needs(settings: TrainingSettings) -> str:
+    return f"{settings.min_workers or settings.workers} workers of {_per_worker(settings)}"
 
 
 def check_resumable(job: TrainingJob, checkpoint: CheckpointRef) -> None:
@@ -138,23 +176,26 @@ def check_resumable(job: TrainingJob, checkpoint: CheckpointRef) -> None:
         )
 
 
-def _trainer(job: TrainingJob, lock: RunLock) -> TorchTrainer:
+def _trainer(job: TrainingJob, lock: RunLock, avoided: frozenset[str]) -> TorchTrainer:
     settings = job.settings
     filesystem, path = storage.arrow_filesystem(job.url)
-    resources = {"CPU": settings.cpus_per_worker, "GPU": settings.gpus_per_worker}
+    mailbox = mailbox_name(job.url)
     elastic = settings.min_workers is not None
     return TorchTrainer(
         train_worker,
         # Bytes: the controller need not import what is in them.
         train_loop_config={"job": ray.cloudpickle.dumps(job), "lease": ray.cloudpickle.dumps(lock.lease)},
         torch_config=StartHookTorchConfig(
-            start_hook=listen, backend="nccl" if settings.uses_gpu else "gloo", timeout_s=settings.timeout_s
+            start_hook=partial(start_worker, mailbox),
+            backend="nccl" if settings.uses_gpu else "gloo",
+            timeout_s=settings.timeout_s,
         ),
         scaling_config=ray.train.ScalingConfig(
             num_workers=(settings.min_workers, settings.workers) if elastic else settings.workers,
             elastic_resize_monitor_interval_s=settings.resize_interval_s,
             use_gpu=settings.uses_gpu,
-            resources_per_worker={name: amount for name, amount in resources.items() if amount},
+            resources_per_worker=_per_worker(settings),
+            label_selector=other_nodes(avoided),
         ),
         # Functions, so that every start of the workers reads from where its checkpoint stands.
         datasets={
@@ -170,7 +211,7 @@ def _trainer(job: TrainingJob, lock: RunLock) -> TorchTrainer:
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=settings.keep_checkpoints),
             # Failures are judged by `fit`, which knows those that would only happen again.
             failure_config=ray.train.FailureConfig(max_failures=0),
-            callbacks=[FailureCallback(lock)],
+            callbacks=[FailureCallback(lock), watched_controller(mailbox)],
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )

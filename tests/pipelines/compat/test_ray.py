@@ -2,11 +2,13 @@
 
 import asyncio
 import logging
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
 import ray.exceptions
+import ray.train
 from ray.core.generated.common_pb2 import ActorDiedErrorContext
 from ray.data._internal.util import _annotate_exception_with_retry_context
 from ray.train import Checkpoint, CheckpointConfig
@@ -14,12 +16,14 @@ from ray.train.torch import TorchConfig
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution import context
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
 from ray.train.v2._internal.execution.storage import StorageContext
 from ray.train.v2._internal.execution.training_report import _TrainingReport
 
 from pipelines.compat.ray import (
     Snapshot,
+    StartPhases,
     health_check_failure,
     log_no_reports,
     parse_snapshot,
@@ -28,6 +32,18 @@ from pipelines.compat.ray import (
 )
 from pipelines.compat.ray_torch import StartHookTorchConfig
 from pipelines.io.run_folder import RunFolder
+
+
+def test_ray_calls_what_tells_the_part_of_a_start() -> None:
+    told: list[str] = []
+    phases = StartPhases(*(partial(told.append, name) for name in ("began", "room", "placing", "starting", "running")))
+    assert ray.train.RunConfig(callbacks=[phases]).callbacks == [phases], "Ray takes it among the public ones"
+    base = {name for kind in (ControllerCallback, WorkerGroupCallback) for name in dir(kind)}
+    own = [name for name in vars(StartPhases) if not name.startswith("_")]
+    assert set(own) <= base, "names that Ray knows"
+    for name in own:
+        getattr(phases, name)(None)
+    assert told == ["began", "placing", "room", "starting", "running", "running"]
 
 
 def test_the_snapshot_that_ray_writes_is_read(tmp_path: Path) -> None:
@@ -95,8 +111,9 @@ class Hooked(Exception):
 class Group:
     """A worker group whose first call ends the start."""
 
-    def execute(self, function: Any) -> None:
-        raise Hooked(function)
+    def execute(self, function: Any, *arguments: Any) -> None:
+        assert function.__name__, "Ray asks for it"
+        raise Hooked(*arguments)
 
 
 def test_the_torch_backend_starts_with_the_hook() -> None:

@@ -1,8 +1,11 @@
 """A synthetic stream in the format of the real one; the data tasks import this module, so it stays light."""
 
+import os
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +14,7 @@ import ray.data
 from pipelines.data.ledger import Ledger
 from pipelines.data.sample_id import NO_SAMPLE, SampleId, SampleIds
 from pipelines.data.schema import VOID, Row
+from pipelines.io.pulse import Phase, begin_data_task, doing, pulse
 
 IMAGE_SIZE = 4
 VOCABULARY = 32
@@ -74,10 +78,27 @@ class Plan:
 
 
 def make_stream(
-    total: int, samples: int, faulty: Sequence[int], micro: int, start: int, *, spare: int = 0, **faults: Any
+    total: int,
+    samples: int,
+    faulty: Sequence[int],
+    micro: int,
+    start: int,
+    *,
+    spare: int = 0,
+    mailbox: str = "",
+    stops: tuple[int, str] | None = None,
+    **faults: Any,
 ) -> Any:
+    """The rows from `start` on; the task with row `stops[0]` is stopped there unless the file `stops[1]` exists."""
+
     def read(item: dict[str, Any]) -> dict[str, Any]:
-        return make_row(item["item"], total, samples, faulty, **faults).to_columns()
+        begin_data_task(mailbox)
+        with doing(Phase.ENCODING, f"row {item['item']}"):
+            if stops is not None and item["item"] == stops[0] and not Path(stops[1]).exists():
+                Path(stops[1]).touch()
+                pulse().send(wait_s=5.0)
+                os.kill(os.getpid(), signal.SIGSTOP)
+            return make_row(item["item"], total, samples, faulty, **faults).to_columns()
 
     ray.data.DataContext.get_current().enable_progress_bars = False
     rows = ray.data.from_items(list(range(start, total + spare)), override_num_blocks=3)

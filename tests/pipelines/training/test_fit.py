@@ -205,7 +205,10 @@ def test_killed_driver_and_killed_worker_resume_bit_for_bit(
     result = fit(dataclasses.replace(job, collate=collate, make_logger=_FailsAtTheEnd))
     assert flag.exists()
     assert result.steps_trained == 4
-    states = [dataclasses.replace(run.checkpoint.state, step_seconds=0.0, restarts=0) for run in (result, whole)]
+    states = [
+        dataclasses.replace(run.checkpoint.state, step_seconds=0.0, restarts=0, data_seconds=(), own_seconds=())
+        for run in (result, whole)
+    ]
     assert states[0] == states[1]
     losses = [read_losses(run_folder(str(root), name), states[0]) for name in ("killed", "whole")]
     assert losses[0].tobytes() == losses[1].tobytes()
