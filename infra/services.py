@@ -213,6 +213,9 @@ def _s3_command(stack: Stack) -> tuple[list[str], dict[str, str]]:
         "webdav": "false",
         "admin.ui": "false",
         "s3.autoCreateBucket": "false",  # a misspelt bucket is an error, not a new bucket
+        # The usual "*" lets any page in the user's browser write through the filer, which asks for no keys.
+        "s3.allowedOrigins": stack.s3_endpoint,
+        "filer.allowedOrigins": stack.s3_endpoint,
         "master.telemetry": "false",
     }
     command = [
