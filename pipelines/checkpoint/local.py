@@ -65,6 +65,7 @@ def _shared(content: str, fill: Callable[[Path], None]) -> Iterator[Path]:
                 fill(folder)
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
+                users.unlink(missing_ok=True)
                 using.close()
                 raise
             whole.touch()
