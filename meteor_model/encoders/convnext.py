@@ -28,6 +28,8 @@ class ConvNextEncoder(VisionEncoder):
     @override
     def grid_size(cls, config: EncoderConfig) -> tuple[int, int]:
         tower = library_config(config, ConvNextConfig)
+        if tower.num_stages != len(tower.depths):  # a power of it follows, of any size
+            raise ValueError(f"encoder {config.name!r}: num_stages is not the number of depths, {len(tower.depths)}")
         return square_grid(config, tower.patch_size * 2 ** (tower.num_stages - 1))
 
     @classmethod
