@@ -34,7 +34,7 @@ from pipelines.job.answers import HeldoutAnswers, answer_heldout
 from pipelines.job.assemble import MetricsRun
 from pipelines.job.datasets import ensure_shards
 from pipelines.job.export import export_run
-from pipelines.job.names import ChosenRun, JobName, RunFacts, choose_run, store_facts
+from pipelines.job.names import ChosenRun, JobName, RunFacts, choose_run, load_facts, store_facts
 from pipelines.job.register import TrainedRun, register_run, undelivered_points
 from pipelines.job.start import loaded_parts, prepare_start
 from pipelines.job.starts import Start, add_start, shown_starts, start_tags
@@ -105,7 +105,24 @@ def run_job(recipe: Recipe, job: JobName) -> dict[str, Any]:
             return load_summary(recipe, run_folder(recipe.run.storage, chosen.name))
     # Before anything of the run is written: the records of one that another job works on stay as they are.
     with hold_run(run_folder(recipe.run.storage, chosen.name).url, f"run {chosen.name!r}") as lease:
-        return _work(_open(recipe, job, chosen, manifests), lease, phases)
+        return _work(_open(recipe, job, _as_claimed(recipe, chosen), manifests), lease, phases)
+
+
+def _as_claimed(recipe: Recipe, chosen: ChosenRun) -> ChosenRun:
+    """The run as it is once it is held: another job may have begun it, or ended it, since it was chosen.
+
+    Raises:
+        SettingsError: it has ended meanwhile; the same command shows what it came to.
+    """
+    stored = load_facts(recipe.run.storage, chosen.name)
+    if stored is None:
+        return chosen
+    if stored.finished and stored.export == recipe.run.export:
+        raise SettingsError(
+            f"run {chosen.name!r} was finished by another job just now: the same command with --run.name {chosen.name} "
+            "shows what it came to"
+        )
+    return replace(chosen, facts=replace(stored, commit=chosen.facts.commit), continued=True)
 
 
 def _work(run: Run, lease: Lease, phases: Phases) -> dict[str, Any]:

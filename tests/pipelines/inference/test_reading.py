@@ -64,7 +64,7 @@ def test_limits_speak_before_a_pixel_is_decoded(
 
 
 def test_the_settings_are_the_limits() -> None:
-    prompts = {"prompt_characters": 5, "request_characters": 6}
+    prompts: dict[str, Any] = {"prompt_characters": 5, "request_characters": 6}
     how = ServeSettings(image_pixels=1, image_aspect=2, jpeg_scans=3, request_pixels=4, **prompts)
     image = ImageLimits(pixels=1, aspect=2, scans=3)
     assert how.limits == RequestLimits(image, characters=5, all_characters=6, pixels=4)

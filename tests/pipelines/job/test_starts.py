@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from jobs.recipes import recipe
 from pipelines.data.shards import Manifest
 from pipelines.io import storage
-from pipelines.io.run_folder import RunFolder
+from pipelines.io.run_folder import RunFolder, run_folder
 from pipelines.job import run as run_module
-from pipelines.job.names import ChosenRun, RunFacts
+from pipelines.job.names import ChosenRun, RunFacts, store_facts
 from pipelines.job.starts import TAG_LENGTH, Start, add_start, list_starts, shown_starts, starts_tag, versions_tag
+from pipelines.recovery.lease import RunInUseError
 from pipelines.registry import provenance
 from pipelines.registry.tags import LIBRARIES_TAG, LICENCE_TAG, STARTS_TAG, VERSION_TAGS
 from pipelines.registry.versions import PinnedModel
@@ -85,6 +86,47 @@ def test_the_tag_shows_the_first_and_the_last_and_fits(given: list[tuple[int, in
 
 def test_the_tags_are_known() -> None:
     assert {STARTS_TAG, LIBRARIES_TAG} <= VERSION_TAGS.keys()
+
+
+# ----------------------------------------------------------------------------------------- the same command given twice
+
+
+def test_the_same_command_changes_nothing_of_a_run_that_another_job_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = recipe("pretrain", "tiny")
+    settings = replace(settings, run=replace(settings.run, storage=str(tmp_path), name="r"))
+    folder = run_folder(str(tmp_path), "r")
+    store_facts(str(tmp_path), "r", RunFacts.begun(settings, "pretrain", [MANIFEST]))
+    storage.write_json(folder.recipe, {"of": "the living run"})
+    add_start(folder, start())
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def held(url: str, subject: str) -> None:
+        raise RunInUseError(f"{subject} is held")
+
+    monkeypatch.setattr(run_module, "hold_run", held)
+    monkeypatch.setattr(run_module, "check_places", lambda recipe: None)
+    monkeypatch.setattr(run_module, "ensure_shards", lambda recipe: (MANIFEST,))
+    monkeypatch.setattr(run_module, "RunTracker", lambda *_, **__: pytest.fail("MLflow was told"))
+    monkeypatch.setenv(COMMIT_VARIABLE, "other")
+    with pytest.raises(RunInUseError):
+        run_module.run_job(settings, "pretrain")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_what_happened_before_the_claim_is_seen(tmp_path: Path) -> None:
+    settings = recipe("pretrain", "tiny")
+    settings = replace(settings, run=replace(settings.run, storage=str(tmp_path), name="r"))
+    chosen = ChosenRun("r", facts(), continued=False)
+    assert run_module._as_claimed(settings, chosen) == chosen
+    store_facts(str(tmp_path), "r", replace(facts("models:/meteor/7"), mlflow_run_id="m", commit="first"))
+    claimed = run_module._as_claimed(settings, chosen)
+    assert (claimed.continued, claimed.facts.mlflow_run_id, claimed.facts.commit) == (True, "m", "abc")
+    assert claimed.facts.started_from == "models:/meteor/7"
+    store_facts(str(tmp_path), "r", replace(facts(), finished=True))
+    with pytest.raises(ValueError, match="was finished by another job"):
+        run_module._as_claimed(settings, chosen)
 
 
 # ------------------------------------------------------------------------------------------------- what an alias names
