@@ -64,7 +64,7 @@ def decode_pruned(
 
     At prefill the whole prompt must come in one call. Padding may be on either side; from the layer on it is on the
     left. Tokens that come later are never pruned, visual or not. When nothing is dropped the result equals the
-    decoder's own forward bit for bit (for left-padded input).
+    decoder's own forward bit for bit (for left-padded input; later steps up to rounding where a sliding window binds).
 
     Args:
         language_model: a bare decoder (`LlamaModel`, ...) of one of `DECODER_FAMILIES`.

@@ -72,7 +72,7 @@ def _chain(tower_json: str) -> Chain:
     """The chain of a net, from its configuration alone: the net is built on the meta device, without weights."""
     tower = json.loads(tower_json)
     with torch.device("meta"):
-        net = _build(tower)
+        net = _build(tower).eval()  # batch norm of a single cell is refused in training
     info = net.feature_info[tower.get("stage", -1)]
     last: str = info["module"]
     links: list[tuple[str, ...]] = []
