@@ -112,8 +112,11 @@ class TimmConvEncoder(VisionEncoder):
 
     @classmethod
     def _chain(cls, config: EncoderConfig) -> Chain:
-        tower = quoted(config.tower)
-        with foreign(lambda what: ValueError(f"encoder {config.name!r}: cannot build {tower} as a chain: {what}")):
+        refusal = (
+            f"encoder {config.name!r}: cannot build {quoted(config.tower)} as a chain of convolutional modules "
+            "(docs/encoders.md lists the kinds of nets of timm that are one)"
+        )
+        with foreign(lambda what: ValueError(f"{refusal}: {what}")):
             return _chain(json.dumps(config.tower, sort_keys=True))
 
     @classmethod
