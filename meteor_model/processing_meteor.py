@@ -34,7 +34,7 @@ from meteor_model.chat import (
     render,
     template_marks,
 )
-from meteor_model.configuration_meteor import MeteorConfig
+from meteor_model.configuration_meteor import HINT, MeteorConfig
 from meteor_model.image_processing_meteor import ImageInput, MeteorImageProcessor, flatten_images
 from meteor_model.options import refuse_options
 
@@ -384,6 +384,11 @@ class MeteorProcessor(ProcessorMixin):
     ) -> list[str]:
         """Rows of token ids -> texts."""
         return [self.decode(ids, skip_special_tokens, **kwargs) for ids in sequences]
+
+    def to_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Plain dictionary for processor_config.json; it tells programs without this package what they lack."""
+        output: dict[str, Any] = super().to_dict(*args, **kwargs)
+        return {**output, "auto_map": {"AutoProcessor": f"{HINT}--processing_meteor.MeteorProcessor"}}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> MeteorProcessor:
