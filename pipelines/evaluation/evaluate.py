@@ -28,8 +28,9 @@ from meteor_model.decoder.cache import MeteorCache
 from meteor_model.flops import FlopReport, count_flops
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
+from pipelines.evaluation.intervals import mean, share
 from pipelines.evaluation.questions import BATCH, Question, Questions
-from pipelines.evaluation.scores import Record, Score, ScoringError, bootstrap, counted, normalise, wilson
+from pipelines.evaluation.scores import Record, Score, ScoringError, counted, normalise
 
 LONGEST_ANSWER = 64
 """Tokens generated at most. A longer expected answer counts as answered wrongly; its likelihood counts whole."""
@@ -81,6 +82,7 @@ def score_of_records(
     """The score of these questions under this configuration; `left_out` is what was not asked, by reason."""
     right = np.array([record.right for record in records], dtype=np.float64)
     nll = np.array([record.nll for record in records], dtype=np.float64)
+    groups = [record.unit for record in records]
     kept = sum(record.kept for record in records) / sum(record.images for record in records)
     return Score(
         suite=suite_digest,
@@ -88,9 +90,9 @@ def score_of_records(
         answered=sum(bool(normalise(record.answer)) for record in records),
         left_out=dict(left_out),
         accuracy=float(right.mean()),
-        accuracy_interval=wilson(int(right.sum()), len(right)),
+        accuracy_interval=share(right, groups),
         answer_nll=float(nll.mean()),
-        answer_nll_interval=bootstrap(nll),
+        answer_nll_interval=mean(nll, groups),
         visual_tokens=config.tokens_per_image,
         visual_tokens_mean=kept,
         tflops=measured_cost(config, kept).total / 1e12,
@@ -176,6 +178,7 @@ def _ask(
                 float(nll_B[row]),
                 int(kept_B[row]),
                 len(question.images),
+                question.group,
             )
         )
     return records

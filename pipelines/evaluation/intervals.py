@@ -14,6 +14,7 @@ Intervals are 95 %. Their coverage is simulated in tests/pipelines/evaluation/te
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -28,7 +29,7 @@ Z_POWER = 0.8416212335729143
 """80 % quantile of the normal distribution."""
 RESAMPLES = 2000
 FEWEST_GROUPS = 8
-"""A bootstrap over fewer groups that carry anything covers far less than it says (85 % and below, simulated)."""
+"""A bootstrap over fewer groups that differ covers far less than it says; Student's t takes its place."""
 BISECTIONS = 60
 
 
@@ -41,11 +42,13 @@ class Interval:
 
     def beside(self, value: float, sign: str = "") -> str:
         """The value with its interval, for people: `0.7500 [0.3006, 0.9544]`; `sign` "+" shows a plus, too."""
+        if self == UNKNOWN:
+            return f"{value:{sign}.4f} [unknown]"
         return f"{value:{sign}.4f} [{self.low:{sign}.4f}, {self.high:{sign}.4f}]"
 
 
-UNKNOWN = Interval(float("-inf"), float("inf"))
-"""What too few groups say."""
+UNKNOWN = Interval(-sys.float_info.max, sys.float_info.max)
+"""What a single group says of a mean. Finite, for JSON and MLflow know no infinity."""
 
 
 class Verdict(StrEnum):
@@ -170,24 +173,30 @@ def _tango_high(gained: float, lost: float, size: float) -> float:
 def mean(values: np.ndarray, groups: Sequence[Hashable] | None = None) -> Interval:
     """Interval of a mean: studentised bootstrap over groups (B. Efron, R. Tibshirani 1993, ch. 12), fixed seed.
 
-    Equal values everywhere give an interval without width. Where fewer than FEWEST_GROUPS groups hold a value that
-    differs from the most frequent one, the data cannot say it and the interval is UNKNOWN.
+    Equal values everywhere give an interval without width, a single group UNKNOWN. Where fewer than FEWEST_GROUPS
+    groups differ from the most frequent value, Student's t has one degree of freedom less than these.
 
     Args:
         values: [n], one a question; for a paired comparison, second minus first.
         groups: [n] of the questions.
     """
     found = Groups.of(values, groups)
-    if found.error == 0 and len(found.sums) > 1:
-        return Interval(found.mean, found.mean)
-    if _carrying(found) < FEWEST_GROUPS:
+    if len(found.sums) < 2:
         return UNKNOWN
+    if found.error == 0:
+        return Interval(found.mean, found.mean)
+    differing = _differing(found)
+    if differing < FEWEST_GROUPS:
+        from scipy import stats
+
+        half = float(stats.t.ppf((1 + CONFIDENCE) / 2, max(1, differing - 1))) * found.error
+        return Interval(found.mean - half, found.mean + half)
     statistics = _bootstrap_statistics(found, np.random.default_rng(0))
     low, high = np.quantile(statistics, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Interval(float(found.mean - high * found.error), float(found.mean - low * found.error))
 
 
-def _carrying(found: Groups) -> int:
+def _differing(found: Groups) -> int:
     """Groups whose mean is not the most frequent one."""
     _, counts = np.unique(found.sums / found.sizes, return_counts=True)
     return len(found.sums) - int(counts.max()) if counts.max() > 1 else len(found.sums)

@@ -8,7 +8,7 @@ the ids that training has of the same sample.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from meteor_model.chat import IMAGE_PLACEHOLDER
@@ -18,6 +18,7 @@ from pipelines.data.samples import SampleReader
 from pipelines.data.schema import RawSample
 from pipelines.evaluation.scores import TEXT_ONLY
 from pipelines.evaluation.suite import Replies
+from pipelines.io.fingerprint import sha256
 
 BATCH = 16
 TOO_LONG = "too_long"
@@ -37,6 +38,7 @@ class Question:
         answer_ids: those of the reply that training supervises, its end token too.
         images: encoded, those that stand in the prompt.
         turns: before the reply.
+        group: equal for the questions of a suite that share an image, directly or by others between them.
     """
 
     key: str
@@ -46,6 +48,7 @@ class Question:
     answer_ids: list[int]
     images: tuple[bytes, ...]
     turns: tuple[tuple[str, str], ...]
+    group: str = ""
 
     @property
     def sample(self) -> str:
@@ -139,9 +142,30 @@ def read_questions(
             asked.append(question)
             if len(asked) == count:
                 break
-    return Questions(tuple(asked), dict(sorted((left_out + reader.skipped).items())))
+    return Questions(grouped(asked), dict(sorted((left_out + reader.skipped).items())))
 
 
 def _all_questions(reader: SampleReader[RawSample], processor: MeteorProcessor, replies: Replies) -> Iterator[Question]:
     for sample in reader:
         yield from questions_of(sample, processor, replies)
+
+
+def grouped(questions: Sequence[Question]) -> tuple[Question, ...]:
+    """The questions with their groups: those of one image are no independent draws of a score."""
+    digests = [[sha256(image)[:12] for image in question.images] for question in questions]
+    parent = {digest: digest for shown in digests for digest in shown}
+
+    def root(digest: str) -> str:
+        while parent[digest] != digest:
+            parent[digest] = parent[parent[digest]]
+            digest = parent[digest]
+        return digest
+
+    for shown in digests:
+        for digest in shown[1:]:
+            low, high = sorted((root(shown[0]), root(digest)))
+            parent[high] = low
+    return tuple(
+        replace(question, group=root(shown[0]) if shown else "")
+        for question, shown in zip(questions, digests, strict=True)
+    )

@@ -1,7 +1,6 @@
 """Scores as values: what a model answered to each question of a suite, the numbers of it, and paired differences.
 
-Intervals are 95 %: Wilson's score interval for the accuracy, a percentile bootstrap over questions (fixed seed) for
-means and for paired differences.
+Intervals are 95 % over groups of questions that share an image (`pipelines.evaluation.intervals`).
 
 Imports no torch: the registry stores and compares scores without a model (`pipelines.evaluation.evaluate` makes them).
 """
@@ -14,10 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.evaluation.intervals import Interval, mean, paired_share, smallest_visible
 from pipelines.io import codec
 
-CONFIDENCE = 0.95
-RESAMPLES = 2000
 MEASURED = (
     *("accuracy", "accuracy_interval", "answer_nll", "answer_nll_interval"),
     *("visual_tokens", "visual_tokens_mean", "tflops"),
@@ -32,18 +30,6 @@ class ScoringError(ValueError):
 
 
 @dataclass(frozen=True)
-class Interval:
-    """Ends of a 95 % confidence interval."""
-
-    low: float
-    high: float
-
-    def beside(self, value: float, sign: str = "") -> str:
-        """The value with its interval, for people: `0.7500 [0.3006, 0.9544]`; `sign` "+" shows a plus, too."""
-        return f"{value:{sign}.4f} [{self.low:{sign}.4f}, {self.high:{sign}.4f}]"
-
-
-@dataclass(frozen=True)
 class Record:
     """One question of a suite.
 
@@ -55,6 +41,7 @@ class Record:
         nll: mean negative log-likelihood of the expected answer's tokens, in nats.
         kept: visual tokens after stage 3, over the question's images.
         images: of the question.
+        group: of the questions that share an image with it; in scores that were stored without, its sample.
     """
 
     key: str
@@ -64,6 +51,12 @@ class Record:
     nll: float
     kept: int
     images: int
+    group: str = ""
+
+    @property
+    def unit(self) -> str:
+        """What is sampled: the group, or the sample."""
+        return self.group or self.key.partition("#")[0]
 
 
 @dataclass(frozen=True)
@@ -76,9 +69,9 @@ class Score:
         answered: of those, how many got an answer with words in it.
         left_out: by reason, what was not asked on the way to the last question.
         accuracy: share of right answers.
-        accuracy_interval: Wilson's.
+        accuracy_interval: Wilson's over groups.
         answer_nll: mean over questions of the NLL per token of the expected answer, in nats.
-        answer_nll_interval: bootstrap over questions.
+        answer_nll_interval: studentised bootstrap over groups.
         visual_tokens: per image, that enter the LLM.
         visual_tokens_mean: per image, mean after stage 3.
         tflops: of one image and a prompt of `meteor_model.flops.TEXT_TOKENS`, stage 3 at its measured mean.
@@ -137,14 +130,31 @@ class Score:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Paired differences, second minus first, question by question on one suite."""
+    """Paired differences, second minus first, question by question on one suite.
+
+    Attributes:
+        suite: digest of the suite.
+        questions: in both scores.
+        groups: of questions that share an image.
+        flipped: questions that one model alone answers rightly.
+        accuracy: difference.
+        accuracy_interval: Tango's over groups.
+        answer_nll: difference, in nats.
+        answer_nll_interval: studentised bootstrap over groups.
+        answer_nll_visible: smallest true difference of the NLL that such a comparison finds in four of five cases.
+        visual_tokens_mean: difference.
+        tflops: difference.
+    """
 
     suite: str
     questions: int
+    groups: int
+    flipped: int
     accuracy: float
     accuracy_interval: Interval
     answer_nll: float
     answer_nll_interval: Interval
+    answer_nll_visible: float
     visual_tokens_mean: float
     tflops: float
 
@@ -169,13 +179,17 @@ def compare_scores(first: Score, second: Score) -> Comparison:
     pairs = list(zip(first.records, second.records, strict=True))
     right = np.array([float(b.right) - float(a.right) for a, b in pairs])
     nll = np.array([b.nll - a.nll for a, b in pairs])
+    groups = [record.unit for record in first.records]
     return Comparison(
         suite=first.suite,
         questions=len(pairs),
+        groups=len(set(groups)),
+        flipped=int(np.count_nonzero(right)),
         accuracy=float(right.mean()),
-        accuracy_interval=bootstrap(right),
+        accuracy_interval=paired_share(right, groups),
         answer_nll=float(nll.mean()),
-        answer_nll_interval=bootstrap(nll),
+        answer_nll_interval=mean(nll, groups),
+        answer_nll_visible=smallest_visible(nll, groups),
         visual_tokens_mean=second.visual_tokens_mean - first.visual_tokens_mean,
         tflops=second.tflops - first.tflops,
     )
@@ -189,32 +203,3 @@ def counted(left_out: Mapping[str, int]) -> str:
 def normalise(answer: str) -> str:
     """An answer without case, outer and repeated spaces, and a final full stop."""
     return " ".join(answer.casefold().split()).removesuffix(".").rstrip()
-
-
-def wilson(successes: int, trials: int) -> Interval:
-    """95 % score interval of a share (E. B. Wilson, J. Am. Stat. Assoc. 22, 1927)."""
-    from scipy import stats  # here: its import costs 0.7 s, and who reads stored scores measures none
-
-    found = stats.binomtest(successes, trials).proportion_ci(CONFIDENCE, method="wilson")
-    return Interval(float(found.low), float(found.high))
-
-
-def bootstrap(values: np.ndarray) -> Interval:
-    """95 % percentile bootstrap interval of the mean; the seed is fixed, so equal values give equal intervals.
-
-    Args:
-        values: one number a question; a single one gives an interval without width.
-    """
-    from scipy import stats
-
-    if len(values) == 1:  # scipy refuses to resample it
-        return Interval(float(values[0]), float(values[0]))
-    found = stats.bootstrap(
-        (values,),
-        np.mean,
-        n_resamples=RESAMPLES,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    return Interval(float(found.low), float(found.high))

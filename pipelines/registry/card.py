@@ -83,8 +83,9 @@ def scores_section(scores: Mapping[str, Score]) -> str:
         for name, score in scores.items()
     )
     return (
-        f"{SCORES_HEADING}\n\nWith 95 % intervals: Wilson's for the accuracy, a bootstrap over questions for the "
-        "negative log-likelihood of the expected answers (nats per token).\n\n"
+        f"{SCORES_HEADING}\n\nWith 95 % intervals over groups of questions that share an image: Wilson's for the "
+        "accuracy, a studentised bootstrap for the negative log-likelihood of the expected answers (nats per "
+        "token).\n\n"
         "| suite | questions | accuracy | answer NLL | visual tokens an image, after stage 3 | TFLOPs |\n"
         f"|---|---|---|---|---|---|\n{rows}\n"
     )

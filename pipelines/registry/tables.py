@@ -63,16 +63,18 @@ def comparison_table(titles: list[str], compared: VersionComparison) -> str:
 
     rows = [
         ("", *titles, "difference, paired"),
-        row("questions", lambda score: score.coverage, ""),
+        row("questions", lambda score: score.coverage, f"of {difference.groups} groups that share no image"),
         row(
             "accuracy",
             lambda score: score.accuracy_interval.beside(score.accuracy),
-            difference.accuracy_interval.beside(difference.accuracy, "+"),
+            difference.accuracy_interval.beside(difference.accuracy, "+")
+            + f", {difference.flipped} of {difference.questions} flip",
         ),
         row(
             "answer NLL",
             lambda score: score.answer_nll_interval.beside(score.answer_nll),
-            difference.answer_nll_interval.beside(difference.answer_nll, "+"),
+            difference.answer_nll_interval.beside(difference.answer_nll, "+")
+            + f", visible from {difference.answer_nll_visible:.4f}",
         ),
         row(
             "visual tokens",

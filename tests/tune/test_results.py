@@ -9,7 +9,8 @@ import optuna
 import pytest
 from PIL import Image
 
-from pipelines.evaluation.scores import Interval, Score
+from pipelines.evaluation.intervals import Interval
+from pipelines.evaluation.scores import Score
 from tests.meteor_model.builders import config
 from tune.defaults import paper_settings
 from tune.figures import draw_budgets, draw_fronts, draw_importances, draw_trials

@@ -12,7 +12,8 @@ from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
 from meteor_model.configuration_meteor import MeteorConfig
-from pipelines.evaluation.scores import Interval, Score
+from pipelines.evaluation.intervals import Interval
+from pipelines.evaluation.scores import Score
 from tests.meteor_model.builders import config
 from tune.folder import SweepFolder
 from tune.records import Records, TrialRecord

@@ -24,17 +24,15 @@ from meteor_model.processing_meteor import MeteorProcessor, Prompt, collate
 from pipelines.data import shards
 from pipelines.data.schema import RawSample, Turn
 from pipelines.evaluation.evaluate import score_model, score_of_records
+from pipelines.evaluation.intervals import Interval, mean, share
 from pipelines.evaluation.pictures import draw_questions
-from pipelines.evaluation.questions import Questions, questions_of, read_questions
+from pipelines.evaluation.questions import Questions, grouped, questions_of, read_questions
 from pipelines.evaluation.scores import (
-    Interval,
     Record,
     Score,
     ScoringError,
-    bootstrap,
     compare_scores,
     normalise,
-    wilson,
 )
 from pipelines.evaluation.suite import Suite
 from pipelines.evaluation.target_mean import attention_masses
@@ -188,7 +186,8 @@ def test_right_answers_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     score = score_model(built, made, _asked(), "suite", batch=5)
     assert [r.right for r in score.records] == [True, True, True, False, False]
     assert score.accuracy == 0.6
-    assert score.accuracy_interval == wilson(3, 5)
+    groups = [record.unit for record in score.records]
+    assert score.accuracy_interval == share(np.array([1, 1, 1, 0, 0]), groups)
 
 
 def test_normalised_answers() -> None:
@@ -209,9 +208,13 @@ def test_paired_comparison() -> None:
     compared = compare_scores(first, second)
     differences = np.array([b.nll - a.nll for a, b in zip(first.records, second.records, strict=True)])
     assert compared.answer_nll == pytest.approx(second.answer_nll - first.answer_nll)
-    assert compared.answer_nll_interval == bootstrap(differences)
+    groups = [record.unit for record in first.records]
+    assert compared.answer_nll_interval == mean(differences, groups)
+    assert compared.groups == len(set(groups))
     same = compare_scores(first, first)
-    assert same.answer_nll_interval == same.accuracy_interval == Interval(0.0, 0.0)
+    assert same.answer_nll_interval == Interval(0.0, 0.0)
+    assert (same.flipped, same.accuracy) == (0, 0.0)
+    assert same.accuracy_interval.low < 0 < same.accuracy_interval.high, "no flip among five says little"
 
 
 def test_unlike_scores_are_not_compared() -> None:
@@ -253,27 +256,13 @@ def test_numbers_are_flat_and_lose_nothing() -> None:
     assert Interval(-0.5, 0.25).beside(0.125, "+") == "+0.1250 [-0.5000, +0.2500]"
 
 
-def test_wilson_interval() -> None:
-    # Newcombe, Statistics in Medicine 17 (1998), table I: 81 of 263 and 15 of 148.
-    assert (round(wilson(81, 263).low, 4), round(wilson(81, 263).high, 4)) == (0.2553, 0.3662)
-    assert (round(wilson(15, 148).low, 4), round(wilson(15, 148).high, 4)) == (0.0624, 0.1605)
-    assert wilson(0, 20).low == 0.0
-    assert wilson(20, 20).high == 1.0
-
-
-@pytest.mark.parametrize("values", [[0.5], [1.0, 1.0, 1.0], [0.1, 0.7, 0.2, 0.4, 0.9, 0.3]])
-def test_bootstrap_is_the_percentile_interval_of_resampled_means(values: list[float]) -> None:
-    given = np.array(values)
-    drawn = np.random.default_rng(0).integers(0, len(given), size=(2000, len(given)))
-    low, high = np.quantile(given[drawn].mean(axis=1), [0.025, 0.975])
-    found = bootstrap(given)
-    assert (found.low, found.high) == pytest.approx((low, high), rel=1e-14)
-
-
-def test_bootstrap_covers_the_mean_about_as_often_as_it_says() -> None:
-    rng = np.random.default_rng(3)
-    intervals = [bootstrap(rng.normal(1.0, 2.0, 60)) for _ in range(200)]
-    assert 0.89 <= np.mean([i.low <= 1.0 <= i.high for i in intervals]) <= 0.99
+def test_questions_that_share_an_image_are_one_group() -> None:
+    first = _asked().asked[0]
+    shown = [(b"a",), (b"b", b"c"), (b"c",), (b"a", b"d"), (b"e",), (b"d", b"f")]
+    found = [question.group for question in grouped([replace(first, images=images) for images in shown])]
+    assert found[0] == found[3] == found[5]
+    assert found[1] == found[2]
+    assert len(set(found)) == 3
 
 
 def _shards(folder: Path, members: dict[str, dict[str, bytes]]) -> shards.Manifest:

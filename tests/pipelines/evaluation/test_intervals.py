@@ -116,12 +116,15 @@ def test_paired_share_is_antisymmetric_and_mean_shifts() -> None:
     assert other.high == pytest.approx(one.high + 3)
 
 
-def test_few_groups_that_differ_are_no_interval() -> None:
+def test_few_groups_that_differ_give_a_wide_interval() -> None:
     sparse = np.zeros(64)
     sparse[:5] = [0.1, 0.2, 0.4, 2.0, 0.3]
-    assert mean(sparse) == UNKNOWN
+    few = mean(sparse)
+    assert few.low < 0 < few.high, "five groups that differ say no sign"
+    assert few.high - few.low > 1.3 * 2 * 1.96 * Groups.of(sparse, None).error
     assert mean(np.full(64, 0.25)) == Interval(0.25, 0.25)
-    assert mean(np.array([0.5])) == UNKNOWN
+    assert mean(np.array([0.5])) == mean(np.arange(4.0), ["a"] * 4) == UNKNOWN
+    assert UNKNOWN.beside(0.5, "+") == "+0.5000 [unknown]"
     with pytest.raises(ValueError, match="no question was answered"):
         share(np.array([]))
     with pytest.raises(ValueError, match="3 values have 2 groups"):

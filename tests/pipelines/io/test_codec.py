@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from jobs.recipes import recipe
 from pipelines.config.recipe import Recipe
 from pipelines.config.settings import SettingsError
-from pipelines.evaluation.scores import Interval, Record, Score
+from pipelines.evaluation.intervals import Interval
+from pipelines.evaluation.scores import Record, Score
 from pipelines.io import codec
 from pipelines.registry.scores import StoredScore
 from tune.records import TrialRecord
