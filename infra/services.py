@@ -213,9 +213,10 @@ def _s3_command(stack: Stack) -> tuple[list[str], dict[str, str]]:
         "webdav": "false",
         "admin.ui": "false",
         "s3.autoCreateBucket": "false",  # a misspelt bucket is an error, not a new bucket
-        # The usual "*" lets any page in the user's browser write through the filer, which asks for no keys.
+        # Master and filer take unsigned writes over HTTP from any program and any page in the user's browser; they are
+        # reached by gRPC alone. S3 itself asks for signed requests.
+        "disableHttp": "true",
         "s3.allowedOrigins": stack.s3_endpoint,
-        "filer.allowedOrigins": stack.s3_endpoint,
         "master.telemetry": "false",
     }
     command = [
@@ -225,7 +226,10 @@ def _s3_command(stack: Stack) -> tuple[list[str], dict[str, str]]:
         *(f"-{name}={value}" for name, value in options.items()),
     ]
     env = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
-    return command, env | {"AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret}
+    # The volume server speaks HTTP with S3's side: both sign with keys that nobody else sees, new at every start.
+    signed = ("SIGNING", "SIGNING_READ", "FILER_SIGNING", "FILER_SIGNING_READ")
+    keys = {f"WEED_JWT_{part}_KEY": secrets.token_urlsafe(32) for part in signed}
+    return command, env | {"AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret, **keys}
 
 
 def _mlflow_command(stack: Stack) -> tuple[list[str], dict[str, str]]:

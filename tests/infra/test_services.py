@@ -53,13 +53,6 @@ def test_only_the_object_store_sees_the_secret(tmp_path: Path, monkeypatch: pyte
     assert secret not in stack_env(stack).values()
 
 
-def test_the_store_allows_no_page_of_another_origin(tmp_path: Path) -> None:
-    stack = _stack(tmp_path)
-    command, _ = services.command_and_env(stack, "s3")
-    origins = [option for option in command if "allowedOrigins" in option]
-    assert origins == [f"-{part}.allowedOrigins={stack.s3_endpoint}" for part in ("s3", "filer")]
-
-
 def test_environment_covers_only_the_services_of_the_stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "https://outside")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "of-the-user")

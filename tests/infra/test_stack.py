@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import s3fs
 
 from infra import processes, services
 from infra import stack as stack_module
@@ -42,6 +45,89 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     stack = start_stack(tmp_path_factory.mktemp("stack"))
     yield stack
     stop_stack(stack)
+
+
+# ------------------------------------------------------------------------------------------------ pages in a browser
+
+FORM = (
+    b'--B\r\nContent-Disposition: form-data; name="key"\r\n\r\nevil.txt\r\n'
+    b'--B\r\nContent-Disposition: form-data; name="file"; filename="evil.txt"\r\n\r\nhi\r\n--B--\r\n'
+)
+FORM_TYPE = "multipart/form-data; boundary=B"
+WRITES = {
+    "s3": [("PUT", "/meteor/evil.txt"), ("POST", "/meteor"), ("DELETE", "/meteor/own.txt"), ("DELETE", "/meteor")],
+    "filer": [
+        ("PUT", "/buckets/meteor/evil.txt"), ("POST", "/buckets/meteor/"), ("POST", "/buckets/meteor/evil.txt"),
+        ("DELETE", "/buckets/meteor/own.txt"), ("DELETE", "/buckets/meteor?recursive=true"), ("POST", "/.tus/evil.txt"),
+    ],
+    "master": [
+        ("GET", "/dir/assign"), ("POST", "/submit"), ("POST", "/col/delete?collection=meteor"),
+        ("GET", "/col/delete?collection=meteor"), ("GET", "/vol/grow?count=1"), ("GET", "/vol/vacuum"),
+    ],
+    "volume": [("POST", "/1,01637037d6"), ("DELETE", "/1,01637037d6")],
+}  # fmt: skip
+"""Requests that a page can make and that would change something, by the port's role."""
+READS = {
+    "s3": ["/meteor/own.txt", "/meteor?list-type=2", "/"],
+    "filer": ["/buckets/meteor/own.txt", "/buckets/meteor/", "/"],
+}
+
+
+def _as_page(port: int, method: str, path: str, page: str, body: bytes = b"", kind: str = FORM_TYPE) -> tuple[int, str]:
+    """Status and body of a page's request: `rebound` is one whose own name leads to this machine; 0: no answer."""
+    host = f"evil.example:{port}" if page == "rebound" else f"127.0.0.1:{port}"
+    origin = {"rebound": f"http://evil.example:{port}", "sandbox": "null"}.get(page, "https://evil.example")
+    headers = {"Host": host, "Origin": origin, "User-Agent": "Mozilla/5.0", "Content-Type": kind}
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    try:
+        connection.request(method, path, body or (FORM if method == "POST" else b""), headers)
+        answer = connection.getresponse()
+        return answer.status, answer.read(2000).decode("utf-8", "replace")
+    except (OSError, http.client.HTTPException):
+        return 0, ""
+    finally:
+        connection.close()
+
+
+@pytest.mark.parametrize("page", ["elsewhere", "sandbox", "rebound"])
+def test_no_web_page_writes_to_the_store_or_reads_from_it(live: Stack, page: str) -> None:
+    fs = s3fs.S3FileSystem(**_s3_access(live))
+    fs.pipe("meteor/own.txt", b"mine")
+    for role, requests in WRITES.items():
+        for method, path in requests:
+            status, text = _as_page(live.ports["s3"][role], method, path, page)
+            assert not 200 <= status < 400, (role, method, path, status, text)
+    for role, paths in READS.items():  # the pages of master and volume that tell their state stay readable
+        for path in paths:
+            status, text = _as_page(live.ports["s3"][role], "GET", path, page)
+            assert not 200 <= status < 400, (role, path, status, text)
+            assert "mine" not in text
+    fs.invalidate_cache()
+    assert fs.cat_file("meteor/own.txt") == b"mine"
+    assert [name for name in fs.find("meteor") if "evil" in name] == []
+
+
+@pytest.mark.parametrize("page", ["elsewhere", "sandbox", "rebound"])
+def test_no_web_page_starts_a_ray_job_or_writes_to_mlflow(live: Stack, page: str) -> None:
+    submit = b'{"entrypoint": "touch /tmp/evil"}'
+    for method, path in (("POST", "/api/jobs/"), ("PUT", "/api/packages/gcs/x.zip"), ("DELETE", "/api/jobs/x")):
+        status, _ = _as_page(live.ports["ray"]["dashboard"], method, path, page, submit, "application/json")
+        assert status in (403, 405), (method, path, status)
+    assert _as_page(live.ports["ray"]["agent"], "GET", "/api/local_raylet_healthz", page)[0] in (403, 405)
+    create = b'{"name": "evil"}'
+    for kind in ("application/json", "text/plain"):
+        path = "/api/2.0/mlflow/experiments/create"
+        status, _ = _as_page(live.ports["mlflow"]["http"], "POST", path, page, create, kind)
+        assert status == 403
+    if page == "rebound":
+        assert _as_page(live.ports["mlflow"]["http"], "GET", "/", page)[0] == 403
+
+
+def _s3_access(stack: Stack) -> dict[str, Any]:
+    key, secret = services.ensure_credentials(stack.credentials_file)
+    client = {"region_name": services.REGION}
+    access = {"key": key, "secret": secret, "endpoint_url": stack.s3_endpoint, "client_kwargs": client}
+    return {**access, "use_listings_cache": False, "skip_instance_cache": True}
 
 
 def _records(stack: Stack) -> dict[str, processes.Record]:
