@@ -5,6 +5,7 @@ fault happens once for its marker file, whichever attempt or command comes to it
 """
 
 import os
+import resource
 import signal
 import threading
 import time
@@ -32,7 +33,10 @@ BALLOON_EVERY_S = 0.05
 MEMORY_LIMIT = "RAY_memory_usage_threshold"
 """The variable under which Ray's nodes know when they run low on memory."""
 
-Action = Literal["kill", "hold", "terminate", "stop", "balloon"]
+FULL_AT_BYTES = 32 * 2**10
+"""Largest file on a full disk: less than a checkpoint's, more than all that the benchmark itself writes."""
+
+Action = Literal["kill", "hold", "terminate", "stop", "balloon", "fill"]
 
 
 SIGNALS = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM, "stop": signal.SIGSTOP}
@@ -43,7 +47,8 @@ class StepFault:
     """One fault right after the optimizer step `step` on worker `rank`.
 
     kill: SIGKILL to itself. terminate: SIGTERM to itself. stop: SIGSTOP to itself. hold: wait there until `marker`.go
-    is made. balloon: take memory until Ray ends it; only on a node that Ray was given a limit for.
+    is made. balloon: take memory until Ray ends it; only on a node that Ray was given a limit for. fill: from now on
+    the process writes no file larger than FULL_AT_BYTES, as on a disk that is full.
     """
 
     step: int
@@ -59,6 +64,8 @@ class StepFault:
             os.kill(os.getpid(), SIGNALS[self.action])
         elif self.action == "balloon":
             take_memory()
+        elif self.action == "fill":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (FULL_AT_BYTES, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         else:
             deadline = time.monotonic() + HOLD_LIMIT_S
             while not Path(self.marker + ".go").exists():

@@ -119,6 +119,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario("checkpoint-rest", "a bit of the newest checkpoint changes at rest", "2", state.damaged_at_rest),
     Scenario("lost-snapshot", "Ray's list of committed checkpoints is deleted", "2", state.lost_snapshot),
     Scenario("second-cluster", "the same run from another Ray cluster", "2", state.second_cluster),
+    Scenario("full-local-disk", "a worker's disk has no room for its checkpoint", "2", state.full_local_disk),
     Scenario("stop-worker", "SIGSTOP to a worker at a random step", "2", hangs.stop_worker),
     Scenario("stop-data-task", "SIGSTOP to a data task that reads a shard", "2", hangs.stop_data_task),
     Scenario(

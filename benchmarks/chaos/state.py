@@ -1,6 +1,8 @@
-"""Scenarios of the run's own state in storage: damaged checkpoints, a lost snapshot, a second cluster."""
+"""Scenarios of the run's own state: damaged checkpoints, a lost snapshot, a second cluster, a full local disk."""
 
 from __future__ import annotations
+
+import re
 
 from benchmarks.chaos.processes import LASTING_STEP_S
 from benchmarks.chaos.stage import STORAGE, Stage
@@ -75,3 +77,18 @@ def second_cluster(stage: Stage) -> None:
     stage.fails(stage.config(ray_address="local"), "is being trained by another job", f"process {command.process.pid}")
     stage.release()
     stage.ends_well(command)
+
+
+def full_local_disk(stage: Stage) -> None:
+    """A worker's disk has no room for its next checkpoint: said by folder and need, then begun again elsewhere."""
+    step = stage.random.randint(SETTINGS.checkpoint_every_steps + 1, SECOND_CHECKPOINT - 1)
+    faults = (stage.step_fault(step, "fill", stage.random.randint(0, 1)),)
+    command = stage.start(stage.config(faults=faults, settings={"max_failures": 1}))
+    stage.ends_well(command)
+    stage.injected_by_marker()
+    stage.worlds = (2,)
+    found = re.search(r"no room on this machine for [^\n]*Make room", command.log.read_text(errors="replace"))
+    if found is None:
+        stage.wrong.append(f"no line says which disk has no room: {command.tail(1000)}")
+    else:
+        stage.notes.append(found.group(0)[:300])
