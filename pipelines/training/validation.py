@@ -34,7 +34,8 @@ from ray.train import ValidationConfig, ValidationTaskConfig
 from pipelines.checkpoint.best import keep_best
 from pipelines.checkpoint.local import local_copy
 from pipelines.checkpoint.state import STATE_FILE, TrainState, load_state
-from pipelines.io import sealed, storage
+from pipelines.io import sealed
+from pipelines.io.console import say_from_worker
 from pipelines.io.run_folder import RunFolder
 from pipelines.recovery.lease import LeaseToken
 
@@ -141,9 +142,11 @@ def _watch(
         raise  # the training is aborted: Ray validates this checkpoint when the run goes on
     except ray.exceptions.RayError as error:
         ray.cancel(task, force=True)
+        failure = f"the validation of {name} {_reason(error, cpus, gpus, timeout_s)}"
+        say_from_worker(f"  warning: {failure}; the training goes on")
         if log is not None:
             log({FAILED: 1.0}, _step_of(checkpoint))
-        raise ValidationError(f"the validation of {name} {_reason(error, cpus, gpus, timeout_s)}") from error
+        raise ValidationError(failure) from error
     if log is not None:
         log(metrics, step)
     return dict(metrics)
@@ -229,9 +232,7 @@ def validate(checkpoint: ray.train.Checkpoint, validation: Validation, use_gpu: 
 @contextmanager
 def _model_config(run: str) -> Iterator[Path]:
     """`init/` without its weights."""
-    init = RunFolder(run).init
+    init = sealed.open_folder(RunFolder(run).init)
     with tempfile.TemporaryDirectory(prefix="meteor-config-") as folder:
-        for name in storage.list_files(init):
-            if "/" not in name and name.endswith(".json") and not sealed.is_list(name):
-                (Path(folder) / name).write_bytes(sealed.read_file(init, name))
+        sealed.fetch(init, Path(folder), [name for name in init.wanted if name.endswith(".json") and "/" not in name])
         yield Path(folder)

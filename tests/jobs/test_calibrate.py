@@ -139,7 +139,7 @@ def test_bad_settings_are_named(change: dict[str, Any], message: str) -> None:
 
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
     assert pin_model(str(tmp_path) + "/", "").address == str(tmp_path)
-    with pytest.raises(ExportError, match=r"no config\.json"), open_model(PinnedModel(str(tmp_path))):
+    with pytest.raises(ExportError, match=r"no files here"), open_model(PinnedModel(str(tmp_path))):
         pass
 
 

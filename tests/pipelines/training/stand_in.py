@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput
 from meteor_model.processing_meteor import collate
 from pipelines.config.settings import LearningRates, OptimizerSettings, TrainingSettings
 from pipelines.data.stream import data_config
+from pipelines.io import sealed
 from pipelines.training.batches import iterate_rows
 from pipelines.training.job import TrainingJob
 from tests.pipelines.training.rows import FAULTY_ROW, IMAGE, IMAGE_SIZE, PAD, VOCABULARY, Plan, make_stream
@@ -132,10 +133,12 @@ TOTAL, SAMPLES, HELDOUT = 96, 93, 16
 
 
 def write_init(root: Path, run_name: str) -> Path:
-    """The start model of a run."""
+    """The start model of a run, as the job leaves it: listed files, and one beside that is in no list."""
     torch.manual_seed(0)
     folder = root / "runs" / run_name / "init"
     StandInModel(StandInConfig()).save_pretrained(folder)
+    sealed.write_list(str(folder), sealed.sums_of(folder))
+    (folder / "READY.json").write_text("{}")
     return folder
 
 

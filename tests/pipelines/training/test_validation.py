@@ -209,7 +209,9 @@ def test_a_failed_training_waits_for_no_validation_and_the_next_start_makes_it(
 
 
 @pytest.mark.stack
-def test_a_validation_without_room_is_given_up(trained: tuple[Path, TrainingResult], tmp_path: Path) -> None:
+def test_a_validation_without_room_is_given_up_and_said(
+    trained: tuple[Path, TrainingResult], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     root, result = trained
     asked = validation_config(
         make_validation(root / "runs" / "whole"),
@@ -222,6 +224,7 @@ def test_a_validation_without_room_is_given_up(trained: tuple[Path, TrainingResu
     assert asked.fn.func is _watch
     with pytest.raises(ValidationError, match=r"step-.* was given up after 1 s.* 100\.0 CPUs"):
         asked.fn(ray.train.Checkpoint.from_directory(result.checkpoint.url))
+    assert "[meteor]   warning: the validation of step-" in capfd.readouterr().out
     assert logged(tmp_path / "log") == [{"validation/failed": 1.0, "step": result.checkpoint.state.step}]
 
 
