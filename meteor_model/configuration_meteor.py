@@ -294,10 +294,11 @@ class MeteorConfig(PreTrainedConfig):
         Raises:
             ValueError: naming the setting that contradicts the model, the ranks or another setting.
         """
-        changes: dict[str, Any] = {"pruning": pruning}
-        if ranks != "keep":
-            changes["ranks"] = ranks
-        return MeteorConfig(**{**self.to_dict(), **changes})
+        plain = {**self.to_dict(), "pruning": pruning}
+        if ranks != "keep":  # measured for this pruning, also where they equal the former ones
+            plain["ranks"] = ranks
+            plain["calibrated"] = {name: record for name, record in self.calibrated.items() if name != "ranks"}
+        return MeteorConfig(**plain)
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """The LLM's configuration, as `generate` asks for it."""

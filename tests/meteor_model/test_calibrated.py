@@ -91,6 +91,15 @@ def test_ranks_stay_where_a_setting_does_not_touch_them(stage: str, name: str, v
     assert config.with_pruning(change(config, stage, **{name: value})).ranks == RANKS
 
 
+def test_ranks_that_are_given_are_new_also_where_they_equal_the_old_ones() -> None:
+    config = calibrated()
+    config = config.with_pruning(change(config, "decode", lam=None))
+    other = change(config, "encode", rank_estimator="energy")
+    assert config.with_pruning(other, config.ranks).ranks == config.ranks
+    with pytest.raises(StaleCalibrationError, match="ranks were measured for"):
+        config.with_pruning(other)
+
+
 def test_ranks_wait_while_stage_1_is_off() -> None:
     config = calibrated()
     config = config.with_pruning(change(config, "decode", lam=None))
