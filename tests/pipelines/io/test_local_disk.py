@@ -5,6 +5,7 @@ import os
 import pickle
 import resource
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +21,15 @@ LIMIT = 4096
 TENSOR = {"weight": torch.zeros(100_000)}
 
 
-@pytest.fixture
+@contextmanager
 def small_disk() -> Iterator[None]:
-    """Files of this process cannot grow beyond LIMIT bytes, as on a disk that has no more."""
+    """Files of this process cannot grow beyond LIMIT bytes, as on a disk that has no more; nor can pytest's output."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 WRITERS: dict[str, Callable[[Path], object]] = {
@@ -40,8 +43,12 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_what_cannot_grow_names_disk_folder_and_need(name: str, tmp_path: Path, small_disk: None) -> None:
-    with pytest.raises(LocalDiskError) as caught, writing(tmp_path / "deep", 400_000, "the checkpoint of step 7"):
+def test_what_cannot_grow_names_disk_folder_and_need(name: str, tmp_path: Path) -> None:
+    with (
+        pytest.raises(LocalDiskError) as caught,
+        small_disk(),
+        writing(tmp_path / "deep", 400_000, "the checkpoint of step 7"),
+    ):
         WRITERS[name](tmp_path / "file")
     for part in (str(tmp_path / "deep"), "the checkpoint of step 7 needs 400000 bytes", "bytes free", "TMPDIR"):
         assert part in str(caught.value)
@@ -73,16 +80,18 @@ def test_other_errors_stay_as_they_are(tmp_path: Path) -> None:
 @pytest.mark.stack
 @pytest.mark.parametrize("size", [100, 40 * LIMIT])
 def test_a_copy_that_does_not_fit_is_no_fault_of_the_store(
-    s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, small_disk: None
+    s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     """No retry for two minutes: it fails at once, and names this machine's disk."""
     url = f"s3://{BUCKET}/full/{size}"
     storage.write_bytes(f"{url}/model.bin", os.urandom(size))
     folder = sealed.open_folder(url)
     if size <= LIMIT:
-        sealed.fetch(folder, tmp_path / "copy")
+        with small_disk():
+            sealed.fetch(folder, tmp_path / "copy")
         return
-    with pytest.raises(LocalDiskError, match=f"the copy of {url} needs {size} bytes|the copy of {url}/model.bin"):
+    needs = f"the copy of {url} needs {size} bytes|the copy of {url}/model.bin"
+    with pytest.raises(LocalDiskError, match=needs), small_disk():
         sealed.fetch(folder, tmp_path / "copy")
     monkeypatch.setattr(local_disk, "free_bytes", lambda folder: 1000)
     with pytest.raises(LocalDiskError, match=f"the copy of {url} needs {size} bytes"):
