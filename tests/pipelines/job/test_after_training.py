@@ -15,11 +15,11 @@ from pipelines.checkpoint.state import TrainState
 from pipelines.config.recipe import Recipe, TrackingSettings
 from pipelines.io import storage
 from pipelines.io.run_folder import RunFolder
+from pipelines.io.sealed import DamagedFileError
 from pipelines.job.answers import HeldoutAnswer, HeldoutAnswers, answer_heldout
 from pipelines.job.export import export_run
 from pipelines.job.register import POINTS_FILE, TrainedRun, register_run, undelivered_points
 from pipelines.job.train import Training
-from pipelines.registry.folder import ExportError
 from pipelines.registry.versions import RegisteredVersion
 from pipelines.tracking.metric_points import MetricPoint, points_to_jsonl
 from tests.pipelines.mlflow_fixture import MODEL_NAME, SUITE, Server, record, score_of
@@ -48,10 +48,10 @@ def test_an_earlier_export_is_brought_whole_or_refused(
     assert export_run(Recipe(), RunFolder(str(run_url)), UNUSED, checkpoint, tmp_path / "model") == 2e-6
     assert (tmp_path / "model" / "config.json").read_bytes() == (exported / "config.json").read_bytes()
     (run_url / "export" / "config.json").write_text("{}")
-    with pytest.raises(ExportError, match=r"config\.json was changed"):
+    with pytest.raises(DamagedFileError, match=r"export/config\.json is damaged"):
         export_run(Recipe(), RunFolder(str(run_url)), UNUSED, checkpoint, tmp_path / "again")
     other = dataclasses.replace(checkpoint, url=str(tmp_path / "step-5"))
-    with pytest.raises(FileNotFoundError, match="processor"):  # exported anew, for which all is missing here
+    with pytest.raises(storage.ObjectMissingError, match="processor"):  # exported anew, for which all is missing here
         export_run(Recipe(), RunFolder(str(run_url)), UNUSED, other, tmp_path / "third")
 
 
@@ -67,8 +67,9 @@ def test_earlier_answers_and_pictures_are_brought(tmp_path: Path, checkpoint: Ch
     assert (pictures / "loss.png").read_bytes() == b"png"
     # Those of code that asked otherwise than training does are not taken.
     storage.write_json(str(run_url / "answers.json"), stored)
-    with pytest.raises(TypeError):  # asked anew, for which all is missing here
-        answer_heldout(Recipe(), RunFolder(str(run_url)), UNUSED, UNUSED, ended(checkpoint), {}, UNUSED, pictures)
+    nothing = tmp_path / "nothing"
+    with pytest.raises(OSError, match="nothing"):  # asked anew, for which all is missing here
+        answer_heldout(Recipe(), RunFolder(str(run_url)), UNUSED, UNUSED, ended(checkpoint), {}, nothing, pictures)
 
 
 def test_the_version_of_an_earlier_start_is_taken(
