@@ -1,7 +1,6 @@
 """The test suite as two pytest processes side by side: `python -m tests.run`, `make test`.
 
-The model's tests start no server and keep one core busy; the others wait much for servers and workers. Arguments go to
-both halves.
+Both wait much for servers and workers, so together they need little longer than the longer of them. Arguments go to both.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 ROOT = Path(__file__).resolve().parents[1]
-BESIDE = ("tests/meteor_model",)
+BESIDE = ("tests/meteor_model", "tests/jobs", "tests/infra")
 """Folders that are tested beside all others, which follow from it: a new folder belongs to a half by itself."""
 NO_TESTS = 5
 """pytest's exit status where nothing was selected, as `-k` may leave of one half."""

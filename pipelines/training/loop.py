@@ -134,6 +134,7 @@ class Loop:
             PreemptedError: after the checkpoint that a notice by SIGTERM asked for.
         """
         settings = self.settings
+        self.pulse.mark(Phase.DATA, self.state.step + 1, detail="")  # what was loaded is no sample
         while not self.state.done:
             started = time.perf_counter()
             self.pulse.mark(Phase.DATA, self.state.step + 1)

@@ -106,6 +106,8 @@ def _train(job: TrainingJob, lock: RunLock) -> CheckpointRef:
     with watch(run, _limits(job.settings), _needs(job.settings)) as watchdog:
         for attempt in itertools.count():
             lock.lease.require()  # what follows removes files
+            if attempt:  # the workers may have died between their first upload and its commit
+                settle_start(job.storage, job.run_name, None, say)
             remove_uncommitted(job.storage, job.run_name)
             trainer = _trainer(job, dataclasses.replace(lock, attempt=attempt), avoided)
             cause, stuck = _attempt(trainer, subject, watchdog)
