@@ -1,6 +1,6 @@
 """The test suite as two pytest processes side by side: `python -m tests.run`, `make test`.
 
-Both wait much for servers and workers, so together they need little longer than the longer of them. Arguments go to both.
+Both wait much for servers and workers, so together they need little longer than the longer one. Arguments go to both.
 """
 
 from __future__ import annotations
