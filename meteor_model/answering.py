@@ -26,7 +26,8 @@ from meteor_model.foreign import SHOWN_DETAIL, quoted, shown
 from meteor_model.images import ImageError, OpenedImage, open_image
 from meteor_model.limits import RequestLimits
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
-from meteor_model.processing_meteor import Encoded, MeteorProcessor
+from meteor_model.processing_meteor import MeteorProcessor
+from meteor_model.turn_encoder import Encoded
 
 DEFAULT_NEW_TOKENS = 32
 ROWS_PER_BATCH = 32

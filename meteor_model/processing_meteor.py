@@ -6,11 +6,10 @@ them), its ids come from one place, `MeteorProcessor.encode`; the prompt of a re
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +21,6 @@ from meteor_model.chat import (
     IGNORE_INDEX,
     IMAGE_PLACEHOLDER,
     TURN_TOKEN,
-    Piece,
     Special,
     Turns,
     chat_template,
@@ -34,60 +32,17 @@ from meteor_model.chat import (
     render,
     template_marks,
 )
+from meteor_model.collate import pad
 from meteor_model.configuration_meteor import HINT, MeteorConfig
-from meteor_model.image_processing_meteor import ImageInput, MeteorImageProcessor, flatten_images
+from meteor_model.image_processing_meteor import ImageInput, MeteorImageProcessor
 from meteor_model.options import refuse_options
+from meteor_model.prompts import Prompt, conversation_of, deal, prompts_of
+from meteor_model.turn_encoder import Encoded, EncodedQuestion, TurnEncoder
 
 PROCESSOR_FILE = "processor_config.json"
 PADDINGS = (True, False, "longest", "max_length")
 
 Messages = Sequence[Mapping[str, Any]]
-
-
-class Encoded(NamedTuple):
-    """One conversation as token ids, and labels that are IGNORE_INDEX except on replies and their end token.
-
-    Attributes:
-        input_ids: tokens, each image as its placeholders.
-        labels: as many.
-        replies: where each reply begins in them, and where it ends, its end token included.
-    """
-
-    input_ids: list[int]
-    labels: list[int]
-    replies: tuple[tuple[int, int], ...] = ()
-
-
-class EncodedQuestion(NamedTuple):
-    """A reply of a conversation, and what it answers.
-
-    Attributes:
-        prompt: the conversation up to the reply, as training encodes it.
-        answer_ids: those of the reply that training supervises, its end token too.
-        num_images: images in the prompt, the first ones of the conversation.
-    """
-
-    prompt: Encoded
-    answer_ids: list[int]
-    num_images: int
-
-
-class Prompt(str):
-    """The text of a rendered conversation that still knows the conversation.
-
-    `apply_chat_template(..., tokenize=False)` makes it, and a call of the processor turns it into the ids that the
-    conversation has in training. A plain string is a user's question.
-    """
-
-    turns: Turns
-    options: dict[str, bool]
-
-    @classmethod
-    def of(cls, text: str, turns: Turns, options: dict[str, bool]) -> Prompt:
-        """The text with its conversation and how it ends (`encode`'s options)."""
-        prompt = cls(text)
-        prompt.turns, prompt.options = turns, options
-        return prompt
 
 
 class MeteorProcessor(ProcessorMixin):
@@ -168,7 +123,9 @@ class MeteorProcessor(ProcessorMixin):
         written = sum(content_parts(content).count(Special.IMAGE) for _, content in turns)
         if written != num_images:
             raise ValueError(f"{written} {IMAGE_PLACEHOLDER} placeholders in the conversation, {num_images} images")
-        encoded = _TurnEncoder(self).encode(render(self.template, turns, add_generation_prompt, continue_final))
+        encoded = TurnEncoder(self.tokenizer, self.image_token, self.tokens_per_image).encode(
+            render(self.template, turns, add_generation_prompt, continue_final)
+        )
         if max_length is not None and len(encoded.input_ids) > max_length:
             raise ValueError(f"{len(encoded.input_ids)} tokens exceed the longest sequence allowed, {max_length}")
         return encoded
@@ -258,12 +215,12 @@ class MeteorProcessor(ProcessorMixin):
                 cannot be used (naming its place) or an argument has another value or is not known.
         """
         refuse_options("MeteorProcessor", kwargs)
-        prompts = _prompts(text)
+        prompts = prompts_of(text)
         for prompt in prompts:
             if not isinstance(prompt, Prompt):
                 self._refuse_rendered(prompt)
-        conversations = [_conversation(prompt) for prompt in prompts]
-        groups = _deal(images, [content for content, _ in conversations], single=isinstance(text, str))
+        conversations = [conversation_of(prompt) for prompt in prompts]
+        groups = deal(images, [content for content, _ in conversations], single=isinstance(text, str))
         rows = []
         for (turns, options), group in zip(conversations, groups, strict=True):
             placed = images_in_front(turns, len(group)) if isinstance(turns, str) else turns
@@ -327,7 +284,7 @@ class MeteorProcessor(ProcessorMixin):
             return prompts if batched else prompts[0]
         groups = [images for _, images in read]
         if given is not None:
-            groups = _deal(given, [turns for turns, _ in read], single=not batched)
+            groups = deal(given, [turns for turns, _ in read], single=not batched)
         max_length = settings.get("max_length")
         rows = [
             self.encode(turns, len(group), **options, max_length=max_length)
@@ -363,11 +320,11 @@ class MeteorProcessor(ProcessorMixin):
             raise ValueError("padding='max_length' needs a max_length")
         length = max_length if padding == "max_length" else None
         ids = [row.input_ids for row in rows]
-        input_ids, attention_mask = _pad(ids, self.tokenizer.pad_token_id, padding_side, length)
+        input_ids, attention_mask = pad(ids, self.tokenizer.pad_token_id, padding_side, length)
         batch = {"input_ids": input_ids, "attention_mask": attention_mask}
         if masks:
             replies = [[int(label != IGNORE_INDEX) for label in row.labels] for row in rows]
-            batch["assistant_masks"] = _pad(replies, 0, padding_side, length)[0]
+            batch["assistant_masks"] = pad(replies, 0, padding_side, length)[0]
         pixels = self.image_processor.load_images([image for group in groups for image in group])
         if pixels:
             batch["pixel_values"] = torch.stack(pixels)
@@ -400,117 +357,6 @@ class MeteorProcessor(ProcessorMixin):
         return processor
 
 
-class _TurnEncoder:
-    """Tokenizes one rendered conversation as the text that it is.
-
-    The ids are those that the tokenizer gives the conversation's text (`jinja_template`): what it does at the borders
-    of words depends on what stands beside them, and many a tokenizer begins a text with a blank. Two things differ:
-
-    - Words that spell a special token stay words.
-    - A reply begins with a token of its own, also where the tokenizer would join its beginning to what stands before.
-      So a prompt is always the beginning of what training has seen.
-    """
-
-    def __init__(self, processor: MeteorProcessor) -> None:
-        self._processor = processor
-        self._tokenizer = tokenizer = processor.tokenizer
-        self._special_words = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self._written = {
-            Special.BEGIN: tokenizer.bos_token,
-            Special.END: tokenizer.eos_token,
-            Special.TURN: TURN_TOKEN,
-            Special.IMAGE: processor.image_token,
-        }
-        self._ids: list[int] = []
-        self._labels: list[int] = []
-        self._in_reply = False
-        # The run of text since the last special token: what precedes it, and its words before and in a reply.
-        self._before = ""
-        self._asked, self._reply = "", ""
-        self._asked_ids: list[int] = []
-
-    def encode(self, pieces: Iterable[Piece]) -> Encoded:
-        """Ids, labels and replies of the pieces of a conversation."""
-        replies: list[tuple[int, int]] = []
-        for parts, supervised in pieces:
-            if supervised:
-                self._begin_reply()
-            begin = len(self._ids)
-            for part in parts:
-                if isinstance(part, Special):
-                    self._add_special(part)
-                elif self._in_reply:
-                    self._reply += part
-                else:
-                    self._asked += part
-            if supervised and parts[-1] is Special.END:  # a reply to go on with has none
-                replies.append((begin, len(self._ids)))
-                self._in_reply = False
-        self._end_run("")
-        return Encoded(self._ids, self._labels, tuple(replies))
-
-    def _begin_reply(self) -> None:
-        self._asked_ids = self._ids_of(self._before, self._asked, "")
-        self._add(self._asked_ids, supervised=False)
-        self._in_reply = True
-
-    def _end_run(self, after: str) -> None:
-        """Add what is open of the run of text that the special token `after`, or nothing, ends."""
-        if not self._in_reply:
-            self._add(self._ids_of(self._before, self._asked, after), supervised=False)
-        else:
-            whole, asked = self._ids_of(self._before, self._asked + self._reply, after), self._asked_ids
-            if whole[: len(asked)] == asked:
-                self._add(whole[len(asked) :], supervised=True)
-            else:
-                self._add(self._ids_of(self._tokenizer.eos_token, self._reply, after), supervised=True)
-        self._asked, self._asked_ids, self._reply = "", [], ""
-
-    def _add_special(self, part: Special) -> None:
-        written = self._written[part]
-        if written is None:  # a tokenizer without a beginning of sequence
-            return
-        self._end_run(written)
-        number = self._tokenizer.convert_tokens_to_ids(written)
-        if part is Special.IMAGE:
-            self._add([number] * self._processor.tokens_per_image, supervised=False)  # seen in a reply, never said
-        else:
-            self._add([number], supervised=self._in_reply)
-        self._before = written
-
-    def _add(self, ids: list[int], supervised: bool) -> None:
-        self._ids += ids
-        self._labels += ids if supervised else [IGNORE_INDEX] * len(ids)
-
-    def _ids_of(self, before: str, text: str, after: str) -> list[int]:
-        """The ids of a text between two special tokens ("": none), which are not among them."""
-        if not text:
-            return []
-        ids: list[int] = self._tokenizer.encode(
-            before + text + after, add_special_tokens=False, split_special_tokens=False
-        )
-        first, last = int(bool(before)), len(ids) - int(bool(after))
-        borders = ids[:first] + ids[last:]
-        expected = [self._tokenizer.convert_tokens_to_ids(token) for token in (before, after) if token]
-        if borders == expected and not any(word in text for word in self._special_words):
-            return ids[first:last]
-        return self._ids_of_words(text)
-
-    def _ids_of_words(self, text: str) -> list[int]:
-        """The ids of a text that spells special tokens, and holds none: they are tokenized as the words they are."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-        found = {self._tokenizer.convert_tokens_to_ids(word) for word in self._special_words if word in text}
-        if found.isdisjoint(ids):
-            return ids
-        # A Unigram model finds them in its vocabulary even so: they are cut behind their first character.
-        words = "|".join(sorted(map(re.escape, self._special_words), key=len, reverse=True))
-        cuts = [match.start() + 1 for match in re.finditer(words, text)]
-        pieces = [text[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-        return [
-            number for piece in pieces if piece for number in self._tokenizer.encode(piece, add_special_tokens=False)
-        ]
-
-
 def _check_tokens(tokenizer: PreTrainedTokenizerBase, image_token: str, template: str) -> None:
     """Whether the tokenizer has what the template writes. Raises ValueError that names what is missing."""
     needs_turns = Special.TURN in chat_template(template).before_reply
@@ -528,98 +374,11 @@ def _check_tokens(tokenizer: PreTrainedTokenizerBase, image_token: str, template
         )
 
 
-def _prompts(text: Any) -> list[str]:
-    """The prompts of a call. Raises ValueError for what is no text."""
-    prompts = [text] if isinstance(text, str) else list(text) if isinstance(text, list | tuple) else [text]
-    for index, prompt in enumerate(prompts):
-        if not isinstance(prompt, str):
-            raise ValueError(
-                f"prompt {index} must be a string, got {type(prompt).__name__}: a call is (text, images); messages go "
-                "through apply_chat_template"
-            )
-    return prompts
-
-
 def _is_batch(ids: Any) -> bool:
     """Whether ids are rows of ids."""
     if isinstance(ids, torch.Tensor | np.ndarray):
         return ids.ndim > 1
     return isinstance(ids, list | tuple) and len(ids) > 0 and hasattr(ids[0], "__len__")
-
-
-def _conversation(prompt: str) -> tuple[Turns | str, dict[str, bool]]:
-    """A prompt's turns, or the question that it is; and how it ends."""
-    if isinstance(prompt, Prompt):
-        return prompt.turns, prompt.options
-    return prompt, {"add_generation_prompt": True}
-
-
-def _deal(images: Any, prompts: Sequence[Turns | str], single: bool) -> list[list[ImageInput]]:
-    """The images of each prompt.
-
-    Raises:
-        ValueError: where neither the entries nor the placeholders say which image goes where.
-    """
-    if images is None:
-        return [[] for _ in prompts]
-    entries = list(images) if _is_sequence(images) else [images]
-    if single:
-        return [flatten_images(entries)]
-    counts = [_placeholders(prompt) for prompt in prompts]
-    is_flat = not any(entry is None or _is_sequence(entry) for entry in entries)
-    if is_flat and sum(counts) == len(entries):
-        flat = iter(entries)
-        return [[next(flat) for _ in range(count)] for count in counts]
-    if len(entries) != len(prompts):
-        raise ValueError(
-            f"{len(prompts)} prompts with {counts} {IMAGE_PLACEHOLDER} came with images for {len(entries)}: give one "
-            "entry a prompt, or a flat list of as many as there are placeholders"
-        )
-    return [flatten_images(entry) for entry in entries]
-
-
-def _placeholders(prompt: Turns | str) -> int:
-    """Images that a prompt places itself."""
-    if isinstance(prompt, str):
-        return prompt.count(IMAGE_PLACEHOLDER)
-    return sum(content_parts(content).count(Special.IMAGE) for _, content in prompt)
-
-
-def _is_sequence(images: Any) -> TypeGuard[Sequence[Any]]:
-    """Whether it holds several images: a list, or a stack in one tensor or array."""
-    return isinstance(images, list | tuple) or (isinstance(images, torch.Tensor | np.ndarray) and images.ndim == 4)
-
-
-def collate(examples: Sequence[Mapping[str, Any]], pad_token_id: int, image_size: int) -> dict[str, torch.Tensor]:
-    """Examples -> one right-padded training batch.
-
-    Args:
-        examples: mappings with `input_ids`, `labels` (sequences of int) and `images` (uint8 (n, 3, S, S), n >= 0).
-        pad_token_id: id that fills `input_ids`.
-        image_size: S, for a batch without any image.
-
-    Returns:
-        input_ids, attention_mask, labels (B, T) int64; pixel_values (M, 3, S, S) uint8, M >= 0 images in sample order.
-    """
-    input_ids, attention_mask = _pad([example["input_ids"] for example in examples], pad_token_id, "right")
-    labels, _ = _pad([example["labels"] for example in examples], IGNORE_INDEX, "right")
-    images = [example["images"] for example in examples if len(example["images"])]
-    pixels = torch.cat(images) if images else torch.empty(0, 3, image_size, image_size, dtype=torch.uint8)
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "pixel_values": pixels}
-
-
-def _pad(
-    rows: Sequence[Sequence[int]], value: int, side: str, length: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of ids -> (B, T) int64 filled with `value`, and the attention mask; T: the longest row's by default."""
-    length = length or max(len(row) for row in rows)
-    padded = torch.full((len(rows), length), value, dtype=torch.int64)
-    mask = torch.zeros(len(rows), length, dtype=torch.int64)
-    for index, row in enumerate(rows):
-        where = slice(length - len(row), length) if side == "left" else slice(0, len(row))
-        padded[index, where] = torch.as_tensor(np.asarray(row, dtype=np.int64))
-        mask[index, where] = 1
-    return padded, mask
 
 
 AutoProcessor.register(MeteorConfig, MeteorProcessor, exist_ok=True)

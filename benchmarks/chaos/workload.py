@@ -12,7 +12,7 @@ from typing import Any, Literal
 from benchmarks.chaos.data import IMAGE_SIZE, PAD, ByteProcessor
 from benchmarks.chaos.model import ChaosConfig, ChaosModel
 from benchmarks.chaos.recorder import KilledInDataStart, Recorder, StepFault, StopsInRead
-from meteor_model.processing_meteor import collate
+from meteor_model.collate import collate
 from pipelines.checkpoint.zero3 import save_for_sharding
 from pipelines.config.settings import LearningRates, OptimizerSettings, TrainingSettings
 from pipelines.data.order import StreamPlan

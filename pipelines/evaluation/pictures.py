@@ -8,7 +8,8 @@ from itertools import groupby, islice
 from PIL import Image
 
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
-from meteor_model.processing_meteor import MeteorProcessor, Prompt
+from meteor_model.processing_meteor import MeteorProcessor
+from meteor_model.prompts import Prompt
 from meteor_model.visualize import explain_kept
 from pipelines.evaluation.questions import Question
 

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from meteor_model.chat import IMAGE_PLACEHOLDER
-from meteor_model.processing_meteor import Encoded, MeteorProcessor
+from meteor_model.processing_meteor import MeteorProcessor
+from meteor_model.turn_encoder import Encoded
 from pipelines.data import shards
 from pipelines.data.samples import SampleReader
 from pipelines.data.schema import RawSample

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
+from meteor_model.collate import collate
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
-from meteor_model.processing_meteor import collate
 from pipelines.checkpoint.local import load_processor
 from pipelines.config.recipe import Recipe
 from pipelines.data import shards

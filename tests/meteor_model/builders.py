@@ -15,8 +15,9 @@ from meteor_model.configuration_meteor import DecodePruning, EncodePruning, Fuse
 from meteor_model.decoder.cache import Decision, MeteorCache
 from meteor_model.image_processing_meteor import MeteorImageProcessor
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
-from meteor_model.processing_meteor import Encoded, MeteorProcessor
+from meteor_model.processing_meteor import MeteorProcessor
 from meteor_model.tokenizer import train_tokenizer
+from meteor_model.turn_encoder import Encoded
 
 TEXTS = ("What colour is the background? red", "Where is the drawing? left", "Name it. a grinning face")
 PRUNED = PruningConfig(

@@ -13,11 +13,11 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText
 
+from meteor_model.collate import collate
 from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, PruningConfig
 from meteor_model.inputs import scatter_visual
 from meteor_model.logits import token_loss
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
-from meteor_model.processing_meteor import collate
 from tests.meteor_model.builders import DENSE, PRUNED, config, decided, model, pixels, processor
 
 

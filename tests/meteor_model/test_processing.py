@@ -16,8 +16,9 @@ from transformers import AutoImageProcessor, AutoProcessor
 
 from meteor_model import chat as chat_module
 from meteor_model.chat import IGNORE_INDEX, TEMPLATES, TURN_TOKEN
+from meteor_model.collate import collate
 from meteor_model.image_processing_meteor import MeteorImageProcessor
-from meteor_model.processing_meteor import MeteorProcessor, collate
+from meteor_model.processing_meteor import MeteorProcessor
 from meteor_model.tokenizer import train_tokenizer
 from tests.meteor_model.builders import TEXTS, processor
 

@@ -282,7 +282,7 @@ def test_every_row_is_seen_dropped_or_void(manifest: Manifest) -> None:
 
 
 def test_the_worker_side_takes_these_rows(manifest: Manifest) -> None:
-    from meteor_model.processing_meteor import collate
+    from meteor_model.collate import collate
     from pipelines.training.batches import BatchReader, Share
 
     plan = make_plan()

@@ -15,12 +15,14 @@ import torch
 from hypothesis import given, settings
 from PIL import Image
 
+from meteor_model.collate import collate
 from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.decoder.loop import decode_pruned
 from meteor_model.generation_meteor import position_ids_of
 from meteor_model.logits import token_loss
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
-from meteor_model.processing_meteor import MeteorProcessor, Prompt, collate
+from meteor_model.processing_meteor import MeteorProcessor
+from meteor_model.prompts import Prompt
 from pipelines.data import shards
 from pipelines.data.schema import RawSample, Turn
 from pipelines.evaluation.evaluate import score_model, score_of_records

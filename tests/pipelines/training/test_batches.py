@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from meteor_model.processing_meteor import collate
+from meteor_model.collate import collate
 from pipelines.config.settings import SettingsError
 from pipelines.data.schema import Row
 from pipelines.training.batches import BatchReader, Counts, Share, StreamOrderError, make_micro_batch

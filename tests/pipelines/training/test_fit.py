@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from meteor_model.processing_meteor import collate
+from meteor_model.collate import collate
 from pipelines.checkpoint.best import checkpoint_to_export
 from pipelines.checkpoint.committed import CheckpointRef, latest_checkpoint
 from pipelines.checkpoint.consolidate import consolidate

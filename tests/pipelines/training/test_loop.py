@@ -11,7 +11,7 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from meteor_model.processing_meteor import collate
+from meteor_model.collate import collate
 from pipelines.checkpoint.state import TrainState
 from pipelines.checkpoint.zero3 import parameter_groups
 from pipelines.data.schema import Row

@@ -16,7 +16,7 @@ import ray.train
 import torch
 from ray.train.torch import TorchTrainer
 
-from meteor_model.processing_meteor import collate
+from meteor_model.collate import collate
 from pipelines.checkpoint.best import best_checkpoint
 from pipelines.recovery.lease import hold_run
 from pipelines.recovery.run_lock import FailureCallback, RunLock, lock_run
