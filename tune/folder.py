@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from pipelines.io import storage
 from pipelines.io.names import require_name
+from pipelines.io.stored_folder import StoredFolder
 
 SWEEPS_FOLDER = "sweeps"
 
 
-@dataclass(frozen=True)
-class SweepFolder:
-    """The paths of one sweep.
-
-    Attributes:
-        url: address of the folder.
-    """
-
-    url: str
-
-    def _path(self, *parts: str) -> str:
-        return storage.join(self.url, *parts)
+class SweepFolder(StoredFolder):
+    """The paths of one sweep."""
 
     @property
     def facts(self) -> str:

@@ -4,28 +4,17 @@
 storage and names: controllers and data tasks use it.
 """
 
-from dataclasses import dataclass
-
 from pipelines.io import storage
 from pipelines.io.names import is_name, require_name
+from pipelines.io.stored_folder import StoredFolder
 
 RUNS_FOLDER = "runs"
 TRAIN_NAME = "train"
 """Name under which Ray Train knows the training of a run; its folder is called like it."""
 
 
-@dataclass(frozen=True)
-class RunFolder:
-    """The paths of one run.
-
-    Attributes:
-        url: address of the folder.
-    """
-
-    url: str
-
-    def _path(self, *parts: str) -> str:
-        return storage.join(self.url, *parts)
+class RunFolder(StoredFolder):
+    """The paths of one run."""
 
     @property
     def record(self) -> str:
