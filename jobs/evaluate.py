@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from jobs.command_line import Job
 from jobs.settings import Device, Tracking, check_device, check_manifest, check_model, torch_device
-from pipelines.evaluation.suite import Replies
+from pipelines.evaluation.scores import Replies
 
 
 @dataclass(frozen=True)

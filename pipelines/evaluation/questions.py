@@ -17,8 +17,7 @@ from meteor_model.turn_encoder import Encoded
 from pipelines.data import shards
 from pipelines.data.samples import SampleReader
 from pipelines.data.schema import RawSample
-from pipelines.evaluation.scores import TEXT_ONLY
-from pipelines.evaluation.suite import Replies
+from pipelines.evaluation.scores import TEXT_ONLY, Replies
 from pipelines.io.fingerprint import sha256
 
 BATCH = 16

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -21,6 +21,8 @@ MEASURED = (
     *("visual_tokens", "visual_tokens_mean", "tflops"),
 )
 """Fields of a score that were measured, in the order in which people read them."""
+Replies = Literal["all", "first"]
+"""Which replies of a sample are questions."""
 TEXT_ONLY = "text_only"
 """Reason of a question without an image: left out of every suite, and no loss."""
 

@@ -6,18 +6,16 @@ Imports no torch: the registry files and compares scores without a model.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pipelines.data import shards
-from pipelines.evaluation.scores import ScoringError, counted
+from pipelines.evaluation.scores import Replies, ScoringError, counted
 from pipelines.io.fingerprint import sha256_of_json
 
 if TYPE_CHECKING:
     from meteor_model.processing_meteor import MeteorProcessor
     from pipelines.evaluation.questions import Questions
 
-Replies = Literal["all", "first"]
-"""Which replies of a sample are questions."""
 ASKED_AS = 2
 """How a question is asked; part of every digest, for scores of questions that were asked in another way say nothing
 about these. 1, until 2026-11-30: the first user turn alone, its images moved to the front."""

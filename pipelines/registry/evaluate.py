@@ -9,8 +9,8 @@ from pathlib import Path
 from pipelines.data.shards import load_manifest
 from pipelines.evaluation.evaluate import score_model
 from pipelines.evaluation.questions import read_questions
-from pipelines.evaluation.scores import Score, ScoringError, counted
-from pipelines.evaluation.suite import Replies, Suite
+from pipelines.evaluation.scores import Replies, Score, ScoringError, counted
+from pipelines.evaluation.suite import Suite
 from pipelines.io.console import say
 from pipelines.io.redact import redact
 from pipelines.registry.open import load_model
