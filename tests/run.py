@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 ROOT = Path(__file__).resolve().parents[1]
-BESIDE = ("tests/meteor_model", "tests/jobs", "tests/infra")
+BESIDE = ("tests/meteor_model", "tests/benchmarks", "tests/infra", "tests/jobs")
 """Folders that are tested beside all others, which follow from it: a new folder belongs to a half by itself."""
 NO_TESTS = 5
 """pytest's exit status where nothing was selected, as `-k` may leave of one half."""

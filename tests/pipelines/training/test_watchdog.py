@@ -17,6 +17,8 @@ from pipelines.training.trainer import TrainingResult, fit
 from tests.pipelines.training.stand_in import SETTINGS, make_job, write_init
 
 STUCK_AFTER_S = 10.0
+NOTICED_S = 4.0
+"""The most beyond the limit: looks of sender and observer."""
 STOPPED_STEP, STOPPED_ROW = 3, 20
 
 
@@ -45,7 +47,7 @@ def test_what_is_stopped_is_named_and_replaced_and_nothing_is_lost(
     result = fit(dataclasses.replace(job, observe=StopsItsWorkerOnce(str(tmp_path / "worker"))))
     output = capsys.readouterr().out
 
-    silent = r"no sign of life for (\d+) s \(limit \d+ s\): "
+    silent = r"no sign of life for (\d+) s \(limit (\d+) s\): "
     task = re.search(silent + r"data task \d+ .* last in encoding \(row 20\)", output)
     worker = re.search(
         silent + r"worker 1 \(pid \d+ on .*, node .*\) last in [a-z ]+ of step [123] ?"
@@ -54,7 +56,8 @@ def test_what_is_stopped_is_named_and_replaced_and_nothing_is_lost(
     )
     assert task is not None, output
     assert worker is not None, output
-    assert float(worker.group(1)) < STUCK_AFTER_S + 15
+    for seconds, limit in (task.groups()[:2], worker.groups()[:2]):  # the limit holds the slowest step, too
+        assert float(seconds) <= float(limit) + NOTICED_S
     assert "restart 1 of at most 1 in a row, from " in output
     reports = sorted(Path(folder.stuck).iterdir())
     assert len(reports) == 2
