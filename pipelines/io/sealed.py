@@ -20,6 +20,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+from meteor_model.foreign import foreign
 from pipelines.io import codec, storage
 from pipelines.io.fingerprint import RunningSha256, canonical_json, sha256, sha256_of_file
 from pipelines.io.local_disk import writing
@@ -237,10 +238,8 @@ def read_document(url: str) -> dict[str, Any]:
 
     def read() -> dict[str, Any]:
         data = storage.read_bytes(url)
-        try:
+        with foreign(lambda what: DamagedFileError(folder, name, f"it is no JSON ({what})")):
             value = json.loads(data)
-        except ValueError as error:
-            raise DamagedFileError(folder, name, f"it is no JSON ({error})") from error
         if not isinstance(value, dict):
             raise DamagedFileError(folder, name, "it is no JSON object")
         if "sha256" in value and seal_document(value)["sha256"] != value["sha256"]:
@@ -280,10 +279,8 @@ def _checked(url: str, name: str, data: bytes, wanted: FileSum) -> bytes:
 def _read_list(url: str, name: str) -> dict[str, FileSum]:
     def read() -> dict[str, FileSum]:
         data = storage.read_bytes(storage.join(url, name))
-        try:
+        with foreign(lambda what: DamagedFileError(url, name, what)):
             found = codec.decode(_List, data, name)
-        except ValueError as error:
-            raise DamagedFileError(url, name, str(error)[:200]) from error
         if encode_list(found.files) != data:
             raise DamagedFileError(url, name, "the list is not what was written")
         return found.files
@@ -295,10 +292,8 @@ def _read_list(url: str, name: str) -> dict[str, FileSum]:
 def _export_sums(url: str) -> dict[str, FileSum]:
     def read() -> dict[str, FileSum]:
         data = storage.read_bytes(storage.join(url, EXPORT_LIST))
-        try:
+        with foreign(lambda what: DamagedFileError(url, EXPORT_LIST, f"it is no list ({what})")):
             return {str(name): FileSum(str(digest)) for name, digest in json.loads(data).items()}
-        except (ValueError, AttributeError) as error:
-            raise DamagedFileError(url, EXPORT_LIST, f"it is no list ({error})") from error
 
     listed: dict[str, FileSum] = _until_right(url, EXPORT_LIST, read)
     return listed

@@ -151,6 +151,25 @@ def test_a_document_knows_its_own_content(tmp_path: Path) -> None:
     assert sealed.read_document(url) == {"checkpoint": "old"}
 
 
+FOREIGN = {
+    "a nest of thousands": b"[" * 100_000,
+    "an endless integer": b'{"a": ' + b"9" * 5000 + b"}",
+    "not UTF-8": b'{"a": "\xff"}',
+    "half a document": b'{"a": ',
+    "of another kind": b"[1, 2]",
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+@pytest.mark.parametrize("name", ["best.json", "checksums.json", sealed.list_name()])
+def test_whatever_a_document_or_a_list_holds_its_file_is_named(what: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(FOREIGN[what])
+    read, url = (sealed.read_document, tmp_path / name) if name == "best.json" else (sealed.open_folder, tmp_path)
+    with pytest.raises(DamagedFileError, match=f"{name} is damaged") as caught:
+        read(str(url))
+    assert len(str(caught.value)) < 1000
+
+
 def test_the_error_survives_the_way_from_a_worker() -> None:
     error = DamagedFileError("s3://b/runs/a/train/step-1", "zero3/x.pt", "it is missing")
     again = pickle.loads(pickle.dumps(error))
