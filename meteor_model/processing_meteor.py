@@ -149,13 +149,15 @@ class MeteorProcessor(ProcessorMixin):
             ValueError: as `encode`.
         """
         ids, labels, replies = self.encode(turns, num_images)
+        places = [place for place, (role, _) in enumerate(turns) if role == "assistant"]
         return [
             EncodedQuestion(
                 Encoded(ids[:begin], labels[:begin], replies[:index]),
                 [label for label in labels[begin:end] if label != IGNORE_INDEX],
                 ids[:begin].count(self.image_token_id) // self.tokens_per_image,
+                place,
             )
-            for index, (begin, end) in enumerate(replies)
+            for index, (place, (begin, end)) in enumerate(zip(places, replies, strict=True))
         ]
 
     def _refuse_rendered(self, question: str) -> None:

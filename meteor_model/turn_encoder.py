@@ -32,11 +32,13 @@ class EncodedQuestion(NamedTuple):
         prompt: the conversation up to the reply, as training encodes it.
         answer_ids: those of the reply that training supervises, its end token too.
         num_images: images in the prompt, the first ones of the conversation.
+        place: of the reply among the turns.
     """
 
     prompt: Encoded
     answer_ids: list[int]
     num_images: int
+    place: int
 
 
 class TurnEncoder:

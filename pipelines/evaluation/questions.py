@@ -58,8 +58,8 @@ class Question:
     def encoded_by(self, processor: MeteorProcessor) -> Question:
         """The same question for a processor of another pruning, which writes another number of placeholders."""
         turns = [*self.turns, ("assistant", self.expected)]
-        prompt, answer_ids, _ = processor.encode_questions(turns, len(self.images))[-1]
-        return replace(self, prompt=prompt, answer_ids=answer_ids)
+        asked = processor.encode_questions(turns, len(self.images))[-1]
+        return replace(self, prompt=asked.prompt, answer_ids=asked.answer_ids)
 
     @property
     def length(self) -> int:
@@ -84,19 +84,17 @@ class Questions:
 def questions_of(sample: RawSample, processor: MeteorProcessor, replies: Replies = "all") -> list[Question]:
     """The questions of a sample: one a reply, or the first alone."""
     turns = tuple(sample.conversation)
-    places = [place for place, (role, _) in enumerate(turns) if role == "assistant"]
-    encoded = processor.encode_questions(turns, len(sample.images))
     found = [
         Question(
             f"{sample.key}#{number}",
-            turns[place - 1][1].replace(IMAGE_PLACEHOLDER, "").strip(),
-            turns[place][1],
-            prompt,
-            answer_ids,
-            sample.images[:num_images],
-            turns[:place],
+            turns[asked.place - 1][1].replace(IMAGE_PLACEHOLDER, "").strip(),
+            turns[asked.place][1],
+            asked.prompt,
+            asked.answer_ids,
+            sample.images[: asked.num_images],
+            turns[: asked.place],
         )
-        for number, (place, (prompt, answer_ids, num_images)) in enumerate(zip(places, encoded, strict=True))
+        for number, asked in enumerate(processor.encode_questions(turns, len(sample.images)))
     ]
     return found[:1] if replies == "first" else found
 

@@ -227,11 +227,9 @@ class _PartAnswerer:
             ((_, text),) = images_in_front(given, len(images))
             return [(str(text), Question.of(given, processor, images))]
         turns = sample.conversation
-        asked = [turns[place - 1][1] for place, (role, _) in enumerate(turns) if role == "assistant"]
-        encoded = processor.encode_questions(turns, len(images))
         questions = [
-            (text, Question(prompt, images[:num_images]))
-            for text, (prompt, _, num_images) in zip(asked, encoded, strict=True)
+            (turns[asked.place - 1][1], Question(asked.prompt, images[: asked.num_images]))
+            for asked in processor.encode_questions(turns, len(images))
         ]
         return questions[:1] if self._spec.questions == "first" else questions
 

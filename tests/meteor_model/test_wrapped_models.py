@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +73,6 @@ def test_an_int8_model_prunes_and_answers(name: str) -> None:
     sequences, kept = answers(built)
     assert len(sequences) == len(lengths)
     assert [abs(len(row) - length) <= 3 for row, length in zip(kept, lengths, strict=True)] == [True] * 3
-
-
-@pytest.fixture(scope="module")
-def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    store = torch.distributed.FileStore(str(tmp_path_factory.mktemp("ddp") / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.usefixtures("process_group")

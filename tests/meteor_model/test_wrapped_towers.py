@@ -7,7 +7,7 @@ the wrapper (meteor_model/encoders/at_hand.py). Every tower of the table meets e
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -141,14 +141,6 @@ class Loss(nn.Module):
 
     def forward(self) -> Tensor:
         return run(self.encoder, self.pruned)[0].pow(3).sum()
-
-
-@pytest.fixture(scope="module")
-def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    store = torch.distributed.FileStore(str(tmp_path_factory.mktemp("ddp") / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.usefixtures("process_group")
