@@ -181,7 +181,7 @@ def _require_questions(settings: SweepSettings, subject: _Subject, base: str) ->
     Raises:
         ValueError: for what is lacking and would fail every trial: questions of the suite, or prompts for lambda.
     """
-    with local_copy(base) as folder:
+    with local_copy(base, weights=False) as folder:
         config = MeteorConfig.from_pretrained(folder)
         processor = MeteorProcessor.from_pretrained(folder)
     positions = config.text_config.max_position_embeddings

@@ -1,35 +1,42 @@
 """Folders on this machine: copies of what is in storage, and a worker's files of a checkpoint before their upload.
 
-A copy is shared by the processes of this machine that have it open at the same time: one brings and checks it, the last
-one removes it. Locks of the operating system tell who has it open, so a killed process holds nothing.
-
 Data tasks import this module, so what needs torch or transformers is imported where it is used.
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from pipelines.io import sealed, storage
-from pipelines.io.fingerprint import sha256
+from pipelines.io.fingerprint import canonical_json, sha256
+from pipelines.io.node_copies import Content, open_copy
+from pipelines.io.node_locks import machine, own_disk, try_lock
 from pipelines.io.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from meteor_model.processing_meteor import MeteorProcessor
 
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+"""Ends of the names of files of weights."""
+
 
 @contextmanager
-def local_copy(url: str) -> Iterator[Path]:
+def local_copy(url: str, *, weights: bool = True, keep: bool = True) -> Iterator[Path]:
     """The files of the folder `url` on this machine, every one compared with the folder's list of SHA-256.
 
-    A local folder is given as it is. One without a list, of an earlier version, is not compared.
+    There is one copy a node, brought and compared once (`pipelines.io.node_copies`). A local folder is given as it is.
+    One without a list, of an earlier version, is not compared.
+
+    Args:
+        url: address of the folder.
+        weights: without, only what is small is brought: configuration, processor, state.
+        keep: whether the copy stays for the next who opens it, while there is room.
 
     Raises:
         DamagedFileError: a file that is not what was written.
@@ -39,61 +46,17 @@ def local_copy(url: str) -> Iterator[Path]:
     folder = sealed.open_folder(url)
     if not folder.present:
         raise storage.ObjectMissingError(f"{url}: no files here")
+    names = [name for name in folder.wanted if weights or not name.endswith(WEIGHTS)]
     if storage.is_s3(url):
-        with _shared(folder.identity, lambda target: sealed.fetch(folder, target)) as copy:
-            yield copy
+        need = sum(folder.present.get(name, 0) for name in names)
+        place, fill = None, lambda target: sealed.fetch(folder, target, names)
     else:
-        with _shared(folder.identity, lambda _: sealed.verify(folder)):
-            yield storage.local_path(url)
-
-
-@contextmanager
-def _shared(content: str, fill: Callable[[Path], None]) -> Iterator[Path]:
-    """A folder of this machine that `fill` has filled with this content, once for all who have it open."""
-    root = Path(tempfile.gettempdir()) / f"meteor-copies-{os.getuid()}"
-    root.mkdir(mode=0o700, exist_ok=True)
-    key = content[:24]
-    folder, whole, users = root / key, root / f"{key}.whole", root / f"{key}.users"
-    gate = root / f"{key[:2]}.gate"  # never removed: who waits at it must wait at the same file
-    with _alone(gate):
-        using = users.open("w")
-        if _try_lock(using) or not whole.exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            whole.unlink(missing_ok=True)
-            try:
-                folder.mkdir()
-                fill(folder)
-            except BaseException:
-                shutil.rmtree(folder, ignore_errors=True)
-                users.unlink(missing_ok=True)
-                using.close()
-                raise
-            whole.touch()
-        fcntl.flock(using, fcntl.LOCK_SH)
-    try:
-        yield folder
-    finally:
-        with _alone(gate):
-            if _try_lock(using):
-                shutil.rmtree(folder, ignore_errors=True)
-                whole.unlink(missing_ok=True)
-                users.unlink(missing_ok=True)
-            using.close()
-
-
-@contextmanager
-def _alone(gate: Path) -> Iterator[None]:
-    with gate.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-def _try_lock(handle: TextIO) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        need, place = 0, storage.local_path(url)
+        listed = None if folder.sums is None else {name: one for name, one in folder.sums.items() if name in names}
+        fill = lambda _: sealed.verify(replace(folder, sums=listed))  # noqa: E731
+    key = sha256(canonical_json([folder.identity, names]))
+    with open_copy(Content(key, url, names, need, fill, place), keep) as path:
+        yield path
 
 
 def load_processor(url: str) -> MeteorProcessor:
@@ -112,25 +75,27 @@ def new_folder(run: str) -> Path:
     """A fresh local folder for one worker's files of one checkpoint of the run at `run`.
 
     Ray deletes it after the upload. What killed workers of the run left on this machine is removed first: folders whose
-    lock nobody holds.
+    lock nobody holds. In a temp folder that machines share, those of others stay: their locks may not be seen here.
     """
-    prefix = f"meteor-checkpoint-{sha256(run)[:12]}-"
+    temp, prefix = Path(tempfile.gettempdir()), f"meteor-checkpoint-{sha256(run)[:12]}-"
+    own = f"{prefix}{machine()}-"
     for folder in [folder for folder in _OWN_LOCKS if not folder.exists()]:
         _lock_of(folder).unlink(missing_ok=True)
         _OWN_LOCKS.pop(folder).close()
-    for lock in Path(tempfile.gettempdir()).glob(f"{prefix}*.lock"):
+    for lock in temp.glob(f"{prefix if own_disk(temp) else own}*.lock"):
         try:
             handle = lock.open("r+")
         except OSError:  # another user's, or gone just now
             continue
         with handle:
-            if _try_lock(handle):
+            if try_lock(handle):
                 shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
                 lock.unlink(missing_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=prefix))
+    folder = Path(tempfile.mkdtemp(prefix=own))
     unlocked = folder.with_name(f"{folder.name}.new")
     mine = unlocked.open("w")
-    fcntl.flock(mine, fcntl.LOCK_EX)
+    locked = try_lock(mine)
+    assert locked, "nobody else knows the file"
     unlocked.rename(_lock_of(folder))  # only now do others see it
     _OWN_LOCKS[folder] = mine
     return folder

@@ -15,6 +15,8 @@ from typing import Any
 
 import psutil
 
+from pipelines.io.node_copies import make_room
+
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Numbers of errors that say so."""
 _WORDS = (
@@ -48,12 +50,15 @@ def writing(folder: Path, need: int | None, what: str) -> Iterator[None]:
 
     Args:
         folder: where; it need not be there yet.
-        need: bytes that come; None where nobody knows. More than are free is an error before anything is written.
+        need: bytes that come; None where nobody knows. Copies that nobody has open make room for them; more than are
+            free then is an error before anything is written.
         what: names it for people.
 
     Raises:
         LocalDiskError: there is no room, found before or while writing, whatever the writer raised.
     """
+    if need is not None and need + _RESERVE_BYTES > free_bytes(folder):
+        make_room(_existing(folder), need + _RESERVE_BYTES)
     if need is not None and need + _RESERVE_BYTES > free_bytes(folder):
         raise LocalDiskError(no_room(folder, need, what))
     try:

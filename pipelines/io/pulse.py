@@ -152,6 +152,10 @@ class Pulse:
         self._detail = self._detail if detail is None else detail[:DETAIL_LENGTH]
         self._marks += 1
 
+    def gets_on(self) -> None:
+        """What was said last gets on."""
+        self._marks += 1
+
     def step_took(self, seconds: float) -> None:
         """Note the length of a step. That of the first, with the start of the stream in it, counts until the second."""
         self._recent[max(0, self._steps - 1) % RECENT_STEPS] = seconds

@@ -162,7 +162,10 @@ def open_folder(url: str, present: Mapping[str, int] | None = None) -> Folder:
             raise DamagedFileError(url, name, LIST_MISSING)
     sums: dict[str, FileSum] = {}
     for name in expected:
-        sums |= _read_list(url, name)
+        listed = _read_list(url, name)
+        if not listed:
+            raise DamagedFileError(url, name, f"it names no file: writer {int(name[10:15])} left none")
+        sums |= listed
     return Folder(url, found, sums)
 
 

@@ -58,10 +58,13 @@ def upload_file(local: Path, url: str, retry_s: float = UPLOAD_RETRY_S) -> int:
 def upload_folder(folder: Path, url: str, retry_s: float = UPLOAD_RETRY_S) -> dict[str, int]:
     """Bring every file of a local folder below a URL; bytes by path. `retry_s` counts for each file.
 
-    Raises UploadError naming the file and the address; StorageError where repeating is of no use (see upload_file).
+    Raises UploadError naming the file and the address, or a folder without files; StorageError where repeating is of no
+    use (see upload_file).
     """
     sizes: dict[str, int] = {}
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    if not paths:
+        raise UploadError(f"{folder} {_emptiness(folder)}: there is nothing to bring to {url}")
     for path in paths:
         name = path.relative_to(folder).as_posix()
         try:
@@ -72,6 +75,10 @@ def upload_folder(folder: Path, url: str, retry_s: float = UPLOAD_RETRY_S) -> di
                 f"{len(paths)} files of the folder are in {url}: {error}"
             ) from error
     return sizes
+
+
+def _emptiness(folder: Path) -> str:
+    return "is empty" if folder.is_dir() else "is not there"
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,14 @@ class CheckpointUpload:
             )
         local = Path(os.fspath(checkpoint.path))
         try:
-            self._write_list(url, sealed.sums_of(local))
+            sums = sealed.sums_of(local)
+            if not sums:  # committed without them it would look whole
+                raise UploadError(
+                    f"{local} {_emptiness(local)}: worker {self.part} of {self.parts} has lost its files of the "
+                    "checkpoint before their upload. Something else removes files in that temp folder; give every node "
+                    "its own (TMPDIR)"
+                )
+            self._write_list(url, sums)
             upload_folder(local, url, self.retry_s)
         except UploadError as error:
             raise UploadError(

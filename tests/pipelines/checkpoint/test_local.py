@@ -9,7 +9,8 @@ import pytest
 
 from pipelines.checkpoint import local
 from pipelines.checkpoint.local import local_copy, new_folder
-from pipelines.io import sealed, storage
+from pipelines.io import sealed
+from pipelines.io.node_copies import remove_copies
 from pipelines.io.upload import upload_folder
 from tests.pipelines.s3_fixture import BUCKET, S3Server
 
@@ -33,36 +34,115 @@ print(new_folder("s3://b/runs/a"))
     assert len(list(tmp_path.glob("*.lock"))) == 2
 
 
-@pytest.mark.stack
-def test_a_copy_is_brought_once_for_all_who_have_it_open(
-    s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_folders_of_another_node_stay_in_a_temp_folder_that_nodes_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
-    (tmp_path / "tmp").mkdir()
+    """A lock of another node may not be seen here: its folder looks like one of a dead worker."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(local, "own_disk", lambda _: False)
+    monkeypatch.setattr(local, "machine", lambda: "node-a")
+    of_a = new_folder("s3://b/runs/a")
+    local._OWN_LOCKS.pop(of_a).close()  # what node b sees of the lock
+    monkeypatch.setattr(local, "machine", lambda: "node-b")
+    new_folder("s3://b/runs/a")
+    assert of_a.is_dir()
+    monkeypatch.setattr(local, "machine", lambda: "node-a")
+    new_folder("s3://b/runs/a")
+    assert not of_a.exists(), "its own it sweeps"
+
+
+def _stored(tmp_path: Path, url: str) -> Path:
     source = tmp_path / "source"
     (source / "deep").mkdir(parents=True)
     (source / "deep" / "a").write_bytes(os.urandom(100))
-    url = f"s3://{BUCKET}/copies/a"
+    (source / "config.json").write_text("{}")
+    (source / "model.safetensors").write_bytes(os.urandom(1000))
     sealed.write_list(url, sealed.sums_of(source))
     upload_folder(source, url)
-    fetched: list[int] = []
-    fetch = sealed.fetch
+    return source
 
-    def counted(folder: sealed.Folder, target: Path) -> None:
-        fetched.append(1)
-        fetch(folder, target)
 
-    monkeypatch.setattr(local.sealed, "fetch", counted)
+@pytest.fixture
+def fetched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that are brought from the store."""
+    names: list[str] = []
+    fetch = sealed._fetch
+
+    def counted(folder: sealed.Folder, name: str, target: Path) -> None:
+        names.append(name)
+        fetch(folder, name, target)
+
+    monkeypatch.setattr(sealed, "_fetch", counted)
+    return names
+
+
+@pytest.fixture
+def temp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The node's temp folder."""
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    return folder
+
+
+@pytest.mark.stack
+def test_a_copy_is_brought_once_for_all_who_open_it(
+    s3: S3Server, tmp_path: Path, temp: Path, fetched: list[str]
+) -> None:
+    url = f"s3://{BUCKET}/copies/a"
+    source = _stored(tmp_path, url)
     with local_copy(url) as first:
         with local_copy(url) as second:
             assert first == second
         assert (first / "deep" / "a").read_bytes() == (source / "deep" / "a").read_bytes()
-        assert fetched == [1]
-        storage.delete(f"{url}/deep/a")
-        (source / "deep" / "a").write_bytes(b"new")
-        sealed.write_list(url, sealed.sums_of(source))
-        upload_folder(source, url)
-        with local_copy(url) as third:  # other content under the same address
-            assert (third / "deep" / "a").read_bytes() == b"new"
+    with local_copy(url) as again:
+        assert again == first
+    assert sorted(fetched) == ["config.json", "deep/a", "model.safetensors"]
+    (source / "deep" / "a").write_bytes(b"new")
+    sealed.write_list(url, sealed.sums_of(source))
+    upload_folder(source, url)
+    with local_copy(url) as third:  # other content under the same address
+        assert (third / "deep" / "a").read_bytes() == b"new"
+    assert remove_copies(f"s3://{BUCKET}/copies") == 2
     assert not first.exists()
-    assert [path.suffix for path in first.parent.iterdir() if path.suffix != ".gate"] == []
+    assert not third.exists()
+
+
+@pytest.mark.stack
+def test_without_weights_only_what_is_small_is_brought(
+    s3: S3Server, tmp_path: Path, temp: Path, fetched: list[str]
+) -> None:
+    url = f"s3://{BUCKET}/copies/b"
+    _stored(tmp_path, url)
+    with local_copy(url, weights=False) as folder:
+        assert (folder / "config.json").read_text() == "{}"
+        assert not (folder / "model.safetensors").exists()
+    assert sorted(fetched) == ["config.json", "deep/a"]
+
+
+def test_a_folder_on_a_disk_is_read_once_to_check_it(
+    tmp_path: Path, temp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By whichever process comes first; who changes a file has it read again."""
+    url = str(tmp_path / "stored")
+    _stored(tmp_path, url)
+    read: list[str] = []
+    sha = sealed.sha256_of_file
+
+    def counted(path: Path) -> str:
+        read.append(path.name)
+        return sha(path)
+
+    monkeypatch.setattr(sealed, "sha256_of_file", counted)
+    for _ in range(2):
+        with local_copy(url) as folder:
+            assert folder == Path(url)
+    assert sorted(read) == ["a", "config.json", "model.safetensors"]
+    path = Path(url) / "model.safetensors"
+    before = path.stat()
+    path.write_bytes(bytes(1000))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(sealed.DamagedFileError, match=r"model.safetensors is damaged"), local_copy(url):
+        pass
+    with local_copy(url, weights=False):
+        pass

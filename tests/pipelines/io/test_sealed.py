@@ -107,6 +107,13 @@ def test_a_list_that_is_missing_is_noticed(tmp_path: Path) -> None:
         pass
 
 
+def test_a_list_without_files_is_a_part_that_is_missing(tmp_path: Path) -> None:
+    folder = stored(tmp_path, parts=3)
+    (folder / sealed.list_name(1, 3)).write_bytes(sealed.encode_list({}))
+    with pytest.raises(DamagedFileError, match=r"checksums-00001-of-00003.json is damaged: .*writer 1 left none"):
+        sealed.open_folder(str(folder))
+
+
 def test_a_folder_of_an_earlier_version_is_read_as_it_is(tmp_path: Path) -> None:
     folder = write(tmp_path / "old")
     assert sealed.open_folder(str(folder)).sums is None

@@ -60,6 +60,21 @@ def test_a_local_folder(folder: Path, tmp_path: Path) -> None:
     assert equal(folder, str(tmp_path / "stored"))
 
 
+@pytest.mark.parametrize(("left", "what"), [("nothing", "is not there"), ("empty", "is empty")])
+def test_a_folder_without_files_is_no_upload(tmp_path: Path, left: str, what: str) -> None:
+    """Its worker's shards would be missing in a checkpoint that counts."""
+    local, train = tmp_path / "local", tmp_path / "train"
+    train.mkdir()
+    if left == "empty":
+        local.mkdir()
+    with pytest.raises(UploadError, match=f"local {what}"):
+        upload_folder(local, str(tmp_path / "stored"))
+    upload = CheckpointUpload(str(train), part=1, parts=2)
+    with pytest.raises(UploadError, match=f"local {what}: worker 1 of 2 has lost its files.*TMPDIR"):
+        upload(ray.train.Checkpoint(str(local)), "step-1")
+    assert not list(train.iterdir()), "nothing is stored that looks like a part"
+
+
 UPLOAD_FAULTS: dict[str, tuple[Fault, int]] = {
     "slow_down": (SLOW_DOWN, 5),
     "disk_full_for_a_while": (DISK_FULL, 5),
