@@ -7,8 +7,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from pipelines.checkpoint.reshard import ZeroFiles, whole_weights
+from pipelines.checkpoint.shards import ZeroFiles
 from pipelines.checkpoint.state import CheckpointError
+from pipelines.checkpoint.whole import WholeWeights
 
 
 def consolidate(
@@ -19,14 +20,15 @@ def consolidate(
     Args:
         directory: the checkpoint.
         model_class: class of the model.
-        init: folder with the model's config (the folder that training started from).
+        init: the folder that training started from: its config, and its weights where parts are frozen.
         dtype: number format of the weights; None keeps the fp32 that the shards hold.
 
     Raises:
-        CheckpointError: if the shards lack a parameter or buffer of the model, hold one too many, or another shape.
+        CheckpointError: if the shards lack a parameter or buffer of the model, hold one too many, or another shape, or
+            if they leave what is frozen to another start model.
     """
     dtype = dtype or torch.float32
-    weights = {name: _cast(tensor, dtype) for name, tensor in read_weights(directory).items()}
+    weights = {name: _cast(tensor, dtype) for name, tensor in read_weights(directory, init).items()}
     with no_init_weights():
         model = model_class(model_class.config_class.from_pretrained(init))
     expected = model.state_dict()
@@ -45,15 +47,15 @@ def consolidate(
     return model.eval()
 
 
-def read_weights(directory: Path) -> dict[str, Tensor]:
-    """All weights in the ZeRO-3 shards of a local checkpoint, fp32 where they were trained.
+def read_weights(directory: Path, init: Path) -> WholeWeights:
+    """All weights of a local checkpoint, fp32 where they were trained; what is frozen comes from `init`.
 
     DeepSpeed's own function for this is not used: it unpickles whatever the files hold.
 
     Raises:
-        CheckpointError: if shards are missing or damaged.
+        CheckpointError: if shards are missing or damaged, or leave what is frozen to another start model.
     """
-    return whole_weights(ZeroFiles(directory))
+    return WholeWeights(ZeroFiles(directory), init)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder `{storage}/runs/{run}/train/step-...` with
 
-    zero3/                  DeepSpeed's shards of weights and optimizer, the rank in every file's name
+    zero3/                  DeepSpeed's shards of trained weights and optimizer, the rank in every file's name
     train_state.json        `TrainState`; the loss of every step is in `step-losses/` (`pipelines.checkpoint.losses`)
     ledger.bin              which samples were trained (`pipelines.data.ledger`)
     recipe.json             every setting of the run
@@ -10,7 +10,8 @@ A checkpoint is a folder `{storage}/runs/{run}/train/step-...` with
     parity.safetensors      in the last one and in validated ones: a batch and the training model's logits on it
     checksums-*.json        SHA-256 of every file, a list for each worker (`pipelines.io.sealed`)
 
-all but the first and the last written by rank 0. Random numbers need no file: they are a function of (seed, step,
+all but the first and the last written by rank 0. What is frozen stays in the run's `init/`, whose weights the shards
+name by digest (`pipelines.checkpoint.start_weights`). Random numbers need no file: they are a function of (seed, step,
 rank).
 """
 
@@ -33,7 +34,9 @@ RECIPE_FILE = "recipe.json"
 POINTS_FILE = "metrics.jsonl"
 PARITY_FILE = "parity.safetensors"
 ZERO3_TAG = "zero3"
-STATE_VERSION = 3
+STATE_VERSION = 4
+READ_VERSIONS = (2, 3, 4)
+"""2 held the loss of every step; up to 3 the shards held what is frozen."""
 MAX_LISTED_DROPS = 200
 TOO_LONG = "too_long"
 """The reason that is no fault of a sample (`pipelines.data.schema.REASONS`)."""
@@ -161,17 +164,17 @@ class TrainState:
         """The state in `text`, read from `source`.
 
         Raises:
-            CheckpointError: if it is not a state of this version or of the one before.
+            CheckpointError: if it is not a state of this version or of the two before.
         """
         with foreign(lambda what: CheckpointError(f"{source} is not a training state: {what}"), (CheckpointError,)):
             values: dict[str, Any] = json.loads(text)
             version = values.pop("version")
+            if version not in READ_VERSIONS:
+                raise CheckpointError(f"{source} has version {quoted(version)}, this code reads {READ_VERSIONS}")
             if version == 2:
                 losses = values.pop("losses")
                 values["losses_in_version_2"] = losses
                 values["first_losses"], values["last_losses"] = losses[:SMOOTHED_STEPS], losses[-KEPT_LAST_LOSSES:]
-            elif version != STATE_VERSION:
-                raise CheckpointError(f"{source} has version {quoted(version)}, this code reads 2 and {STATE_VERSION}")
             drops = tuple(DroppedSample.from_dict(drop) for drop in values.pop("dropped_samples"))
             tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
             return cls(**{**values, **tuples, "dropped_samples": drops})

@@ -12,11 +12,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from pipelines.checkpoint.start_weights import StartWeights, WeightsError
 from pipelines.compat.deepspeed import import_deepspeed, whole_shape
 from pipelines.config.settings import PARTS, OptimizerSettings, Part, ScheduleSettings, SettingsError, TrainingSettings
 
@@ -27,10 +27,6 @@ PART_OF_MODULE: dict[str, Part] = {
     "lm_head": "llm",
 }
 """The part of each of the model's top-level modules."""
-
-
-class WeightsError(ValueError):
-    """The weights in a folder do not fit the model; the message names the parameter, the file and the shapes."""
 
 
 def deepspeed_config(settings: TrainingSettings) -> dict[str, Any]:
@@ -68,32 +64,6 @@ def weight_dtype(settings: TrainingSettings) -> torch.dtype:
     return torch.bfloat16 if settings.precision == "bf16" else torch.float32
 
 
-class WeightFiles:
-    """The safetensors files of a folder as one mapping from tensor name to tensor, read one tensor at a time."""
-
-    def __init__(self, directory: Path) -> None:
-        self._file_of: dict[str, Path] = {}
-        for path in sorted(directory.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                self._file_of.update(dict.fromkeys(file.keys(), path))
-        if not self._file_of:
-            raise WeightsError(f"{directory} holds no *.safetensors; it must be a folder that save_for_sharding wrote")
-        self.directory = directory
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._file_of
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of tensor `name`, without reading it."""
-        with safe_open(self._file_of[name], framework="pt") as file:
-            return tuple(file.get_slice(name).get_shape())
-
-    def read(self, name: str) -> Tensor:
-        """Tensor `name`, on the CPU."""
-        with safe_open(self._file_of[name], framework="pt") as file:
-            return file.get_tensor(name)
-
-
 def save_for_sharding(model: PreTrainedModel, directory: Path) -> None:
     """Write the folder that `load_sharded` reads: config, and weights under the names of the model's own modules.
 
@@ -123,7 +93,7 @@ def load_sharded(
     ):
         model = model_class(model_config)
     model.tie_weights()  # part of the initialisation that is left out above
-    files = WeightFiles(directory)
+    files = StartWeights(directory)
     names = _names_in_files(model, files)
     for parameter, name in names.items():
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
@@ -147,7 +117,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _names_in_files(model: nn.Module, files: WeightFiles) -> dict[nn.Parameter, str]:
+def _names_in_files(model: nn.Module, files: StartWeights) -> dict[nn.Parameter, str]:
     """For every parameter the name under which the files hold it (a tied parameter has several names)."""
     aliases: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -166,7 +136,7 @@ def _names_in_files(model: nn.Module, files: WeightFiles) -> dict[nn.Parameter, 
     return names
 
 
-def _verify_weights(deepspeed: ModuleType, names: Mapping[nn.Parameter, str], files: WeightFiles) -> None:
+def _verify_weights(deepspeed: ModuleType, names: Mapping[nn.Parameter, str], files: StartWeights) -> None:
     """Compare what this worker gathers with the files, parameter by parameter."""
     wrong: list[str] = []
     for parameter, name in names.items():

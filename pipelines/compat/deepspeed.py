@@ -1,7 +1,7 @@
 """What this project uses of DeepSpeed beyond its public interface, with the version it was read from and the reason.
 
 Written for DeepSpeed 0.19.8; `pyproject.toml` allows no other minor version. `tests/pipelines/compat/test_deepspeed.py`
-fails when one of these things changes. The format of its checkpoint files is read in `pipelines/checkpoint/reshard.py`,
+fails when one of these things changes. The format of its checkpoint files is read in `pipelines/checkpoint/shards.py`,
 and held by `tests/pipelines/checkpoint/test_reshard.py`.
 
 `deepspeed` is imported in the functions, after the accelerator has been chosen.
@@ -88,12 +88,10 @@ def engine_layout(engine: Any) -> EngineLayout:
 def checkpoint_bytes(engine: Any) -> int:
     """About how many bytes this worker's files of a checkpoint take: fp32 weights and AdamW's two moments.
 
-    What is frozen and the buffers are small beside them, or come once more in the format they are trained beside.
+    The buffers are small beside them; what is frozen is not written.
     """
     flat: Sequence[Tensor] = engine.optimizer.fp32_partitioned_groups_flat
-    frozen = [one.ds_tensor for one in engine.module.parameters() if not one.requires_grad]
-    weights = sum(one.numel() * one.element_size() for one in flat)
-    return 3 * weights + sum(one.numel() * one.element_size() for one in frozen)
+    return 3 * sum(one.numel() * one.element_size() for one in flat)
 
 
 def load_into_engine(
@@ -101,7 +99,7 @@ def load_into_engine(
     rank: int,
     optimizer_state: Mapping[str, Any],
     buffers: Mapping[str, Tensor],
-    frozen: Mapping[str, Tensor],
+    frozen: Mapping[str, Tensor] | None,
     counters: Mapping[str, int],
 ) -> None:
     """Give an engine what worker `rank`'s own files of a checkpoint would have given it; every worker must call this.
@@ -113,13 +111,13 @@ def load_into_engine(
         rank: of this worker.
         optimizer_state: `optimizer_state_dict` of the worker's optimizer file.
         buffers: persistent buffers of the model by name.
-        frozen: the worker's partitions of the frozen parameters by name.
+        frozen: the worker's partitions of the frozen parameters by name; None leaves them as they are.
         counters: `global_steps`, `global_samples` and `skipped_steps`.
     """
     optimizer = engine.optimizer
     optimizer.checkpoint_event_prologue()
     module = {**engine.module.state_dict(), **buffers}
-    engine.load_module_state_dict({"module": module, "frozen_param_fragments": dict(frozen)})
+    engine.load_module_state_dict({"module": module, "frozen_param_fragments": frozen})
     optimizer.load_state_dict([None] * rank + [optimizer_state])
     optimizer.checkpoint_event_epilogue()
     for name in ("global_steps", "global_samples", "skipped_steps"):

@@ -52,6 +52,11 @@ class RunFolder(StoredFolder):
         return self._path("init", "parts.json")
 
     @property
+    def init_weights(self) -> str:
+        """SHA-256 of its weight files, by which checkpoints name what they leave to them."""
+        return self._path("init", "weights.json")
+
+    @property
     def init_ready(self) -> str:
         """Written last: `init`, `processor` and `ranks` are complete."""
         return self._path("init", "READY.json")

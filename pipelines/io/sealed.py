@@ -88,7 +88,12 @@ def is_list(name: str) -> bool:
 def sums_of(folder: Path) -> dict[str, FileSum]:
     """The sums of all files of a local folder, lists left out."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and not is_list(path.name))
-    return {path.relative_to(folder).as_posix(): FileSum(sha256_of_file(path), path.stat().st_size) for path in paths}
+    return {path.relative_to(folder).as_posix(): sum_of(path) for path in paths}
+
+
+def sum_of(path: Path) -> FileSum:
+    """The sum of one local file."""
+    return FileSum(sha256_of_file(path), path.stat().st_size)
 
 
 def encode_list(files: Mapping[str, FileSum]) -> bytes:

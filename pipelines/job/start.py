@@ -25,6 +25,7 @@ from meteor_model.weights import LoadedPart, load_parts, vocabulary_rows
 from pipelines.calibration.image_plan import MeasureSettings
 from pipelines.calibration.measure import calibrate_ranks
 from pipelines.calibration.ranks import RankReport
+from pipelines.checkpoint.start_weights import SUMS_FILE, write_sums
 from pipelines.checkpoint.zero3 import save_for_sharding
 from pipelines.config.recipe import Recipe
 from pipelines.data import shards
@@ -104,6 +105,7 @@ def _store_start(
             save_for_sharding(model, folder)
             processor.save_pretrained(folder)
         sums = sealed.sums_of(folder)
+        sums[SUMS_FILE] = sealed.sum_of(write_sums(folder, sums))
         upload_folder(folder, run.init)
         processor.save_pretrained(small)  # data tasks on every node need this alone
         upload_folder(small, run.processor)

@@ -23,13 +23,13 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from pipelines.checkpoint.committed import CHECKPOINT_PREFIX
 from pipelines.checkpoint.local import new_folder
 from pipelines.checkpoint.losses import LossFile, LossLog, write_losses
+from pipelines.checkpoint.shards import save_shards
 from pipelines.checkpoint.state import (
     LEDGER_FILE,
     PARITY_FILE,
     POINTS_FILE,
     RECIPE_FILE,
     STATE_FILE,
-    ZERO3_TAG,
     TrainState,
 )
 from pipelines.compat.deepspeed import checkpoint_bytes
@@ -110,7 +110,7 @@ class CheckpointSaver:
         self._loss_file = self.losses.take()
         need = checkpoint_bytes(self.worker.engine)
         with writing(folder, need, f"this worker's part of the checkpoint of step {state.step}"):
-            self.worker.engine.save_checkpoint(str(folder), tag=ZERO3_TAG, save_latest=False)
+            save_shards(self.worker.engine, folder, self.worker.start)
             if self.worker.rank == 0:
                 self._write_common(folder, state, pending, parity)
         validate = self.validates_next(state)

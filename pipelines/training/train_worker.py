@@ -23,6 +23,7 @@ import torch
 from pipelines.checkpoint.local import local_copy
 from pipelines.checkpoint.losses import LossLog
 from pipelines.checkpoint.reshard import load_resharded
+from pipelines.checkpoint.start_weights import StartWeights
 from pipelines.checkpoint.state import POINTS_FILE, TrainState, load_ledger, load_state
 from pipelines.checkpoint.zero3 import (
     checkpoint_activations,
@@ -101,6 +102,7 @@ def _make_worker(job: TrainingJob) -> Worker:
     config = deepspeed_config(settings.at_world(world))
     with local_copy(RunFolder(job.url).init) as directory:
         model = load_sharded(job.model_class, directory, config, weight_dtype(settings), settings.uses_gpu)
+        start = StartWeights(directory).digest
     if settings.gradient_checkpointing:
         checkpoint_activations(model)
     # 3. optimise
@@ -112,7 +114,7 @@ def _make_worker(job: TrainingJob) -> Worker:
     )
     deepspeed = import_deepspeed(settings.uses_gpu)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
-    return Worker(engine, rank, world)
+    return Worker(engine, rank, world, start)
 
 
 def _steps(job: TrainingJob, loop: Loop) -> None:
@@ -174,7 +176,7 @@ def _resume(worker: Worker, job: TrainingJob) -> ResumePoint:
         if worker.rank == 0:
             ledger = load_ledger(directory, job.plan.sizes)
             ledger.require_equal(job.plan.consumed(state.rows), f"the checkpoint of step {state.step}")
-        load_resharded(worker.engine, directory)
+        load_resharded(worker.engine, directory, worker.start)
         points = points_from_jsonl((directory / POINTS_FILE).read_text(), POINTS_FILE)
     losses = LossLog(state)
     state = dataclasses.replace(state, world_size=worker.world, restarts=state.restarts + 1, losses_in_version_2=())

@@ -16,13 +16,11 @@ bytes.
 from __future__ import annotations
 
 import itertools
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 import ray
@@ -34,7 +32,6 @@ from ray.train import ValidationConfig, ValidationTaskConfig
 from pipelines.checkpoint.best import keep_best
 from pipelines.checkpoint.local import local_copy
 from pipelines.checkpoint.state import STATE_FILE, TrainState, load_state
-from pipelines.io import sealed
 from pipelines.io.console import say_from_worker
 from pipelines.io.run_folder import RunFolder
 from pipelines.recovery.lease import LeaseToken
@@ -210,15 +207,18 @@ def validate(checkpoint: ray.train.Checkpoint, validation: Validation, use_gpu: 
     import torch
 
     from pipelines.checkpoint.consolidate import consolidate
+    from pipelines.checkpoint.shards import ZeroFiles
+    from pipelines.checkpoint.start_weights import start_folder
     from pipelines.training.batches import BatchReader, Share
     from pipelines.training.heldout_loss import heldout_loss
 
     started = time.monotonic()
     device = torch.device("cuda" if use_gpu else "cpu")
     url = RunFolder(validation.run).checkpoint(PurePosixPath(checkpoint.path).name)
-    with local_copy(url) as directory, _model_config(validation.run) as init:
+    with local_copy(url) as directory:
         step = load_state(directory).step
-        model = consolidate(directory, validation.model_class, init, validation.dtype)
+        with start_folder(RunFolder(validation.run), ZeroFiles(directory).needs_start) as init:
+            model = consolidate(directory, validation.model_class, init, validation.dtype)
     model.to(device)
     share = Share(rank=0, world=1, per_step=1)
     reader = BatchReader(validation.collate, validation.pad_token_id, validation.micro_batch, share)
@@ -227,12 +227,3 @@ def validate(checkpoint: ray.train.Checkpoint, validation: Validation, use_gpu: 
     metrics = heldout_loss(model, batches, device)
     named = {PREFIX + name: value for name, value in metrics.items()}
     return {**named, PREFIX + "seconds": time.monotonic() - started, FAILED: 0.0}, step
-
-
-@contextmanager
-def _model_config(run: str) -> Iterator[Path]:
-    """`init/` without its weights."""
-    init = sealed.open_folder(RunFolder(run).init)
-    with tempfile.TemporaryDirectory(prefix="meteor-config-") as folder:
-        sealed.fetch(init, Path(folder), [name for name in init.wanted if name.endswith(".json") and "/" not in name])
-        yield Path(folder)

@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipelines.checkpoint.reshard import load_resharded
+from pipelines.checkpoint.shards import save_shards
+from pipelines.checkpoint.start_weights import StartWeights
 from pipelines.checkpoint.state import ZERO3_TAG
 from pipelines.checkpoint.zero3 import deepspeed_config, parameter_groups, schedule_factor
 from pipelines.compat.deepspeed import import_deepspeed
@@ -87,6 +90,8 @@ class Training:
     """Step after which it saves."""
     sub_group_size: int | None = 60
     """Elements of a worker's sub-group, so small that other worlds have other sub-groups; None has one per group."""
+    keeps_frozen: bool = False
+    """Save as earlier versions did: with the frozen parameters."""
     persistent: int = 0
     """Parameters of at most this many elements stay gathered on every worker."""
 
@@ -94,7 +99,7 @@ class Training:
 def trainings(precision: str) -> list[Training]:
     """In the order in which they must run."""
     chain = [
-        Training("whole", 2, save_at=BORDER),
+        Training("whole", 2, save_at=BORDER, keeps_frozen=precision == "fp32"),
         Training("three", 3, "whole", save_at=BORDER + 1, persistent=WIDTH),
         Training("one_after_three", 1, "three"),
     ]
@@ -109,6 +114,11 @@ def trainings(precision: str) -> list[Training]:
     ]
 
 
+def keeps_frozen(start: str, precision: str) -> bool:
+    """Whether the checkpoint of training `start` holds what is frozen."""
+    return next(one.keeps_frozen for one in trainings(precision) if one.name == start)
+
+
 def micro_batch(step: int, index: int) -> tuple[Tensor, Tensor]:
     """Micro-batch `index` of optimizer step `step`: token ids (B, T) and pixels (B, T, 3)."""
     random = torch.Generator().manual_seed(1000 * step + index)
@@ -117,8 +127,20 @@ def micro_batch(step: int, index: int) -> tuple[Tensor, Tensor]:
     )
 
 
-def make_engine(training: Training, precision: Any) -> Any:
-    """An engine whose weights, frozen ones included, are others than those of every other training."""
+def write_start(folder: Path) -> Path:
+    """The start model's frozen weights."""
+    torch.manual_seed(0)
+    weights = {f"encoders.{name}": tensor for name, tensor in Model().encoders.state_dict().items()}
+    folder.mkdir()
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+def make_engine(training: Training, precision: Any, start: StartWeights) -> Any:
+    """An engine whose weights are others than those of every other training.
+
+    So are its frozen ones, if it starts from a checkpoint that holds them.
+    """
     deepspeed = import_deepspeed(uses_gpu=False)
     settings = TrainingSettings(**{**SETTINGS.__dict__, "precision": precision}).at_world(training.world)
     config = deepspeed_config(settings)
@@ -128,6 +150,11 @@ def make_engine(training: Training, precision: Any) -> Any:
     torch.manual_seed(sum(training.name.encode()))
     with deepspeed.zero.Init(config_dict_or_path=config, tensor_overrides=[]):
         model = Model().to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    if training.start is None or not keeps_frozen(training.start, precision):
+        for name, parameter in model.encoders.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+                if torch.distributed.get_rank() == 0:
+                    parameter.copy_(start.read(f"encoders.{name}"))
     groups = parameter_groups(model, settings.optimizer)
     fresh = training.start is None
     for index, group in enumerate(groups):  # a start from a checkpoint must not depend on what these are
@@ -194,7 +221,8 @@ def work(training: Training, precision: str, folder: Path, rank: int) -> None:
     store = f"file://{folder}/group-{training.name}"
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=training.world)
     import_deepspeed(uses_gpu=False).init_distributed(dist_backend="gloo", verbose=False)
-    engine = make_engine(training, precision)
+    start = StartWeights(folder.parent / "init")
+    engine = make_engine(training, precision, start)
     own = folder / training.name
     own.mkdir(exist_ok=True)
     first = 0
@@ -203,7 +231,7 @@ def work(training: Training, precision: str, folder: Path, rank: int) -> None:
         if training.native:
             engine.load_checkpoint(str(source), tag=ZERO3_TAG, load_lr_scheduler_states=False)
         else:
-            load_resharded(engine, source)
+            load_resharded(engine, source, start.digest)
         first = engine.global_steps
         torch.save(snapshot(engine), own / f"loaded-{rank}.pt")
     losses = []
@@ -213,7 +241,10 @@ def work(training: Training, precision: str, folder: Path, rank: int) -> None:
             with torch.no_grad():
                 engine.module.scale.fill_(0.75)
             torch.save(snapshot(engine), own / f"saved-{rank}.pt")
-            engine.save_checkpoint(str(own), tag=ZERO3_TAG, save_latest=False)
+            if training.keeps_frozen:
+                engine.save_checkpoint(str(own), tag=ZERO3_TAG, save_latest=False)
+            else:
+                save_shards(engine, own, start.digest)
     torch.save({**snapshot(engine), "losses": losses}, own / f"end-{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -236,6 +267,7 @@ def main(folder: Path) -> None:
     importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")  # 2 s that every engine would spend again
     gc.freeze()
     torch.set_num_threads(1)
+    write_start(folder / "init")
     for precision in ("fp32", "bf16"):
         (folder / precision).mkdir()
         for training in trainings(precision):

@@ -14,18 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pipelines.checkpoint.consolidate import read_weights
-from pipelines.checkpoint.reshard import (
-    Layout,
-    ZeroFiles,
-    check_groups,
-    common_buffers,
-    layout_of,
-    optimizer_state,
-    overlaps,
-)
+from pipelines.checkpoint.reshard import check_groups, common_buffers, optimizer_state
+from pipelines.checkpoint.shards import Layout, ZeroFiles, layout_of, overlaps, require_start
+from pipelines.checkpoint.start_weights import StartWeights, WeightsError, write_sums
 from pipelines.checkpoint.state import ZERO3_TAG, CheckpointError
+from pipelines.io import sealed
 from tests.pipelines.checkpoint.reshard_worker import BORDER, STEPS, Training, trainings
 
 REPOSITORY = Path(__file__).parents[3]
@@ -35,6 +31,7 @@ RESUMED = [
     for training in trainings(precision)
     if training.start is not None
 ]
+ENCODERS = ("a.weight", "a.bias", "one.weight", "one.bias")
 NAMES = [f"{precision}-{training.name}" for precision, training in RESUMED]
 
 
@@ -115,7 +112,7 @@ def test_worlds_have_other_sub_groups(trained: Path) -> None:
 
 def test_what_is_saved_after_a_resume_is_whole(trained: Path) -> None:
     """The consolidation of a checkpoint that a resumed training of another world wrote."""
-    weights = read_weights(trained / "fp32" / "three")
+    weights = read_weights(trained / "fp32" / "three", trained / "init")
     saved = read(trained / "fp32", "three", "saved")["tensors"]
     for name, tensor in saved.items():
         kind, parameter = name.split()
@@ -126,14 +123,61 @@ def test_what_is_saved_after_a_resume_is_whole(trained: Path) -> None:
 def test_the_whole_weights_are_those_that_deepspeed_s_own_function_gives(trained: Path) -> None:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
+    start = StartWeights(trained / "init")
     for precision in ("fp32", "bf16"):
         folder = trained / precision / "whole"
-        theirs = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=ZERO3_TAG)
-        ours = read_weights(folder)
-        assert ours.keys() == theirs.keys()
+        left_out = ZeroFiles(folder).needs_start
+        assert left_out == (precision == "bf16")
+        theirs = get_fp32_state_dict_from_zero_checkpoint(str(folder), ZERO3_TAG, exclude_frozen_parameters=left_out)
+        if left_out:
+            theirs |= {f"encoders.{name}": start.read(f"encoders.{name}") for name in ENCODERS}
+        ours = read_weights(folder, trained / "init")
+        assert sorted(ours) == sorted(theirs)
+        assert len(ours) == len(theirs)
         for name, tensor in theirs.items():
             assert (ours[name].dtype, ours[name].shape) == (tensor.dtype, tensor.shape), name
             assert torch.equal(ours[name], tensor), name
+
+
+def test_what_is_frozen_is_not_in_the_shards(trained: Path) -> None:
+    """Only its names and shapes are, and whose weights they are."""
+    kept, left = ZeroFiles(trained / "fp32" / "whole"), ZeroFiles(trained / "bf16" / "whole")
+    frozen = {f"encoders.{name}" for name in ENCODERS}
+    assert set(kept.frozen) == set(left.frozen) == set(kept.model(0)["frozen_param_fragments"]) == frozen
+    assert (kept.start, left.start) == (None, StartWeights(trained / "init").digest)
+    assert left.model(0)["frozen_param_fragments"] is None
+    assert frozen.isdisjoint(left.model(0)["module"])
+
+
+def test_another_start_model_is_refused_wherever_it_would_be_used(trained: Path, tmp_path: Path) -> None:
+    left, other = trained / "bf16" / "whole", tmp_path / "init"
+    weights = load_file(trained / "init" / "model.safetensors")
+    weights["encoders.one.bias"] += 1
+    other.mkdir()
+    save_file(weights, other / "model.safetensors")
+    names = r"leaves 4 frozen parameters to the start model \w{12}, but the run's init/ holds \w{12}"
+    with pytest.raises(CheckpointError, match=names):
+        read_weights(left, other)
+    with pytest.raises(CheckpointError, match=names):
+        require_start(ZeroFiles(left), StartWeights(other).digest)
+    require_start(ZeroFiles(trained / "fp32" / "whole"), "any, since these shards hold what is frozen")
+    assert len(read_weights(trained / "fp32" / "whole", tmp_path / "nothing")) == len(
+        read_weights(left, trained / "init")
+    )
+
+
+def test_a_start_model_is_known_by_its_list_or_by_its_bytes(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "init", tmp_path / "init")
+    digest = StartWeights(trained / "init").digest
+    sums = sealed.sums_of(tmp_path / "init")
+    sealed.write_list(str(tmp_path / "init"), sums)
+    assert StartWeights(tmp_path / "init").digest == digest
+    write_sums(tmp_path / "init", sums)
+    (tmp_path / "init" / sealed.list_name()).unlink()
+    assert StartWeights(tmp_path / "init").digest == digest
+    (tmp_path / "init" / "weights.json").write_text('{"other.safetensors": ""}')
+    with pytest.raises(WeightsError, match=r"weights\.json names \['other.safetensors'\], but the folder holds"):
+        _ = StartWeights(tmp_path / "init").digest
 
 
 def layout_of_all(folder: Path) -> Any:
@@ -153,7 +197,9 @@ class Planted:
 
 @pytest.mark.parametrize("kind", ["model", "optim"])
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "plain"])
-@pytest.mark.parametrize("reader", [read_weights, lambda folder: layout_of_all(folder)], ids=["whole", "resharded"])
+@pytest.mark.parametrize(
+    "reader", [lambda folder: dict(read_weights(folder, folder)), layout_of_all], ids=["whole", "resharded"]
+)
 def test_a_planted_pickle_is_refused_by_every_reader_of_shards(
     trained: Path, tmp_path: Path, kind: str, zipped: bool, reader: Callable[[Path], Any]
 ) -> None:

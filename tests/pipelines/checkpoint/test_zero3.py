@@ -17,9 +17,10 @@ from meteor_model.architectures import build_config
 from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, MeteorConfig, PruningConfig
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from pipelines.checkpoint.consolidate import consolidate
+from pipelines.checkpoint.shards import save_shards
+from pipelines.checkpoint.start_weights import StartWeights, WeightsError
 from pipelines.checkpoint.state import ZERO3_TAG, CheckpointError
 from pipelines.checkpoint.zero3 import (
-    WeightsError,
     checkpoint_activations,
     deepspeed_config,
     load_sharded,
@@ -94,7 +95,7 @@ def work(rank: int, folder: Path, precision: Any, rates: LearningRates, recomput
         torch.distributed.all_reduce(total)
         losses.append(total.item())
     target = folder / "checkpoint" if rank == 0 else folder / f"checkpoint-{rank}"
-    engine.save_checkpoint(str(target), tag=ZERO3_TAG, save_latest=False)
+    save_shards(engine, target, StartWeights(folder / "init").digest)
     (folder / f"losses-{rank}.json").write_text(json.dumps(losses))
     torch.distributed.destroy_process_group()
 

@@ -23,7 +23,7 @@ def test_losses_are_stored_before_the_checkpoint_that_is_then_committed(tmp_path
         raise ConnectionError("the worker is killed in the upload")
 
     saver = CheckpointSaver(
-        worker=Worker(None, rank, world=2),
+        worker=Worker(None, rank, world=2, start=""),
         run_url=str(tmp_path),
         precision="fp32",
         recipe={},

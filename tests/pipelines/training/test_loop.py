@@ -114,7 +114,7 @@ def make_loop(
     loop = Loop(
         settings,
         SAMPLES,
-        Worker(engine, rank=0, world=1),
+        Worker(engine, rank=0, world=1, start=""),
         TrainState("abc", 1, TOTAL // 16),
         saver=NothingSaved(),  # type: ignore[arg-type]
         preemption=notice or Notice(1000, "drain"),  # type: ignore[arg-type]
