@@ -41,12 +41,13 @@ class Job(Generic[S]):
     Attributes:
         name: of its file, without `.py`.
         settings: a dataclass, or a union of subcommands.
-        run: what it does. ValueErrors are messages for the user.
+        run: what it does; a number that it returns is the exit status. ValueErrors are messages for the user.
         description: for `--help`; the first line says what the job does.
         check: what can be wrong with the settings before anything is started or asked; raises ValueError.
         needs_ray: Ray is connected to before `run`, and left after it.
         defaults: settings whose values are the defaults, chosen by the arguments.
         log: where the log file shall be, if not among the others.
+        passes_on: what it prints is another program's: all of it is shown, and there is no log file.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Job(Generic[S]):
     needs_ray: bool = False
     defaults: Callable[[Sequence[str]], S] | None = None
     log: Callable[[S], Path | None] | None = None
+    passes_on: bool = False
 
     def main(self, arguments: Sequence[str] | None = None) -> int:
         """Run the job from its command line; the exit status."""
@@ -70,9 +72,8 @@ class Job(Generic[S]):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return FAILED
         try:
-            if line.verbose:
-                self._work(line.settings)
-                return DONE
+            if line.verbose or self.passes_on:
+                return self._work(line.settings)
             log = self.log(line.settings) if self.log is not None else None
             return self._work_quietly(line.settings, log or console.default_log(self.name))
         except KeyboardInterrupt:
@@ -112,9 +113,10 @@ class Job(Generic[S]):
             raise ValueError(str(error)) from None
         return line
 
-    def _work(self, settings: S) -> None:
+    def _work(self, settings: S) -> int:
         with _connected() if self.needs_ray else contextlib.nullcontext():
-            self.run(settings)
+            status = self.run(settings)
+        return status if isinstance(status, int) else DONE
 
     def _work_quietly(self, settings: S, log: Path) -> int:
         """Without `log` where it would only hold that a short job went well."""
@@ -123,7 +125,7 @@ class Job(Generic[S]):
                 try:
                     if self.needs_ray:
                         console.say(f"  {'log':<14} {log}")
-                    self._work(settings)
+                    status = self._work(settings)
                 except BaseException:
                     sys.stderr.write(redact_text(traceback.format_exc()))
                     raise
@@ -131,7 +133,7 @@ class Job(Generic[S]):
             return _say_error(f"{_cause(error)}\nlog: {log}", FAILED)
         if not self.needs_ray:
             log.unlink()
-        return DONE
+        return status
 
 
 @contextlib.contextmanager

@@ -52,7 +52,8 @@ def _check(train: Train) -> None:
     if not settings.run.storage:
         raise ValueError(
             "run.storage is not set: give --run.storage s3://BUCKET/PREFIX or set METEOR_STORAGE "
-            "(`make up` and `python -m infra.local run -- ...` do it for the local stack)"
+            "(`make up` and `python -m infra.local run -- ...` do it for the local stack; on a cluster, plain `ray job "
+            "submit` leaves your variables behind: python jobs/submit.py takes them along)"
         )
     tracking = Tracking(settings.tracking.uri)
     tracking.require()

@@ -12,12 +12,12 @@ from typing import Any
 from pipelines.checkpoint.local import local_copy
 from pipelines.io import storage
 from pipelines.io.console import say
+from pipelines.io.git import git_commit
 from pipelines.io.upload import upload_folder
 from pipelines.registry.provenance import training_tags
 from pipelines.registry.tags import COMMIT_TAG
 from pipelines.registry.variants import register_variant
 from pipelines.registry.versions import RegisteredVersion, Registry
-from pipelines.tracking.mlflow_run import git_commit
 from tune.figures import draw_budgets, draw_fronts, draw_importances, draw_trials
 from tune.prepare import Prepared
 from tune.records import TrialRecord, training_name

@@ -22,12 +22,12 @@ from pipelines.evaluation.suite import Suite
 from pipelines.io import codec, storage
 from pipelines.io.console import say
 from pipelines.io.fingerprint import sha256_of_json
+from pipelines.io.git import git_commit
 from pipelines.io.upload import upload_folder
 from pipelines.job.datasets import ensure_shards
 from pipelines.job.names import last_number, numbered
 from pipelines.registry.publish import pull_model
 from pipelines.registry.versions import PinnedModel, Registry, pin_model, training_manifest
-from pipelines.tracking.mlflow_run import git_commit
 from pipelines.tracking.server import TrackingAwayError, TrackingError, require_tracking
 from tune.folder import SweepFolder, list_sweeps, sweep_folder
 from tune.records import Records

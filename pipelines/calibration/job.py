@@ -28,13 +28,13 @@ from pipelines.calibration.settings import CalibrateSettings
 from pipelines.data import shards
 from pipelines.data.shards import load_manifest
 from pipelines.io.console import say
+from pipelines.io.git import git_commit
 from pipelines.io.pulse import begin_data_task
 from pipelines.io.redact import redact_text
 from pipelines.recovery.watchdog import watch_tasks
 from pipelines.registry.folder import weights_digest
 from pipelines.registry.open import device_for, open_model
 from pipelines.registry.versions import PinnedModel, pin_model, training_manifest
-from pipelines.tracking.mlflow_run import git_commit
 from pipelines.tracking.server import require_tracking
 
 

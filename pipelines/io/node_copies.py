@@ -35,7 +35,6 @@ from pipelines.io import codec
 from pipelines.io.console import say_from_worker
 from pipelines.io.errors import StorageError
 from pipelines.io.node_locks import alone, alone_or_not, machine, own_disk, try_lock
-from pipelines.io.pulse import pulse
 
 MOST_SHARE = 0.5
 UNUSED_S = 24 * 3600.0
@@ -298,6 +297,8 @@ class _Growth:
 
     def look(self) -> None:
         """Note what has come since the last look."""
+        from pipelines.io.pulse import pulse  # here: it loads Ray, which who only writes to the disk does not need
+
         now = self._bytes()
         if now != self._seen:
             self._seen = now

@@ -144,6 +144,12 @@ def _query(found: re.Match[str]) -> str:
 
 
 def _named(found: re.Match[str]) -> str:
+    if not is_secret_name(found["name"]) and "=" in (found["bare"] or ""):  # the value is itself NAME=VALUE
+        return f"{found['name']}{found['is']}{_NAMED.sub(_named_once, found['bare'])}"
+    return _named_once(found)
+
+
+def _named_once(found: re.Match[str]) -> str:
     value = found["quoted"] if found["quote"] else found["bare"]
     if not is_secret_name(found["name"]) or _is_plain(value):
         return found[0]

@@ -19,9 +19,9 @@ from pipelines.config.settings import SettingsError
 from pipelines.data import shards
 from pipelines.data.build import differences
 from pipelines.io import codec, storage
+from pipelines.io.git import git_commit
 from pipelines.io.run_folder import list_runs, run_folder
 from pipelines.job.datasets import manifest_hashes
-from pipelines.tracking.mlflow_run import git_commit
 
 JobName = Literal["pretrain", "finetune"]
 

@@ -18,9 +18,10 @@ from pipelines.config.recipe import Recipe
 from pipelines.config.settings import SettingsError
 from pipelines.data.build import differences
 from pipelines.io import codec, storage
+from pipelines.io.console import say
+from pipelines.io.git import COMMIT_VARIABLE, UNKNOWN_COMMIT, git_commit
 from pipelines.io.run_folder import RunFolder
 from pipelines.registry.tags import LIBRARIES_TAG, STARTS_TAG
-from pipelines.tracking.mlflow_run import git_commit
 
 LIBRARIES = ("torch", "transformers", "timm", "ray", "deepspeed", "mlflow", "pyarrow", "numpy")
 """Whose releases can change what a run computes or stores."""
@@ -85,6 +86,11 @@ def add_start(run: RunFolder, start: Start) -> tuple[Start, ...]:
         SettingsError: an earlier start's file that is none.
         StorageError: where storage cannot be read or written.
     """
+    if start.commit == UNKNOWN_COMMIT:
+        say(
+            "  warning: the commit of this code is not known here, and is not kept with the run: submit with "
+            f"python jobs/submit.py, which takes it along, or set {COMMIT_VARIABLE}"
+        )
     earlier = list_starts(run)
     storage.write_json(storage.join(run.starts, f"{len(earlier) + 1:04d}.json"), asdict(start))
     return (*earlier, start)

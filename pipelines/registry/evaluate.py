@@ -12,11 +12,11 @@ from pipelines.evaluation.questions import read_questions
 from pipelines.evaluation.scores import Replies, Score, ScoringError, counted
 from pipelines.evaluation.suite import Suite
 from pipelines.io.console import say
+from pipelines.io.git import git_commit
 from pipelines.io.redact import redact
 from pipelines.registry.open import load_model
 from pipelines.registry.scores import store_score
 from pipelines.registry.versions import pin_model, training_manifest
-from pipelines.tracking.mlflow_run import git_commit
 
 
 def evaluate(  # noqa: PLR0913 - the settings of an evaluation, by name

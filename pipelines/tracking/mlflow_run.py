@@ -7,10 +7,8 @@ looks like a credential leaves the process: everything passes `pipelines.io.reda
 from __future__ import annotations
 
 import json
-import os
 import posixpath
 import re
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +34,6 @@ MAX_VALUE = 500
 """Characters of a parameter value: what every server version accepts; the whole value is in recipe.json."""
 MAX_KEY = 250
 ENTRIES_PER_BATCH = 50
-COMMIT_VARIABLE = "METEOR_GIT_COMMIT"
 
 _SETTING_NAME = re.compile(r"[a-z_][\w.-]*", re.ASCII | re.IGNORECASE)
 
@@ -85,21 +82,6 @@ def _shorten(text: str) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------------- runs
-
-
-def git_commit(root: Path) -> str:
-    """The commit of the code: METEOR_GIT_COMMIT (a Ray working directory holds no .git), else git's, else `unknown`.
-
-    A checkout with changes that are not committed ends in `-dirty`.
-    """
-    if given := os.environ.get(COMMIT_VARIABLE):
-        return given
-    try:
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return done.stdout.strip() if done.returncode == 0 and done.stdout.strip() else "unknown"
 
 
 @dataclass(frozen=True)

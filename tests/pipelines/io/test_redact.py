@@ -173,6 +173,7 @@ PLACES = {
     "query: key": (token, "https://host/v1?key={}"),
     "query: shared access": (token, "https://a.blob.core.windows.net/c?sv=2&sig={}"),
     "query: key id": (token, "https://b.s3.amazonaws.com/k?AWSAccessKeyId={}&Expires=1"),
+    "after a colon": (token, "no runtime environment: AWS_SECRET_ACCESS_KEY={}"),
     "shell": (token, "AWS_SECRET_ACCESS_KEY={} python jobs/x.py"),
     "configuration": (token, "[default]\naws_secret_access_key = {}\nregion = x"),
     "yaml": (token, "storage:\n  password: {}\n  user: me"),

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from jobs.recipes import recipe
 from pipelines.data.shards import Manifest
 from pipelines.io import storage
+from pipelines.io.git import COMMIT_VARIABLE
 from pipelines.io.run_folder import RunFolder, run_folder
 from pipelines.job import run as run_module
 from pipelines.job.names import ChosenRun, RunFacts, store_facts
@@ -21,7 +22,6 @@ from pipelines.recovery.lease import RunInUseError
 from pipelines.registry import provenance
 from pipelines.registry.tags import LIBRARIES_TAG, LICENCE_TAG, STARTS_TAG, VERSION_TAGS
 from pipelines.registry.versions import PinnedModel
-from pipelines.tracking.mlflow_run import COMMIT_VARIABLE
 
 NOBODY = "http://127.0.0.1:9"
 MANIFEST = Manifest("s3://bucket/data/manifest.parquet", (), {})
@@ -51,6 +51,19 @@ def test_a_resume_under_other_code_does_not_forget_the_first(tmp_path: Path, mon
     assert shown[1]["changed"] == starts[1].changes(starts[0])
     assert "aaaa, 2 workers; " in starts_tag(starts)
     assert starts_tag(starts).endswith("bbbb-dirty, 1 workers")
+
+
+def test_a_commit_that_is_not_known_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on a cluster, after a submission that left it behind."""
+    monkeypatch.delenv(COMMIT_VARIABLE, raising=False)
+    monkeypatch.chdir(tmp_path)
+    starts = add_start(RunFolder(str(tmp_path)), Start.now(recipe("pretrain", "tiny")))
+    assert starts[0].commit == "unknown"
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "the commit of this code is not known here" in line
+    assert "jobs/submit.py" in line
 
 
 def test_a_start_holds_no_secret(tmp_path: Path) -> None:

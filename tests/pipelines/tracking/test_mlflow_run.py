@@ -13,7 +13,8 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from pipelines.tracking.mlflow_run import RunRequest, git_commit, open_run
+from pipelines.io.git import git_commit
+from pipelines.tracking.mlflow_run import RunRequest, open_run
 from pipelines.tracking.server import TrackingAwayError, TrackingError, call_mlflow, require_tracking
 from tests.pipelines.mlflow_fixture import Server, answering, free_port
 
