@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help predict-shards serve setup lock up status down pretrain finetune sweep predict calibrate evaluate register shards parts visualize flops bench-prune bench-gpu bench-order bench-ranks bench-serve bench-limits \
+.PHONY: help plan predict-shards serve setup lock up status down pretrain finetune sweep predict calibrate evaluate register shards parts visualize flops bench-prune bench-gpu bench-order bench-ranks bench-serve bench-limits \
   chaos check docs docs-check format fuzz test test-slow test-versions clean
 
 PYTHON ?= python3.11
@@ -94,6 +94,9 @@ parts: $(PARTS_STAMP)  ## Make the pretrained parts of the recipe `small` (once;
 visualize: up  ## Draw what is kept: make visualize ARGS="--image FILE --prompt A --prompt B --output DIR"
 	@$(STACK) run -- $(PY) jobs/visualize.py --model models:/meteor@latest-pretrain $(ARGS)
 
+plan: setup  ## Say what a run will take, without a cluster: make plan ARGS="--recipe meteor_x4_7b --nodes 2 --gpus-per-node 8"
+	@$(PY) jobs/plan.py $(ARGS)
+
 flops: setup  ## Count FLOPs by stage beside the published table; writes benchmarks/results/flops.json
 	@$(PY) -m benchmarks.flops $(ARGS)
 
@@ -124,9 +127,10 @@ check: setup  ## Lint, format, types, import direction
 	@$(BIN)/mypy
 	@$(PY) -m pytest -q tests/test_imports.py
 
-docs: setup  ## Write docs/settings.md and the table of levels from the code
+docs: setup  ## Write docs/settings.md, the tables of docs/scaling.md and that of levels from the code
 	@$(PY) -m docs.tools.settings
 	@$(PY) -m docs.tools.levels
+	@$(PY) -m docs.tools.scaling
 
 docs-check: setup  ## Run every command of README and docs/, shortened, on a stack of its own: make docs-check ARGS="--only sweep"
 	@$(PY) -m docs.tools.check $(ARGS)

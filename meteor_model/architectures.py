@@ -19,7 +19,8 @@ class Architecture:
 
     Attributes:
         encoders: the towers, in fusion order.
-        text_config: arguments of the LLM's configuration class, with its `model_type`.
+        text_config: arguments of the LLM's configuration class, with its `model_type`; where pretrained weights come
+            with a vocabulary, `vocab_size` is its published size, which the loaded weights have the last word on.
         image_size: side of the square image that travels.
         fusion: how encoders are joined, see `MeteorConfig`.
         concat_grid: common grid of fusion="channel_concat".
@@ -140,6 +141,7 @@ SAM_L_1024 = EncoderConfig(
 )
 VICUNA_7B: dict[str, Any] = {
     "model_type": "llama",
+    "vocab_size": 32_000,
     "hidden_size": 4096,
     "intermediate_size": 11008,
     "num_hidden_layers": 32,
@@ -225,6 +227,7 @@ def small() -> Architecture:
         ),
         text_config={
             "model_type": "llama",
+            "vocab_size": 49_152,
             "hidden_size": 576,
             "intermediate_size": 1536,
             "num_hidden_layers": 30,

@@ -31,6 +31,7 @@ LEVELS: tuple[dict[str, set[str]], ...] = (
     {
         "training": {"checkpoint", "compat", "config", "data", "io", "recovery", "tracking"},
         "registry": {"checkpoint", "config", "data", "evaluation", "io", "parts", "tracking"},
+        "sizing": {"checkpoint", "compat", "config", "data", "io"},
     },
     {
         "calibration": {"config", "data", "evaluation", "io", "recovery", "registry", "tracking"},
@@ -47,6 +48,7 @@ LEVELS: tuple[dict[str, set[str]], ...] = (
             "parts",
             "recovery",
             "registry",
+            "sizing",
             "tracking",
             "training",
         }

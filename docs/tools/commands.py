@@ -88,6 +88,8 @@ ROWS: tuple[Row, ...] = (
     Row("python jobs/predict_shards.py --help", quick=True),
     Row("class VitEncoder(TransformersVit):", before=VIT_IMPORTS, quick=True),
     Row("make flops"),
+    Row('make plan ARGS="--recipe meteor_x4_7b --nodes 2 --gpus-per-node 8"', by="tests/docs/test_scaling.py"),
+    Row("make plan", quick=True),
     Row("make bench-prune", also="--tiny --rounds 1 --only realised growth"),
     Row("make bench-order", also="--shards 1000 --samples 1000000 --only plan"),
     Row("make docs", by="tests/docs/test_settings.py"),

@@ -20,6 +20,7 @@ WHAT = {
     "checkpoint": "what is saved; the newest, the best; resharding, consolidation",
     "training": "the loop on Ray Train and ZeRO-3, checkpoints, validation",
     "registry": "exported folders, versions, cards, promotion",
+    "sizing": "what a run will take of memory, disk, network and time, and whether the cluster has it",
     "calibration": "ranks, budgets, drift, lambda",
     "inference": "Ray Serve, batches to Parquet",
     "job": "a whole run, phase by phase",

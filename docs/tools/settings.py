@@ -142,7 +142,9 @@ def settings_of(cls: type, value: Any, prefix: str) -> Iterator[Setting]:
         part = _bare(hints[item.name])
         is_part = is_dataclass(part)
         if is_part and part.__name__ == "Recipe":
-            yield Setting(f"{dotted}.*", "a recipe", "", f"{texts[item.name]} Every setting of finetune, above.")
+            yield Setting(
+                f"{dotted}.*".lstrip("."), "a recipe", "", f"{texts[item.name]} Every setting of finetune, above."
+            )
         elif is_part:
             yield from settings_of(part, None if default is MISSING else default, dotted)
         else:

@@ -1,0 +1,33 @@
+"""Memory, disk and traffic after the last step: export, parity, held-out answers, registration.
+
+Each runs in one process, which holds one model at a time. Letters as in `pipelines.sizing.estimate`.
+"""
+
+from __future__ import annotations
+
+from pipelines.sizing.inputs import Inputs
+from pipelines.sizing.terms import Term, Use, use
+from pipelines.sizing.training import process
+
+
+def after_training(given: Inputs) -> list[Use]:
+    """`export`, `parity`, `answer` and `register`."""
+    model = Term("the exported model", "e P", given.exported)
+    shard = Term("trained weights of the checkpoint, fp32", "4 L", 4.0 * given.size.learning)
+    start = Term("the start model, one copy", "4 P", given.whole)
+    checkpoint = Term("the checkpoint", "12 L", given.checkpoint)
+    packed = Term("the exported model, packed for MLflow", "e P", given.exported)
+    batch = Term("a batch of answers", "counted", float(given.activations.no_grad)) if given.activations else None
+    return [
+        use("export", "head", "ram", *process(), model, shard),
+        use("export", "head", "temp", checkpoint, start, model),
+        use("export", "store", "down", checkpoint, start),
+        use("export", "store", "up", model),
+        use("parity", "head", "ram", *process(), model, batch),
+        use("parity", "head", "temp", checkpoint, start, model),
+        use("answer", "head", "ram", *process(), model, batch),
+        use("answer", "head", "temp", model),
+        use("register", "head", "ram", *process()),
+        use("register", "head", "temp", model, packed),
+        use("register", "store", "up", Term("the exported model, to MLflow", "e P", given.exported)),
+    ]
