@@ -8,9 +8,9 @@ setting and the numbers.
 from __future__ import annotations
 
 from dataclasses import field, replace
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, StringConstraints
 
 from meteor_model.limits import MAX_CHARACTERS, ImageLimits
 from pipelines.io.validation import Share, ShareBelowOne, settings_class
@@ -18,6 +18,8 @@ from pipelines.io.validation import Share, ShareBelowOne, settings_class
 Part = Literal["projector", "towers", "llm"]
 """The parts of the model that have a learning rate of their own."""
 
+NodeLabel = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$")]
+"""Value of a label of a Ray node."""
 PARTS: tuple[Part, ...] = ("projector", "towers", "llm")
 
 
@@ -165,6 +167,12 @@ class TrainingSettings:
     """Ray CPUs that one worker reserves (leave some for the data tasks)."""
     gpus_per_worker: NonNegativeFloat = 0.0
     """Ray GPUs that one worker reserves; above 0 trains on GPUs over NCCL, 0 on CPUs over gloo."""
+    placement: Literal["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"] = "PACK"
+    """Where Ray puts the workers. PACK: on as few nodes as it can; STRICT_PACK: on one node, or not at all; SPREAD: on
+    as many as it can; STRICT_SPREAD: each on another node, or not at all."""
+    node_labels: dict[str, NodeLabel] = field(default_factory=dict)
+    """Labels that a node must have to get a worker: NAME VALUE NAME VALUE ..., such as ray.io/accelerator-type H100,
+    which Ray itself sets."""
     threads_per_worker: PositiveInt = 1
     """Torch threads in one worker on CPUs."""
 

@@ -10,12 +10,14 @@ import ray
 NODE_LABEL = "ray.io/node-id"
 
 
-def avoidable(nodes: Collection[str], per_worker: Mapping[str, float], workers: int) -> frozenset[str]:
+def avoidable(
+    nodes: Collection[str], per_worker: Mapping[str, float], workers: int, labels: Mapping[str, str]
+) -> frozenset[str]:
     """Those of `nodes`, if all workers fit on the others; else none: a node that got stuck once is better than none.
 
-    Counted is what nodes have, not what is free: the workers that are gone held some of it.
+    Counted is what nodes with these labels have, not what is free: the workers that are gone held some of it.
     """
-    alive = [node for node in ray.nodes() if node["Alive"]]
+    alive = [node for node in ray.nodes() if node["Alive"] and labels.items() <= node.get("Labels", {}).items()]
     return frozenset(nodes) if _room(alive, nodes, per_worker) >= workers else frozenset()
 
 
@@ -27,6 +29,7 @@ def _room(alive: Collection[Mapping[str, Any]], without: Collection[str], per_wo
     )
 
 
-def other_nodes(avoided: Collection[str]) -> dict[str, str] | None:
-    """What asks Ray for any node but these; None where there are none."""
-    return {NODE_LABEL: f"!in({','.join(sorted(avoided))})"} if avoided else None
+def node_selector(labels: Mapping[str, str], avoided: Collection[str]) -> dict[str, str] | None:
+    """What asks Ray for a node with these labels that is none of those to avoid; None where any node will do."""
+    others = {NODE_LABEL: f"!in({','.join(sorted(avoided))})"} if avoided else {}
+    return {**labels, **others} or None

@@ -30,7 +30,7 @@ from pipelines.io.pulse import mailbox_name
 from pipelines.io.run_folder import TRAIN_NAME, RunFolder
 from pipelines.recovery.failures import TrainingError, root_cause
 from pipelines.recovery.lease import Lease, hold_run
-from pipelines.recovery.other_nodes import avoidable, other_nodes
+from pipelines.recovery.other_nodes import avoidable, node_selector
 from pipelines.recovery.restart_policy import RestartPolicy
 from pipelines.recovery.run_lock import FailureCallback, RunLock, lock_run
 from pipelines.recovery.stall import Limits, Stuck
@@ -120,7 +120,7 @@ def _train(job: TrainingJob, lock: RunLock) -> CheckpointRef:
             if cause is None:
                 raise CheckpointError(f"{subject} ended without its last checkpoint in {job.url}")
             restart = policy.after(cause, reached.state.step if reached else -1)
-            avoided = avoidable(stuck.nodes, _per_worker(job.settings), job.settings.workers) if stuck else frozenset()
+            avoided = _avoided(stuck, job.settings)
             say(f"  {restart.reason}{', on other nodes' if avoided else ''}")
             time.sleep(restart.pause_s)
     raise AssertionError("attempts have no end")
@@ -155,8 +155,15 @@ def _per_worker(settings: TrainingSettings) -> dict[str, float]:
     return {name: amount for name, amount in resources.items() if amount}
 
 
+def _avoided(stuck: Stuck | None, settings: TrainingSettings) -> frozenset[str]:
+    if stuck is None:
+        return frozenset()
+    return avoidable(stuck.nodes, _per_worker(settings), settings.workers, settings.node_labels)
+
+
 def _needs(settings: TrainingSettings) -> str:
-    return f"{settings.min_workers or settings.workers} workers of {_per_worker(settings)}"
+    labels = f" on nodes with the labels {settings.node_labels}" if settings.node_labels else ""
+    return f"{settings.min_workers or settings.workers} workers of {_per_worker(settings)}{labels}"
 
 
 def check_resumable(job: TrainingJob, checkpoint: CheckpointRef) -> None:
@@ -182,7 +189,6 @@ def _trainer(job: TrainingJob, lock: RunLock, avoided: frozenset[str]) -> TorchT
     settings = job.settings
     filesystem, path = storage.arrow_filesystem(job.url)
     mailbox = mailbox_name(job.url)
-    elastic = settings.min_workers is not None
     return TorchTrainer(
         train_worker,
         # Bytes: the controller need not import what is in them.
@@ -192,13 +198,7 @@ def _trainer(job: TrainingJob, lock: RunLock, avoided: frozenset[str]) -> TorchT
             backend="nccl" if settings.uses_gpu else "gloo",
             timeout_s=settings.timeout_s,
         ),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=(settings.min_workers, settings.workers) if elastic else settings.workers,
-            elastic_resize_monitor_interval_s=settings.resize_interval_s,
-            use_gpu=settings.uses_gpu,
-            resources_per_worker=_per_worker(settings),
-            label_selector=other_nodes(avoided),
-        ),
+        scaling_config=_scaling(settings, avoided),
         # Functions, so that every start of the workers reads from where its checkpoint stands.
         datasets={
             "train": partial(remaining_stream, job.storage, job.run_name, job.train_data),
@@ -216,6 +216,19 @@ def _trainer(job: TrainingJob, lock: RunLock, avoided: frozenset[str]) -> TorchT
             callbacks=[FailureCallback(lock), watched_controller(mailbox)],
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
+    )
+
+
+def _scaling(settings: TrainingSettings, avoided: frozenset[str]) -> ray.train.ScalingConfig:
+    """Workers, and the nodes that they may be on."""
+    elastic = settings.min_workers is not None
+    return ray.train.ScalingConfig(
+        num_workers=(settings.min_workers, settings.workers) if elastic else settings.workers,
+        elastic_resize_monitor_interval_s=settings.resize_interval_s,
+        use_gpu=settings.uses_gpu,
+        resources_per_worker=_per_worker(settings),
+        placement_strategy=settings.placement,
+        label_selector=node_selector(settings.node_labels, avoided),
     )
 
 

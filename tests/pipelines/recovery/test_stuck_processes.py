@@ -80,6 +80,19 @@ def test_a_node_is_left_out_while_all_workers_fit_on_the_others(
     nodes: list[dict[str, object]], expected: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(other_nodes.ray, "nodes", lambda: nodes)
-    avoided = other_nodes.avoidable({"a"}, {"CPU": 1.0}, workers=2)
+    avoided = other_nodes.avoidable({"a"}, {"CPU": 1.0}, workers=2, labels={})
     assert avoided == expected
-    assert other_nodes.other_nodes(avoided) == ({"ray.io/node-id": "!in(a)"} if expected else None)
+    assert other_nodes.node_selector({}, avoided) == ({"ray.io/node-id": "!in(a)"} if expected else None)
+
+
+def test_only_nodes_with_the_labels_that_are_asked_for_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, h100 = "ray.io/accelerator-type", {"ray.io/accelerator-type": "H100"}
+    nodes = [
+        {"Alive": True, "NodeID": name, "Resources": {"GPU": 8.0}, "Labels": {gpu: kind}}
+        for name, kind in {"a": "H100", "b": "H100", "c": "A100"}.items()
+    ]
+    monkeypatch.setattr(other_nodes.ray, "nodes", lambda: nodes)
+    assert other_nodes.avoidable({"a"}, {"GPU": 1.0}, 16, {}) == {"a"}
+    assert other_nodes.avoidable({"a"}, {"GPU": 1.0}, 8, h100) == {"a"}
+    assert other_nodes.avoidable({"a"}, {"GPU": 1.0}, 9, h100) == frozenset()
+    assert other_nodes.node_selector(h100, {"a"}) == {gpu: "H100", "ray.io/node-id": "!in(a)"}
