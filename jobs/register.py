@@ -18,7 +18,6 @@ from jobs.command_line import Job
 from jobs.settings import RegistryAddress
 from pipelines.io.console import say
 from pipelines.io.names import require_alias, require_name
-from pipelines.registry.folder import PARITY_TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,9 @@ class PromoteCommand:
     """Instead of a number: the version that this alias points to, e.g. budget-128."""
     to: str = "champion"
     """The alias that moves."""
-    parity_tolerance: float = PARITY_TOLERANCE
-    """Largest difference of a logit between the registered files and the model that they were made of."""
+    parity_tolerance: float | None = None
+    """Largest difference of a logit between the registered files and the model that they were made of; None allows
+    1e-3 where both were compared in fp32, and 1/16 of the largest logit where it was bf16."""
     max_unanswered: float = 0.01
     """Largest share of a suite's questions that was left out (text alone apart) or answered without a word."""
     tracking: RegistryAddress = field(default_factory=RegistryAddress)
@@ -77,8 +77,8 @@ class ParityCommand:
 
     version: int
     """Number of the version."""
-    parity_tolerance: float = PARITY_TOLERANCE
-    """Largest difference of a logit that is allowed."""
+    parity_tolerance: float | None = None
+    """Largest difference of a logit that is allowed; None allows 1e-3 in fp32, 1/16 of the largest logit in bf16."""
     tracking: RegistryAddress = field(default_factory=RegistryAddress)
     """MLflow."""
 
@@ -138,7 +138,8 @@ def execute(command: Command) -> str:
             from pipelines.registry.variants import measure_parity
 
             parity = measure_parity(registry, registry.resolve(str(command.version)), command.parity_tolerance)
-            return f"version {command.version} of {registry.name}: largest difference of a logit {parity:.3g}"
+            difference = f"largest difference of a logit {parity.difference:.3g} in {parity.precision}"
+            return f"version {command.version} of {registry.name}: {difference}"
 
 
 JOB = Job("register", Command, run, __doc__, check=check)

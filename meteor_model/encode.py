@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import torch
 
 from meteor_model.encoders.base import VisionEncoder, VisionTokens
-from meteor_model.pruning import gather_tokens, mean_similarity, refuse_nan, select_top, top_indices
+from meteor_model.pruning import gather_tokens, mean_similarity, refuse_nan
+from meteor_model.replay import Choose, best_scored
 
 
 def segment_ends(num_blocks: int, num_segments: int) -> tuple[int, ...]:
@@ -32,6 +33,7 @@ def encode_pruned(
     budgets: Sequence[int],
     first_deep_segment: int,
     score_queries: int | None,
+    choose: Choose = best_scored,
 ) -> tuple[VisionTokens, tuple[torch.Tensor, ...]]:
     """Tokens of one encoder after the last boundary, and what every boundary kept.
 
@@ -42,12 +44,13 @@ def encode_pruned(
         first_deep_segment: first segment (counted from 1) whose boundary scores by attention.
         score_queries: an encoder without CLS counts the attention received from so many evenly spaced tokens; None:
             from all. See `EncodePruning`.
+        choose: decides by the scores which tokens stay.
 
     Returns:
         the finished tokens, and for each boundary the kept positions (M, K) in the full grid.
     """
     if not encoder.prunes_between_blocks:
-        return _prune_output(encoder, pixels_MCRR, budgets[-1])
+        return _prune_output(encoder, pixels_MCRR, budgets[-1], choose)
 
     num_prefix = encoder.num_prefix_tokens
     hidden_MTD, positions_MN = _embed(encoder, pixels_MCRR)
@@ -67,7 +70,7 @@ def encode_pruned(
                     scores_MN = -mean_similarity(hidden_MTD[:, num_prefix:])
                 else:
                     scores_MN = encoder.importance(scorer, score_input_MTD, positions_MN, score_queries)
-                keep_MK = top_indices(scores_MN, budget)
+                keep_MK = choose(segment, scores_MN, positions_MN, budget)
             all_scores.append(scores_MN)
             patches_MKD = gather_tokens(hidden_MTD[:, num_prefix:], keep_MK)
             hidden_MTD = torch.cat([hidden_MTD[:, :num_prefix], patches_MKD], dim=1)
@@ -91,14 +94,16 @@ def _score_block(encoder: VisionEncoder, start: int, end: int) -> int:
 
 
 def _prune_output(
-    encoder: VisionEncoder, pixels_MCRR: torch.Tensor, budget: int
+    encoder: VisionEncoder, pixels_MCRR: torch.Tensor, budget: int, choose: Choose
 ) -> tuple[VisionTokens, tuple[torch.Tensor, ...]]:
     """A convolutional tower: dense, then the tokens least like the mean of the output map are kept."""
     hidden_MND = _dense_output(encoder, pixels_MCRR)
     positions_MN = torch.arange(hidden_MND.shape[1], device=hidden_MND.device).expand(len(hidden_MND), -1)
     if budget < hidden_MND.shape[1]:
         with torch.no_grad():
-            keep_MK = select_top(-mean_similarity(hidden_MND), budget)
+            scores_MN = -mean_similarity(hidden_MND)
+            refuse_nan(scores_MN)
+            keep_MK = choose(0, scores_MN, positions_MN, budget)
         hidden_MND, positions_MN = gather_tokens(hidden_MND, keep_MK), gather_tokens(positions_MN, keep_MK)
     return VisionTokens(hidden_MND, positions_MN, hidden_MND[:, :0]), (positions_MN,)
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from meteor_model.pruning import gather_tokens, mutual_redundancy, select_top
+from meteor_model.pruning import gather_tokens, mutual_redundancy, refuse_nan
+from meteor_model.replay import Choose, best_scored
 
 
 class MeteorProjector(nn.Module):
@@ -34,7 +35,7 @@ class MeteorProjector(nn.Module):
         return projected
 
 
-def fuse_cooperatively(projected: Sequence[Tensor], keep: int) -> tuple[Tensor, Tensor]:
+def fuse_cooperatively(projected: Sequence[Tensor], keep: int, choose: Choose = best_scored) -> tuple[Tensor, Tensor]:
     """Pool the tokens of all encoders and drop those that the other encoders already say.
 
     Source: METEOR (arXiv 2507.20842), cooperative fusion pruning: the tokens with the lowest mutual redundancy stay.
@@ -42,6 +43,7 @@ def fuse_cooperatively(projected: Sequence[Tensor], keep: int) -> tuple[Tensor, 
     Args:
         projected: one (M, N_l, C) per encoder.
         keep: K, tokens to keep of the pool; all of them changes nothing.
+        choose: decides by the scores which tokens stay.
 
     Returns:
         (M, K, C) in encoder order, then raster order; and the kept indices (M, K) into the pool, ascending.
@@ -51,10 +53,13 @@ def fuse_cooperatively(projected: Sequence[Tensor], keep: int) -> tuple[Tensor, 
     """
     pool_MNC = torch.cat(list(projected), dim=1)
     images, total = pool_MNC.shape[:2]
+    places_MN = torch.arange(total, device=pool_MNC.device).expand(images, -1)
     if keep == total:
-        return pool_MNC, torch.arange(total, device=pool_MNC.device).expand(images, -1)
+        return pool_MNC, places_MN
     with torch.no_grad():  # selection has no gradient; what is kept carries its own
-        keep_MK = select_top(-mutual_redundancy(projected), keep)
+        scores_MN = -mutual_redundancy(projected)
+        refuse_nan(scores_MN)
+        keep_MK = choose(0, scores_MN, places_MN, keep)
     return gather_tokens(pool_MNC, keep_MK), keep_MK
 
 

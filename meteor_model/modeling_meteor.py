@@ -51,6 +51,7 @@ from meteor_model.options import refuse_options
 from meteor_model.outputs import MeteorImageFeatures, MeteorOutput, PruningStats, with_decision
 from meteor_model.pretrained import MeteorPreTrainedModel
 from meteor_model.pruning import singular_values, spectrum_rank
+from meteor_model.replay import GivenTokens, best_scored
 
 JOINT = "joint"  # the one projector of channel_concat
 
@@ -133,22 +134,26 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
         visual_MKC, stats = self.encode_images(pixel_values)
         return MeteorImageFeatures(visual_MKC, visual_MKC, pruning_stats=stats)
 
-    def encode_images(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, PruningStats]:
+    def encode_images(
+        self, pixel_values: torch.Tensor, given: GivenTokens | None = None
+    ) -> tuple[torch.Tensor, PruningStats]:
         """Stages 1 and 2.
 
         Args:
             pixel_values: (M, 3, S, S) uint8, M >= 1.
+            given: the tokens to keep (`meteor_model.replay`); None keeps those with the best scores.
 
         Returns:
             (M, K, C) visual tokens in encoder order, then raster order; and what was kept.
         """
         check_pixels(pixel_values)
-        maps, kept = self._encode(pixel_values)
-        visual_MKC, keep_MK = fuse_cooperatively(self._project(maps), self.config.tokens_per_image)
+        maps, kept = self._encode(pixel_values, given)
+        choose = best_scored if given is None else given.of_fusion()
+        visual_MKC, keep_MK = fuse_cooperatively(self._project(maps), self.config.tokens_per_image, choose)
         return visual_MKC, PruningStats(kept, dict(self.config.encoder_tokens), keep_MK)
 
     def _encode(
-        self, pixel_values: torch.Tensor
+        self, pixel_values: torch.Tensor, given: GivenTokens | None
     ) -> tuple[dict[str, torch.Tensor], dict[str, tuple[torch.Tensor, ...]]]:
         """1. encode: each tower's pruned map (M, N, D), and the positions that it kept at every boundary."""
         settings = self.config.pruning.encode
@@ -156,8 +161,9 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
         for name, encoder in self._towers():
             pixels = self._pixels_of(name, pixel_values)
             budgets = self.config.encode_budgets[name]
+            choose = best_scored if given is None else given.of_encoder(name)
             tokens, kept[name] = encode_pruned(
-                encoder, pixels, budgets, settings.first_deep_segment, settings.score_queries
+                encoder, pixels, budgets, settings.first_deep_segment, settings.score_queries, choose
             )
             maps[name] = tokens.hidden
         return maps, kept

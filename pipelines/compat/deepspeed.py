@@ -61,6 +61,16 @@ def whole_shape(parameter: nn.Parameter) -> torch.Size:
     return shape
 
 
+def own_partition(parameter: nn.Parameter) -> tuple[Tensor, int]:
+    """This worker's elements of a parameter that ZeRO-3 partitioned, flat and without padding; place of the first.
+
+    DeepSpeed offers fp32 copies of trained partitions only (`safe_get_local_fp32_param`).
+    """
+    part: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+    start: int = parameter.ds_zero_partition_rank * part.numel()  # type: ignore[attr-defined]
+    return part[: max(0, whole_shape(parameter).numel() - start)], start
+
+
 @dataclass(frozen=True)
 class EngineLayout:
     """Which parameters a ZeRO-3 engine holds, by the names of the model.

@@ -32,6 +32,7 @@ from pipelines.io.run_folder import RunFolder
 from pipelines.io.upload import upload_folder
 from pipelines.registry.folder import export_model, verify_checksums
 from pipelines.registry.parity import check_parity
+from pipelines.registry.proof import Parity
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,12 @@ class Exported:
     Attributes:
         model: in eval mode, with its lambda.
         processor: its own.
-        parity: largest difference of a logit between the folder, loaded again, and the training model.
+        parity: of the folder, loaded again, and the training model.
     """
 
     model: MeteorForConditionalGeneration
     processor: MeteorProcessor
-    parity: float
+    parity: Parity
 
 
 def export_checkpoint(
@@ -56,7 +57,7 @@ def export_checkpoint(
     folder: Path,
     to_url: str,
     *,
-    tolerance: float,
+    tolerance: float | None,
     device: str = "cpu",
 ) -> Exported:
     """Write the model of a run's checkpoint to `folder`, prove it and store it.
@@ -67,12 +68,12 @@ def export_checkpoint(
         prompts: gives the questions that lambda is solved on; asked only where stage 3 has a target mean.
         folder: is made, or empty.
         to_url: where the folder is stored.
-        tolerance: largest difference of a logit that is allowed.
+        tolerance: largest difference of a logit that is allowed; None takes that of the precision.
         device: where lambda is solved, and the model stays.
 
     Raises:
         CheckpointError: shards that do not make a whole model.
-        ParityError: logits that differ by more than the tolerance.
+        ParityError: weights that differ, or logits by more than the tolerance.
         ValueError: a target mean that no lambda reaches.
     """
     processor = load_processor(run.url)
@@ -87,7 +88,7 @@ def export_checkpoint(
 
 def export_run(
     recipe: Recipe, run: RunFolder, manifest: shards.Manifest, checkpoint: CheckpointRef, folder: Path
-) -> float:
+) -> Parity:
     """Export a run's checkpoint as its `export/` and to `folder`; where an earlier start has done that, bring it.
 
     Returns:
@@ -102,7 +103,7 @@ def export_run(
             shutil.copytree(exported, folder)
         verify_checksums(folder)
         say("  exported by an earlier start")
-        return float(done["parity"])
+        return Parity.from_dict(done["parity"], run.exported)
 
     def prompts(model: MeteorForConditionalGeneration, processor: MeteorProcessor) -> Sequence[Question]:
         positions = model.config.text_config.max_position_embeddings
@@ -123,7 +124,7 @@ def export_run(
     decode = exported_now.model.config.pruning.decode
     if decode.enabled and decode.target_mean is not None:
         say(f"  lambda {decode.lam:.4g} for a mean of {decode.target_mean:g} visual tokens")
-    complete(run.exported, checkpoint, {"parity": exported_now.parity})
+    complete(run.exported, checkpoint, {"parity": exported_now.parity.to_dict()})
     return exported_now.parity
 
 

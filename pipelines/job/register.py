@@ -19,16 +19,11 @@ from pipelines.job.answers import HeldoutAnswers
 from pipelines.job.starts import Start, start_tags
 from pipelines.job.train import Training
 from pipelines.registry.aliases import move_alias
+from pipelines.registry.proof import Parity
 from pipelines.registry.provenance import training_tags
 from pipelines.registry.publish import publish_version
 from pipelines.registry.scores import store_score, stored_scores
-from pipelines.registry.tags import (
-    BASE_TAG,
-    COMMIT_TAG,
-    PARITY_TAG,
-    PARITY_TOLERANCE_TAG,
-    STEP_TAG,
-)
+from pipelines.registry.tags import BASE_TAG, COMMIT_TAG, STEP_TAG
 from pipelines.registry.versions import RegisteredVersion, Registry
 from pipelines.tracking.metric_points import MetricPoint, points_from_jsonl
 
@@ -59,7 +54,7 @@ class TrainedRun:
         run_id: its run in MLflow.
         commit: of the code.
         training: that has ended.
-        parity: largest difference of a logit between export and training.
+        parity: of its export.
         manifests: of the data.
         starts: every start of the run, oldest first.
         started_from: the version or folder behind `model.start`, pinned when the run was begun; None where it was not.
@@ -71,7 +66,7 @@ class TrainedRun:
     run_id: str
     commit: str
     training: Training
-    parity: float
+    parity: Parity
     manifests: Sequence[shards.Manifest]
     starts: Sequence[Start] = ()
     started_from: str | None = None
@@ -117,8 +112,7 @@ def _version_tags(trained: TrainedRun) -> dict[str, str]:
         "run_name": trained.run_name,
         "run_id": trained.run_id,
         COMMIT_TAG: trained.commit,
-        PARITY_TAG: f"{trained.parity:.3g}",
-        PARITY_TOLERANCE_TAG: f"{recipe.tracking.parity_tolerance:g}",
+        **trained.parity.tags(),
         STEP_TAG: str(exported.step),
         "heldout_loss": f"{exported.final['heldout_loss']:.4f}",
         **start_tags(trained.starts),

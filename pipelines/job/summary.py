@@ -82,7 +82,8 @@ def build_summary(
         "visual_tokens": visual_tokens(config, given),
         "ranks": {"estimator": ranks["estimator"], "images": ranks["images"]},
         "lambda": config.pruning.decode.lam,
-        "parity_max_abs_diff": trained.parity,
+        "parity_max_abs_diff": trained.parity.difference,
+        "parity_precision": trained.parity.precision,
         "workers": {"data_seconds": list(state.data_seconds), "own_seconds": list(state.own_seconds)},
         "samples_per_s": state.samples_seen / state.step_seconds,
         "wall_s": {**wall_s, "total": round(sum(wall_s.values()), 2)},
@@ -119,6 +120,7 @@ def summary_text(summary: Mapping[str, Any], answers: Sequence[HeldoutAnswer] = 
     cut = f" ({truncated} of them truncated)" if truncated else ""
     gain = 1 - summary["heldout_loss"] / summary["heldout_loss_shuffled_images"]
     kept = tokens["decode_kept_mean"]
+    bf16 = ", in bf16" if summary.get("parity_precision") == "bf16" else ""
     lines = [
         ("run", f"{summary['run_name']} (MLflow run {summary['run_id']})"),
         ("samples", f"{summary['samples_seen']} of {summary['samples_expected']} trained{cut}, dropped: {dropped}"),
@@ -149,7 +151,7 @@ def summary_text(summary: Mapping[str, Any], answers: Sequence[HeldoutAnswer] = 
             if summary["lambda"] is not None
             else f"{kept:.1f} kept on average",
         ),
-        ("parity", f"largest logit difference to the training model {summary['parity_max_abs_diff']:.2g}"),
+        ("parity", f"largest logit difference to the training model {summary['parity_max_abs_diff']:.2g}" + bf16),
         ("model", f"{summary['model_uri']} = {summary['model_alias_uri']}"),
         ("seconds", ", ".join(f"{name} {seconds:.0f}" for name, seconds in summary["wall_s"].items())),
     ]

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from pipelines.evaluation.scores import Score
 from pipelines.io.redact import redact
-from pipelines.registry.folder import PARITY_TOLERANCE, USE, introduction
+from pipelines.registry.folder import USE, introduction
+from pipelines.registry.proof import PARITY_TOLERANCE
 from pipelines.registry.tags import (
     BASE_TAG,
     COMMIT_TAG,

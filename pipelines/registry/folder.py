@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 CHECKSUMS_FILE = "checksums.json"
 CARD_FILE = "README.md"
-PARITY_TOLERANCE = 1e-3
-"""Largest difference of a logit that other kernels and another order of summation may cause in fp32."""
 
 
 class ExportError(ValueError):

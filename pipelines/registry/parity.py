@@ -1,29 +1,35 @@
-"""Parity: an exported folder, loaded again, computes what the model that it was made of computes."""
+"""Parity: an exported folder, loaded again, is and computes what the model that it was made of is and computes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
-from pipelines.registry.folder import PARITY_TOLERANCE
+from meteor_model.replay import GivenTokens, replay_logits
+from pipelines.checkpoint.parity_file import INPUTS, ParityBatch, read_parity
+from pipelines.checkpoint.weight_sums import DTYPES, Precision, WeightSums, differing, weight_sums
+from pipelines.registry.proof import LEAST_AGREEMENT, Parity, allowed_difference
+
+NAMED_WEIGHTS = 4
 
 
 class ParityError(ValueError):
-    """The exported model does not compute what the training model computed."""
+    """The exported model is not, or does not compute, what the training model was."""
 
 
 @torch.inference_mode()
 def write_parity_batch(model: MeteorForConditionalGeneration, processor: MeteorProcessor, path: Path) -> None:
     """Write the file for `check_parity` of a model in memory.
 
-    It holds four pictures of noise under questions of growing length, and the model's logits on them.
+    It holds four pictures of noise under questions of growing length, and what the model makes of them.
 
     Args:
-        model: fp32, in eval mode.
+        model: in eval mode.
         processor: the model's.
         path: of the file.
     """
@@ -31,42 +37,96 @@ def write_parity_batch(model: MeteorForConditionalGeneration, processor: MeteorP
     pictures = torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8, generator=generator)
     questions = ["what is this?" + " and what is that?" * extra for extra in range(len(pictures))]
     batch = processor(questions, list(pictures), padding_side="right").to(model.device)
-    logits_BTV = model(**batch, use_cache=False).logits
-    save_file({name: tensor.cpu().contiguous() for name, tensor in {**batch, "logits": logits_BTV}.items()}, path)
+    output = model(**batch, use_cache=False)
+    precision = _precision(model.dtype)
+    sums = {precision: weight_sums(model.named_parameters(), precision)}
+    ParityBatch(dict(batch), output.logits, GivenTokens.of(output.pruning_stats), sums).save(path, precision)
 
 
-def check_parity(folder: Path, parity_file: Path, tolerance: float = PARITY_TOLERANCE) -> float:
-    """Load the folder afresh (fp32, eval) and compare its logits with those that the training model left behind.
+def check_parity(folder: Path, parity_file: Path, tolerance: float | None = None, device: str = "cpu") -> Parity:
+    """Load the folder afresh and compare it with the model that left the file (`pipelines.registry.proof`).
+
+    It is loaded in the coarser one of that model's precision and the export's.
 
     Args:
         folder: written by `export_model`.
-        parity_file: safetensors with input_ids and attention_mask (B, T), pixel_values (M, 3, S, S) uint8, logits
-            (B, T, V).
-        tolerance: largest absolute difference allowed; positions of padding do not count.
-
-    Returns:
-        The largest absolute difference.
+        parity_file: of `ParityBatch.save`.
+        tolerance: largest absolute difference of a logit that is allowed; positions of padding do not count. None
+            takes `allowed_difference`.
+        device: where the model runs.
 
     Raises:
-        ParityError: naming the difference.
+        CheckpointError: a file that is damaged or not whole.
+        ParityError: naming the weights that differ, the difference, or the share of tokens.
     """
-    tensors = load_file(parity_file)
-    if lacking := sorted({"input_ids", "attention_mask", "pixel_values", "logits"} - set(tensors)):
-        raise ParityError(f"{parity_file} lacks {', '.join(lacking)}: the parity batch was not written whole")
-    model = MeteorForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
+    batch, precision = read_parity(parity_file)
+    if MeteorForConditionalGeneration.config_class.from_pretrained(folder).dtype == torch.bfloat16:
+        precision = "bf16"
+    model = MeteorForConditionalGeneration.from_pretrained(folder, dtype=DTYPES[precision], use_safetensors=True)
+    model.eval().to(device)
+    compared = _check_weights(model, batch.sums.get(precision, {}), precision, folder)
     with torch.inference_mode():
-        inputs = {key: tensors[key] for key in ("input_ids", "attention_mask", "pixel_values")}
-        output = model(**inputs, use_cache=False)
-    expected_BTV = tensors["logits"].float()
-    if output.logits.shape != expected_BTV.shape:
+        logits_BTV, agreement = _logits(model, batch)
+    _check_tokens(agreement, precision, folder)
+    largest = batch.logits.abs().max().item()
+    allowed = allowed_difference(precision, largest) if tolerance is None else tolerance
+    difference = _largest_difference(logits_BTV.float().cpu(), batch)
+    if not difference <= allowed:  # also where it is not a number
         raise ParityError(
-            f"the exported model gives logits {tuple(output.logits.shape)}, not {tuple(expected_BTV.shape)}"
+            f"the exported model's logits differ from the training model's by up to {difference:.3g} in {precision}, "
+            f"allowed are {allowed:.3g}: {_refused(folder)}"
         )
-    difference_BT = (output.logits - expected_BTV).abs().amax(dim=-1)
-    difference = difference_BT[tensors["attention_mask"].bool()].max().item()
-    if not difference <= tolerance:  # also where it is not a number
+    return Parity(difference, allowed, precision, largest, agreement, compared)
+
+
+def _precision(dtype: torch.dtype) -> Precision:
+    return "bf16" if dtype == torch.bfloat16 else "fp32"
+
+
+def _refused(folder: Path) -> str:
+    return f"the export in {folder} is not the model that was trained and will not be registered"
+
+
+def _check_weights(
+    model: MeteorForConditionalGeneration, expected: WeightSums, precision: Precision, folder: Path
+) -> int:
+    """How many parameters were compared; files of earlier versions hold no sums."""
+    if not expected:
+        return 0
+    if wrong := differing(weight_sums(model.named_parameters(), precision), expected):
         raise ParityError(
-            f"the exported model's logits differ from the training model's by up to {difference:.3g}, allowed are "
-            f"{tolerance:g}: the export in {folder} is not the model that was trained and will not be registered"
+            f"{len(wrong)} of {len(expected)} weights are not those of the training model in {precision}: "
+            f"{_listed(wrong)}; {_refused(folder)}"
         )
-    return difference
+    return len(expected)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED_WEIGHTS} more" if len(names) > NAMED_WEIGHTS else ""
+    return ", ".join(names[:NAMED_WEIGHTS]) + more
+
+
+def _logits(model: MeteorForConditionalGeneration, batch: ParityBatch) -> tuple[Tensor, float | None]:
+    """Logits (B, T, V) given the tokens that were kept, and the share of them that the model keeps itself."""
+    inputs = {name: batch.inputs[name].to(model.device) for name in INPUTS}
+    if batch.kept is None:
+        return model(**inputs, use_cache=False).logits, None
+    try:
+        return replay_logits(model, **inputs, given=batch.kept), batch.kept.agreement
+    except ValueError as error:  # of the tokens: another number of them, or of encoders
+        raise ParityError(f"the exported model prunes otherwise than the training model: {error}") from error
+
+
+def _check_tokens(agreement: float | None, precision: Precision, folder: Path) -> None:
+    if agreement is not None and agreement < LEAST_AGREEMENT[precision]:
+        raise ParityError(
+            f"of the visual tokens that the training model kept, the exported model's scores keep {agreement:.1%}; at "
+            f"least {LEAST_AGREEMENT[precision]:.1%} is asked in {precision}: {_refused(folder)}"
+        )
+
+
+def _largest_difference(logits_BTV: Tensor, batch: ParityBatch) -> float:
+    if logits_BTV.shape != batch.logits.shape:
+        raise ParityError(f"the exported model gives logits {tuple(logits_BTV.shape)}, not {tuple(batch.logits.shape)}")
+    difference_BT = (logits_BTV - batch.logits).abs().amax(dim=-1)
+    return difference_BT[batch.inputs["attention_mask"].bool()].max().item()

@@ -12,9 +12,9 @@ import math
 from mlflow.entities.model_registry import ModelVersion
 
 from pipelines.registry.aliases import Move, move_alias
-from pipelines.registry.folder import PARITY_TOLERANCE
+from pipelines.registry.proof import allowed_difference
 from pipelines.registry.scores import evaluate_command, stored_scores, void_scores
-from pipelines.registry.tags import PARITY_TAG, SUITE_TAG
+from pipelines.registry.tags import LARGEST_LOGIT_TAG, PARITY_TAG, PRECISION_TAG, SUITE_TAG
 from pipelines.registry.versions import Registry
 
 MAX_UNANSWERED = 0.01
@@ -30,7 +30,7 @@ def promote(
     registry: Registry,
     version: int,
     alias: str,
-    tolerance: float = PARITY_TOLERANCE,
+    tolerance: float | None = None,
     max_unanswered: float = MAX_UNANSWERED,
 ) -> Move:
     """Let an alias point to a version that has both proofs.
@@ -39,7 +39,7 @@ def promote(
         registry: of the registered model.
         version: to promote.
         alias: e.g. champion.
-        tolerance: largest difference of a logit that its parity may show.
+        tolerance: largest difference of a logit that its parity may show; None takes that of its precision.
         max_unanswered: largest share of a suite that may be without an answer.
 
     Raises:
@@ -55,7 +55,7 @@ def promote(
 
 
 def missing_evidence(
-    version: ModelVersion, tolerance: float = PARITY_TOLERANCE, max_unanswered: float = MAX_UNANSWERED
+    version: ModelVersion, tolerance: float | None = None, max_unanswered: float = MAX_UNANSWERED
 ) -> list[str]:
     """What keeps a version from being promoted, each with the command that makes it good; empty where nothing does.
 
@@ -66,6 +66,9 @@ def missing_evidence(
     if version.status != "READY":
         lacking.append(f"its files are not there (status {version.status}): register it again")
     parity, measure = version.tags.get(PARITY_TAG), _parity_command(version)
+    if tolerance is None:
+        precision, largest = version.tags.get(PRECISION_TAG, "fp32"), _number(version.tags.get(LARGEST_LOGIT_TAG, "0"))
+        tolerance = allowed_difference(precision, largest)
     if parity is None:
         lacking.append(f"its parity is missing (tag {PARITY_TAG}); measure it:\n      {measure}")
     elif not _number(parity) <= tolerance:  # also where it is not a number

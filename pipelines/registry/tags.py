@@ -8,6 +8,8 @@ from __future__ import annotations
 
 PARITY_TAG = "parity_max_abs_diff"
 PARITY_TOLERANCE_TAG = "parity_tolerance"
+PRECISION_TAG = "parity_precision"
+LARGEST_LOGIT_TAG = "parity_largest_logit"
 STEP_TAG = "checkpoint_step"
 BASE_TAG = "base"
 LICENCE_TAG = "licence."
@@ -47,6 +49,8 @@ VERSION_TAGS = {
     "heldout_loss": "held-out loss of that checkpoint",
     PARITY_TAG: "largest difference of a logit between its folder, loaded again, and the model that it was made of",
     PARITY_TOLERANCE_TAG: "the difference that was allowed",
+    PRECISION_TAG: "number format that both were compared in, `fp32` or `bf16`; versions without it: fp32",
+    LARGEST_LOGIT_TAG: "largest logit of that model, which the difference that is allowed in bf16 is a share of",
     BASE_TAG: "the version whose weights it has, where it is a variant",
     "sweep": "the search that found it",
     "trial": "the trial of that search",

@@ -29,17 +29,16 @@ from pipelines.evaluation.scores import Score, ScoringError
 from pipelines.evaluation.suite import Suite
 from pipelines.io import storage
 from pipelines.io.run_folder import split_run_url
-from pipelines.registry.folder import PARITY_TOLERANCE, ExportError, export_model
+from pipelines.registry.folder import ExportError, export_model
 from pipelines.registry.open import load_model, load_registered
 from pipelines.registry.parity import ParityError, check_parity, write_parity_batch
+from pipelines.registry.proof import Parity
 from pipelines.registry.publish import publish_version, pull_model
 from pipelines.registry.tags import (
     BASE_TAG,
     COMMIT_TAG,
     DATA_TAGS,
     LICENCE_TAG,
-    PARITY_TAG,
-    PARITY_TOLERANCE_TAG,
     STEP_TAG,
     TRAINING_COMMIT_TAG,
     TRAINING_TAGS,
@@ -80,7 +79,7 @@ def register_variant(  # noqa: PLR0913 - what a version is made of, by name
     run_id: str,
     tags: Mapping[str, str],
     suite: Suite | None = None,
-    tolerance: float = PARITY_TOLERANCE,
+    tolerance: float | None = None,
 ) -> RegisteredVersion:
     """Register a base model under another pruning, with its score.
 
@@ -95,7 +94,7 @@ def register_variant(  # noqa: PLR0913 - what a version is made of, by name
         tags: of the version, e.g. git_commit; recipe, data and licences are taken over from a registered base, and are
             to be given for a folder (`pipelines.registry.provenance.training_tags`).
         suite: that the score is of, for its name in the card.
-        tolerance: largest difference of a logit that parity may show.
+        tolerance: largest difference of a logit that parity may show; None takes that of the precision.
 
     Raises:
         ValueError: a pruning that contradicts the base, or stage 3 without its lambda.
@@ -115,12 +114,11 @@ def register_variant(  # noqa: PLR0913 - what a version is made of, by name
     _check_score(score, model.config)
     with tempfile.TemporaryDirectory(prefix="meteor-variant-") as scratch:
         folder = export_model(model, processor, Path(scratch) / "model")
-        parity = _parity_of(model.float(), processor, folder, tolerance)
+        parity = _parity_of(model, processor, folder, tolerance)
         all_tags = {
             **base_tags,
             "run_id": run_id,
-            PARITY_TAG: f"{parity:.3g}",
-            PARITY_TOLERANCE_TAG: f"{tolerance:g}",
+            **parity.tags(),
             **tags,
         }
         return publish_version(
@@ -152,9 +150,9 @@ def _check_score(score: Score, config: MeteorConfig) -> None:
 
 
 def _parity_of(
-    model: MeteorForConditionalGeneration, processor: MeteorProcessor, folder: Path, tolerance: float
-) -> float:
-    """Largest difference of the folder's logits to the model's, on fresh inputs. Raises ParityError."""
+    model: MeteorForConditionalGeneration, processor: MeteorProcessor, folder: Path, tolerance: float | None
+) -> Parity:
+    """The folder against the model, on fresh inputs. Raises ParityError."""
     written = MeteorConfig.from_pretrained(folder)
     if written.pruning != model.config.pruning or written.ranks != model.config.ranks:
         raise ParityError(f"{folder} holds another pruning than the model that was exported: {written.pruning}")
@@ -164,17 +162,14 @@ def _parity_of(
         return check_parity(folder, batch, tolerance)
 
 
-def measure_parity(registry: Registry, version: int, tolerance: float = PARITY_TOLERANCE) -> float:
+def measure_parity(registry: Registry, version: int, tolerance: float | None = None) -> Parity:
     """Measure the parity of a version that is registered, and file it in its tags.
 
-    A variant is compared with its base under the variant's settings; what a training made with the logits that the
-    training left in the checkpoint that was exported.
-
-    Returns:
-        The largest difference of a logit.
+    A variant is compared with its base under the variant's settings; what a training made with what the training left
+    in the checkpoint that was exported.
 
     Raises:
-        ParityError: a difference above the tolerance; the tag stays as it was.
+        ParityError: another model, or a difference above the tolerance; the tag stays as it was.
         ExportError: a version of which neither base nor checkpoint is known.
         TrackingError: an unknown version, or a server that is away.
     """
@@ -184,13 +179,12 @@ def measure_parity(registry: Registry, version: int, tolerance: float = PARITY_T
         if base := found.tags.get(BASE_TAG):
             model, processor = load_registered(base, registry.uri)
             config = MeteorConfig.from_pretrained(folder)
-            apply_pruning(model.float(), processor, config.pruning, config.ranks)
+            apply_pruning(model, processor, config.pruning, config.ranks)
             parity = _parity_of(model, processor, folder, tolerance)
         else:
             with local_copy(_training_checkpoint(registry, found)) as checkpoint:
                 parity = check_parity(folder, checkpoint / PARITY_FILE, tolerance)
-    tags = {PARITY_TAG: f"{parity:.3g}", PARITY_TOLERANCE_TAG: f"{tolerance:g}"}
-    registry.describe_version(version, tags=tags)
+    registry.describe_version(version, tags=parity.tags())
     return parity
 
 

@@ -23,6 +23,7 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from pipelines.checkpoint.committed import CHECKPOINT_PREFIX
 from pipelines.checkpoint.local import new_folder
 from pipelines.checkpoint.losses import LossFile, LossLog, write_losses
+from pipelines.checkpoint.parity_file import ParityBatch
 from pipelines.checkpoint.shards import save_shards
 from pipelines.checkpoint.state import (
     LEDGER_FILE,
@@ -32,6 +33,7 @@ from pipelines.checkpoint.state import (
     STATE_FILE,
     TrainState,
 )
+from pipelines.checkpoint.weight_sums import Precision
 from pipelines.compat.deepspeed import checkpoint_bytes
 from pipelines.data.ledger import Ledger
 from pipelines.data.sample_id import SampleId, SampleIds
@@ -41,7 +43,6 @@ from pipelines.io.run_folder import RunFolder
 from pipelines.recovery.preemption import wait_committed
 from pipelines.tracking.metric_points import MetricPoint, points_to_jsonl
 from pipelines.training.batches import MicroBatch
-from pipelines.training.heldout_loss import Parity, save_parity
 from pipelines.training.worker import Worker
 
 TOGETHER_S = 10.0
@@ -69,7 +70,7 @@ class CheckpointSaver:
 
     worker: Worker
     run_url: str
-    precision: str
+    precision: Precision
     recipe: Mapping[str, Any]
     ledger: Ledger
     losses: LossLog
@@ -97,7 +98,7 @@ class CheckpointSaver:
         """Whether the next checkpoint, of `state`, is to be validated. The last one has held-out metrics already."""
         return self.validate_every > 0 and (self.saved + 1) % self.validate_every == 0 and not state.done
 
-    def save(self, state: TrainState, pending: Sequence[MetricPoint], parity: Parity | None = None) -> str:
+    def save(self, state: TrainState, pending: Sequence[MetricPoint], parity: ParityBatch | None = None) -> str:
         """Save a checkpoint of `state`; every worker must call it. Returns the name of its folder in storage.
 
         The last checkpoint of a training is uploaded before it returns.
@@ -132,7 +133,7 @@ class CheckpointSaver:
         return names[0]
 
     def _write_common(
-        self, folder: Path, state: TrainState, pending: Sequence[MetricPoint], parity: Parity | None
+        self, folder: Path, state: TrainState, pending: Sequence[MetricPoint], parity: ParityBatch | None
     ) -> None:
         """What rank 0 writes beside its shards."""
         (folder / STATE_FILE).write_text(state.to_json())
@@ -140,7 +141,7 @@ class CheckpointSaver:
         (folder / RECIPE_FILE).write_text(json.dumps(self.recipe, indent=1, sort_keys=True) + "\n")
         (folder / POINTS_FILE).write_text(points_to_jsonl(pending))
         if parity is not None:
-            save_parity(parity, folder / PARITY_FILE, self.precision)
+            parity.save(folder / PARITY_FILE, self.precision)
 
     def wait_committed(self, name: str, timeout_s: float) -> bool:
         """Whether the checkpoint that was saved last, in folder `name`, is committed within `timeout_s` seconds.

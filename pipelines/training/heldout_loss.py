@@ -11,29 +11,36 @@ Legend: B samples, T tokens, M images of all samples in order, S image size.
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from meteor_model.outputs import PruningStats
+from meteor_model.replay import GivenTokens
+from pipelines.checkpoint.parity_file import ParityBatch
+from pipelines.checkpoint.weight_sums import COARSER, Precision, WeightSums, weight_sum
+from pipelines.compat.deepspeed import own_partition
 from pipelines.training.batches import MicroBatch
-
-Parity = dict[str, Tensor]
-"""The inputs of one batch, and `logits` (B, T, vocabulary) in fp32."""
 
 
 @torch.no_grad()
-def evaluate_heldout(engine: Any, batches: Iterator[MicroBatch]) -> tuple[dict[str, float], Parity]:
+def evaluate_heldout(
+    engine: Any, batches: Iterator[MicroBatch], precision: Precision
+) -> tuple[dict[str, float], ParityBatch]:
     """Run the held-out micro-batches, at least one and as many on every worker (some may be empty).
+
+    Args:
+        engine: the training model's.
+        batches: of this worker.
+        precision: of its weights.
 
     Returns:
         the metrics (`_metrics`) over all workers, the same on every one, and the parity batch: worker 0's first
         micro-batch.
     """
     first = next(batches)
-    parity = parity_batch(engine, first)
+    parity = parity_batch(engine, first, precision)
     engine.eval()
     sums = _sums(engine, chain([first], batches), engine.device)
     torch.distributed.all_reduce(sums)
@@ -115,20 +122,30 @@ def shuffle_images(pixel_values: Tensor, num_images: Sequence[int]) -> tuple[Ten
 
 
 @torch.no_grad()
-def parity_batch(engine: Any, batch: MicroBatch) -> Parity:
-    """The inputs of worker 0's `batch`, and the model's logits on them; every worker must call it.
+def parity_batch(engine: Any, batch: MicroBatch, precision: Precision) -> ParityBatch:
+    """The inputs of worker 0's `batch`, what the model says to them and keeps, and what it consists of.
 
-    The inputs are sent to all, so that every worker runs the same forward.
+    The inputs are sent to all, so that every worker runs the same forward; every worker must call it.
     """
     shared: list[Any] = [{name: tensor.cpu() for name, tensor in batch.inputs.items()}]
     torch.distributed.broadcast_object_list(shared, src=0)
     inputs: dict[str, Tensor] = shared[0]
     engine.eval()
-    logits = engine(**{name: tensor.to(engine.device) for name, tensor in inputs.items()}).logits
+    output = engine(**{name: tensor.to(engine.device) for name, tensor in inputs.items()})
     engine.train()
-    return {**inputs, "logits": logits.float().cpu()}
+    stats = output.pruning_stats
+    kept = GivenTokens.of(stats) if isinstance(stats, PruningStats) else None
+    sums = {rounded_to: _weight_sums(engine, rounded_to) for rounded_to in COARSER[precision]}
+    return ParityBatch(inputs, output.logits.float().cpu(), kept, sums)
 
 
-def save_parity(parity: Parity, path: Path, precision: str) -> None:
-    """Write the parity batch; the metadata says in which precision the training model ran."""
-    save_file({name: tensor.contiguous() for name, tensor in parity.items()}, path, metadata={"precision": precision})
+def _weight_sums(engine: Any, precision: Precision) -> WeightSums:
+    """The sums of the whole parameters, of which every worker reads its own partitions; the same on every worker."""
+    names, parts = [], []
+    for name, parameter in engine.module.named_parameters():
+        part, start = own_partition(parameter)
+        names.append(name)
+        parts.append(weight_sum(part, precision, start).to(engine.device))
+    sums_P = torch.stack(parts)
+    torch.distributed.all_reduce(sums_P)  # integers wrap at 2^64, as the sums do
+    return dict(zip(names, sums_P.tolist(), strict=True))

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from numpy.random import SeedSequence
 
+from pipelines.checkpoint.parity_file import ParityBatch
 from pipelines.checkpoint.state import MAX_LISTED_DROPS, DroppedSample, TrainState
 from pipelines.checkpoint.zero3 import schedule_factor
 from pipelines.config.settings import TrainingSettings
@@ -24,7 +25,7 @@ from pipelines.recovery.preemption import Preemption, PreemptionWatch, preempted
 from pipelines.tracking.metric_points import MetricPoint
 from pipelines.training.batches import Counts, MicroBatch
 from pipelines.training.checkpoint_saver import CheckpointSaver
-from pipelines.training.heldout_loss import Parity, parity_batch
+from pipelines.training.heldout_loss import parity_batch
 from pipelines.training.pace import Pace
 from pipelines.training.worker import Worker
 
@@ -311,15 +312,17 @@ class Loop:
     def _checkpoint(self, members: Sequence[MicroBatch]) -> str:
         """The checkpoint of the step that trained `members`; one that is validated may be exported."""
         validated = self.saver.validates_next(self.state)
-        return self._save(parity_batch(self.worker.engine, members[0]) if validated else None)
+        if not validated:
+            return self._save(None)
+        return self._save(parity_batch(self.worker.engine, members[0], self.settings.precision))
 
-    def _save(self, parity: Parity | None) -> str:
+    def _save(self, parity: ParityBatch | None) -> str:
         self.pulse.mark(Phase.CHECKPOINT)
         self._gather_drops()
         pending = self.logger.pending_points() if self.logger is not None else []
         return self.saver.save(self.state, pending, parity)
 
-    def finish(self, final: dict[str, float], parity: Parity) -> None:
+    def finish(self, final: dict[str, float], parity: ParityBatch) -> None:
         """The last checkpoint, and the held-out metrics to the logger."""
         self.state = dataclasses.replace(self.state, final=final)
         if self.logger is not None:

@@ -133,7 +133,7 @@ def _steps(job: TrainingJob, loop: Loop) -> None:
     )
     heldout = BatchReader(job.collate, job.pad_token_id, settings.micro_batch, Share(rank, world, world))
     batches = itertools.chain.from_iterable(heldout.read(rows, 0, job.heldout_rows))
-    final, parity = evaluate_heldout(loop.worker.engine, _marked(batches))
+    final, parity = evaluate_heldout(loop.worker.engine, _marked(batches), settings.precision)
     # 7. finish
     loop.finish(final, parity)
 

@@ -313,7 +313,7 @@ def test_trials_that_train_side_by_side(place: Place, bench: Bench) -> None:
         "manifest": bench.manifest.url,
         "start": f"models:/meteor/{base}",
     }
-    assert measure_parity(Registry(uri, "meteor"), int(version.version)) < 1e-3
+    assert measure_parity(Registry(uri, "meteor"), int(version.version)).difference < 1e-3
     model, processor = load_registered("models:/meteor@budget-64", uri)
     suite = Suite.of(bench.manifest, "heldout", settings.questions)
     assert score_model(model, processor, suite.load(processor, 512), suite.digest).answer_nll == pytest.approx(

@@ -17,9 +17,11 @@ from meteor_model.architectures import build_config
 from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, MeteorConfig, PruningConfig
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from pipelines.checkpoint.consolidate import consolidate
+from pipelines.checkpoint.parity_file import read_parity
 from pipelines.checkpoint.shards import save_shards
 from pipelines.checkpoint.start_weights import StartWeights, WeightsError
-from pipelines.checkpoint.state import ZERO3_TAG, CheckpointError
+from pipelines.checkpoint.state import PARITY_FILE, ZERO3_TAG, CheckpointError
+from pipelines.checkpoint.weight_sums import COARSER, weight_sums
 from pipelines.checkpoint.zero3 import (
     checkpoint_activations,
     deepspeed_config,
@@ -30,6 +32,8 @@ from pipelines.checkpoint.zero3 import (
 )
 from pipelines.compat.deepspeed import import_deepspeed
 from pipelines.config.settings import LearningRates, OptimizerSettings, TrainingSettings
+from pipelines.training.batches import MicroBatch
+from pipelines.training.heldout_loss import parity_batch
 from tests.meteor_model.towers import TOWERS
 
 IMAGE, VISUAL = 3, 16
@@ -51,6 +55,14 @@ def make_batch(rank: int) -> dict[str, Tensor]:
     labels = torch.where(ids == IMAGE, -100, ids)
     pixels = torch.randint(0, 256, (2 if rank == 0 else 0, 3, 64, 64), generator=random, dtype=torch.uint8)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "pixel_values": pixels}
+
+
+def micro_batch(rank: int) -> MicroBatch:
+    """The same as workers pass it on."""
+    inputs = make_batch(rank)
+    images = (1, 1) if rank == 0 else (0,)
+    cells = inputs["input_ids"].numel()
+    return MicroBatch(inputs, images, count(inputs), cells, cells, len(images), (), (), 0)
 
 
 def count(batch: dict[str, Tensor]) -> int:
@@ -94,6 +106,9 @@ def work(rank: int, folder: Path, precision: Any, rates: LearningRates, recomput
         total = loss.detach().double() / 2
         torch.distributed.all_reduce(total)
         losses.append(total.item())
+    parity = parity_batch(engine, micro_batch(rank), precision)
+    if rank == 0:
+        parity.save(folder / PARITY_FILE, precision)
     target = folder / "checkpoint" if rank == 0 else folder / f"checkpoint-{rank}"
     save_shards(engine, target, StartWeights(folder / "init").digest)
     (folder / f"losses-{rank}.json").write_text(json.dumps(losses))
@@ -158,6 +173,9 @@ def test_real_model_in_fp32_equals_one_process(tmp_path: Path) -> None:
         if name.startswith("encoders."):
             assert torch.equal(weights[name], start[name]), name
     assert not torch.equal(weights["lm_head.weight"], start["lm_head.weight"])
+    batch, _ = read_parity(tmp_path / PARITY_FILE)
+    for precision in COARSER["fp32"]:
+        assert batch.sums[precision] == weight_sums(whole.named_parameters(), precision)
     for path in (checkpoint / ZERO3_TAG).glob("*_optim_states.pt"):
         if "rank_1_" in path.name:
             path.unlink()
@@ -194,3 +212,6 @@ def test_real_model_in_bf16_keeps_fp32_masters(tmp_path: Path) -> None:
     assert not torch.equal(trained, trained.bfloat16().float()), "the fp32 master weights are lost"
     loss = whole(**make_batch(0)).loss
     assert loss.isfinite()
+    batch, precision = read_parity(tmp_path / PARITY_FILE)
+    assert (precision, list(batch.sums)) == ("bf16", ["bf16"])
+    assert batch.sums["bf16"] == weight_sums(whole.named_parameters(), "bf16"), "masters rounded are what was trained"

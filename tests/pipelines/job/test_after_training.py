@@ -20,6 +20,7 @@ from pipelines.job.answers import HeldoutAnswer, HeldoutAnswers, answer_heldout
 from pipelines.job.export import export_run
 from pipelines.job.register import POINTS_FILE, TrainedRun, register_run, undelivered_points
 from pipelines.job.train import Training
+from pipelines.registry.proof import Parity
 from pipelines.registry.versions import RegisteredVersion
 from pipelines.tracking.metric_points import MetricPoint, points_to_jsonl
 from tests.pipelines.mlflow_fixture import MODEL_NAME, SUITE, Server, record, score_of
@@ -45,7 +46,7 @@ def test_an_earlier_export_is_brought_whole_or_refused(
     run_url = tmp_path / "run"
     shutil.copytree(exported, run_url / "export")
     storage.write_json(str(run_url / "exported.json"), {"checkpoint": checkpoint.url, "parity": 2e-6})
-    assert export_run(Recipe(), RunFolder(str(run_url)), UNUSED, checkpoint, tmp_path / "model") == 2e-6
+    assert export_run(Recipe(), RunFolder(str(run_url)), UNUSED, checkpoint, tmp_path / "model") == Parity(2e-6)
     assert (tmp_path / "model" / "config.json").read_bytes() == (exported / "config.json").read_bytes()
     (run_url / "export" / "config.json").write_text("{}")
     with pytest.raises(DamagedFileError, match=r"export/config\.json is damaged"):
@@ -78,7 +79,7 @@ def test_the_version_of_an_earlier_start_is_taken(
     recipe = Recipe(tracking=TrackingSettings(uri=server.uri, registered_model=MODEL_NAME))
     client = MlflowClient(server.uri)
     before = client.search_model_versions(f"name = '{MODEL_NAME}'")
-    trained = TrainedRun(recipe, "adopt", "r", registered.run_id, "abc", ended(checkpoint), 0.0, ())
+    trained = TrainedRun(recipe, "adopt", "r", registered.run_id, "abc", ended(checkpoint), Parity(0.0), ())
     again = register_run(trained, UNUSED, HeldoutAnswers((), {}))
     newest = max(before, key=lambda item: int(item.version))
     assert again.version == int(newest.version)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
+from pipelines.checkpoint.state import CheckpointError
 from pipelines.registry.folder import ExportError, export_model, tokens_by_stage
 from pipelines.registry.parity import ParityError, check_parity
 from pipelines.registry.publish import pull_model
@@ -46,7 +47,7 @@ def test_export_into_a_used_folder_is_refused(
 
 
 def test_parity_of_an_honest_export(exported: Path, parity_file: Path) -> None:
-    assert check_parity(exported, parity_file) <= 1e-5
+    assert check_parity(exported, parity_file).difference <= 1e-5
 
 
 def test_parity_fails_on_other_weights(
@@ -70,7 +71,7 @@ def test_parity_judges_every_attended_position(
     tensors["logits"][sample, position, 3] += value
     save_file(tensors, tmp_path / "parity.safetensors")
     if message is None:
-        assert check_parity(exported, tmp_path / "parity.safetensors") <= 1e-5
+        assert check_parity(exported, tmp_path / "parity.safetensors").difference <= 1e-5
     else:
         with pytest.raises(ParityError, match=message):
             check_parity(exported, tmp_path / "parity.safetensors")
@@ -82,7 +83,7 @@ def test_parity_file_that_does_not_fit(exported: Path, parity_file: Path, tmp_pa
     with pytest.raises(ParityError, match="gives logits"):
         check_parity(exported, tmp_path / "narrow")
     save_file({"logits": tensors["logits"]}, tmp_path / "lacking")
-    with pytest.raises(ParityError, match="lacks attention_mask, input_ids, pixel_values"):
+    with pytest.raises(CheckpointError, match="lacks attention_mask, input_ids, pixel_values"):
         check_parity(exported, tmp_path / "lacking")
 
 

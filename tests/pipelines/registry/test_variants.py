@@ -289,7 +289,7 @@ def test_parity_of_a_registered_version_is_measured_again(
     MlflowClient(server.uri).delete_model_version_tag(NAME, str(version), "parity_max_abs_diff")
     with pytest.raises(ValueError, match="parity is missing"):
         promote(registry, version, "champion")
-    assert measure_parity(registry, version) <= 1e-5
+    assert measure_parity(registry, version).difference <= 1e-5
     assert float(registry.version(version).tags["parity_max_abs_diff"]) <= 1e-5
     with pytest.raises(ExportError, match="names neither a base nor a training"):
         measure_parity(registry, base.version)
@@ -304,7 +304,7 @@ def test_parity_of_a_registered_version_is_measured_again(
     state = TrainState("hash", 2, 4, step=4).to_json()
     storage.write_bytes(str(run / "train" / "step-4" / "train_state.json"), state.encode())
     shutil.copy(parity_file, run / "train" / "step-4" / "parity.safetensors")
-    assert measure_parity(registry, base.version) <= 1e-5
+    assert measure_parity(registry, base.version).difference <= 1e-5
     assert float(registry.version(base.version).tags["parity_max_abs_diff"]) <= 1e-5
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from meteor_model.collate import collate
@@ -22,7 +21,9 @@ from pipelines.checkpoint.best import checkpoint_to_export
 from pipelines.checkpoint.committed import CheckpointRef, latest_checkpoint
 from pipelines.checkpoint.consolidate import consolidate
 from pipelines.checkpoint.losses import read_losses
+from pipelines.checkpoint.parity_file import read_parity
 from pipelines.checkpoint.state import PARITY_FILE, load_ledger
+from pipelines.checkpoint.weight_sums import weight_sums
 from pipelines.checkpoint.zero3 import parameter_groups, schedule_factor
 from pipelines.io.run_folder import run_folder
 from pipelines.recovery.failures import TrainingError
@@ -117,13 +118,15 @@ def test_heldout_loss_with_true_and_with_shuffled_images(trained: tuple[Path, Tr
 
 def test_parity_batch_holds_the_training_model_s_logits(trained: tuple[Path, TrainingResult]) -> None:
     root, result = trained
-    parity: dict[str, Tensor] = load_file(Path(result.checkpoint.url) / PARITY_FILE)
-    logits = parity.pop("logits")
+    parity, precision = read_parity(Path(result.checkpoint.url) / PARITY_FILE)
+    whole = consolidated(root, result)
     first = [make_row(row, HELDOUT, HELDOUT, ()) for row in range(SETTINGS.micro_batch)]
-    assert parity["input_ids"].tolist() == make_micro_batch(first, COLLATE, PAD).inputs["input_ids"].tolist()
+    assert parity.inputs["input_ids"].tolist() == make_micro_batch(first, COLLATE, PAD).inputs["input_ids"].tolist()
     with torch.no_grad():
-        again = consolidated(root, result)(**parity).logits
-    torch.testing.assert_close(again, logits, rtol=0, atol=1e-5)
+        again = whole(**parity.inputs).logits
+    torch.testing.assert_close(again, parity.logits, rtol=0, atol=1e-5)
+    assert precision == "fp32"
+    assert parity.sums["fp32"] == weight_sums(whole.named_parameters(), "fp32")
 
 
 def test_a_finished_run_is_not_trained_again(trained: tuple[Path, TrainingResult]) -> None:
@@ -277,11 +280,10 @@ def test_a_validated_checkpoint_can_be_exported_and_leaves_the_training_as_it_is
     best = checkpoint_to_export(str(root), "validated", worst, "best")
     assert best.state.step in (2, 4)
     assert best.state.final.keys() == result.checkpoint.state.final.keys()
-    parity: dict[str, Tensor] = load_file(Path(best.url) / PARITY_FILE)
-    logits = parity.pop("logits")
+    parity, _ = read_parity(Path(best.url) / PARITY_FILE)
     with torch.no_grad():
-        again = consolidate(Path(best.url), StandInModel, init)(**parity).logits
-    torch.testing.assert_close(again, logits, rtol=0, atol=1e-5)
+        again = consolidate(Path(best.url), StandInModel, init)(**parity.inputs).logits
+    torch.testing.assert_close(again, parity.logits, rtol=0, atol=1e-5)
 
 
 def test_a_fault_in_a_data_task_reaches_the_driver(tmp_path: Path, cluster: None) -> None:
