@@ -8,7 +8,7 @@ from typing import Literal
 
 from meteor_model.checks import nearest
 from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, PruningConfig
-from pipelines.config.recipe import ModelSettings, Recipe
+from pipelines.config.recipe import CalibrationSettings, ModelSettings, Recipe
 from pipelines.config.settings import DataSettings, LearningRates, OptimizerSettings, TrainingSettings, Zero3Settings
 from pipelines.data.sources.openmoji import OpenMojiSettings
 
@@ -136,12 +136,40 @@ def meteor_x4_7b() -> Recipe:
     return _published("meteor_x4_7b", METEOR_X4)
 
 
-RecipeName = Literal["eagle_x4_7b", "eagle_x5_7b", "meteor_x4_7b", "small", "tiny"]
+#: METEOR_X4's shares of 1,856 and 2,112 tokens.
+METEOR_X4_1B = PruningConfig(
+    EncodePruning(totals=(720, 360, 330)), FusePruning(keep=160), DecodePruning(layer=2, target_mean=67.0)
+)
+
+
+def meteor_x4_1b() -> Recipe:
+    """A rehearsal of `meteor_x4_7b` on two CPU workers: files of gigabytes, a few steps, random weights."""
+    return Recipe(
+        name="meteor_x4_1b",
+        model=ModelSettings(architecture="meteor_x4_1b", template="plain"),
+        pruning=METEOR_X4_1B,
+        data=DataSettings(heldout_samples=4, max_length=512),
+        source=OpenMojiSettings(code_points=32, variants=1),
+        calibration=CalibrationSettings(samples=4, batch=2, decode_samples=4),
+        training=TrainingSettings(
+            workers=2,
+            micro_batch=2,
+            global_batch=8,
+            precision="bf16",
+            gradient_checkpointing=True,
+            checkpoint_every_steps=4,
+            optimizer=OptimizerSettings(learning_rates=LearningRates(projector=1e-3, towers=None, llm=None)),
+        ),
+    )
+
+
+RecipeName = Literal["eagle_x4_7b", "eagle_x5_7b", "meteor_x4_1b", "meteor_x4_7b", "small", "tiny"]
 
 RECIPES: dict[str, dict[str, Callable[[], Recipe]]] = {
     "pretrain": {
         "eagle_x4_7b": eagle_x4_7b,
         "eagle_x5_7b": eagle_x5_7b,
+        "meteor_x4_1b": meteor_x4_1b,
         "meteor_x4_7b": meteor_x4_7b,
         "small": small,
         "tiny": tiny,

@@ -200,6 +200,47 @@ def meteor_x4_7b() -> Architecture:
     return _published((CLIP_L_336, CONVNEXT_XXL_1024, EVA02_L_DET_1024, PIX2STRUCT_L), "post_projection")
 
 
+def meteor_x4_1b() -> Architecture:
+    """The layout of `meteor_x4_7b` at about a seventh of its parameters, with random weights: for rehearsals.
+
+    The same four tower families, narrower and at 512 px (256, 256, 1,024 and 576 tokens), around a Llama of 0.7 B.
+    """
+    towers = (
+        replace(
+            CLIP_L_336,
+            image_size=224,
+            tower={
+                **CLIP_L_336.tower,
+                **{"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+                "image_size": 224,
+            },
+        ),
+        replace(CONVNEXT_XXL_1024, image_size=512, tower={"model_name": "convnext_base"}),
+        replace(
+            EVA02_L_DET_1024,
+            image_size=512,
+            tower={
+                **EVA02_L_DET_1024.tower,
+                **{"embed_dim": 768, "depth": 12, "num_heads": 12, "global_blocks": list(range(2, 12, 3))},
+            },
+        ),
+        replace(
+            PIX2STRUCT_L,
+            image_size=384,
+            tower={
+                **PIX2STRUCT_L.tower,
+                **{"hidden_size": 768, "d_ff": 2048, "num_hidden_layers": 12, "num_attention_heads": 12},
+            },
+        ),
+    )
+    llama = {
+        **VICUNA_7B,
+        **{"hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 25},
+        **{"num_attention_heads": 12, "num_key_value_heads": 12},
+    }
+    return Architecture(encoders=towers, text_config=llama, image_size=512)
+
+
 def small() -> Architecture:
     """Real pretrained parts that packages hold or that are trained on the spot (pipelines/parts), 160 M parameters.
 
@@ -251,6 +292,7 @@ def small() -> Architecture:
 ARCHITECTURES: dict[str, Callable[[], Architecture]] = {
     "eagle_x4_7b": eagle_x4_7b,
     "eagle_x5_7b": eagle_x5_7b,
+    "meteor_x4_1b": meteor_x4_1b,
     "meteor_x4_7b": meteor_x4_7b,
     "small": small,
     "tiny": tiny,

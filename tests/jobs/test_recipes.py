@@ -8,7 +8,7 @@ from jobs.recipes import RECIPES
 from tests.meteor_model.test_architectures import DENSE_SHAPES, vicuna_config
 
 EVERY_RECIPE = [(job, name) for job, recipes in RECIPES.items() for name in recipes]
-PRUNED_TOKENS = {"meteor_x4_7b": 576, "small": 96, "tiny": 32}
+PRUNED_TOKENS = {"meteor_x4_1b": 160, "meteor_x4_7b": 576, "small": 96, "tiny": 32}
 
 
 @pytest.mark.parametrize(("job", "name"), EVERY_RECIPE)

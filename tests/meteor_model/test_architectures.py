@@ -19,6 +19,7 @@ SPECIAL_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 DENSE_SHAPES: dict[str, tuple[int, dict[str, int]]] = {
     "eagle_x4_7b": (1024, {"joint": 1024 + 3072 + 1024 + 1536}),
     "eagle_x5_7b": (1024, {"joint": 1024 + 3072 + 4 * 256 + 1024 + 1536}),
+    "meteor_x4_1b": (256 + 256 + 1024 + 576, {"clip": 768, "convnext": 1024, "eva02": 768, "pix2struct": 768}),
     "meteor_x4_7b": (576 + 1024 + 4096 + 2025, {"clip": 1024, "convnext": 3072, "eva02": 1024, "pix2struct": 1536}),
     "small": (256 + 100 + 441, {"dinov2": 384, "efficientnet": 320, "reader": 192}),
     "tiny": (64 + 64 + 64, {"clip": 64, "pix2struct": 64, "convnext": 64}),
