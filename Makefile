@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help plan predict-shards serve setup lock up status down pretrain finetune sweep predict calibrate evaluate register shards parts visualize flops bench-prune bench-gpu bench-order bench-ranks bench-serve bench-limits \
+.PHONY: help plan predict-shards serve setup lock up status down pretrain finetune sweep predict calibrate evaluate register shards parts visualize flops bench-prune bench-gpu bench-order bench-ranks bench-serve bench-limits rehearsal \
   chaos check docs docs-check format fuzz test test-slow test-versions clean
 
 PYTHON ?= python3.11
@@ -114,6 +114,9 @@ bench-ranks: $(PARTS_STAMP)  ## Measure how ranks vary over images and kinds of 
 
 chaos: setup  ## Kill, cut and spoil everything on real servers and count the samples (about 40 minutes on two cores): make chaos ARGS="--only NAME"
 	@$(PY) -m benchmarks.chaos $(ARGS)
+
+rehearsal: $(PARTS_STAMP)  ## Whole jobs in bf16 and at 1 B parameters on the local stack, and what every phase takes: make rehearsal ARGS="--only small"
+	@$(PY) -m benchmarks.rehearsal $(ARGS)
 
 bench-serve: setup  ## Measure serving with and without pruning and batching (about 10 minutes, quiet cores); writes benchmarks/results/serve.json
 	@$(PY) -m benchmarks.serve $(ARGS)

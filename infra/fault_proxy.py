@@ -171,7 +171,8 @@ class _ResetHere(ConnectionError):
 class FaultProxy:
     """A running proxy before the server at `upstream` (http://HOST:PORT); a context manager. Its thread is its own.
 
-    Rules may be added and cleared while it runs; `injected` lists what requests have met so far.
+    Rules may be added and cleared while it runs; `injected` lists what requests have met so far, `sent` and `received`
+    are the bytes of all bodies to and from the server.
     """
 
     def __init__(self, upstream: str, rules: Sequence[Rule] = ()) -> None:
@@ -180,6 +181,7 @@ class FaultProxy:
             raise ValueError(f"the upstream {upstream!r} must be written as http://HOST:PORT")
         self.upstream = (address.hostname, address.port or 80)
         self.injected: list[Injected] = []
+        self.sent = self.received = 0
         self._lock = threading.Lock()
         self._counts = [RuleCount(rule) for rule in rules]
         self._clients: set[asyncio.StreamWriter] = set()
@@ -371,6 +373,7 @@ class FaultProxy:
             up_writer.write(piece)
             await up_writer.drain()
             sent += len(piece)
+            self.sent += len(piece)
         if cut is not None:
             raise _ResetHere
 
@@ -408,6 +411,7 @@ class FaultProxy:
     ) -> bool:
         sent = 0
         async for piece in pieces:
+            self.received += len(piece)
             if isinstance(fault, Reset | Truncate):
                 cut = place(fault.at, length)
                 if sent + len(piece) > cut:

@@ -1,0 +1,154 @@
+"""The stack that a rehearsal plays on: the local one, with counting proxies before the store.
+
+Jobs and Ray know the store by one proxy, MLflow, which passes artifacts on, by another: so what a job sends itself and
+what goes through MLflow are counted apart.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+from PIL import Image
+
+from benchmarks.rehearsal.meter import Meter, Taken
+from benchmarks.rehearsal.plays import Command, Play
+from infra import services
+from infra.fault_proxy import FaultProxy
+from infra.services import Stack
+from infra.stack import down, up
+
+ROOT = Path(__file__).resolve().parents[2]
+OBJECT_STORE_BYTES = 1_000_000_000
+COMMAND_LIMIT_S = 3600.0
+SHOWN_CHARACTERS = 3000
+PHASE_LINE = re.compile(r"\[(?P<name>[a-z]+)\] ")
+"""How `pipelines.job.run.Phases` says that a phase begins."""
+
+
+class RehearsalError(RuntimeError):
+    """A command of a rehearsal failed; the message ends with what it printed."""
+
+
+class Stage:
+    """A running stack, and what its processes put their temporary files into."""
+
+    def __init__(self, folder: Path, temp: Path, environment: Mapping[str, str], proxies: Mapping[str, FaultProxy]):
+        self.folder, self.temp = folder, temp
+        self._environment, self._proxies = dict(environment), proxies
+        Image.new("RGB", (336, 336), "orange").save(folder / "image.png")
+
+    def run(self, command: Command) -> dict[str, Taken]:
+        """Run a command to its end; what each of its phases took.
+
+        Raises:
+            RehearsalError: it failed, or did not end within an hour.
+        """
+        meter = Meter(self.temp, {name: _counts(proxy) for name, proxy in self._proxies.items()})
+        words = [word.replace("IMAGE", str(self.folder / "image.png")) for word in command.words]
+        log = self.folder / f"{command.name}.log"
+        meter.start()
+        with log.open("wb") as stream:
+            process = subprocess.Popen(
+                [sys.executable, *words], cwd=ROOT, env=self._environment, stdout=stream, stderr=subprocess.STDOUT
+            )
+            try:
+                _follow(process, log, meter)
+            finally:
+                _end(process)
+                taken = meter.stop()
+        if process.returncode:
+            text = log.read_text(errors="replace")[-SHOWN_CHARACTERS:]
+            raise RehearsalError(f"{command.name} ended with status {process.returncode}:\n{text}")
+        return taken
+
+
+@contextmanager
+def open_stage(play: Play, folder: Path) -> Iterator[Stage]:
+    """Stores, proxies and Ray; all of it is stopped at the end, and its data removed."""
+    temp = folder / "tmp"
+    temp.mkdir()
+    with ExitStack() as exits:
+
+        def started(name: str, settings: Mapping[str, str], num_cpus: int | None = None) -> Stack:
+            """A service with a state of its own, so that it is told of the store by `settings` alone."""
+            exits.callback(down, folder / name, purge=True)
+            with _environment(settings):
+                return up(folder / name, only=(name,), num_cpus=num_cpus, object_store_bytes=OBJECT_STORE_BYTES)
+
+        stores = started("s3", {})
+        proxies = {name: exits.enter_context(FaultProxy(stores.s3_endpoint)) for name in ("store", "MLflow")}
+        store = services.full_env(stores)
+        mlflow = started("mlflow", {**store, "AWS_ENDPOINT_URL": proxies["MLflow"].endpoint})
+        job = {
+            **store,
+            **services.stack_env(mlflow),
+            "TMPDIR": str(temp),
+            "PYTHONPATH": str(ROOT),
+            "AWS_ENDPOINT_URL": proxies["store"].endpoint,
+        }
+        ray = started("ray", job, play.cpus)
+        environment = {**job, **services.stack_env(ray), "METEOR_LOG_DIR": str(folder / "logs")}
+        yield Stage(folder, temp, environment, proxies)
+
+
+def machine() -> dict[str, Any]:
+    """Cores, memory and load."""
+    return {
+        "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "load_before": round(os.getloadavg()[0], 2),
+    }
+
+
+def _counts(proxy: FaultProxy) -> Any:
+    return lambda: (proxy.sent, proxy.received)
+
+
+def _follow(process: subprocess.Popen[bytes], log: Path, meter: Meter) -> None:
+    """Tell the meter of each phase as the job says it."""
+    deadline, read = time.monotonic() + COMMAND_LIMIT_S, 0
+    while True:
+        ended = process.poll() is not None
+        with log.open("rb") as stream:
+            stream.seek(read)
+            text = stream.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        read += len(whole)
+        for line in whole.decode(errors="replace").splitlines():
+            if found := PHASE_LINE.match(line):
+                meter.phase(found["name"])
+        if ended:
+            return
+        if time.monotonic() > deadline:
+            raise RehearsalError(f"{log.stem} did not end within {COMMAND_LIMIT_S:.0f} s")
+        time.sleep(0.1)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
