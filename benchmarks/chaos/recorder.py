@@ -28,7 +28,7 @@ HOLD_LIMIT_S = 180.0
 POLL_S = 0.02
 INTO_DATA_START_S = 0.3
 
-BALLOON_PIECE, BALLOON_MOST = 64 * 2**20, 4 * 2**30
+BALLOON_PIECE, BALLOON_MOST = 64 * 2**20, 12 * 2**30
 BALLOON_EVERY_S = 0.05
 MEMORY_LIMIT = "RAY_memory_usage_threshold"
 """The variable under which Ray's nodes know when they run low on memory."""

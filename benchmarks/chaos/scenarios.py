@@ -127,7 +127,7 @@ SCENARIOS: tuple[Scenario, ...] = (
         "a worker takes memory until Ray's node ends it",
         "2",
         hangs.out_of_memory,
-        by_name_only=True,  # it needs 2 GiB to spare that no other program takes meanwhile
+        by_name_only=True,  # it needs 9 GiB to spare that no other program takes meanwhile
     ),
     Scenario("drain-node", "Ray's notice that one of two nodes goes in 60 s", "2", processes.drained_node),
 )

@@ -1,5 +1,7 @@
 """From what Ray Train raises to the error that a user can act on."""
 
+import re
+
 import ray.exceptions
 import ray.train
 
@@ -8,6 +10,8 @@ from pipelines.io.errors import TransientError
 from pipelines.recovery.preemption import PreemptedError
 
 SHOWN_LINES = 12
+_MEMORY = re.compile(r"\(IP: (?P<node>[^,)]+).*?\) was (?P<used>\S+) used / (?P<limit>\S+) limit")
+"""Ray's words for a node that ran low on memory."""
 
 
 class TrainingError(RuntimeError):
@@ -48,7 +52,7 @@ def root_cause(error: ray.train.TrainingFailedError, subject: str) -> Exception:
 
 def _distance(failure: BaseException) -> int:
     """How far from the cause: a process that died, then any other error, then what its absence did to the others."""
-    if isinstance(failure, ray.exceptions.RayActorError):
+    if isinstance(failure, ray.exceptions.RayActorError | ray.exceptions.OutOfMemoryError):
         return 0
     return 2 if isinstance(failure, RuntimeError) else 1
 
@@ -58,6 +62,13 @@ def _what_happened(failure: BaseException) -> str:
         place = place_of_dead_actor(failure)
         where = f" (pid {place[0]} on {place[1]})" if place else ""
         return f"died{where}: killed from outside, out of memory, or its node is gone"
+    if isinstance(failure, ray.exceptions.OutOfMemoryError):
+        found = _MEMORY.search(str(failure))
+        node = f"node {found['node']} ({found['used']} of {found['limit']} used)" if found else "its node"
+        return (
+            f"was ended by Ray, since {node} ran low on memory: give the nodes more, or ask for less of each "
+            "(training.micro_batch, training.gradient_checkpointing, fewer workers on a node)"
+        )
     lines = str(failure).splitlines()
     return f"failed with {type(failure).__name__}: " + "\n".join(lines[:SHOWN_LINES])
 

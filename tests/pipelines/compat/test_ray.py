@@ -122,3 +122,39 @@ def test_the_torch_backend_starts_with_the_hook() -> None:
     with pytest.raises(Hooked) as raised:
         config.backend_cls().on_start(Group(), config)
     assert raised.value.args == (print,)
+
+
+class GoneGroup:
+    """A worker group one of whose workers is gone."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __len__(self) -> int:
+        return 2
+
+    def execute_async(self, function: Any, **arguments: Any) -> Any:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ray.exceptions.OutOfMemoryError("the node ran low on memory"),
+        ray.exceptions.WorkerCrashedError(),
+        ray.exceptions.NodeDiedError("the node is gone"),
+        ray.exceptions.RaySystemError(OSError("no connection")),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_worker_that_is_gone_does_not_keep_the_others_from_shutting_down(error: Exception) -> None:
+    config = StartHookTorchConfig(backend="gloo", timeout_s=60, start_hook=print)
+    config.backend_cls().on_shutdown(GoneGroup(error), config)
+    with pytest.raises(type(error)):  # why the override is there; where Ray passes over it too, it can go
+        TorchConfig().backend_cls().on_shutdown(GoneGroup(error), config)
+
+
+def test_what_is_no_fault_of_ray_is_not_passed_over() -> None:
+    config = StartHookTorchConfig(backend="gloo", timeout_s=60, start_hook=print)
+    with pytest.raises(ZeroDivisionError):
+        config.backend_cls().on_shutdown(GoneGroup(ZeroDivisionError()), config)

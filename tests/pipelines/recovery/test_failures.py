@@ -32,6 +32,19 @@ def test_a_dead_worker_is_the_cause_of_what_its_absence_does_to_others() -> None
     assert not failed.preempted
 
 
+def test_a_worker_that_ray_ended_for_memory_is_the_cause_and_its_node_is_named() -> None:
+    text = (
+        "3 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.0.0.2, ID: 6041) was "
+        "13.59GB used / 23.54GB limit (0.577337)\nOOM kill reason: Memory usage 14533304320B\n- objects spillable: 0"
+    )
+    failures = {0: KeyError("collateral"), 1: ray.exceptions.OutOfMemoryError(text)}
+    failed = root_cause(ray.train.WorkerGroupError("...", failures), "run 'a'")
+    assert isinstance(failed, TrainingError)
+    assert failed.summary.startswith("worker 1 was ended by Ray, since node 10.0.0.2 (13.59GB of 23.54GB used) ran low")
+    other = ray.train.WorkerGroupError("...", {1: ray.exceptions.OutOfMemoryError("in other words")})
+    assert "since its node ran low on memory" in str(root_cause(other, "run 'a'"))
+
+
 def test_a_preempted_worker_is_no_failure() -> None:
     failures = {0: RuntimeError("Connection closed"), 1: PreemptedError("ended by SIGTERM; saved")}
     failed = root_cause(ray.train.WorkerGroupError("...", failures), "run 'a'")
