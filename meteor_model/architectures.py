@@ -211,7 +211,10 @@ def meteor_x4_1b() -> Architecture:
             image_size=224,
             tower={
                 **CLIP_L_336.tower,
-                **{"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+                "hidden_size": 768,
+                "intermediate_size": 3072,
+                "num_hidden_layers": 12,
+                "num_attention_heads": 12,
                 "image_size": 224,
             },
         ),
@@ -221,7 +224,10 @@ def meteor_x4_1b() -> Architecture:
             image_size=512,
             tower={
                 **EVA02_L_DET_1024.tower,
-                **{"embed_dim": 768, "depth": 12, "num_heads": 12, "global_blocks": list(range(2, 12, 3))},
+                "embed_dim": 768,
+                "depth": 12,
+                "num_heads": 12,
+                "global_blocks": list(range(2, 12, 3)),
             },
         ),
         replace(
@@ -229,14 +235,20 @@ def meteor_x4_1b() -> Architecture:
             image_size=384,
             tower={
                 **PIX2STRUCT_L.tower,
-                **{"hidden_size": 768, "d_ff": 2048, "num_hidden_layers": 12, "num_attention_heads": 12},
+                "hidden_size": 768,
+                "d_ff": 2048,
+                "num_hidden_layers": 12,
+                "num_attention_heads": 12,
             },
         ),
     )
     llama = {
         **VICUNA_7B,
-        **{"hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 25},
-        **{"num_attention_heads": 12, "num_key_value_heads": 12},
+        "hidden_size": 1536,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 25,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 12,
     }
     return Architecture(encoders=towers, text_config=llama, image_size=512)
 

@@ -34,7 +34,7 @@ def test_a_dead_worker_is_the_cause_of_what_its_absence_does_to_others() -> None
 
 def test_a_worker_that_ray_ended_for_memory_is_the_cause_and_its_node_is_named() -> None:
     text = (
-        "3 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.0.0.2, ID: 6041) was "
+        "3 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.0.0.2, ID: 60) was "
         "13.59GB used / 23.54GB limit (0.577337)\nOOM kill reason: Memory usage 14533304320B\n- objects spillable: 0"
     )
     failures = {0: KeyError("collateral"), 1: ray.exceptions.OutOfMemoryError(text)}
