@@ -1,5 +1,6 @@
 """One whole model out of the ZeRO-3 shards of a checkpoint."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from pipelines.checkpoint.lora import MergedWeights
 from pipelines.checkpoint.shards import ZeroFiles
 from pipelines.checkpoint.state import CheckpointError
 from pipelines.checkpoint.whole import WholeWeights
@@ -47,15 +49,19 @@ def consolidate(
     return model.eval()
 
 
-def read_weights(directory: Path, init: Path) -> WholeWeights:
+def read_weights(directory: Path, init: Path) -> Mapping[str, Tensor]:
     """All weights of a local checkpoint, fp32 where they were trained; what is frozen comes from `init`.
+
+    Adapters are merged into the weights beside which they were trained.
 
     DeepSpeed's own function for this is not used: it unpickles whatever the files hold.
 
     Raises:
         CheckpointError: if shards are missing or damaged, or leave what is frozen to another start model.
     """
-    return WholeWeights(ZeroFiles(directory), init)
+    shards = ZeroFiles(directory)
+    whole = WholeWeights(shards, init)
+    return whole if shards.lora_scale is None else MergedWeights(whole, shards.lora_scale)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

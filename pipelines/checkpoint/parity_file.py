@@ -11,7 +11,8 @@ Content of the safetensors file:
     kept.encode.NAME.BOUNDARY   (M, K) positions in the grid of an encoder that stayed
     kept.fuse                   (M, K) indices into the pool of all encoders' tokens that stayed
     weights.PRECISION           (P,) int64, `weight_sums` of the parameters rounded to a format
-    metadata                    precision: of the weights and activations; parameters: their P names, as JSON
+    metadata                    precision: of the weights and activations; parameters: their P names, as JSON; merged:
+                                names of weights that are in no sum, since an export merges adapters into them
 
 Files of versions before 2026-11-30 hold inputs and logits alone.
 
@@ -49,12 +50,14 @@ class ParityBatch:
         logits: (B, T, V).
         kept: tokens that stages 1 and 2 kept; None where the model, or the version that wrote the file, tells of none.
         sums: of its weights, by the format that they are rounded to; empty in files of earlier versions.
+        merged: weights that are in no sum, since adapters were trained beside them.
     """
 
     inputs: Mapping[str, Tensor]
     logits: Tensor
     kept: GivenTokens | None = None
     sums: Mapping[Precision, WeightSums] = field(default_factory=dict)
+    merged: tuple[str, ...] = ()
 
     def save(self, path: Path, precision: Precision) -> None:
         """Write it; `precision` is that of the model."""
@@ -67,7 +70,7 @@ class ParityBatch:
         for rounded_to, sums in self.sums.items():
             names = list(sums)
             tensors[WEIGHTS + rounded_to] = torch.tensor(list(sums.values()), dtype=torch.int64)
-        metadata = {"precision": precision, "parameters": json.dumps(names)}
+        metadata = {"precision": precision, "parameters": json.dumps(names), "merged": json.dumps(self.merged)}
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
 
 
@@ -93,7 +96,8 @@ def read_parity(path: Path) -> tuple[ParityBatch, Precision]:
             for rounded_to in get_args(Precision)
             if WEIGHTS + rounded_to in tensors
         }
-        return ParityBatch(inputs, tensors["logits"], _kept(tensors), sums), precision
+        merged = tuple(map(str, json.loads(metadata.get("merged", "[]"))))
+        return ParityBatch(inputs, tensors["logits"], _kept(tensors), sums, merged), precision
 
 
 def _kept(tensors: Mapping[str, Tensor]) -> GivenTokens | None:

@@ -25,19 +25,22 @@ from pipelines.compat.deepspeed import checkpoint_classes, engine_layout
 SHARD_NAME = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_(model|optim)_states\.pt")
 FROZEN_KEY = "frozen_in_start"
 """Of a worker's model states: what is not in the checkpoint."""
+LORA_KEY = "lora_scale"
 
 
-def save_shards(engine: Any, folder: Path, start: str) -> None:
+def save_shards(engine: Any, folder: Path, start: str, lora_scale: float | None = None) -> None:
     """Write a worker's shards to a local folder; every worker must call this.
 
     Args:
         engine: DeepSpeed's.
         folder: of the checkpoint.
         start: digest of the weight files that the engine's frozen parameters were loaded from.
+        lora_scale: what the adapters' products are multiplied by; None without adapters.
     """
     frozen = {"start": start, "shapes": dict(engine_layout(engine).frozen)}
+    own = {FROZEN_KEY: frozen, LORA_KEY: lora_scale}
     engine.save_checkpoint(
-        str(folder), tag=ZERO3_TAG, client_state={FROZEN_KEY: frozen}, save_latest=False, exclude_frozen_parameters=True
+        str(folder), tag=ZERO3_TAG, client_state=own, save_latest=False, exclude_frozen_parameters=True
     )
 
 
@@ -115,6 +118,12 @@ class ZeroFiles:
             model["frozen_param_shapes"] if self.start is None else model[FROZEN_KEY]["shapes"]
         )
         return shapes
+
+    @property
+    def lora_scale(self) -> float | None:
+        """What the adapters' products are multiplied by; None without adapters."""
+        scale: float | None = self.model(0).get(LORA_KEY)
+        return scale
 
     @property
     def needs_start(self) -> bool:

@@ -7,9 +7,7 @@ says the SHA-256 of each; a start model of an earlier version has none, and is h
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
@@ -17,7 +15,6 @@ from safetensors import safe_open
 from torch import Tensor
 
 from meteor_model.foreign import foreign
-from pipelines.checkpoint.local import local_copy
 from pipelines.io import sealed
 from pipelines.io.fingerprint import sha256_of_file, sha256_of_json
 from pipelines.io.run_folder import RunFolder
@@ -84,22 +81,6 @@ def write_sums(directory: Path, sums: Mapping[str, sealed.FileSum]) -> Path:
     files = {name: one.sha256 for name, one in sorted(sums.items()) if name.endswith(".safetensors")}
     path.write_text(json.dumps(files, indent=1) + "\n")
     return path
-
-
-@contextmanager
-def start_folder(run: RunFolder, weights: bool) -> Iterator[Path]:
-    """The start model of a run on this machine: whole, or without its weights.
-
-    Raises: as `local_copy`.
-    """
-    if weights:
-        with local_copy(run.init) as folder:
-            yield folder
-        return
-    init = sealed.open_folder(run.init)
-    with tempfile.TemporaryDirectory(prefix="meteor-config-") as name:
-        sealed.fetch(init, Path(name), [one for one in init.wanted if one.endswith(".json") and "/" not in one])
-        yield Path(name)
 
 
 def _digest(sums: Mapping[str, str]) -> str:

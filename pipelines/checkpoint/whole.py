@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pipelines.checkpoint.lora import plain_name
 from pipelines.checkpoint.shards import ZeroFiles, layout_of, overlaps, require_start
 from pipelines.checkpoint.start_weights import StartWeights
 from pipelines.checkpoint.state import CheckpointError
@@ -71,7 +72,8 @@ class WholeWeights(Mapping[str, Tensor]):
         return torch.cat(parts)[: shape.numel()].view(shape)
 
     def _start_weight(self, name: str, start: StartWeights) -> Tensor:
-        names = (name, *(alias for alias, target in self._aliases.items() if target == name))
+        aliases = (alias for alias, target in self._aliases.items() if target == name)
+        names = [plain_name(one) for one in (name, *aliases)]
         stored = [one for one in names if one in start]
         if not stored or start.shape(stored[0]) != tuple(self._shards.frozen[name]):
             found = f"{stored[0]} with shape {start.shape(stored[0])}" if stored else f"none of {', '.join(names)}"

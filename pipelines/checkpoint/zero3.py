@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from pipelines.checkpoint.lora import is_adapter
 from pipelines.checkpoint.start_weights import StartWeights, WeightsError
 from pipelines.compat.deepspeed import import_deepspeed, whole_shape
 from pipelines.config.settings import PARTS, OptimizerSettings, Part, ScheduleSettings, SettingsError, TrainingSettings
@@ -53,6 +54,8 @@ def deepspeed_config(settings: TrainingSettings) -> dict[str, Any]:
         "gradient_clipping": settings.optimizer.clip_norm,
         "zero_optimization": stage3,
         "zero_allow_untested_optimizer": True,
+        # Offload would ask for DeepSpeed's own CPU Adam, which it compiles on every node at the start.
+        "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": settings.precision == "bf16"},
         "steps_per_print": 2**31 - 1,
         "wall_clock_breakdown": False,
@@ -172,10 +175,15 @@ def part_of(name: str) -> Part:
     return PART_OF_MODULE[module]
 
 
-def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]]:
-    """AdamW's parameter groups, one per trained part; the parameters of frozen parts stop requiring gradients.
+def parameter_groups(model: nn.Module, settings: OptimizerSettings, adapted: bool = False) -> list[dict[str, Any]]:
+    """AdamW's parameter groups, one per trained part; parameters that are in none stop requiring gradients.
 
     Each group carries its `part` and its `peak_lr`.
+
+    Args:
+        model: the model.
+        settings: of the optimizer.
+        adapted: whether the language model's adapters learn in place of its own parameters.
 
     Raises:
         SettingsError: if a part is to be trained that the model does not have.
@@ -183,8 +191,10 @@ def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict
     members: dict[Part, list[nn.Parameter]] = {part: [] for part in PARTS}
     for name, parameter in model.named_parameters():
         part = part_of(name)
-        members[part].append(parameter)
-        parameter.requires_grad_(settings.learning_rates.of(part) is not None)
+        trains = settings.learning_rates.of(part) is not None and (part != "llm" or is_adapter(name) == adapted)
+        parameter.requires_grad_(trains)
+        if trains:
+            members[part].append(parameter)
     groups: list[dict[str, Any]] = []
     for part in PARTS:
         rate = settings.learning_rates.of(part)
@@ -194,6 +204,18 @@ def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict
             raise SettingsError(f"learning_rates.{part} is {rate}, but the model has no parameters of that part")
         groups.append({"params": members[part], "lr": rate, "peak_lr": rate, "part": part})
     return groups
+
+
+def adamw(groups: list[dict[str, Any]], settings: TrainingSettings) -> torch.optim.AdamW:
+    """The optimizer of `parameter_groups`; one that is offloaded steps on the CPU, in one pass over memory."""
+    optimizer = settings.optimizer
+    return torch.optim.AdamW(
+        groups,
+        betas=(optimizer.beta1, optimizer.beta2),
+        eps=optimizer.epsilon,
+        weight_decay=optimizer.weight_decay,
+        fused=True if settings.zero3.offload != "none" else None,
+    )
 
 
 def schedule_factor(step: int, total_steps: int, settings: ScheduleSettings) -> float:

@@ -7,6 +7,7 @@ setting and the numbers.
 
 from __future__ import annotations
 
+import re
 from dataclasses import field, replace
 from typing import Annotated, Literal
 
@@ -98,7 +99,34 @@ class Zero3Settings:
     max_live_parameters: PositiveInt = 1_000_000_000
     """Gathered parameter elements that may be alive at a time."""
     offload: Literal["none", "optimizer", "all"] = "none"
-    """What rests in host memory instead of on the GPU: nothing, the optimizer state, or parameters as well."""
+    """What rests in host memory instead of on the GPU: nothing, the optimizer state (its step then runs on the CPU), or
+    parameters as well."""
+
+
+@settings_class("training.lora", SettingsError)
+class LoraSettings:
+    """Low-rank adapters on the language model, in place of its own weights; merged into them at export."""
+
+    rank: PositiveInt | None = None
+    """Rank of the adapters, which learn at optimizer.learning_rates.llm while the model's own weights are frozen; None
+    trains without adapters."""
+    alpha: PositiveInt = 32
+    """Scale of the adapters: their product counts alpha / rank times."""
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Linear layers of the language model that get one, by the last part of their names."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.targets), "training.lora.targets is empty; name layers such as q_proj, or set rank to None")
+        for target in self.targets:
+            _require(
+                re.fullmatch(r"\w+", target) is not None,
+                f"training.lora.targets has {target!r}; give the last part of a layer's name, such as q_proj",
+            )
+
+    @property
+    def scale(self) -> float | None:
+        """What the product of an adapter's matrices is multiplied by; None without adapters."""
+        return None if self.rank is None else self.alpha / self.rank
 
 
 @settings_class("training", SettingsError)
@@ -128,6 +156,8 @@ class TrainingSettings:
     """Store only the input of every block and recompute the rest in the backward pass: less memory, more time."""
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     """AdamW and the learning rates."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    """Adapters on the language model."""
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     """Course of the learning rate."""
     zero3: Zero3Settings = field(default_factory=Zero3Settings)
@@ -166,7 +196,7 @@ class TrainingSettings:
     cpus_per_worker: NonNegativeFloat = 1.0
     """Ray CPUs that one worker reserves (leave some for the data tasks)."""
     gpus_per_worker: NonNegativeFloat = 0.0
-    """Ray GPUs that one worker reserves; above 0 trains on GPUs over NCCL, 0 on CPUs over gloo."""
+    """Ray GPUs that one worker reserves: 1 trains on GPUs over NCCL, 0 on CPUs over gloo."""
     placement: Literal["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"] = "PACK"
     """Where Ray puts the workers. PACK: on as few nodes as it can; STRICT_PACK: on one node, or not at all; SPREAD: on
     as many as it can; STRICT_SPREAD: each on another node, or not at all."""
@@ -178,9 +208,15 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         _require(
-            self.gpus_per_worker > 0 or self.zero3.offload == "none",
-            f"training.zero3.offload is {self.zero3.offload!r}, but training.gpus_per_worker is 0: on CPUs there is "
-            "nothing to offload; set it to none, or give the workers GPUs",
+            self.lora.rank is None or self.optimizer.learning_rates.llm is not None,
+            f"training.lora.rank is {self.lora.rank}, but training.optimizer.learning_rates.llm is None: adapters "
+            "learn at that rate; give one, or set training.lora.rank to None",
+        )
+        _require(
+            self.gpus_per_worker in (0.0, 1.0),
+            f"training.gpus_per_worker is {self.gpus_per_worker:g}, but a worker is one process that trains on a whole "
+            "GPU of its own: two cannot share one, and a second one would idle. Give 1 (and more training.workers for "
+            "more GPUs), or 0 for CPUs",
         )
         _require(
             self.global_batch % self.micro_batch == 0,

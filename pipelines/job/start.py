@@ -118,7 +118,7 @@ def _measure_ranks(recipe: Recipe, manifest: shards.Manifest, run: RunFolder) ->
     settings = MeasureSettings(
         batch=recipe.calibration.batch,
         cpus=recipe.data.data_task_cpus,
-        gpus=min(1.0, recipe.training.gpus_per_worker),
+        gpus=recipe.training.gpus_per_worker,
         bad_shards=recipe.data.bad_shards,
     )
     model = PinnedModel(run.init)

@@ -64,7 +64,7 @@ def check_parity(folder: Path, parity_file: Path, tolerance: float | None = None
         precision = "bf16"
     model = MeteorForConditionalGeneration.from_pretrained(folder, dtype=DTYPES[precision], use_safetensors=True)
     model.eval().to(device)
-    compared = _check_weights(model, batch.sums.get(precision, {}), precision, folder)
+    compared = _check_weights(model, batch, precision, folder)
     with torch.inference_mode():
         logits_BTV, agreement = _logits(model, batch)
     _check_tokens(agreement, precision, folder)
@@ -88,12 +88,14 @@ def _refused(folder: Path) -> str:
 
 
 def _check_weights(
-    model: MeteorForConditionalGeneration, expected: WeightSums, precision: Precision, folder: Path
+    model: MeteorForConditionalGeneration, batch: ParityBatch, precision: Precision, folder: Path
 ) -> int:
     """How many parameters were compared; files of earlier versions hold no sums."""
+    expected: WeightSums = batch.sums.get(precision, {})
     if not expected:
         return 0
-    if wrong := differing(weight_sums(model.named_parameters(), precision), expected):
+    own = ((name, weight) for name, weight in model.named_parameters() if name not in batch.merged)
+    if wrong := differing(weight_sums(own, precision), expected):
         raise ParityError(
             f"{len(wrong)} of {len(expected)} weights are not those of the training model in {precision}: "
             f"{_listed(wrong)}; {_refused(folder)}"

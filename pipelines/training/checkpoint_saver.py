@@ -58,6 +58,7 @@ class CheckpointSaver:
         worker: which worker it is.
         run_url: folder of the run.
         precision: of the training weights.
+        lora_scale: of the adapters; None without.
         recipe: every setting.
         ledger: samples of the checkpoint that the training started at; used on rank 0 alone.
         losses: of the steps since the last checkpoint; stored by rank 0.
@@ -71,6 +72,7 @@ class CheckpointSaver:
     worker: Worker
     run_url: str
     precision: Precision
+    lora_scale: float | None
     recipe: Mapping[str, Any]
     ledger: Ledger
     losses: LossLog
@@ -111,7 +113,7 @@ class CheckpointSaver:
         self._loss_file = self.losses.take()
         need = checkpoint_bytes(self.worker.engine)
         with writing(folder, need, f"this worker's part of the checkpoint of step {state.step}"):
-            save_shards(self.worker.engine, folder, self.worker.start)
+            save_shards(self.worker.engine, folder, self.worker.start, self.lora_scale)
             if self.worker.rank == 0:
                 self._write_common(folder, state, pending, parity)
         validate = self.validates_next(state)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from meteor_model.outputs import PruningStats
 from meteor_model.replay import GivenTokens
+from pipelines.checkpoint.lora import is_adapted, is_adapter, plain_name
 from pipelines.checkpoint.parity_file import ParityBatch
 from pipelines.checkpoint.weight_sums import COARSER, Precision, WeightSums, weight_sum
 from pipelines.compat.deepspeed import own_partition
@@ -136,15 +137,21 @@ def parity_batch(engine: Any, batch: MicroBatch, precision: Precision) -> Parity
     stats = output.pruning_stats
     kept = GivenTokens.of(stats) if isinstance(stats, PruningStats) else None
     sums = {rounded_to: _weight_sums(engine, rounded_to) for rounded_to in COARSER[precision]}
-    return ParityBatch(inputs, output.logits.float().cpu(), kept, sums)
+    merged = tuple(plain_name(name) for name, _ in engine.module.named_parameters() if is_adapted(name))
+    return ParityBatch(inputs, output.logits.float().cpu(), kept, sums, merged)
 
 
 def _weight_sums(engine: Any, precision: Precision) -> WeightSums:
-    """The sums of the whole parameters, of which every worker reads its own partitions; the same on every worker."""
+    """The sums of the whole parameters, of which every worker reads its own partitions; the same on every worker.
+
+    Adapters and the weights that they will be merged into have none: their sum is rounded as no worker rounds it.
+    """
     names, parts = [], []
     for name, parameter in engine.module.named_parameters():
+        if is_adapter(name) or is_adapted(name):
+            continue
         part, start = own_partition(parameter)
-        names.append(name)
+        names.append(plain_name(name))
         parts.append(weight_sum(part, precision, start).to(engine.device))
     sums_P = torch.stack(parts)
     torch.distributed.all_reduce(sums_P)  # integers wrap at 2^64, as the sums do

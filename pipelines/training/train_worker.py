@@ -21,11 +21,13 @@ import ray.train
 import torch
 
 from pipelines.checkpoint.local import local_copy
+from pipelines.checkpoint.lora import add_adapters
 from pipelines.checkpoint.losses import LossLog
 from pipelines.checkpoint.reshard import load_resharded
 from pipelines.checkpoint.start_weights import StartWeights
 from pipelines.checkpoint.state import POINTS_FILE, TrainState, load_ledger, load_state
 from pipelines.checkpoint.zero3 import (
+    adamw,
     checkpoint_activations,
     deepspeed_config,
     load_sharded,
@@ -103,15 +105,12 @@ def _make_worker(job: TrainingJob) -> Worker:
     with local_copy(RunFolder(job.url).init) as directory:
         model = load_sharded(job.model_class, directory, config, weight_dtype(settings), settings.uses_gpu)
         start = StartWeights(directory).digest
+    if settings.lora.rank is not None:
+        add_adapters(model, settings.lora, settings.seed)
     if settings.gradient_checkpointing:
         checkpoint_activations(model)
     # 3. optimise
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, settings.optimizer),
-        betas=(settings.optimizer.beta1, settings.optimizer.beta2),
-        eps=settings.optimizer.epsilon,
-        weight_decay=settings.optimizer.weight_decay,
-    )
+    optimizer = adamw(parameter_groups(model, settings.optimizer, settings.lora.rank is not None), settings)
     deepspeed = import_deepspeed(settings.uses_gpu)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     return Worker(engine, rank, world, start)
@@ -189,6 +188,7 @@ def _saver(job: TrainingJob, worker: Worker, start: ResumePoint, lease: LeaseTok
         worker=worker,
         run_url=job.url,
         precision=settings.precision,
+        lora_scale=settings.lora.scale,
         recipe=job.recipe,
         ledger=start.ledger,
         losses=start.losses,

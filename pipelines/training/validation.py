@@ -208,7 +208,6 @@ def validate(checkpoint: ray.train.Checkpoint, validation: Validation, use_gpu: 
 
     from pipelines.checkpoint.consolidate import consolidate
     from pipelines.checkpoint.shards import ZeroFiles
-    from pipelines.checkpoint.start_weights import start_folder
     from pipelines.training.batches import BatchReader, Share
     from pipelines.training.heldout_loss import heldout_loss
 
@@ -217,7 +216,7 @@ def validate(checkpoint: ray.train.Checkpoint, validation: Validation, use_gpu: 
     url = RunFolder(validation.run).checkpoint(PurePosixPath(checkpoint.path).name)
     with local_copy(url) as directory:
         step = load_state(directory).step
-        with start_folder(RunFolder(validation.run), ZeroFiles(directory).needs_start) as init:
+        with local_copy(RunFolder(validation.run).init, weights=ZeroFiles(directory).needs_start) as init:
             model = consolidate(directory, validation.model_class, init, validation.dtype)
     model.to(device)
     share = Share(rank=0, world=1, per_step=1)

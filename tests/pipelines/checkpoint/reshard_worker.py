@@ -10,25 +10,28 @@ import importlib
 import multiprocessing
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pipelines.checkpoint.lora import add_adapters
 from pipelines.checkpoint.reshard import load_resharded
 from pipelines.checkpoint.shards import save_shards
 from pipelines.checkpoint.start_weights import StartWeights
 from pipelines.checkpoint.state import ZERO3_TAG
-from pipelines.checkpoint.zero3 import deepspeed_config, parameter_groups, schedule_factor
+from pipelines.checkpoint.zero3 import adamw, deepspeed_config, parameter_groups, schedule_factor
 from pipelines.compat.deepspeed import import_deepspeed
-from pipelines.config.settings import LearningRates, OptimizerSettings, TrainingSettings
+from pipelines.config.settings import LearningRates, LoraSettings, OptimizerSettings, TrainingSettings
 
 VOCABULARY, WIDTH, LENGTH = 13, 7, 5
 MICRO, MICRO_BATCHES = 2, 6
 BORDER, STEPS = 3, 6
+STORED = ("encoders.", "language_model.")
+LORA = LoraSettings(rank=2, alpha=6, targets=("0", "2"))
 SETTINGS = TrainingSettings(
     workers=2,
     micro_batch=MICRO,
@@ -84,12 +87,18 @@ class Training:
     world: int
     start: str | None = None
     """The training whose checkpoint it starts from; None starts anew."""
+    like: str = ""
+    """The training that it begins like, from the same weights and settings; without, it begins like no other."""
     native: bool = False
     """Load with DeepSpeed's own `load_checkpoint`."""
     save_at: int | None = None
     """Step after which it saves."""
     sub_group_size: int | None = 60
     """Elements of a worker's sub-group, so small that other worlds have other sub-groups; None has one per group."""
+    lora: bool = False
+    """With adapters of rank 2 on two layers of the language model."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What rests in host memory; on CPUs everything does, but by the code that GPUs take."""
     keeps_frozen: bool = False
     """Save as earlier versions did: with the frozen parameters."""
     persistent: int = 0
@@ -111,6 +120,14 @@ def trainings(precision: str) -> list[Training]:
         Training("two", 2, "whole"),
         Training("one", 1, "whole"),
         Training("four", 4, "whole", sub_group_size=None),
+        Training("adapted", 2, save_at=BORDER, lora=True),
+        Training("adapted_two", 2, "adapted", lora=True),
+        Training("adapted_three", 3, "adapted", save_at=BORDER + 1, lora=True),
+        Training("adapted_one", 1, "adapted_three", lora=True),
+        Training("optimizer_offloaded", 2, "whole", offload="optimizer"),
+        Training("all_offloaded", 2, "whole", offload="all", save_at=BORDER + 1),
+        Training("two_after_offloaded", 2, "all_offloaded"),
+        Training("begun_offloaded", 2, save_at=BORDER, like="whole", offload="all"),
     ]
 
 
@@ -128,12 +145,17 @@ def micro_batch(step: int, index: int) -> tuple[Tensor, Tensor]:
 
 
 def write_start(folder: Path) -> Path:
-    """The start model's frozen weights."""
+    """The weights that some training freezes."""
     torch.manual_seed(0)
-    weights = {f"encoders.{name}": tensor for name, tensor in Model().encoders.state_dict().items()}
+    weights = {name: tensor for name, tensor in Model().state_dict().items() if name.startswith(STORED)}
     folder.mkdir()
     save_file(weights, folder / "model.safetensors")
     return folder
+
+
+def _frozen(model: Model, training: Training) -> list[tuple[str, nn.Parameter]]:
+    llm = "language_model." if training.lora else "encoders."
+    return [(name, one) for name, one in model.named_parameters() if name.startswith(("encoders.", llm))]
 
 
 def make_engine(training: Training, precision: Any, start: StartWeights) -> Any:
@@ -142,27 +164,30 @@ def make_engine(training: Training, precision: Any, start: StartWeights) -> Any:
     So are its frozen ones, if it starts from a checkpoint that holds them.
     """
     deepspeed = import_deepspeed(uses_gpu=False)
-    settings = TrainingSettings(**{**SETTINGS.__dict__, "precision": precision}).at_world(training.world)
+    zero3 = replace(SETTINGS.zero3, offload=training.offload, persistence_threshold=training.persistent)
+    settings = replace(SETTINGS, precision=precision, zero3=zero3).at_world(training.world)
     config = deepspeed_config(settings)
-    config["zero_optimization"]["stage3_param_persistence_threshold"] = training.persistent
     if training.sub_group_size is not None:
         config["zero_optimization"]["sub_group_size"] = training.sub_group_size
-    torch.manual_seed(sum(training.name.encode()))
+    torch.manual_seed(sum((training.like or training.name).encode()))
     with deepspeed.zero.Init(config_dict_or_path=config, tensor_overrides=[]):
         model = Model().to(torch.bfloat16 if precision == "bf16" else torch.float32)
     if training.start is None or not keeps_frozen(training.start, precision):
-        for name, parameter in model.encoders.named_parameters():
+        for name, parameter in _frozen(model, training):
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
                 if torch.distributed.get_rank() == 0:
-                    parameter.copy_(start.read(f"encoders.{name}"))
-    groups = parameter_groups(model, settings.optimizer)
+                    parameter.copy_(start.read(name))
+    if training.lora:
+        add_adapters(model, LORA, seed=len(training.name))
+    groups = parameter_groups(model, settings.optimizer, training.lora)
     fresh = training.start is None
     for index, group in enumerate(groups):  # a start from a checkpoint must not depend on what these are
         group["weight_decay"] = 0.1 * (index + 1) if fresh else 0.0
         group["betas"] = (0.9 - 0.1 * index, 0.95) if fresh else (0.5, 0.5)
         group["peak_lr"] *= 1 if fresh else 9
     # A large epsilon: AdamW's first steps are otherwise +-lr even where the gradient is rounding noise.
-    optimizer = torch.optim.AdamW(groups, eps=1e-3)
+    adam = replace(settings, optimizer=replace(settings.optimizer, epsilon=1e-3, beta2=0.999, weight_decay=0.01))
+    optimizer = adamw(groups, adam)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     return engine
 
@@ -244,7 +269,7 @@ def work(training: Training, precision: str, folder: Path, rank: int) -> None:
             if training.keeps_frozen:
                 engine.save_checkpoint(str(own), tag=ZERO3_TAG, save_latest=False)
             else:
-                save_shards(engine, own, start.digest)
+                save_shards(engine, own, start.digest, LORA.scale if training.lora else None)
     torch.save({**snapshot(engine), "losses": losses}, own / f"end-{rank}.pt")
     torch.distributed.destroy_process_group()
 

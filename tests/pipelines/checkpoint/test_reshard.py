@@ -17,20 +17,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipelines.checkpoint.consolidate import read_weights
+from pipelines.checkpoint.lora import add_adapters
 from pipelines.checkpoint.reshard import check_groups, common_buffers, optimizer_state
 from pipelines.checkpoint.shards import Layout, ZeroFiles, layout_of, overlaps, require_start
 from pipelines.checkpoint.start_weights import StartWeights, WeightsError, write_sums
 from pipelines.checkpoint.state import ZERO3_TAG, CheckpointError
+from pipelines.config.settings import LoraSettings, SettingsError
 from pipelines.io import sealed
-from tests.pipelines.checkpoint.reshard_worker import BORDER, STEPS, Training, trainings
+from tests.pipelines.checkpoint.reshard_worker import BORDER, LORA, STEPS, Model, Training, trainings
 
 REPOSITORY = Path(__file__).parents[3]
-RESUMED = [
-    (precision, training)
-    for precision in ("fp32", "bf16")
-    for training in trainings(precision)
-    if training.start is not None
-]
+ALL = [(precision, training) for precision in ("fp32", "bf16") for training in trainings(precision)]
+RESUMED = [(precision, training) for precision, training in ALL if training.start is not None]
+ROOTS = ("whole", "adapted")
+BEGUN_ALIKE = [training for precision, training in ALL if training.like]
 ENCODERS = ("a.weight", "a.bias", "one.weight", "one.bias")
 NAMES = [f"{precision}-{training.name}" for precision, training in RESUMED]
 
@@ -61,7 +61,7 @@ def test_every_worker_resumes_the_very_state(trained: Path, precision: str, trai
     """Bit for bit, before any further step: the state that the workers of the checkpoint had."""
     assert training.start is not None
     saved = read(trained / precision, training.start, "saved")
-    step = BORDER if training.start == "whole" else BORDER + 1
+    step = BORDER if training.start in ROOTS else BORDER + 1
     kinds = {name.split()[0] for name in saved["tensors"]}
     assert kinds == {"weight", "fp32", "exp_avg", "exp_avg_sq", "buffer"}
     assert saved["groups"][0]["weight_decay"] != saved["groups"][1]["weight_decay"]
@@ -83,25 +83,76 @@ def test_the_next_steps_are_those_of_the_uninterrupted_training(
     trained: Path, precision: str, training: Training
 ) -> None:
     """Bit-equal on two workers; elsewhere up to the order in which gradients are summed."""
-    whole = read(trained / precision, "whole", "end")
+    whole = read(trained / precision, root(training), "end")
     end = read(trained / precision, training.name, "end")
     expected = whole["losses"][-len(end["losses"]) :]
     assert end["groups"] == whole["groups"]
     assert end["adam_steps"] == [STEPS] * end["sub_groups"]
-    if training.world == 2:
+    if training.world == 2 and training.offload == "none" and "offloaded" not in (training.start or ""):
         assert end["losses"] == expected
         assert all(torch.equal(end["tensors"][name], tensor) for name, tensor in whole["tensors"].items())
         return
-    loss_rtol, atol, weight_rtol = {"fp32": (1e-6, 1e-6, 0.0), "bf16": (1e-4, 1e-3, 2**-7)}[precision]
+    loss_rtol, _, _ = TOLERANCE[precision]
     assert end["losses"] == pytest.approx(expected, rel=loss_rtol)
-    start = read(trained / precision, "whole", "saved")["tensors"]
+    assert_same_end(trained / precision, training, precision)
+
+
+@pytest.mark.parametrize("training", BEGUN_ALIKE, ids=[training.name for training in BEGUN_ALIKE])
+def test_the_same_is_trained_however_memory_is_saved(trained: Path, training: Training) -> None:
+    """From the first step on, up to the order in which numbers are summed."""
+    whole, end = (read(trained / "fp32", name, "end") for name in (training.like, training.name))
+    assert end["losses"] == pytest.approx(whole["losses"], rel=TOLERANCE["fp32"][0])
+    assert len(end["losses"]) == STEPS
+    assert_same_end(trained / "fp32", training, "fp32")
+
+
+TOLERANCE = {"fp32": (1e-6, 1e-6, 0.0), "bf16": (1e-4, 1e-3, 2**-7)}
+"""Relative of a loss, absolute of a tensor, relative of a weight."""
+
+
+def assert_same_end(folder: Path, training: Training, precision: str) -> None:
+    """What a training ended with is what the whole one did, up to rounding."""
+    whole, end = (read(folder, name, "end") for name in (root(training), training.name))
+    _, atol, weight_rtol = TOLERANCE[precision]
+    start = read(folder, root(training), "saved")["tensors"]
     for name, tensor in whole["tensors"].items():
         rtol = weight_rtol if name.startswith("weight") else 0.0
         torch.testing.assert_close(end["tensors"][name], tensor, rtol=rtol, atol=atol, msg=name)
-        if name.startswith("weight encoders"):
+        if f"fp32 {name.removeprefix('weight ')}" not in whole["tensors"] and name.startswith("weight"):
             assert torch.equal(tensor, start[name]), "frozen"
         elif name.startswith("fp32"):
             assert (tensor - start[name]).abs().max() > 3 * atol, f"{name} moves too little to tell"
+
+
+def root(training: Training) -> str:
+    """The uninterrupted training of the same."""
+    return "adapted" if training.lora else "whole"
+
+
+def test_adapters_are_merged_into_the_weights_beside_which_they_were_trained(trained: Path) -> None:
+    """By the formula, from what the workers held; everything else is the start model's, under its names."""
+    folder = trained / "fp32" / "adapted"
+    saved = read(trained / "fp32", "adapted", "saved")["tensors"]
+    weights, start = read_weights(folder, trained / "init"), StartWeights(trained / "init")
+    assert ZeroFiles(folder).lora_scale == 3.0
+    assert len(weights) == len(list(weights)) == len(read_weights(trained / "fp32" / "whole", trained / "init"))
+    for layer in "012":
+        name = f"language_model.layers.{layer}"
+        expected = start.read(f"{name}.weight")
+        if layer in LORA.targets:
+            down, up = (saved[f"fp32 {name}.lora_{side}.default.weight"] for side in "AB")
+            assert up.abs().max() > 1e-3, "it has learnt"
+            expected = expected + 3.0 * up @ down
+        torch.testing.assert_close(weights[f"{name}.weight"], expected, rtol=0, atol=1e-7)
+        assert torch.equal(weights[f"{name}.bias"], start.read(f"{name}.bias"))
+    assert torch.equal(weights["lm_head.weight"], start.read("language_model.embed.weight"))
+    held = ZeroFiles(folder).optimizer(0)["fp32_flat_groups"]
+    assert sum(flat.numel() for flat in held) < 100, "adapters and projectors alone"
+
+
+def test_a_target_that_is_no_layer_is_refused_by_name() -> None:
+    with pytest.raises(SettingsError, match=r"targets has 'q_proj', but the linear layers .* are 0, 1, 2; choose"):
+        add_adapters(Model(), LoraSettings(rank=2), seed=0)
 
 
 def test_worlds_have_other_sub_groups(trained: Path) -> None:

@@ -17,11 +17,13 @@ from meteor_model.architectures import build_config
 from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, MeteorConfig, PruningConfig
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from pipelines.checkpoint.consolidate import consolidate
+from pipelines.checkpoint.lora import add_adapters
 from pipelines.checkpoint.parity_file import read_parity
-from pipelines.checkpoint.shards import save_shards
+from pipelines.checkpoint.shards import ZeroFiles, save_shards
 from pipelines.checkpoint.start_weights import StartWeights, WeightsError
 from pipelines.checkpoint.state import PARITY_FILE, ZERO3_TAG, CheckpointError
-from pipelines.checkpoint.weight_sums import COARSER, weight_sums
+from pipelines.checkpoint.weight_sums import COARSER, Precision, weight_sums
+from pipelines.checkpoint.whole import WholeWeights
 from pipelines.checkpoint.zero3 import (
     checkpoint_activations,
     deepspeed_config,
@@ -31,7 +33,7 @@ from pipelines.checkpoint.zero3 import (
     weight_dtype,
 )
 from pipelines.compat.deepspeed import import_deepspeed
-from pipelines.config.settings import LearningRates, OptimizerSettings, TrainingSettings
+from pipelines.config.settings import LearningRates, LoraSettings, OptimizerSettings, TrainingSettings
 from pipelines.training.batches import MicroBatch
 from pipelines.training.heldout_loss import parity_batch
 from tests.meteor_model.towers import TOWERS
@@ -43,6 +45,8 @@ ADAMW: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-3, "weight_decay": 0.0}
 # Towers that read parameters outside their module's own forward: positions, biases, relative positions, fused qkv.
 MISSING = "projectors.{}.input.bias"
 READERS = ("eva02_det", "eva02_fused", "sam_padded", "dinov2_registers")
+NO_LORA = LoraSettings()
+LORA = LoraSettings(rank=4, alpha=8, targets=("q_proj", "down_proj"))
 PRUNING = PruningConfig(EncodePruning(totals=(96, 64, 64)), FusePruning(keep=VISUAL), DecodePruning(enabled=False))
 
 
@@ -72,7 +76,7 @@ def count(batch: dict[str, Tensor]) -> int:
 TOKENS = count(make_batch(0)) + count(make_batch(1))
 
 
-def work(rank: int, folder: Path, precision: Any, rates: LearningRates, recompute: bool) -> None:
+def work(rank: int, folder: Path, precision: Any, rates: LearningRates, recompute: bool, lora: LoraSettings) -> None:
     """One worker: load, two steps, save; and a folder that lacks a weight."""
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
@@ -85,6 +89,7 @@ def work(rank: int, folder: Path, precision: Any, rates: LearningRates, recomput
         precision=precision,
         gradient_checkpointing=recompute,
         optimizer=OptimizerSettings(learning_rates=rates),
+        lora=lora,
     )
     deepspeed = import_deepspeed(uses_gpu=False)
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
@@ -93,9 +98,12 @@ def work(rank: int, folder: Path, precision: Any, rates: LearningRates, recomput
     with pytest.raises(WeightsError, match=r"holds no weights for projectors\.\w+\.input\.bias"):
         load_sharded(MeteorForConditionalGeneration, folder / "incomplete", *arguments)
     model = load_sharded(MeteorForConditionalGeneration, folder / "init", *arguments)
+    if lora.rank is not None:
+        add_adapters(model, lora, seed=0)
     if recompute:
         checkpoint_activations(model)
-    optimizer = torch.optim.AdamW(parameter_groups(model, settings.optimizer), **ADAMW)
+    groups = parameter_groups(model, settings.optimizer, lora.rank is not None)
+    optimizer = torch.optim.AdamW(groups, **ADAMW)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     losses = []
     for _ in range(2):
@@ -110,7 +118,7 @@ def work(rank: int, folder: Path, precision: Any, rates: LearningRates, recomput
     if rank == 0:
         parity.save(folder / PARITY_FILE, precision)
     target = folder / "checkpoint" if rank == 0 else folder / f"checkpoint-{rank}"
-    save_shards(engine, target, StartWeights(folder / "init").digest)
+    save_shards(engine, target, StartWeights(folder / "init").digest, lora.scale)
     (folder / f"losses-{rank}.json").write_text(json.dumps(losses))
     torch.distributed.destroy_process_group()
 
@@ -130,6 +138,7 @@ def run(
     rates: LearningRates = RATES,
     recompute: bool = False,
     towers: Sequence[str] = (),
+    lora: LoraSettings = NO_LORA,
 ) -> tuple[list[float], Path]:
     """Both workers; returns the losses and the checkpoint, in which both workers' files are together."""
     torch.manual_seed(0)
@@ -138,18 +147,22 @@ def run(
     weights = load_file(folder / "init" / "model.safetensors")
     del weights[MISSING.format(towers[0] if towers else "clip")]
     save_file(weights, folder / "incomplete" / "model.safetensors", metadata={"format": "pt"})
-    torch.multiprocessing.spawn(work, args=(folder, precision, rates, recompute), nprocs=2)
+    torch.multiprocessing.spawn(work, args=(folder, precision, rates, recompute, lora), nprocs=2)
     shutil.copytree(folder / "checkpoint-1" / ZERO3_TAG, folder / "checkpoint" / ZERO3_TAG, dirs_exist_ok=True)
     losses = [json.loads((folder / f"losses-{rank}.json").read_text()) for rank in range(2)]
     assert losses[0] == losses[1]
     return losses[0], folder / "checkpoint"
 
 
-def plain(init: Path, rates: LearningRates = RATES) -> tuple[list[float], MeteorForConditionalGeneration]:
+def plain(
+    init: Path, rates: LearningRates = RATES, lora: LoraSettings = NO_LORA
+) -> tuple[list[float], MeteorForConditionalGeneration]:
     """The same two steps in this process."""
     model = MeteorForConditionalGeneration.from_pretrained(init)
     settings = OptimizerSettings(learning_rates=rates)
-    optimizer = torch.optim.AdamW(parameter_groups(model, settings), **ADAMW)
+    if lora.rank is not None:
+        add_adapters(model, lora, seed=0)
+    optimizer = torch.optim.AdamW(parameter_groups(model, settings, lora.rank is not None), **ADAMW)
     losses = []
     for _ in range(2):
         loss = sum(model(**make_batch(rank), num_items_in_batch=TOKENS).loss for rank in range(2))
@@ -215,3 +228,36 @@ def test_real_model_in_bf16_keeps_fp32_masters(tmp_path: Path) -> None:
     batch, precision = read_parity(tmp_path / PARITY_FILE)
     assert (precision, list(batch.sums)) == ("bf16", ["bf16"])
     assert batch.sums["bf16"] == weight_sums(whole.named_parameters(), "bf16"), "masters rounded are what was trained"
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 2e-2)])
+def test_adapters_learn_as_in_one_process_and_answer_the_same_once_merged(
+    tmp_path: Path, precision: Precision, tolerance: float
+) -> None:
+    """With every block recomputed, beside frozen towers and a frozen language model."""
+    losses, checkpoint = run(tmp_path, precision, recompute=True, lora=LORA)
+    expected, _ = plain(tmp_path / "init", lora=LORA)
+    assert losses == pytest.approx(expected, rel=tolerance)
+    merged = consolidate(checkpoint, MeteorForConditionalGeneration, tmp_path / "init")
+    before = MeteorForConditionalGeneration.from_pretrained(tmp_path / "init").eval()
+    moved = {name for name, one in merged.state_dict().items() if not torch.equal(one, before.state_dict()[name])}
+    layers = len(before.language_model.layers)
+    assert sum(name.startswith("language_model.") for name in moved) == 2 * layers
+    assert all(name.startswith("projectors.") or name.endswith(("q_proj.weight", "down_proj.weight")) for name in moved)
+    adapted = MeteorForConditionalGeneration.from_pretrained(tmp_path / "init").eval()
+    add_adapters(adapted, LORA, seed=1)
+    adapted.load_state_dict(dict(WholeWeights(ZeroFiles(checkpoint), tmp_path / "init")))
+    batch = make_batch(0)
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        torch.testing.assert_close(merged(**batch).logits, adapted(**batch).logits, rtol=0, atol=1e-5)
+        assert merged(**batch, labels=labels).loss < before(**batch, labels=labels).loss
+        answers = [one.generate(**batch, max_new_tokens=8, do_sample=False) for one in (merged, adapted)]
+    assert torch.equal(*answers)
+    parity, _ = read_parity(tmp_path / PARITY_FILE)
+    adapted_layers = {name for name in moved if name.startswith("language_model.")}
+    assert set(parity.merged) == adapted_layers
+    names = {name for name, _ in merged.named_parameters()}
+    assert all(set(sums) == names - adapted_layers for sums in parity.sums.values())
+    own = [(name, weight) for name, weight in merged.named_parameters() if name not in parity.merged]
+    assert parity.sums[precision] == weight_sums(own, precision)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from jobs.recipes import RECIPES, recipe
+from pipelines.config.settings import LoraSettings
 from pipelines.io.fingerprint import sha256
 from tune.settings import SweepSettings
 
@@ -39,3 +40,11 @@ def test_a_default_that_came_later_is_left_out_and_another_value_is_not() -> Non
     assert "too_long" not in plain.identity()["data"]
     assert other.identity()["data"]["too_long"] == "drop"
     assert other.digest() != plain.digest()
+
+
+def test_adapters_are_a_part_of_what_is_trained_once_they_have_a_rank() -> None:
+    plain = recipe("finetune", "tiny")
+    without = replace(plain, training=replace(plain.training, lora=LoraSettings(alpha=8)))
+    adapted = replace(plain, training=replace(plain.training, lora=LoraSettings(rank=4)))
+    assert without.digest() == plain.digest() != adapted.digest()
+    assert adapted.identity()["training"]["lora"]["rank"] == 4

@@ -11,12 +11,14 @@ from pipelines.checkpoint.zero3 import deepspeed_config, parameter_groups, sched
 from pipelines.config.settings import (
     DataSettings,
     LearningRates,
+    LoraSettings,
     OptimizerSettings,
     ScheduleSettings,
     SettingsError,
     TrainingSettings,
-    Zero3Settings,
 )
+
+NO_LLM = OptimizerSettings(learning_rates=LearningRates(llm=None))
 
 
 @pytest.mark.parametrize(
@@ -29,7 +31,11 @@ from pipelines.config.settings import (
         ({"upload_patience_s": 0}, ["upload_patience_s is 0"]),
         ({"workers": 0}, ["workers is 0"]),
         ({"max_drop_share": 1.5}, ["max_drop_share is 1.5"]),
-        ({"zero3": Zero3Settings(offload="all")}, ["zero3.offload", "gpus_per_worker is 0"]),
+        ({"lora": LoraSettings(rank=4), "optimizer": NO_LLM}, ["lora.rank is 4", "learning_rates.llm is None"]),
+        ({"gpus_per_worker": 0.5}, ["gpus_per_worker is 0.5", "a whole GPU", "Give 1"]),
+        ({"gpus_per_worker": 2.0}, ["gpus_per_worker is 2", "a whole GPU", "more training.workers"]),
+        ({"gpus_per_worker": 1.5}, ["gpus_per_worker is 1.5"]),
+        ({"gpus_per_worker": -1}, ["gpus_per_worker is -1"]),
     ],
 )
 def test_contradictions_are_refused(values: dict[str, object], named: list[str]) -> None:
@@ -46,6 +52,10 @@ def test_single_settings_are_checked() -> None:
         LearningRates(None, None, None)
     with pytest.raises(SettingsError, match=r"warmup_share is 1\.0"):
         ScheduleSettings(warmup_share=1.0)
+    with pytest.raises(SettingsError, match=r"lora\.targets has 'a\.b'.*such as q_proj"):
+        LoraSettings(targets=("a.b",))
+    with pytest.raises(SettingsError, match=r"lora\.targets is empty"):
+        LoraSettings(targets=())
     with pytest.raises(SettingsError, match=r"both 'train'"):
         DataSettings(heldout_split="train")
 

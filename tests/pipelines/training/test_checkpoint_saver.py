@@ -26,6 +26,7 @@ def test_losses_are_stored_before_the_checkpoint_that_is_then_committed(tmp_path
         worker=Worker(None, rank, world=2, start=""),
         run_url=str(tmp_path),
         precision="fp32",
+        lora_scale=None,
         recipe={},
         ledger=Ledger([[1]]),
         losses=LossLog(state),
