@@ -32,10 +32,12 @@ class Snapshot:
     Attributes:
         latest: the one that a restart resumes from; None before the first.
         names: all that are kept.
+        pending: those whose validation was asked for and has not ended, oldest first.
     """
 
     latest: str | None
     names: frozenset[str]
+    pending: tuple[str, ...] = ()
 
 
 def parse_snapshot(data: bytes) -> Snapshot:
@@ -50,8 +52,9 @@ def parse_snapshot(data: bytes) -> Snapshot:
         state = json.loads(data)
         latest, kept = state["latest_checkpoint_result"], state["checkpoint_results"]
         name = None if latest is None else str(latest["checkpoint_dir_name"])
+        pending = tuple(str(result["checkpoint_dir_name"]) for result in state.get("pending_training_results", ()))
         names = {str(result["checkpoint_dir_name"]) for result in kept}
-    return Snapshot(name, frozenset(names | ({name} if name is not None else set())))
+    return Snapshot(name, frozenset(names | ({name} if name is not None else set())), pending)
 
 
 def without_checkpoints(data: bytes, names: frozenset[str]) -> bytes:

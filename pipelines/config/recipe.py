@@ -23,7 +23,15 @@ OPERATION = (
     *("workers", "min_workers", "resize_interval_s", "micro_batch", "timeout_s", "cpus_per_worker", "gpus_per_worker"),
     *("threads_per_worker", "max_failures", "preemption_grace_s", "log_every_steps", "checkpoint_every_steps"),
     *("keep_checkpoints", "upload_patience_s", "validate_every_checkpoints", "validation_cpus", "validation_gpus"),
-    *("validation_timeout_s", "max_drop_share", "stuck_after_s", "placement", "node_labels"),
+    *(
+        "validation_timeout_s",
+        "validation_wait_s",
+        "room_wait_s",
+        "max_drop_share",
+        "stuck_after_s",
+        "placement",
+        "node_labels",
+    ),
 )
 """Training settings that may change when a run goes on: what is trained stays the same up to rounding."""
 

@@ -170,13 +170,17 @@ class TrainingSettings:
     """Seconds for which the upload of a checkpoint outlasts a store that fails; after that the training restarts from
     the last whole one."""
     validate_every_checkpoints: NonNegativeInt = 1
-    """Checkpoints between two validations on held-out samples, which run beside the training; 0 makes none."""
+    """Checkpoints between two validations on held-out samples, which run beside the training; 0 makes none. A
+    checkpoint that comes while a validation runs is passed over, and the next one after it is validated."""
     validation_cpus: NonNegativeFloat = 1.0
     """Ray CPUs that a validation reserves."""
-    validation_gpus: NonNegativeFloat = 0.0
-    """Ray GPUs that a validation reserves."""
-    validation_timeout_s: PositiveFloat = 1800.0
-    """Seconds after which a validation is given up; the training does not wait for it."""
+    validation_gpus: NonNegativeFloat | None = None
+    """Ray GPUs that a validation reserves, beside those of the workers; None: 1 where the workers train on GPUs."""
+    validation_timeout_s: PositiveFloat | None = None
+    """Seconds after which a validation is given up; the training does not wait for it. None: half an hour, and what a
+    model of this size takes on a slow machine."""
+    validation_wait_s: NonNegativeFloat = 300.0
+    """Seconds after the last step for which the job waits for a validation that still runs; then it is given up."""
     log_every_steps: PositiveInt = 10
     """Optimizer steps between two progress lines."""
     max_drop_share: Share = 0.01
@@ -193,6 +197,9 @@ class TrainingSettings:
     timeout_s: PositiveInt = 600
     """Seconds after which a collective operation between the workers fails, and, five times stuck_after_s at least, a
     part of their start counts as stuck."""
+    room_wait_s: NonNegativeFloat = 900.0
+    """Seconds for which a start of the workers waits for nodes to join, where all nodes together have too little room
+    for them; then the job ends with an error. What others hold is waited for without a limit, and said."""
     cpus_per_worker: NonNegativeFloat = 1.0
     """Ray CPUs that one worker reserves (leave some for the data tasks)."""
     gpus_per_worker: NonNegativeFloat = 0.0
@@ -261,6 +268,11 @@ class TrainingSettings:
         forwards = -(-self.micro_batches_per_step // world)
         nominal = self.micro_batch * forwards * world
         return replace(self, workers=world, min_workers=None, global_batch=nominal)
+
+    @property
+    def gpus_per_validation(self) -> float:
+        """GPUs that a validation reserves."""
+        return float(self.uses_gpu) if self.validation_gpus is None else self.validation_gpus
 
     @property
     def uses_gpu(self) -> bool:

@@ -17,6 +17,7 @@ from pipelines.data.stream import RowEncoder, build_stream, data_config, rows_fr
 from pipelines.io.fingerprint import canonical_json, sha256
 from pipelines.io.pulse import mailbox_name
 from pipelines.io.run_folder import run_folder
+from pipelines.sizing.limits import validation_limit_s
 from pipelines.tracking.metric_logger import MetricLogger
 from pipelines.training.batches import iterate_rows
 from pipelines.training.job import TrainingJob
@@ -94,6 +95,7 @@ def assemble_training(
         resume_step=recipe.run.resume_step,
         mlflow_run_id=metrics_run.run_id if metrics_run else None,
         make_logger=partial(MetricLogger, metrics_run.run_id, metrics_run.uri, url) if metrics_run else None,
+        validation_limit_s=validation_limit_s(recipe) if training.validate_every_checkpoints else 0.0,
         log_validation=partial(_log_validation, metrics_run, url) if metrics_run else None,
     )
 

@@ -42,6 +42,7 @@ from pipelines.job.summary import build_summary, load_summary, store_summary, su
 from pipelines.job.train import train
 from pipelines.recovery.lease import Lease, hold_run
 from pipelines.registry.versions import pin_model
+from pipelines.sizing.fit import check_fit
 from pipelines.tracking.metric_logger import MetricLogger
 from pipelines.tracking.mlflow_run import RunRequest
 from pipelines.tracking.run_tracker import RunTracker
@@ -103,9 +104,16 @@ def run_job(recipe: Recipe, job: JobName) -> dict[str, Any]:
         if chosen.facts.finished and chosen.facts.export == recipe.run.export:
             say(f"run {chosen.name} is finished; choose another --run.name to train again")
             return load_summary(recipe, run_folder(recipe.run.storage, chosen.name))
+        _check_fit(recipe, manifests)
     # Before anything of the run is written: the records of one that another job works on stay as they are.
     with hold_run(run_folder(recipe.run.storage, chosen.name).url, f"run {chosen.name!r}") as lease:
         return _work(_open(recipe, job, _as_claimed(recipe, chosen), manifests), lease, phases)
+
+
+def _check_fit(recipe: Recipe, manifests: Sequence[shards.Manifest]) -> None:
+    """Refuse what the cluster has no room for, before anything is built. Raises SettingsError."""
+    splits = [info for manifest in manifests for info in manifest.split(recipe.data.train_split)]
+    check_fit(recipe, sum(info.samples for info in splits), sum(info.bytes for info in splits))
 
 
 def _as_claimed(recipe: Recipe, chosen: ChosenRun) -> ChosenRun:

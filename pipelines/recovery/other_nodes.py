@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
 
 import ray
+
+from pipelines.recovery.room import Demand, workers_that_fit
 
 NODE_LABEL = "ray.io/node-id"
 
@@ -17,16 +18,8 @@ def avoidable(
 
     Counted is what nodes with these labels have, not what is free: the workers that are gone held some of it.
     """
-    alive = [node for node in ray.nodes() if node["Alive"] and labels.items() <= node.get("Labels", {}).items()]
-    return frozenset(nodes) if _room(alive, nodes, per_worker) >= workers else frozenset()
-
-
-def _room(alive: Collection[Mapping[str, Any]], without: Collection[str], per_worker: Mapping[str, float]) -> int:
-    """Workers that fit on the nodes that are left; any number where they reserve nothing."""
-    others = [node["Resources"] for node in alive if node["NodeID"] not in without]
-    return sum(
-        min((int(has.get(name, 0.0) // amount) for name, amount in per_worker.items()), default=2**31) for has in others
-    )
+    left = workers_that_fit(Demand(workers, per_worker, labels), ray.nodes(), nodes)
+    return frozenset(nodes) if left >= workers else frozenset()
 
 
 def node_selector(labels: Mapping[str, str], avoided: Collection[str]) -> dict[str, str] | None:

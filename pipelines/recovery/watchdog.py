@@ -28,6 +28,7 @@ from pipelines.io import storage
 from pipelines.io.console import say
 from pipelines.io.pulse import Beat, Phase, mailbox_name, open_mailbox
 from pipelines.io.run_folder import RunFolder
+from pipelines.recovery.room import waiting_line
 from pipelines.recovery.stall import Judge, Limits, Stuck
 from pipelines.recovery.stuck_processes import end_all, stacks
 
@@ -144,10 +145,7 @@ class Watchdog:
             self._room_since = now
         elif now - self._room_since > ROOM_S:
             self._room_since = now
-            free = {name: amount for name, amount in ray.available_resources().items() if name in ("CPU", "GPU")}
-            self._tell(
-                f"  the workers wait for room in the cluster: they need {self._needs}; free: {free or 'nothing'}"
-            )
+            self._tell(f"  {waiting_line(self._needs)}")
 
     def _record(self, stuck: Stuck, seen: Sequence[Beat], texts: Sequence[str], fates: Sequence[str]) -> str:
         """Store what was seen; where, as the end of a line."""

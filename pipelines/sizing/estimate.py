@@ -41,7 +41,7 @@ def estimate(
     """
     given = Inputs(recipe, layout, size, activations, work)
     uses = [*before_training(given), *training(given), *after_training(given), *times(given)]
-    return Estimate(non_empty(uses), _largest_object(given), _kept(given), tuple(_facts(given)))
+    return Estimate(non_empty(uses), _largest_object(given), _kept(given), tuple(_facts(given)), given.steps)
 
 
 def _largest_object(given: Inputs) -> Term:

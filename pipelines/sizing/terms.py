@@ -5,7 +5,7 @@ Units: bytes, and seconds for time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -20,7 +20,8 @@ Place = Literal["head", "node", "gpu", "store"]
 Resource = Literal["ram", "gpu", "temp", "up", "down", "time"]
 """Peak of memory, of GPU memory, of the temporary folder; bytes to and from the store; seconds."""
 
-GB = 1e9
+ONCE = "once a node"
+"""Formula of a term that the processes of a machine share."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,14 @@ class Estimate:
         largest_object: bytes of the largest object in the store, and what it is.
         kept: bytes that stay in the store at the most, checkpoints that come and go included.
         facts: what was assumed, for people: a name and a text.
+        steps: optimizer steps; None where the number of samples is not known.
     """
 
     uses: tuple[Use, ...]
     largest_object: Term
     kept: tuple[Term, ...]
     facts: tuple[tuple[str, str], ...]
+    steps: int | None = None
 
     def total(self, phase: Phase, place: Place, resource: Resource) -> float:
         """Of one phase at one place."""
@@ -75,10 +78,19 @@ class Estimate:
 
     def peak(self, place: Place, resource: Resource) -> tuple[Phase, float]:
         """The most at a time, and in which phase: training, checkpoints and validation go on side by side."""
-        sums = {phase: self.total(phase, place, resource) for phase in PHASES}
-        together = sum(sums[phase] for phase in BESIDE)
-        highest = max(PHASES, key=lambda phase: 0.0 if phase in BESIDE else sums[phase])
-        return ("train", together) if together >= sums[highest] or highest in BESIDE else (highest, sums[highest])
+        return self.peak_of((place,), resource)
+
+    def peak_of(self, places: Collection[Place], resource: Resource) -> tuple[Phase, float]:
+        """The same of a machine that is several places."""
+        groups: list[tuple[Phase, ...]] = [BESIDE, *((phase,) for phase in PHASES if phase not in BESIDE)]
+        found = [(group[0], self._at(group, places, resource)) for group in groups]
+        return max(found, key=lambda one: one[1])
+
+    def _at(self, phases: Collection[Phase], places: Collection[Place], resource: Resource) -> float:
+        uses = [one for one in self.uses if one.phase in phases and one.place in places and one.resource == resource]
+        terms = [term for one in uses for term in one.terms]
+        shared = {term.what: term.amount for term in terms if term.formula == ONCE}
+        return sum(term.amount for term in terms if term.formula != ONCE) + sum(shared.values())
 
     def moved(self, resource: Literal["up", "down"]) -> float:
         """Bytes of the whole run to or from the store, over all places."""

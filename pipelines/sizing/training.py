@@ -8,7 +8,7 @@ from __future__ import annotations
 from pipelines.data.shards import SAMPLES_PER_SHARD
 from pipelines.sizing.baseline import CUDA_CONTEXT, CUDA_HOST, DATA_TASK, LIBRARIES, PROCESS
 from pipelines.sizing.inputs import Inputs
-from pipelines.sizing.terms import Place, Term, Use, use
+from pipelines.sizing.terms import ONCE, Place, Term, Use, use
 
 SUB_GROUP = 1e9
 """Elements that DeepSpeed's optimizer steps over at a time (`sub_group_size`, its default)."""
@@ -17,7 +17,7 @@ SUB_GROUP = 1e9
 def process(count: int = 1, gpu: bool = False) -> tuple[Term | None, ...]:
     """Terms of processes before they load anything, with the libraries that they share."""
     return (
-        Term("libraries, shared by all processes", "once a node", LIBRARIES),
+        Term("libraries, shared by all processes", ONCE, LIBRARIES),
         Term(f"{count} process{'es' if count > 1 else ''}", "0.66 GB each", count * PROCESS),
         Term("CUDA, host side", "2 GB each (assumed)", count * CUDA_HOST) if gpu else None,
     )
@@ -155,7 +155,7 @@ def _validation(given: Inputs) -> list[Use]:
 
 def validates_on_gpu(given: Inputs) -> bool:
     """Whether a validation reserves a GPU of its own: it stands beside those of the workers."""
-    return given.recipe.training.validation_gpus > 0
+    return given.recipe.training.gpus_per_validation > 0
 
 
 def _on_gpu(given: Inputs, phase: str, *terms: Term) -> Use:

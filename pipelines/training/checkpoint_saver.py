@@ -41,8 +41,10 @@ from pipelines.io.local_disk import writing
 from pipelines.io.pulse import Phase, mark
 from pipelines.io.run_folder import RunFolder
 from pipelines.recovery.preemption import wait_committed
+from pipelines.recovery.run_lock import DONE
 from pipelines.tracking.metric_points import MetricPoint, points_to_jsonl
 from pipelines.training.batches import MicroBatch
+from pipelines.training.validation_turn import ValidationTurn
 from pipelines.training.worker import Worker
 
 TOGETHER_S = 10.0
@@ -65,7 +67,7 @@ class CheckpointSaver:
         upload: moves a folder to storage.
         retry_s: seconds for which the losses' upload outlasts a storage that fails.
         require_lease: raises LeaseLostError where another job has taken the run over.
-        validate_every: checkpoints between two validations; 0 for none.
+        validation: decides which checkpoints are validated.
         saved: checkpoints made so far.
     """
 
@@ -79,7 +81,7 @@ class CheckpointSaver:
     upload: Upload
     retry_s: float
     require_lease: Callable[[], None]
-    validate_every: int
+    validation: ValidationTurn
     saved: int
     _uploaded: threading.Event = field(default_factory=threading.Event)
     _trained: list[SampleId] = field(default_factory=list)
@@ -97,12 +99,20 @@ class CheckpointSaver:
             self._dropped += [dropped.sample for dropped in batch.dropped]
 
     def validates_next(self, state: TrainState) -> bool:
-        """Whether the next checkpoint, of `state`, is to be validated. The last one has held-out metrics already."""
-        return self.validate_every > 0 and (self.saved + 1) % self.validate_every == 0 and not state.done
+        """Whether the next checkpoint, of `state`, is to be validated; every worker must call it once before `save`."""
+        if not self.validation.is_due(self.saved + 1, state):
+            return False
+        mark(Phase.UPLOAD)
+        self._await_upload()  # only what is committed is known to wait for its validation
+        mark(Phase.CHECKPOINT)
+        begins = [self.worker.rank == 0 and self.validation.begins(state)]
+        torch.distributed.broadcast_object_list(begins, src=0)
+        return begins[0]
 
     def save(self, state: TrainState, pending: Sequence[MetricPoint], parity: ParityBatch | None = None) -> str:
         """Save a checkpoint of `state`; every worker must call it. Returns the name of its folder in storage.
 
+        With a parity batch it is validated, unless it is the last one, whose batch is of the held-out samples.
         The last checkpoint of a training is uploaded before it returns.
         """
         self._gather()
@@ -116,21 +126,23 @@ class CheckpointSaver:
             save_shards(self.worker.engine, folder, self.worker.start, self.lora_scale)
             if self.worker.rank == 0:
                 self._write_common(folder, state, pending, parity)
-        validate = self.validates_next(state)
+        if state.done and self.worker.rank == 0:
+            self.validation.conclude()
         self.saved += 1
         mark(Phase.UPLOAD)
+        self._uploaded.clear()
         # Unique, so that files of an upload that was cut short never mix with those of its repetition; the clock of
         # rank 0 counts.
         names = [f"{CHECKPOINT_PREFIX}{state.step:07d}-{time.time_ns():x}"]
         torch.distributed.broadcast_object_list(names, src=0)
         ray.train.report(
-            {"step": state.step, "loss": state.last_losses[-1], **state.final},
+            {"step": state.step, "loss": state.last_losses[-1], DONE: state.done, **state.final},
             checkpoint=Checkpoint.from_directory(str(folder)),
             checkpoint_dir_name=names[0],
             checkpoint_upload_mode=CheckpointUploadMode.SYNC if state.done else CheckpointUploadMode.ASYNC,
             delete_local_checkpoint_after_upload=True,
             checkpoint_upload_fn=self._upload,
-            validation=validate,
+            validation=parity is not None and not state.done,
         )
         return names[0]
 
@@ -163,7 +175,6 @@ class CheckpointSaver:
             torch.distributed.all_reduce(waiting)
             if not waiting.item():
                 break
-        self._uploaded.clear()
 
     def _gather(self) -> None:
         """What all workers consumed since the last checkpoint goes into rank 0's ledger."""

@@ -77,6 +77,8 @@ class TrainingJob:
     """The MLflow run that the metrics go to; kept in every checkpoint."""
     make_logger: Callable[[Sequence[MetricPoint]], MetricLogger] | None = None
     """Makes rank 0's logger, at every start of the workers, from the metrics that the checkpoint still held."""
+    validation_limit_s: float = 1800.0
+    """Seconds after which a validation is given up where `settings.validation_timeout_s` names none."""
     log_validation: Log | None = None
     """Gets the metrics of every validation during training (picklable)."""
     observe: Observer | None = None

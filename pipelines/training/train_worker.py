@@ -49,6 +49,7 @@ from pipelines.training.checkpoint_saver import CheckpointSaver
 from pipelines.training.heldout_loss import evaluate_heldout
 from pipelines.training.job import TrainingJob
 from pipelines.training.loop import Loop, last_sample
+from pipelines.training.validation_turn import ValidationTurn
 from pipelines.training.worker import Worker
 
 ABANDONED_S = 2.0
@@ -195,6 +196,6 @@ def _saver(job: TrainingJob, worker: Worker, start: ResumePoint, lease: LeaseTok
         upload=CheckpointUpload(RunFolder(job.url).train, settings.upload_patience_s, worker.rank, worker.world),
         retry_s=settings.upload_patience_s,
         require_lease=lease.require,
-        validate_every=settings.validate_every_checkpoints,
+        validation=ValidationTurn(settings.validate_every_checkpoints),
         saved=start.state.step // settings.checkpoint_every_steps,
     )

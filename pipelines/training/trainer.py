@@ -32,7 +32,8 @@ from pipelines.recovery.failures import TrainingError, root_cause
 from pipelines.recovery.lease import Lease, hold_run
 from pipelines.recovery.other_nodes import avoidable, node_selector
 from pipelines.recovery.restart_policy import RestartPolicy
-from pipelines.recovery.run_lock import FailureCallback, RunLock, lock_run
+from pipelines.recovery.room import Demand, await_nodes
+from pipelines.recovery.run_lock import RunLock, StandingCallback, lock_run
 from pipelines.recovery.stall import Limits, Stuck
 from pipelines.recovery.watchdog import Watchdog, watch
 from pipelines.recovery.watched import start_worker, watched_controller
@@ -103,12 +104,13 @@ def _train(job: TrainingJob, lock: RunLock) -> CheckpointRef:
     subject, run = f"run {job.run_name!r}", RunFolder(job.url)
     policy = RestartPolicy(job.settings.max_failures)
     avoided: frozenset[str] = frozenset()
-    with watch(run, _limits(job.settings), _needs(job.settings)) as watchdog:
+    with watch(run, _limits(job.settings), str(_demand(job.settings))) as watchdog:
         for attempt in itertools.count():
             lock.lease.require()  # what follows removes files
             if attempt:  # the workers may have died between their first upload and its commit
                 settle_start(job.storage, job.run_name, None, say)
             remove_uncommitted(job.storage, job.run_name)
+            await_nodes(_demand(job.settings), job.settings.room_wait_s)
             trainer = _trainer(job, dataclasses.replace(lock, attempt=attempt), avoided)
             cause, stuck = _attempt(trainer, subject, watchdog)
             if isinstance(cause, sealed.DamagedFileError) and cause.folder.startswith(f"{run.train}/"):
@@ -161,9 +163,9 @@ def _avoided(stuck: Stuck | None, settings: TrainingSettings) -> frozenset[str]:
     return avoidable(stuck.nodes, _per_worker(settings), settings.workers, settings.node_labels)
 
 
-def _needs(settings: TrainingSettings) -> str:
-    labels = f" on nodes with the labels {settings.node_labels}" if settings.node_labels else ""
-    return f"{settings.min_workers or settings.workers} workers of {_per_worker(settings)}{labels}"
+def _demand(settings: TrainingSettings) -> Demand:
+    least = settings.min_workers or settings.workers
+    return Demand(least, _per_worker(settings), settings.node_labels, settings.placement)
 
 
 def check_resumable(job: TrainingJob, checkpoint: CheckpointRef) -> None:
@@ -213,7 +215,7 @@ def _trainer(job: TrainingJob, lock: RunLock, avoided: frozenset[str]) -> TorchT
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=settings.keep_checkpoints),
             # Failures are judged by `fit`, which knows those that would only happen again.
             failure_config=ray.train.FailureConfig(max_failures=0),
-            callbacks=[FailureCallback(lock), watched_controller(mailbox)],
+            callbacks=[StandingCallback(lock), watched_controller(mailbox)],
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )
@@ -249,8 +251,9 @@ def _validation(job: TrainingJob, lock: RunLock) -> ray.train.ValidationConfig:
     return validation_config(
         validation,
         cpus=settings.validation_cpus,
-        gpus=settings.validation_gpus,
-        timeout_s=settings.validation_timeout_s,
+        gpus=settings.gpus_per_validation,
+        timeout_s=settings.validation_timeout_s or job.validation_limit_s,
         log=job.log_validation,
-        abandoned=lock.failed,
+        wait_s=settings.validation_wait_s,
+        standing=lock.standing,
     )

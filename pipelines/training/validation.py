@@ -2,12 +2,16 @@
 
 Ray Train starts `validation_config` for a checkpoint that was reported with `validation=True`; the workers train on.
 
+Which checkpoints are, is decided by `pipelines.training.validation_turn`.
+
 1. watch     a task without reservations: waits for 2, turns whatever happens to it into a logged failure
 2. validate  a task with the reservations: one whole model from the shards, its loss on held-out rows
 3. keep      the checkpoint is copied to `{run}/best/` if no validated one has a lower loss (`keep_best`)
 
 Two tasks, because Ray's controller (2.60) ends the whole training when the process of a validation is killed, and
-waits for ever for one that the cluster has no room for.
+waits for ever for one that the cluster has no room for. It also makes every validation that was ever asked for before
+it ends a training, so 1 passes over those that newer ones wait behind, and gives up what lasts long beyond the last
+step.
 
 Ray's controller imports this module, so it loads neither torch nor transformers; what a validation needs travels as
 bytes.
@@ -20,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -32,9 +37,12 @@ from ray.train import ValidationConfig, ValidationTaskConfig
 from pipelines.checkpoint.best import keep_best
 from pipelines.checkpoint.local import local_copy
 from pipelines.checkpoint.state import STATE_FILE, TrainState, load_state
+from pipelines.compat.ray import parse_snapshot
+from pipelines.io import storage
 from pipelines.io.console import say_from_worker
 from pipelines.io.run_folder import RunFolder
 from pipelines.recovery.lease import LeaseToken
+from pipelines.recovery.run_lock import Standing
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +54,10 @@ if TYPE_CHECKING:
 
 PREFIX = "validation/"
 FAILED = PREFIX + "failed"
+PASSED_OVER = PREFIX + "passed_over"
 POLL_S = 1.0
+TOLD_AFTER_S = 15.0
+"""Seconds after the last step after which people hear that a validation is waited for."""
 BACKSTOP_S = 120.0  # beyond its own limit, for a watching task that hangs
 
 Log = Callable[[Mapping[str, float], int], None]
@@ -94,7 +105,8 @@ def validation_config(
     gpus: float,
     timeout_s: float,
     log: Log | None,
-    abandoned: Callable[[], bool] = bool,
+    wait_s: float = inf,
+    standing: Callable[[], Standing] = Standing,
 ) -> ValidationConfig:
     """The argument `validation_config` of `TorchTrainer`.
 
@@ -104,13 +116,13 @@ def validation_config(
         gpus: that it reserves; above 0 the model runs on a GPU.
         timeout_s: seconds after which a validation is given up, those it waits for resources included.
         log: gets the metrics of every validation (`validation/failed` is 0 or 1), in a task's process.
-        abandoned: whether the training has failed. Ray's controller ends only after its validations: a restart would
-            wait for them. They stop instead, and Ray makes them when the training goes on.
+        wait_s: seconds after the last step after which it is given up, whenever it began.
+        standing: whether the training has failed or ended. Ray's controller ends only after its validations: a restart
+            would wait for them. They stop instead, and Ray makes them when the training goes on.
     """
-    payload, log_bytes = ray.cloudpickle.dumps(validation), ray.cloudpickle.dumps(log)
-    watch = partial(_watch, payload=payload, log_bytes=log_bytes, cpus=cpus, gpus=gpus, timeout_s=timeout_s)
+    asked = _Asked(validation.run, ray.cloudpickle.dumps(validation), cpus, gpus, timeout_s, wait_s)
     return ValidationConfig(
-        fn=partial(watch, abandoned=abandoned),
+        fn=partial(_watch, asked=asked, log_bytes=ray.cloudpickle.dumps(log), standing=standing),
         task_config=ValidationTaskConfig(timeout_s=timeout_s + BACKSTOP_S),
         ray_remote_kwargs={"num_cpus": 0},  # it waits only; Ray repeats it if its process or its node dies
     )
@@ -119,27 +131,42 @@ def validation_config(
 # ------------------------------------------------------------------------------------------------------------ the tasks
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What a watching task needs."""
+
+    run: str
+    payload: bytes
+    cpus: float
+    gpus: float
+    timeout_s: float
+    wait_s: float
+
+
+class _EndedError(ray.exceptions.RayError):
+    """The training ended long enough ago."""
+
+
 def _watch(
-    checkpoint: ray.train.Checkpoint,
-    *,
-    payload: bytes,
-    log_bytes: bytes,
-    cpus: float,
-    gpus: float,
-    timeout_s: float,
-    abandoned: Callable[[], bool],
+    checkpoint: ray.train.Checkpoint, *, asked: _Asked, log_bytes: bytes, standing: Callable[[], Standing]
 ) -> dict[str, float]:
     log: Log | None = ray.cloudpickle.loads(log_bytes)
     name = PurePosixPath(checkpoint.path).name
+    if (newer := _newer(asked.run, name)) is not None:
+        say_from_worker(f"  {name} is not validated: {newer}, which is newer, waits for its validation")
+        if log is not None:
+            log({PASSED_OVER: 1.0}, _step_of(checkpoint))
+        return {PASSED_OVER: 1.0}
     # No retry: a validation that ran out of memory once would do so again.
-    task = _validate_task.options(num_cpus=cpus, num_gpus=gpus, max_retries=0).remote(checkpoint, payload, gpus > 0)
+    options = _validate_task.options(num_cpus=asked.cpus, num_gpus=asked.gpus, max_retries=0)
+    task = options.remote(checkpoint, asked.payload, asked.gpus > 0)
     try:
-        metrics, step = _result(task, timeout_s, abandoned)
+        metrics, step = _result(task, asked, standing)
     except ray.exceptions.TaskCancelledError:
         raise  # the training is aborted: Ray validates this checkpoint when the run goes on
     except ray.exceptions.RayError as error:
         ray.cancel(task, force=True)
-        failure = f"the validation of {name} {_reason(error, cpus, gpus, timeout_s)}"
+        failure = f"the validation of {name} {_reason(error, asked)}"
         say_from_worker(f"  warning: {failure}; the training goes on")
         if log is not None:
             log({FAILED: 1.0}, _step_of(checkpoint))
@@ -149,23 +176,40 @@ def _watch(
     return dict(metrics)
 
 
-def _result(task: ray.ObjectRef, timeout_s: float, abandoned: Callable[[], bool]) -> tuple[dict[str, float], int]:
-    deadline = time.monotonic() + timeout_s
-    while not ray.wait([task], timeout=min(POLL_S, timeout_s))[0]:
-        if abandoned():
+def _newer(run: str, name: str) -> str | None:
+    """A newer checkpoint that waits for its validation; a queue comes from a start before, or an earlier version."""
+    try:
+        pending = parse_snapshot(storage.read_bytes(RunFolder(run).snapshot)).pending
+    except ValueError:  # storage fails, or there is no such file: then this one is validated
+        return None
+    return pending[-1] if name in pending[:-1] else None
+
+
+def _result(task: ray.ObjectRef, asked: _Asked, standing: Callable[[], Standing]) -> tuple[dict[str, float], int]:
+    deadline, told = time.monotonic() + asked.timeout_s, False
+    while not ray.wait([task], timeout=min(POLL_S, asked.timeout_s))[0]:
+        now = standing()
+        if now.failed:
             ray.cancel(task, force=True)
             raise ray.exceptions.TaskCancelledError
+        if now.ended_s is not None and now.ended_s > asked.wait_s:
+            raise _EndedError
+        if now.ended_s is not None and now.ended_s > TOLD_AFTER_S and not told:
+            told = True
+            say_from_worker(f"  all steps are made; a validation still runs and has {asked.wait_s:.0f} s from then on")
         if time.monotonic() > deadline:
             raise ray.exceptions.GetTimeoutError
     result: tuple[dict[str, float], int] = ray.get(task)
     return result
 
 
-def _reason(error: ray.exceptions.RayError, cpus: float, gpus: float, timeout_s: float) -> str:
+def _reason(error: ray.exceptions.RayError, asked: _Asked) -> str:
+    if isinstance(error, _EndedError):
+        return f"was given up {asked.wait_s:.0f} s after the last step (training.validation_wait_s)"
     if isinstance(error, ray.exceptions.GetTimeoutError):
         return (
-            f"was given up after {timeout_s:.0f} s: it ran too long, or the cluster never had {cpus} CPUs and {gpus} "
-            "GPUs free for it, or none for its data tasks"
+            f"was given up after {asked.timeout_s:.0f} s: it ran too long, or the cluster never had {asked.cpus} CPUs "
+            f"and {asked.gpus} GPUs free for it, or none for its data tasks"
         )
     cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
     return f"failed: {type(cause).__name__}: {cause}"

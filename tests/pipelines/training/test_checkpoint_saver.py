@@ -10,6 +10,7 @@ from pipelines.checkpoint.state import TrainState
 from pipelines.data.ledger import Ledger
 from pipelines.io.run_folder import RunFolder
 from pipelines.training.checkpoint_saver import CheckpointSaver
+from pipelines.training.validation_turn import ValidationTurn
 from pipelines.training.worker import Worker
 
 
@@ -33,7 +34,7 @@ def test_losses_are_stored_before_the_checkpoint_that_is_then_committed(tmp_path
         upload=upload,
         retry_s=0.0,
         require_lease=lambda: None,
-        validate_every=0,
+        validation=ValidationTurn(0),
         saved=0,
     )
     saver.trained([], 0.5)

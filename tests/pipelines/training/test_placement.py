@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from pipelines.config.settings import SettingsError, TrainingSettings
-from pipelines.training.trainer import _needs, _scaling
+from pipelines.training.trainer import _demand, _scaling
 
 H100 = {"ray.io/accelerator-type": "H100"}
 
@@ -19,7 +19,7 @@ def test_settings_reach_the_placement_of_the_workers() -> None:
     assert asked.resources_per_worker == {"CPU": 1.0, "GPU": 1.0}
     assert asked.placement_strategy == "STRICT_PACK"
     assert asked.label_selector == H100
-    assert "ray.io/accelerator-type" in _needs(settings), "who waits is told what for"
+    assert "ray.io/accelerator-type" in str(_demand(settings)), "who waits is told what for"
 
 
 def test_by_default_any_node_will_do() -> None:

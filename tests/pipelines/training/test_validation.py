@@ -18,8 +18,11 @@ from ray.train.torch import TorchTrainer
 
 from meteor_model.collate import collate
 from pipelines.checkpoint.best import best_checkpoint
+from pipelines.compat.ray import make_snapshot
+from pipelines.io import storage
+from pipelines.io.run_folder import RunFolder
 from pipelines.recovery.lease import hold_run
-from pipelines.recovery.run_lock import FailureCallback, RunLock, lock_run
+from pipelines.recovery.run_lock import RunLock, Standing, StandingCallback, lock_run
 from pipelines.training.batches import MicroBatch, iterate_rows, make_micro_batch
 from pipelines.training.heldout_loss import heldout_loss
 from pipelines.training.trainer import TrainingResult
@@ -188,12 +191,12 @@ def test_a_failed_training_waits_for_no_validation_and_the_next_start_makes_it(
                 gpus=0.0,
                 timeout_s=300.0,
                 log=partial(log_to, tmp_path / "log"),
-                abandoned=lock.failed,
+                standing=lock.standing,
             ),
             run_config=ray.train.RunConfig(
                 name="train",
                 storage_path=str(run),
-                callbacks=[FailureCallback(lock)],
+                callbacks=[StandingCallback(lock)],
                 logging_config=ray.train.LoggingConfig(log_level="CRITICAL"),
             ),
         ).fit()
@@ -226,6 +229,49 @@ def test_a_validation_without_room_is_given_up_and_said(
         asked.fn(ray.train.Checkpoint.from_directory(result.checkpoint.url))
     assert "[meteor]   warning: the validation of step-" in capfd.readouterr().out
     assert logged(tmp_path / "log") == [{"validation/failed": 1.0, "step": result.checkpoint.state.step}]
+
+
+@pytest.mark.stack
+def test_a_validation_that_lasts_beyond_the_training_is_given_up_and_said(
+    trained: tuple[Path, TrainingResult], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    root, result = trained
+    whole = make_validation(root / "runs" / "whole")
+    asked = validation_config(
+        replace(whole, data=partial(never, whole.data)),
+        cpus=1.0,
+        gpus=0.0,
+        timeout_s=500.0,
+        log=partial(log_to, tmp_path / "log"),
+        wait_s=20.0,
+        standing=partial(Standing, failed=False, ended_s=21.0),
+    )
+    assert isinstance(asked.fn, partial)
+    started = time.monotonic()
+    with pytest.raises(ValidationError, match=r"step-.* was given up 20 s after the last step"):
+        asked.fn(ray.train.Checkpoint.from_directory(result.checkpoint.url))
+    assert time.monotonic() - started < 100
+    assert "was given up 20 s after the last step (training.validation_wait_s)" in capfd.readouterr().out
+    assert [entry["validation/failed"] for entry in logged(tmp_path / "log")] == [1.0]
+
+
+@pytest.mark.stack
+def test_a_checkpoint_that_a_newer_one_waits_behind_is_passed_over(
+    trained: tuple[Path, TrainingResult], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    root, result = trained
+    run = RunFolder(str(tmp_path / "runs" / "queued"))
+    names = [Path(result.checkpoint.url).name, "step-0000900-a", "step-0001000-b"]
+    state = json.loads(make_snapshot([(name, {}) for name in names]))
+    state["pending_training_results"] = state["checkpoint_results"]
+    storage.write_bytes(run.snapshot, json.dumps(state).encode())
+    validation = replace(make_validation(root / "runs" / "whole"), run=run.url)
+    log = partial(log_to, tmp_path / "log")
+    asked = validation_config(validation, cpus=1.0, gpus=0.0, timeout_s=500.0, log=log)
+    metrics = asked.fn(ray.train.Checkpoint.from_directory(result.checkpoint.url))
+    assert metrics == {"validation/passed_over": 1.0}
+    assert logged(tmp_path / "log") == [{"validation/passed_over": 1.0, "step": result.checkpoint.state.step}]
+    assert "step-0001000-b, which is newer, waits for its validation" in capfd.readouterr().out
 
 
 def test_rows_that_are_no_whole_batches_are_refused() -> None:
