@@ -280,17 +280,20 @@ class FinetuneTrial(Trial):
     def _score(self, checkpoint: CheckpointRef) -> dict[str, Any]:
         recipe = self.recipe
         with tempfile.TemporaryDirectory(prefix="meteor-trial-") as scratch:
-            exported = export_checkpoint(
+            export_checkpoint(
                 run_folder(recipe.run.storage, self.run_name),
                 checkpoint.url,
                 self.prompts,
                 Path(scratch) / "model",
                 self.context.folder.export(self.id),
+                precision=recipe.export_precision,
                 tolerance=recipe.tracking.parity_tolerance,
                 device=self.device,
             )
-        self.ask(exported.model, exported.processor, self.context.settings.questions)
-        return self.end(exported.model, exported.processor)
+            model, processor = load_model_and_processor(Path(scratch) / "model")
+        model.to(self.device)
+        self.ask(model, processor, self.context.settings.questions)
+        return self.end(model, processor)
 
 
 TRIALS: dict[str, type[Trial]] = {"evaluate": EvaluateTrial, "finetune": FinetuneTrial}

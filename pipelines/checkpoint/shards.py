@@ -135,6 +135,10 @@ class ZeroFiles:
         state: Mapping[str, Any] = self._load("optim", rank)["optimizer_state_dict"]
         return state
 
+    def unmap(self) -> None:
+        """Let go of what is mapped and not in use; it is mapped again when it is asked for."""
+        self._open.clear()
+
     def _load(self, kind: str, rank: int) -> Mapping[str, Any]:
         key = (kind, rank)
         if key not in self._open:

@@ -26,7 +26,7 @@ COARSER: dict[Precision, tuple[Precision, ...]] = {"fp32": ("fp32", "bf16"), "bf
 WeightSums = Mapping[str, int]
 """Parameter names to sums."""
 
-CHUNK = 1 << 20
+CHUNK = 1 << 18
 _ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 over the golden ratio: neighbouring places get unlike numbers
 _BITS: dict[Precision, torch.dtype] = {"fp32": torch.int32, "bf16": torch.int16}
 
@@ -35,7 +35,7 @@ def weight_sum(part: Tensor, precision: Precision, start: int = 0) -> Tensor:
     """The sum of some elements of a parameter, rounded to a format; an int64 scalar where they are.
 
     Args:
-        part: consecutive elements of the flattened parameter; a million of them is rounded at a time.
+        part: consecutive elements of the flattened parameter; a quarter of a million is rounded at a time.
         precision: that format.
         start: place of the first of them.
     """

@@ -91,7 +91,7 @@ def load_sharded(
     # Without tensor overrides the buffers (positions, normalisation) keep the dtype that the model gives them.
     with (
         no_init_weights(),
-        _default_dtype(dtype),
+        default_dtype(dtype),
         deepspeed.zero.Init(config_dict_or_path=dict(config), tensor_overrides=[]),
     ):
         model = model_class(model_config)
@@ -111,7 +111,8 @@ def load_sharded(
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Tensors that are made in the block without a floating-point format get this one."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -118,6 +118,9 @@ class RunSettings:
     export: Literal["best", "last"] = "last"
     """Checkpoint that becomes the exported, registered model. best: the one with the lowest held-out loss of those that
     were validated (training.validate_every_checkpoints) and the last."""
+    export_precision: Literal["as_trained", "fp32", "bf16"] = "as_trained"
+    """Number format of the exported weights, in which they are served and scored, too. as_trained: that of
+    training.precision; a bf16 training has fp32 masters, which fp32 exports at twice the size."""
     resume_step: PositiveInt | None = None
     """Optimizer step of the checkpoint to go on from, once; newer ones are set aside. None goes on from the newest
     whole one. It also brings a run back whose list of checkpoints is lost."""
@@ -161,6 +164,11 @@ class Recipe:
         if self.model.start is None:  # a pulled model is checked when it is there
             build_config(self.model.architecture, self.pruning, self.model.vocab_size, {}, image_token_id=0)
 
+    @property
+    def export_precision(self) -> Literal["fp32", "bf16"]:
+        """Number format of the exported weights."""
+        return self.training.precision if self.run.export_precision == "as_trained" else self.run.export_precision
+
     def to_dict(self) -> dict[str, Any]:
         """Every setting, nested, as plain values, without secrets: what is stored, logged and shown of a recipe."""
         plain: dict[str, Any] = redact(json.loads(json.dumps(asdict(self))))
@@ -174,7 +182,7 @@ class Recipe:
         plain = self.to_dict()
         for where, keys in {
             "model": ("parts_dir",),
-            "run": ("name", "output", "storage", "pictures", "export", "resume_step"),
+            "run": ("name", "output", "storage", "pictures", "export", "export_precision", "resume_step"),
             "tracking": tuple(plain["tracking"]),
             "training": OPERATION,
             "data": ("data_task_cpus", "data_tasks", "read_patience_s", "bad_shards"),

@@ -102,7 +102,8 @@ def answer_heldout(
         pictures: a new folder, which is filled.
     """
     done = completed(run.answers, training.exported)
-    if done is not None and done.get("asked_as") == ASKED_AS:
+    precision = recipe.export_precision
+    if done is not None and done.get("asked_as") == ASKED_AS and done.get("precision", "fp32") == precision:
         with local_copy(run.pictures) as earlier:
             shutil.copytree(earlier, pictures)
         say("  answered by an earlier start")
@@ -124,7 +125,7 @@ def answer_heldout(
             "dropped_samples.json": [dropped.to_dict() for dropped in training.last.state.dropped_samples],
         }
     )
-    complete(run.answers, training.exported, {**answers.to_dict(), "asked_as": ASKED_AS})
+    complete(run.answers, training.exported, {**answers.to_dict(), "asked_as": ASKED_AS, "precision": precision})
     return answers
 
 

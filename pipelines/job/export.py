@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from pipelines.checkpoint.committed import CheckpointRef
 from pipelines.checkpoint.consolidate import consolidate
 from pipelines.checkpoint.local import load_processor, local_copy
 from pipelines.checkpoint.state import PARITY_FILE, CheckpointError
+from pipelines.checkpoint.weight_sums import DTYPES, Precision
 from pipelines.config.recipe import Recipe
 from pipelines.data import shards
 from pipelines.evaluation.questions import Question, read_questions
@@ -34,33 +36,37 @@ from pipelines.registry.folder import export_model, verify_checksums
 from pipelines.registry.parity import check_parity
 from pipelines.registry.proof import Parity
 
+Prompts = Callable[[MeteorForConditionalGeneration, MeteorProcessor], Sequence[Question]]
+"""Gives the questions that lambda is solved on."""
+
 
 @dataclass(frozen=True)
 class Exported:
-    """An exported model, still in memory.
+    """What was exported.
 
     Attributes:
-        model: in eval mode, with its lambda.
-        processor: its own.
+        config: of the model, with its lambda.
         parity: of the folder, loaded again, and the training model.
     """
 
-    model: MeteorForConditionalGeneration
-    processor: MeteorProcessor
+    config: MeteorConfig
     parity: Parity
 
 
 def export_checkpoint(
     run: RunFolder,
     checkpoint_url: str,
-    prompts: Callable[[MeteorForConditionalGeneration, MeteorProcessor], Sequence[Question]],
+    prompts: Prompts,
     folder: Path,
     to_url: str,
     *,
+    precision: Precision,
     tolerance: float | None,
     device: str = "cpu",
 ) -> Exported:
     """Write the model of a run's checkpoint to `folder`, prove it and store it.
+
+    At most one model is in memory at a time: the one that was exported is gone before the folder is loaded.
 
     Args:
         run: folder of the run, which holds the start model's configuration and processor.
@@ -69,7 +75,8 @@ def export_checkpoint(
         folder: is made, or empty.
         to_url: where the folder is stored.
         tolerance: largest difference of a logit that is allowed; None takes that of the precision.
-        device: where lambda is solved, and the model stays.
+        precision: number format of the exported weights.
+        device: where lambda is solved and the folder, loaded again, runs.
 
     Raises:
         CheckpointError: shards that do not make a whole model.
@@ -78,18 +85,29 @@ def export_checkpoint(
     """
     processor = load_processor(run.url)
     with local_copy(run.init) as init, local_copy(checkpoint_url) as directory:
-        model = consolidate(directory, MeteorForConditionalGeneration, init).eval().to(device)
-        solve_for_target(model, processor, lambda: prompts(model, processor))
-        export_model(model, processor, folder)
-        parity = check_parity(folder, directory / PARITY_FILE, tolerance)
+        model = consolidate(directory, MeteorForConditionalGeneration, init, DTYPES[precision]).to(device)
+        config = _solved_and_written(model, processor, prompts, folder)
+        del model
+        parity = check_parity(folder, directory / PARITY_FILE, tolerance, device)
     upload_folder(folder, to_url)
-    return Exported(model, processor, parity)
+    return Exported(config, parity)
+
+
+def _solved_and_written(
+    model: MeteorForConditionalGeneration, processor: MeteorProcessor, prompts: Prompts, folder: Path
+) -> MeteorConfig:
+    """Solve lambda and write the folder; the configuration with lambda."""
+    solve_for_target(model, processor, lambda: prompts(model, processor))
+    export_model(model, processor, folder)
+    return model.config
 
 
 def export_run(
     recipe: Recipe, run: RunFolder, manifest: shards.Manifest, checkpoint: CheckpointRef, folder: Path
 ) -> Parity:
     """Export a run's checkpoint as its `export/` and to `folder`; where an earlier start has done that, bring it.
+
+    One of another precision than the recipe asks for now is made anew.
 
     Returns:
         Its parity (`Exported`).
@@ -98,12 +116,14 @@ def export_run(
         ExportError: an earlier export that is not whole.
         CheckpointError, ParityError, ValueError: as `export_checkpoint`.
     """
-    if done := completed(run.exported, checkpoint):
+    precision = recipe.export_precision
+    done = completed(run.exported, checkpoint)
+    if done is not None and (parity := Parity.from_dict(done["parity"], run.exported)).exported == precision:
         with local_copy(run.export) as exported:
             shutil.copytree(exported, folder)
         verify_checksums(folder)
         say("  exported by an earlier start")
-        return Parity.from_dict(done["parity"], run.exported)
+        return parity
 
     def prompts(model: MeteorForConditionalGeneration, processor: MeteorProcessor) -> Sequence[Question]:
         positions = model.config.text_config.max_position_embeddings
@@ -114,14 +134,20 @@ def export_run(
 
     try:
         exported_now = export_checkpoint(
-            run, checkpoint.url, prompts, folder, run.export, tolerance=recipe.tracking.parity_tolerance
+            run,
+            checkpoint.url,
+            prompts,
+            folder,
+            run.export,
+            precision=precision,
+            tolerance=recipe.tracking.parity_tolerance,
         )
     except sealed.DamagedFileError as error:
         raise CheckpointError(
             f"{error}. Where an older checkpoint is kept, --run.resume-step trains on from it; --run.export best takes "
             "the best validated one"
         ) from error
-    decode = exported_now.model.config.pruning.decode
+    decode = exported_now.config.pruning.decode
     if decode.enabled and decode.target_mean is not None:
         say(f"  lambda {decode.lam:.4g} for a mean of {decode.target_mean:g} visual tokens")
     complete(run.exported, checkpoint, {"parity": exported_now.parity.to_dict()})

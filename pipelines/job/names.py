@@ -52,6 +52,7 @@ class RunFacts:
         mlflow_run_id: None until MLflow has the run.
         finished: whether every phase is complete.
         export: `run.export` of the start that finished it.
+        export_precision: `run.export_precision` of that start.
         started_from: what `model.start` named when the run was begun: models:/NAME/VERSION, since an alias moves, or a
             folder; None without a start model, and for runs from before it was kept.
     """
@@ -65,7 +66,13 @@ class RunFacts:
     mlflow_run_id: str | None = None
     finished: bool = False
     export: str = "last"
+    export_precision: str = "as_trained"
     started_from: str | None = None
+
+    def has_made(self, recipe: Recipe) -> bool:
+        """Whether the run is finished with the export that the recipe asks for."""
+        asked = (recipe.run.export, recipe.run.export_precision)
+        return self.finished and (self.export, self.export_precision) == asked
 
     @classmethod
     def begun(cls, recipe: Recipe, job: JobName, manifests: Sequence[shards.Manifest]) -> RunFacts:

@@ -23,7 +23,7 @@ from pipelines.registry.proof import Parity
 from pipelines.registry.provenance import training_tags
 from pipelines.registry.publish import publish_version
 from pipelines.registry.scores import store_score, stored_scores
-from pipelines.registry.tags import BASE_TAG, COMMIT_TAG, STEP_TAG
+from pipelines.registry.tags import BASE_TAG, COMMIT_TAG, STEP_TAG, WEIGHTS_TAG
 from pipelines.registry.versions import RegisteredVersion, Registry
 from pipelines.tracking.metric_points import MetricPoint, points_from_jsonl
 
@@ -87,7 +87,12 @@ def register_run(trained: TrainedRun, folder: Path, answers: HeldoutAnswers) -> 
     # Variants may be filed under the training's run, too.
     of_training = [item for item in registry.versions(run_id) if BASE_TAG not in item.tags]
     step = trained.training.exported.state.step
-    found = [item for item in of_training if _exported_step(item, trained.training) == step]
+    precision = trained.parity.exported
+    found = [
+        item
+        for item in of_training
+        if _exported_step(item, trained.training) == step and item.tags.get(WEIGHTS_TAG, "fp32") == precision
+    ]
     score, suite = answers.score, answers.suite
     if not found:
         tags = _version_tags(trained)

@@ -101,7 +101,7 @@ def run_job(recipe: Recipe, job: JobName) -> dict[str, Any]:
         check_places(recipe)
         manifests = ensure_shards(recipe)
         chosen = choose_run(recipe, job, manifests)
-        if chosen.facts.finished and chosen.facts.export == recipe.run.export:
+        if chosen.facts.has_made(recipe):
             say(f"run {chosen.name} is finished; choose another --run.name to train again")
             return load_summary(recipe, run_folder(recipe.run.storage, chosen.name))
         _check_fit(recipe, manifests)
@@ -125,7 +125,7 @@ def _as_claimed(recipe: Recipe, chosen: ChosenRun) -> ChosenRun:
     stored = load_facts(recipe.run.storage, chosen.name)
     if stored is None:
         return chosen
-    if stored.finished and stored.export == recipe.run.export:
+    if stored.has_made(recipe):
         raise SettingsError(
             f"run {chosen.name!r} was finished by another job just now: the same command with --run.name {chosen.name} "
             "shows what it came to"
@@ -154,7 +154,13 @@ def _work(run: Run, lease: Lease, phases: Phases) -> dict[str, Any]:
         if isinstance(error, TrackingAwayError):
             raise TrackingAwayError(f"{error}. {_how_to_go_on(run, phases)}") from error
         raise
-    done = replace(run.facts, mlflow_run_id=tracker.run_id, finished=True, export=recipe.run.export)
+    done = replace(
+        run.facts,
+        mlflow_run_id=tracker.run_id,
+        finished=True,
+        export=recipe.run.export,
+        export_precision=recipe.run.export_precision,
+    )
     store_facts(recipe.run.storage, run.name, done)
     say("\n" + summary_text(summary, answers.answers))
     return summary

@@ -24,6 +24,7 @@ from pipelines.registry.tags import (
     STARTS_TAG,
     STEP_TAG,
     TRAINING_COMMIT_TAG,
+    WEIGHTS_TAG,
 )
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ _ORIGIN = {
     LIBRARIES_TAG: "libraries of the training",
     STEP_TAG: "optimizer steps of the exported checkpoint",
     "heldout_loss": "held-out loss of the exported checkpoint",
+    WEIGHTS_TAG: "number format of the weights",
 }
 """Tags that say where a version comes from, and what the card calls them."""
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 CHECKSUMS_FILE = "checksums.json"
 CARD_FILE = "README.md"
+SHARD_BYTES = 2_000_000_000
+"""Most bytes of a weight file: files go through MLflow's proxy whole, so what fails is sent again whole."""
 
 
 class ExportError(ValueError):
@@ -33,8 +35,16 @@ class ExportError(ValueError):
 # ------------------------------------------------------------------------------------------------------------- export
 
 
-def export_model(model: MeteorForConditionalGeneration, processor: MeteorProcessor, folder: Path) -> Path:
+def export_model(
+    model: MeteorForConditionalGeneration, processor: MeteorProcessor, folder: Path, shard_bytes: int = SHARD_BYTES
+) -> Path:
     """Write config, safetensors, processor, README and checksums into `folder`; it appears whole or not at all.
+
+    Args:
+        model: in any number format, which its config is given.
+        processor: the model's.
+        folder: new or empty.
+        shard_bytes: most bytes of a weight file.
 
     Raises:
         ExportError: if the folder exists and holds something.
@@ -47,7 +57,7 @@ def export_model(model: MeteorForConditionalGeneration, processor: MeteorProcess
     try:
         weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         with writing(folder, weights, "the exported model"):
-            model.save_pretrained(scratch, safe_serialization=True)
+            model.save_pretrained(scratch, max_shard_size=shard_bytes)
             processor.save_pretrained(scratch)
             (scratch / CARD_FILE).write_text(f"{introduction(model.config)}\n{USE}")
             write_checksums(scratch)

@@ -49,7 +49,7 @@ def open_model(model: PinnedModel) -> Iterator[Path]:
 
 
 def load_model(model: PinnedModel, device: str = "cpu") -> tuple[MeteorForConditionalGeneration, MeteorProcessor]:
-    """Model (fp32 as it was exported, eval mode) and processor.
+    """Model (in the number format of its export, eval mode) and processor.
 
     Args:
         model: as for `open_model`.
@@ -66,7 +66,7 @@ def load_model(model: PinnedModel, device: str = "cpu") -> tuple[MeteorForCondit
 def load_registered(
     model: str, uri: str | None = None, device: str = "cpu"
 ) -> tuple[MeteorForConditionalGeneration, MeteorProcessor]:
-    """Model (fp32 as it was exported, eval mode) and processor behind an address.
+    """Model (in the number format of its export, eval mode) and processor behind an address.
 
     Args:
         model: models:/NAME@ALIAS, models:/NAME/VERSION, or a folder that `export_model` wrote (also s3://).

@@ -60,8 +60,9 @@ def check_parity(folder: Path, parity_file: Path, tolerance: float | None = None
         ParityError: naming the weights that differ, the difference, or the share of tokens.
     """
     batch, precision = read_parity(parity_file)
-    if MeteorForConditionalGeneration.config_class.from_pretrained(folder).dtype == torch.bfloat16:
-        precision = "bf16"
+    exported = _precision(MeteorForConditionalGeneration.config_class.from_pretrained(folder).dtype)
+    if exported == "bf16":
+        precision = exported
     model = MeteorForConditionalGeneration.from_pretrained(folder, dtype=DTYPES[precision], use_safetensors=True)
     model.eval().to(device)
     compared = _check_weights(model, batch, precision, folder)
@@ -76,7 +77,7 @@ def check_parity(folder: Path, parity_file: Path, tolerance: float | None = None
             f"the exported model's logits differ from the training model's by up to {difference:.3g} in {precision}, "
             f"allowed are {allowed:.3g}: {_refused(folder)}"
         )
-    return Parity(difference, allowed, precision, largest, agreement, compared)
+    return Parity(difference, allowed, exported, precision, largest, agreement, compared)
 
 
 def _precision(dtype: torch.dtype) -> Precision:

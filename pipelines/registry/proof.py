@@ -22,6 +22,7 @@ from pipelines.registry.tags import (
     PARITY_TAG,
     PARITY_TOLERANCE_TAG,
     PRECISION_TAG,
+    WEIGHTS_TAG,
 )
 
 PARITY_TOLERANCE = 1e-3
@@ -51,6 +52,7 @@ class Parity:
     Attributes:
         difference: largest difference of a logit.
         allowed: the difference that was allowed.
+        exported: number format of the exported weights.
         precision: format that both were compared in: the coarser one of training and export.
         largest_logit: of the training model, absolute.
         agreement: share of the kept tokens that the export's own scores keep; None where the tokens were not recorded.
@@ -59,6 +61,7 @@ class Parity:
 
     difference: float
     allowed: float = PARITY_TOLERANCE
+    exported: Literal["fp32", "bf16"] = "fp32"
     precision: Literal["fp32", "bf16"] = "fp32"
     largest_logit: float = 0.0
     agreement: float | None = None
@@ -79,5 +82,6 @@ class Parity:
             PARITY_TAG: f"{self.difference:.3g}",
             PARITY_TOLERANCE_TAG: f"{self.allowed:.3g}",
             PRECISION_TAG: self.precision,
+            WEIGHTS_TAG: self.exported,
             LARGEST_LOGIT_TAG: f"{self.largest_logit:.3g}",
         }

@@ -10,6 +10,7 @@ PARITY_TAG = "parity_max_abs_diff"
 PARITY_TOLERANCE_TAG = "parity_tolerance"
 PRECISION_TAG = "parity_precision"
 LARGEST_LOGIT_TAG = "parity_largest_logit"
+WEIGHTS_TAG = "precision"
 STEP_TAG = "checkpoint_step"
 BASE_TAG = "base"
 LICENCE_TAG = "licence."
@@ -51,6 +52,7 @@ VERSION_TAGS = {
     PARITY_TOLERANCE_TAG: "the difference that was allowed",
     PRECISION_TAG: "number format that both were compared in, `fp32` or `bf16`; versions without it: fp32",
     LARGEST_LOGIT_TAG: "largest logit of that model, which the difference that is allowed in bf16 is a share of",
+    WEIGHTS_TAG: "number format of its weights, `fp32` or `bf16`; versions without it: fp32",
     BASE_TAG: "the version whose weights it has, where it is a variant",
     "sweep": "the search that found it",
     "trial": "the trial of that search",

@@ -71,6 +71,29 @@ NOISE = ("Loading weights", "Progress bars disabled", "View run", "warnings.warn
 """What Ray, transformers, MLflow and DeepSpeed print; `pid=` stands before every line that Ray forwards."""
 
 
+def test_a_bf16_training_is_exported_and_registered(stack: Stack, tmp_path: Path) -> None:
+    from pipelines.registry.variants import measure_parity
+    from pipelines.registry.versions import Registry
+
+    done = submit(
+        stack, "pretrain", "--run.name", "halved", "--training.precision", "bf16", "--run.output", str(tmp_path),
+        "--tracking.registered-model", "halved", *SMALL,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["parity_precision"] == "bf16"
+    assert "bf16" in done.stdout
+    with applied(stack):
+        exported = sealed.read_document("s3://meteor/runs/halved/exported.json")["parity"]
+        assert exported["exported"] == "bf16"
+        assert exported["weights"] > 100
+        assert exported["agreement"] > 0.99
+        assert exported["difference"] <= exported["allowed"]
+        registry = Registry(stack.mlflow_uri, "halved")
+        assert measure_parity(registry, 1).precision == "bf16"
+        assert not [fault for fault in missing_evidence(registry.version(1)) if "parity" in fault]
+
+
 def test_what_is_printed_concerns_the_user(stack: Stack, pretrained: dict[str, Any]) -> None:
     printed = [*pretrained["printed"].splitlines(), *pretrained["errors"].splitlines()]
     assert len(printed) <= 80, "\n".join(printed)

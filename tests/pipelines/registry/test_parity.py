@@ -69,6 +69,7 @@ def test_a_right_export_passes_in_the_coarser_precision(
     folder = export_model(copy.deepcopy(lively).to(DTYPES[exported_in]), tiny[1], tmp_path / "model")
     parity = check_parity(folder, file)
     assert parity.precision == ("fp32" if trained_in == exported_in == "fp32" else "bf16")
+    assert parity.exported == exported_in
     assert parity.weights == len(list(lively.named_parameters()))
     assert parity.agreement is not None
     assert parity.agreement > 0.99
@@ -207,7 +208,7 @@ def test_the_file_brings_back_what_was_written(
 
 
 def test_what_earlier_versions_stored_of_a_parity_is_read() -> None:
-    parity = Parity(0.03, 0.5, "bf16", 8.0, 0.999, 12)
+    parity = Parity(0.03, 0.5, "fp32", "bf16", 8.0, 0.999, 12)
     assert Parity.from_dict(parity.to_dict(), "exported.json") == parity
     assert Parity.from_dict(2e-6, "exported.json") == Parity(2e-6)
     with pytest.raises(ValueError, match=r"exported\.json holds no parity"):
