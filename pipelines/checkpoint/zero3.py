@@ -40,6 +40,7 @@ def deepspeed_config(settings: TrainingSettings) -> dict[str, Any]:
         "stage3_prefetch_bucket_size": zero3.prefetch_bucket,
         "stage3_max_live_parameters": zero3.max_live_parameters,
         "reduce_bucket_size": zero3.reduce_bucket,
+        "zero_hpz_partition_size": zero3.secondary_partition,
         "memory_efficient_linear": False,
         "overlap_comm": settings.uses_gpu,
     }

@@ -130,5 +130,9 @@ def load_into_engine(
     engine.load_module_state_dict({"module": module, "frozen_param_fragments": frozen})
     optimizer.load_state_dict([None] * rank + [optimizer_state])
     optimizer.checkpoint_event_epilogue()
+    for parameter in engine.module.parameters():
+        parameter.ds_secondary_tensor = (
+            None  # of the weights before; the next forward makes it anew from the first ones
+        )
     for name in ("global_steps", "global_samples", "skipped_steps"):
         setattr(engine, name, counters[name])

@@ -189,6 +189,7 @@ class Recipe:
         }.items():
             for key in keys:
                 plain[where].pop(key)
+        del plain["training"]["zero3"]["secondary_partition"]  # where weights rest, not what is trained
         if plain["data"]["too_long"] == "truncate":  # so that runs from before this setting go on
             del plain["data"]["too_long"]
         if self.data.limits == SampleLimits():  # younger than runs that are stored

@@ -7,6 +7,7 @@ setting and the numbers.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import field, replace
 from typing import Annotated, Literal
@@ -98,6 +99,9 @@ class Zero3Settings:
     """Parameter elements that are gathered ahead of their use."""
     max_live_parameters: PositiveInt = 1_000_000_000
     """Gathered parameter elements that may be alive at a time."""
+    secondary_partition: PositiveInt = 1
+    """Workers, those of a node, that hold all weights once more among them, so that the backward pass gathers them
+    without leaving the node (hierarchical partitioning, ZeRO++); it divides workers. 1 holds them once."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """What rests in host memory instead of on the GPU: nothing, the optimizer state (its step then runs on the CPU), or
     parameters as well."""
@@ -237,6 +241,11 @@ class TrainingSettings:
             "fewer workers or a smaller training.micro_batch",
         )
         _require(
+            self.workers % self.zero3.secondary_partition == 0,
+            f"training.zero3.secondary_partition is {self.zero3.secondary_partition}, which does not divide "
+            f"training.workers {self.workers}: give the number of workers of one node, or 1",
+        )
+        _require(
             self.min_workers is None or self.min_workers <= self.workers,
             f"training.min_workers is {self.min_workers}; it must be in [1, training.workers = {self.workers}]",
         )
@@ -267,7 +276,8 @@ class TrainingSettings:
         """
         forwards = -(-self.micro_batches_per_step // world)
         nominal = self.micro_batch * forwards * world
-        return replace(self, workers=world, min_workers=None, global_batch=nominal)
+        zero3 = replace(self.zero3, secondary_partition=math.gcd(self.zero3.secondary_partition, world))
+        return replace(self, workers=world, min_workers=None, global_batch=nominal, zero3=zero3)
 
     @property
     def gpus_per_validation(self) -> float:

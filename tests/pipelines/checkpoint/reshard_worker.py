@@ -99,6 +99,8 @@ class Training:
     """With adapters of rank 2 on two layers of the language model."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """What rests in host memory; on CPUs everything does, but by the code that GPUs take."""
+    secondary: int = 1
+    """Workers that hold all weights once more among them."""
     keeps_frozen: bool = False
     """Save as earlier versions did: with the frozen parameters."""
     persistent: int = 0
@@ -124,6 +126,8 @@ def trainings(precision: str) -> list[Training]:
         Training("adapted_two", 2, "adapted", lora=True),
         Training("adapted_three", 3, "adapted", save_at=BORDER + 1, lora=True),
         Training("adapted_one", 1, "adapted_three", lora=True),
+        Training("hierarchical", 4, save_at=BORDER, like="whole", secondary=2),
+        Training("hierarchical_two", 2, "whole", secondary=2),
         Training("optimizer_offloaded", 2, "whole", offload="optimizer"),
         Training("all_offloaded", 2, "whole", offload="all", save_at=BORDER + 1),
         Training("two_after_offloaded", 2, "all_offloaded"),
@@ -164,8 +168,13 @@ def make_engine(training: Training, precision: Any, start: StartWeights) -> Any:
     So are its frozen ones, if it starts from a checkpoint that holds them.
     """
     deepspeed = import_deepspeed(uses_gpu=False)
-    zero3 = replace(SETTINGS.zero3, offload=training.offload, persistence_threshold=training.persistent)
-    settings = replace(SETTINGS, precision=precision, zero3=zero3).at_world(training.world)
+    zero3 = replace(
+        SETTINGS.zero3,
+        offload=training.offload,
+        persistence_threshold=training.persistent,
+        secondary_partition=training.secondary,
+    )
+    settings = replace(SETTINGS.at_world(training.world), precision=precision, zero3=zero3)
     config = deepspeed_config(settings)
     if training.sub_group_size is not None:
         config["zero_optimization"]["sub_group_size"] = training.sub_group_size

@@ -48,3 +48,9 @@ def test_adapters_are_a_part_of_what_is_trained_once_they_have_a_rank() -> None:
     adapted = replace(plain, training=replace(plain.training, lora=LoraSettings(rank=4)))
     assert without.digest() == plain.digest() != adapted.digest()
     assert adapted.identity()["training"]["lora"]["rank"] == 4
+
+
+def test_a_run_goes_on_with_another_second_partition() -> None:
+    plain = recipe("pretrain", "tiny")
+    zero3 = replace(plain.training.zero3, secondary_partition=2)
+    assert replace(plain, training=replace(plain.training, zero3=zero3)).digest() == plain.digest()

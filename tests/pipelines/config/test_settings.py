@@ -16,6 +16,7 @@ from pipelines.config.settings import (
     ScheduleSettings,
     SettingsError,
     TrainingSettings,
+    Zero3Settings,
 )
 
 NO_LLM = OptimizerSettings(learning_rates=LearningRates(llm=None))
@@ -32,6 +33,7 @@ NO_LLM = OptimizerSettings(learning_rates=LearningRates(llm=None))
         ({"workers": 0}, ["workers is 0"]),
         ({"max_drop_share": 1.5}, ["max_drop_share is 1.5"]),
         ({"lora": LoraSettings(rank=4), "optimizer": NO_LLM}, ["lora.rank is 4", "learning_rates.llm is None"]),
+        ({"zero3": Zero3Settings(secondary_partition=4)}, ["secondary_partition is 4", "workers 2"]),
         ({"gpus_per_worker": 0.5}, ["gpus_per_worker is 0.5", "a whole GPU", "Give 1"]),
         ({"gpus_per_worker": 2.0}, ["gpus_per_worker is 2", "a whole GPU", "more training.workers"]),
         ({"gpus_per_worker": 1.5}, ["gpus_per_worker is 1.5"]),
@@ -82,6 +84,13 @@ def test_any_number_of_workers_shares_a_step(world: int, forwards: int) -> None:
     assert config["gradient_accumulation_steps"] == forwards
     assert config["train_batch_size"] == 4 * forwards * world
     assert (settings.spare_rows == 0) == (8 % world == 0)
+
+
+def test_a_second_partition_fits_any_number_of_workers() -> None:
+    settings = TrainingSettings(workers=4, micro_batch=4, global_batch=32, zero3=Zero3Settings(secondary_partition=4))
+    sizes = {world: settings.at_world(world).zero3.secondary_partition for world in range(1, 9)}
+    assert sizes == {1: 1, 2: 2, 3: 1, 4: 4, 5: 1, 6: 2, 7: 1, 8: 4}
+    assert deepspeed_config(settings)["zero_optimization"]["zero_hpz_partition_size"] == 4
 
 
 def test_an_elastic_training_has_spare_rows() -> None:
