@@ -127,7 +127,12 @@ def run(settings: Submit) -> int:
     goes = carried(os.environ, settings.env, settings.send_secrets)
     commit = git_commit(ROOT)
     _tell(goes, commit)
-    client = JobSubmissionClient(settings.address)
+    try:
+        client = JobSubmissionClient(settings.address)
+    except ConnectionError as error:
+        raise ValueError(
+            f"no dashboard of Ray answers at {settings.address}: is the cluster up, and the address reachable from here?"
+        ) from error
     job = client.submit_job(
         entrypoint=shlex.join(settings.command),
         submission_id=settings.submission_id or None,

@@ -108,6 +108,7 @@ ROWS: tuple[Row, ...] = (
     Row("source .venv/bin/activate"),
     Row('make up && eval "$(python -m infra.local env)"'),
     Row("python -m infra.local up"),
+    Row("python -m infra.drain --seconds 300", by="tests/infra/test_drain.py"),
     Row("make status"),
     # Data of one's own.
     Row(
@@ -126,7 +127,7 @@ ROWS: tuple[Row, ...] = (
     ),
     # Train.
     Row("make pretrain", also=f"{SHORT} --run.name {RUN}"),
-    Row("ray job submit --working-dir . -- python jobs/pretrain.py --recipe tiny", also=f"{SHORT} --run.name {RUN}"),
+    Row("python jobs/submit.py -- python jobs/pretrain.py --recipe tiny", also=f"{SHORT} --run.name {RUN}"),
     Row('make pretrain ARGS="--training.epochs 2 --pruning.fuse.keep 16"', also=SHORT),
     Row("make finetune", also=SHORT),
     # Ask, look, calibrate.

@@ -32,6 +32,7 @@ from pipelines.io.console import keep_log, say
 from pipelines.io.run_folder import RunFolder, run_folder
 from pipelines.job.answers import HeldoutAnswers, answer_heldout
 from pipelines.job.assemble import MetricsRun
+from pipelines.job.clean_up import remove_copies_everywhere
 from pipelines.job.datasets import ensure_shards
 from pipelines.job.export import export_run
 from pipelines.job.names import ChosenRun, JobName, RunFacts, choose_run, load_facts, store_facts
@@ -162,6 +163,7 @@ def _work(run: Run, lease: Lease, phases: Phases) -> dict[str, Any]:
         export_precision=recipe.run.export_precision,
     )
     store_facts(recipe.run.storage, run.name, done)
+    remove_copies_everywhere(run.folder)
     say("\n" + summary_text(summary, answers.answers))
     return summary
 

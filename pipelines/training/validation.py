@@ -258,7 +258,7 @@ def validate(checkpoint: ray.train.Checkpoint, validation: Validation, use_gpu: 
     started = time.monotonic()
     device = torch.device("cuda" if use_gpu else "cpu")
     url = RunFolder(validation.run).checkpoint(PurePosixPath(checkpoint.path).name)
-    with local_copy(url) as directory:
+    with local_copy(url, keep=False) as directory:  # a later validation is one of another checkpoint
         step = load_state(directory).step
         with local_copy(RunFolder(validation.run).init, weights=ZeroFiles(directory).needs_start) as init:
             model = consolidate(directory, validation.model_class, init, validation.dtype)

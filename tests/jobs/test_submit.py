@@ -116,6 +116,11 @@ def test_what_is_wrong_is_said_before_anything_is_sent(name: str, capfd: pytest.
     assert "Xq7-pw" not in said
 
 
+def test_a_cluster_that_does_not_answer_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    assert JOB.main((*AT, "--", "true")) == 1
+    assert "error: no dashboard of Ray answers at http://127.0.0.1:9" in capfd.readouterr().err
+
+
 # --------------------------------------------------------------------------------------------------- while it runs
 
 
