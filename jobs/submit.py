@@ -131,7 +131,7 @@ def run(settings: Submit) -> int:
         client = JobSubmissionClient(settings.address)
     except ConnectionError as error:
         raise ValueError(
-            f"no dashboard of Ray answers at {settings.address}: is the cluster up, and the address reachable from here?"
+            f"no dashboard of Ray answers at {settings.address}: is the cluster up, and can it be reached from here?"
         ) from error
     job = client.submit_job(
         entrypoint=shlex.join(settings.command),
