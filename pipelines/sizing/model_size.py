@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torch import nn
+
 from meteor_model.architectures import build_config
 from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.flops import meta_model
+from pipelines.checkpoint.lora import LLM
 from pipelines.checkpoint.zero3 import part_of
 from pipelines.config.recipe import Recipe
-from pipelines.config.settings import PARTS, Part
+from pipelines.config.settings import PARTS, LoraSettings, Part
 
 
 @dataclass(frozen=True)
@@ -22,12 +25,14 @@ class ModelSize:
         modules: the same by tower.
         largest: of the largest tensor.
         trained: the parts that get gradients.
+        adapters: of the LLM's low-rank adapters, counted with `llm`; above 0 they alone learn of it.
     """
 
     parts: Mapping[Part, int]
     modules: Mapping[str, int]
     largest: int
     trained: frozenset[Part]
+    adapters: int = 0
 
     @property
     def total(self) -> int:
@@ -37,7 +42,7 @@ class ModelSize:
     @property
     def learning(self) -> int:
         """L: those that are trained."""
-        return sum(self.parts[part] for part in self.trained)
+        return sum(self.adapters or self.parts[part] if part == "llm" else self.parts[part] for part in self.trained)
 
     @property
     def gathers(self) -> dict[Part, int]:
@@ -69,5 +74,18 @@ def model_size(recipe: Recipe, config: MeteorConfig | None = None) -> ModelSize:
         module = second if top == "encoders" else part_of(name)
         modules[module] = modules.get(module, 0) + parameter.numel()
         largest = max(largest, parameter.numel())
+    adapters = _adapters(model, recipe.training.lora)
+    parts["llm"] += adapters
+    modules["llm"] += adapters
     rates = recipe.training.optimizer.learning_rates
-    return ModelSize(parts, modules, largest, frozenset(part for part in PARTS if rates.of(part) is not None))
+    trained = frozenset(part for part in PARTS if rates.of(part) is not None)
+    return ModelSize(parts, modules, largest, trained, adapters)
+
+
+def _adapters(model: nn.Module, lora: LoraSettings) -> int:
+    """Parameters of the low-rank adapters: rank rows of the inputs and rank columns of the outputs for each target."""
+    if lora.rank is None:
+        return 0
+    layers = [(name, one) for name, one in model.named_modules() if isinstance(one, nn.Linear)]
+    adapted = [one for name, one in layers if name.startswith(f"{LLM}.") and name.rpartition(".")[2] in lora.targets]
+    return sum(lora.rank * (one.in_features + one.out_features) for one in adapted)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from jobs.recipes import recipe
 from pipelines.config.recipe import Recipe
-from pipelines.config.settings import PARTS, Part
+from pipelines.config.settings import PARTS, LoraSettings, Part
 from pipelines.sizing.estimate import estimate
 from pipelines.sizing.inputs import Inputs
 from pipelines.sizing.layout import Layout, Speeds
@@ -206,6 +206,16 @@ def test_bytes_in_words(amount: float, text: str) -> None:
 )
 def test_seconds_in_words(seconds: float, text: str) -> None:
     assert time_text(seconds) == text
+
+
+def test_adapters_learn_in_place_of_the_language_model(sizes: dict[str, ModelSize]) -> None:
+    made = at_size("finetune")
+    adapted = replace(made, training=replace(made.training, lora=LoraSettings(rank=16)))
+    size, plain = model_size(adapted), sizes["finetune"]
+    width, inner, layers = 4096, 11008, 32  # four square layers and three to or from the inner width
+    assert size.adapters == 16 * layers * (4 * (width + width) + 3 * (width + inner))
+    assert size.total == plain.total + size.adapters
+    assert size.learning == plain.parts["towers"] + plain.parts["projector"] + size.adapters
 
 
 def test_a_pretrained_vocabulary_is_counted_and_a_trained_one_is_the_setting() -> None:
