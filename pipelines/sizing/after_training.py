@@ -13,13 +13,13 @@ from pipelines.sizing.training import process
 def after_training(given: Inputs) -> list[Use]:
     """`export`, `parity`, `answer` and `register`."""
     model = Term("the exported model", "e P", given.exported)
-    shard = Term("trained weights of the checkpoint, fp32", "4 L", 4.0 * given.size.learning)
+    tensor = Term("the largest tensor while it is read, fp32", "4 x its elements", 4.0 * given.size.largest)
     start = Term("the start model, one copy", "4 P", given.whole)
     checkpoint = Term("the checkpoint", "12 L", given.checkpoint)
     packed = Term("the exported model, packed for MLflow", "e P", given.exported)
     batch = Term("a batch of answers", "counted", float(given.activations.no_grad)) if given.activations else None
     return [
-        use("export", "head", "ram", *process(), model, shard),
+        use("export", "head", "ram", *process(), model, tensor),
         use("export", "head", "temp", checkpoint, start, model),
         use("export", "store", "down", checkpoint, start),
         use("export", "store", "up", model),

@@ -43,8 +43,8 @@ class Inputs:
 
     @property
     def exported(self) -> float:
-        """Bytes of the exported model: e P, in fp32."""
-        return 4.0 * self.size.total
+        """Bytes of the exported model: e P, adapters merged."""
+        return (2.0 if self.recipe.export_precision == "bf16" else 4.0) * (self.size.total - self.size.adapters)
 
     @property
     def checkpoint(self) -> float:

@@ -46,7 +46,8 @@ class Work:
         total = 0.0
         for part, flops in self.forward.items():
             backward = size.gathers[part] > 1
-            total += (1 + backward * (1 + checkpointing) + (part in size.trained)) * flops
+            weights = part in size.trained and not (part == "llm" and size.adapters)
+            total += (1 + backward * (1 + checkpointing) + weights) * flops
         return total
 
 
