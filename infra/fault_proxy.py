@@ -16,16 +16,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import signal
 import socket
-import struct
 import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -50,6 +48,8 @@ from infra.faults import (
     place,
     rules_from_json,
 )
+from infra.http_messages import Head, abort, chunks_of, error_answer, pieces_of, request_body
+from infra.throttle import Link, Pace
 
 __all__ = [
     "DISK_FULL",
@@ -69,96 +69,7 @@ __all__ = [
 ]
 
 HOST = "127.0.0.1"
-PIECE_BYTES = 1 << 16
 DRIP_STEP_S = 0.05
-_RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER with no time: closing sends RST instead of FIN
-
-# --------------------------------------------------------------------------------------------------------------- HTTP
-
-
-@dataclass(frozen=True)
-class _Head:
-    """The first lines of a request or an answer, as they came."""
-
-    raw: bytes
-    start: tuple[str, str, str]
-    headers: dict[str, str]
-
-    @classmethod
-    async def read(cls, reader: asyncio.StreamReader) -> _Head:
-        raw = await reader.readuntil(b"\r\n\r\n")
-        first, *lines = raw.decode("latin-1").rstrip().split("\r\n")
-        one, two, rest = [*first.split(" ", 2), ""][:3]
-        pairs = (line.split(":", 1) for line in lines)
-        return cls(raw, (one, two, rest), {name.strip().lower(): value.strip() for name, value in pairs})
-
-    @property
-    def chunked(self) -> bool:
-        return "chunked" in self.headers.get("transfer-encoding", "").lower()
-
-    @property
-    def length(self) -> int | None:
-        text = self.headers.get("content-length")
-        return None if text is None else int(text)
-
-    def with_length(self, length: int) -> bytes:
-        """The same head for a body that is sent in one piece."""
-        lines = self.raw.split(b"\r\n")[:-2]
-        kept = [line for line in lines if not line.lower().startswith((b"transfer-encoding:", b"content-length:"))]
-        return b"\r\n".join([*kept, b"Content-Length: %d" % length, b"", b""])
-
-
-async def _pieces(reader: asyncio.StreamReader, length: int) -> AsyncIterator[bytes]:
-    left = length
-    while left:
-        piece = await reader.read(min(left, PIECE_BYTES))
-        if not piece:
-            raise ConnectionResetError(f"the other side closed {left} bytes before the end")
-        left -= len(piece)
-        yield piece
-
-
-async def _chunks(reader: asyncio.StreamReader) -> AsyncIterator[tuple[bytes, bytes]]:
-    """The chunks of a body: as they came, with all framing, and their payload."""
-    while True:
-        line = await reader.readuntil(b"\r\n")
-        size = int(line.split(b";")[0], 16)
-        if size == 0:
-            raw = line
-            while (trailer := await reader.readuntil(b"\r\n")) != b"\r\n":
-                raw += trailer
-            yield raw + b"\r\n", b""
-            return
-        payload = await reader.readexactly(size + 2)
-        yield line + payload, payload[:-2]
-
-
-def _request_body(reader: asyncio.StreamReader, head: _Head) -> AsyncIterator[bytes]:
-    async def raw_chunks() -> AsyncIterator[bytes]:
-        async for raw, _ in _chunks(reader):
-            yield raw
-
-    return raw_chunks() if head.chunked else _pieces(reader, head.length or 0)
-
-
-def _abort(writer: asyncio.StreamWriter) -> None:
-    """Close with RST."""
-    connection = writer.get_extra_info("socket")
-    with contextlib.suppress(OSError):
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
-    writer.transport.abort()
-
-
-def _error_answer(fault: Status, method: str, path: str) -> bytes:
-    body = (
-        '<?xml version="1.0" encoding="UTF-8"?>\n'
-        f"<Error><Code>{fault.error}</Code><Message>{fault.message}</Message>"
-        f"<Resource>{path.partition('?')[0]}</Resource><RequestId>injected</RequestId></Error>"
-    ).encode()
-    head = (
-        f"HTTP/1.1 {fault.code} {fault.error}\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
-    return head.encode() + (b"" if method == "HEAD" else body)
 
 
 class _ResetHere(ConnectionError):
@@ -172,16 +83,20 @@ class FaultProxy:
     """A running proxy before the server at `upstream` (http://HOST:PORT); a context manager. Its thread is its own.
 
     Rules may be added and cleared while it runs; `injected` lists what requests have met so far, `sent` and `received`
-    are the bytes of all bodies to and from the server.
+    are the bytes of all bodies to and from the server. `up` and `down` slow the bodies of requests and answers, all
+    connections together.
     """
 
-    def __init__(self, upstream: str, rules: Sequence[Rule] = ()) -> None:
+    def __init__(
+        self, upstream: str, rules: Sequence[Rule] = (), *, up: Link | None = None, down: Link | None = None
+    ) -> None:
         address = urlsplit(upstream)
         if address.scheme != "http" or address.hostname is None:
             raise ValueError(f"the upstream {upstream!r} must be written as http://HOST:PORT")
         self.upstream = (address.hostname, address.port or 80)
         self.injected: list[Injected] = []
         self.sent = self.received = 0
+        self.up, self.down = Pace(up), Pace(down)
         self._lock = threading.Lock()
         self._counts = [RuleCount(rule) for rule in rules]
         self._clients: set[asyncio.StreamWriter] = set()
@@ -196,9 +111,10 @@ class FaultProxy:
         self._thread.start()
         self._run(self._open())
 
-    @staticmethod
-    def _bound(port: int) -> socket.socket:
+    def _bound(self, port: int) -> socket.socket:
         bound = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        if self.up.link is not None:  # a slow network does not take megabytes at once
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((HOST, port))
         return bound
@@ -276,7 +192,7 @@ class FaultProxy:
             self._server.close()
             self._server = None
         for writer in list(self._clients):
-            _abort(writer)
+            abort(writer)
 
     def _refuse(self, seconds: float) -> None:
         self._shut()
@@ -314,14 +230,14 @@ class FaultProxy:
             writer.close()
         except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, ValueError):
             # A reset by rule, or a side that went away: the other side sees the connection reset.
-            _abort(writer)
+            abort(writer)
         finally:
             self._clients.discard(writer)
 
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         """One request and its answer; False when the connection is to be closed in good order."""
         try:
-            request = await _Head.read(reader)
+            request = await Head.read(reader)
         except asyncio.IncompleteReadError as error:
             if error.partial:
                 raise
@@ -334,9 +250,9 @@ class FaultProxy:
         if isinstance(fault, Status):
             if "100-continue" in request.headers.get("expect", "").lower():
                 writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            async for _ in _request_body(reader, request):
+            async for _ in request_body(reader, request):
                 pass
-            writer.write(_error_answer(fault, method, path))
+            writer.write(error_answer(fault, method, path))
             await writer.drain()
             return True
         if isinstance(fault, Delay):
@@ -359,13 +275,14 @@ class FaultProxy:
             up_writer.transport.abort()
 
     async def _send_body(
-        self, reader: asyncio.StreamReader, up_writer: asyncio.StreamWriter, request: _Head, fault: Fault | None
+        self, reader: asyncio.StreamReader, up_writer: asyncio.StreamWriter, request: Head, fault: Fault | None
     ) -> None:
         cut = None
         if isinstance(fault, Reset) and fault.where == "request":
             cut = place(fault.at, request.length or 0)
         sent = 0
-        async for piece in _request_body(reader, request):
+        async for piece in request_body(reader, request):
+            await self.up.take(len(piece))
             if cut is not None and sent + len(piece) > cut:
                 up_writer.write(piece[: cut - sent])
                 await up_writer.drain()
@@ -378,11 +295,11 @@ class FaultProxy:
             raise _ResetHere
 
     async def _answer(
-        self, up_reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: _Head, fault: Fault | None
+        self, up_reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: Head, fault: Fault | None
     ) -> bool:
         method, path, _ = request.start
         while True:
-            answer = await _Head.read(up_reader)
+            answer = await Head.read(up_reader)
             status = int(answer.start[1])
             if status >= 200:
                 break
@@ -393,14 +310,14 @@ class FaultProxy:
         length, head, body = 0 if bodiless else answer.length, answer.raw, None
         if length is None or (answer.chunked and not bodiless):
             if answer.chunked:
-                body = b"".join([payload async for _, payload in _chunks(up_reader)])
+                body = b"".join([payload async for _, payload in chunks_of(up_reader)])
             else:
                 body = await up_reader.read()
             length, head = len(body), answer.with_length(len(body))
         writer.write(head)
         if length:
             struck = self._strike(method, path, length) if 200 <= status < 300 else None
-            pieces = _pieces(up_reader, length) if body is None else _one(body)
+            pieces = pieces_of(up_reader, length) if body is None else _one(body)
             if not await self._pass_body(pieces, writer, length, struck):
                 return False
         await writer.drain()
@@ -412,6 +329,7 @@ class FaultProxy:
         sent = 0
         async for piece in pieces:
             self.received += len(piece)
+            await self.down.take(len(piece))
             if isinstance(fault, Reset | Truncate):
                 cut = place(fault.at, length)
                 if sent + len(piece) > cut:

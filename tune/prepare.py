@@ -23,6 +23,7 @@ from pipelines.io import codec, storage
 from pipelines.io.console import say
 from pipelines.io.fingerprint import sha256_of_json
 from pipelines.io.git import git_commit
+from pipelines.io.storage_check import require_access
 from pipelines.io.upload import upload_folder
 from pipelines.job.datasets import ensure_shards
 from pipelines.job.names import last_number, numbered
@@ -111,7 +112,7 @@ def prepare(settings: SweepSettings) -> Prepared:
     """
     if not settings.storage:
         raise SettingsError("storage is not set: give --storage s3://BUCKET/PREFIX or set METEOR_STORAGE")
-    storage.require_bucket(settings.storage)
+    require_access(settings.storage)
     require_tracking(settings.tracking.uri)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     concurrent = concurrent_trials(bundles_of_trial(settings), nodes, settings.max_concurrent)

@@ -24,6 +24,7 @@ from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.flops import count_flops
 from pipelines.config.settings import SettingsError
 from pipelines.io import storage
+from pipelines.io.arrow import arrow_filesystem
 from pipelines.io.console import say
 from tune.defaults import BELOW_BUDGET, TARGET_SHARES, paper_choices, paper_settings
 from tune.outcome import collect_results, register_winners, sweep_text, write_output
@@ -90,7 +91,7 @@ def _search(settings: SweepSettings, prepared: Prepared, plan: StudyPlan) -> Stu
     say(f"[{plan.name}] {search.left} trials to run")
     trainable = tune.with_parameters(TRIALS[settings.kind], context=prepared.context)
     reserved = {"CPU": settings.cpus_per_trial, "GPU": settings.gpus_per_trial}
-    filesystem, path = storage.arrow_filesystem(prepared.folder.tune)
+    filesystem, path = arrow_filesystem(prepared.folder.tune)
     # No log of each trial on disk, no tables on the screen, no address of each run: the sweep says what happens itself.
     quiet = {
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",

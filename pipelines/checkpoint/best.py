@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Literal
 
 from pipelines.checkpoint.committed import CheckpointRef, read_state
@@ -162,13 +162,8 @@ def _copy(source: str, target: str) -> dict[str, int]:
     sizes = storage.list_sizes(source)
     if not sizes:
         raise storage.ObjectMissingError(f"{source}: no files to copy")
-    with storage.storage_errors(target):
-        filesystem, from_path = storage.fsspec_filesystem(source)
-        _, to_path = storage.fsspec_filesystem(target)
-        for name in sizes:
-            if not storage.is_s3(target):
-                Path(to_path, name).parent.mkdir(parents=True, exist_ok=True)
-            filesystem.cp_file(f"{from_path}/{name}", f"{to_path}/{name}")
+    for name, size in sizes.items():
+        storage.copy(storage.join(source, name), storage.join(target, name), size)
     copied = storage.list_sizes(target)
     wrong = [name for name in sizes if copied.get(name) != sizes[name]]
     if wrong:

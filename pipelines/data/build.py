@@ -36,6 +36,7 @@ from pipelines.data.tar_format import parse_shard
 from pipelines.io import storage
 from pipelines.io.fingerprint import canonical_json, sha256_of_json
 from pipelines.io.redact import redact
+from pipelines.io.storage_check import require_access
 
 MARKER_NAME = "_WRITING.json"
 INDEX_SOURCE = "webdataset"
@@ -125,7 +126,7 @@ def make_shards(
     NoSampleError, or ValueError for a setting.
     """
     start = time.monotonic()
-    storage.require_bucket(url)
+    require_access(url)
     # Through JSON and back: the spec as a manifest returns it (tuples become lists).
     spec: dict[str, Any] = redact(
         json.loads(
@@ -202,7 +203,7 @@ def index_shards(
     only counts them); NoSampleError; DatasetConflictError when another manifest is there; StorageError.
     """
     start = time.monotonic()
-    storage.require_bucket(url)
+    require_access(url)
     root = dataset_url(url)
     listed = storage.list_sizes(root)
     sizes = {path: size for path, size in listed.items() if fnmatch.fnmatchcase(path, pattern)}

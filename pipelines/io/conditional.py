@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from fsspec.asyn import sync
-
-from pipelines.io import storage
+from pipelines.io import bulk, storage
 from pipelines.io.fingerprint import sha256
+from pipelines.io.s3_client import s3_client
+from pipelines.io.storage_faults import code_of
 
 SETTLE_S = 2.0
 _REFUSALS = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
@@ -66,18 +66,9 @@ def replace(
 
 
 def _get(url: str) -> Content:
-    filesystem, _ = storage.fsspec_filesystem(url)
     bucket, key = storage.split_s3(url)
-
-    async def fetch() -> tuple[bytes, str]:  # the body belongs to the event loop of s3fs
-        answer = await filesystem._call_s3("get_object", Bucket=bucket, Key=key)
-        try:
-            return await answer["Body"].read(), answer["ETag"]
-        finally:
-            answer["Body"].close()
-
-    data, tag = sync(filesystem.loop, fetch)
-    return Content(bytes(data), str(tag))
+    answer = s3_client().get_object(Bucket=bucket, Key=key)
+    return Content(bulk.read_checked(answer), str(answer["ETag"]))
 
 
 def _replace_s3(url: str, data: bytes, over: Content | None, sleep: Callable[[float], None]) -> Content | None:
@@ -98,14 +89,11 @@ def _replace_s3(url: str, data: bytes, over: Content | None, sleep: Callable[[fl
 
 
 def _put(url: str, data: bytes, condition: dict[str, str]) -> Outcome:
-    bucket, key = storage.split_s3(url)
-
     def put() -> Outcome:
-        filesystem, _ = storage.fsspec_filesystem(url)
         try:
-            filesystem.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)
+            bulk.put_once(url, data, **condition)
         except Exception as error:
-            code = _code_of(error)
+            code = code_of(error)
             if condition and code in _UNKNOWN:
                 return "unknown"
             if condition and (code in _REFUSALS or code in _GONE):
@@ -114,18 +102,6 @@ def _put(url: str, data: bytes, condition: dict[str, str]) -> Outcome:
         return "written"
 
     return storage.retried(url, put)
-
-
-def _code_of(error: BaseException | None) -> str:
-    """S3's code in a chain of exceptions of s3fs and botocore; "" where there is none."""
-    while error is not None:
-        response: Any = getattr(error, "response", None)
-        if isinstance(response, dict):
-            return str(response.get("Error", {}).get("Code", ""))
-        if "PreconditionFailed" in str(error) or "pre-conditions" in str(error):
-            return "PreconditionFailed"
-        error = error.__cause__
-    return ""
 
 
 def _replace_local(path: Path, data: bytes, over: Content | None, sleep: Callable[[float], None]) -> Content | None:

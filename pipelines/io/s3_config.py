@@ -1,16 +1,19 @@
-"""Where S3 is, read once for every client: the environment, then the files of the AWS command line.
+"""What the S3 client is made with: the environment, then the files of the AWS command line.
 
-botocore knows `endpoint_url` and `services` sections of ~/.aws/config and not AWS_REGION; the AWS library inside
-pyarrow knows AWS_REGION and no `endpoint_url`. Left to themselves they would go to two stores. Both get what is here:
+    endpoint    AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, the profile's `services` section for s3, its `endpoint_url`;
+                none where AWS_IGNORE_CONFIGURED_ENDPOINT_URLS (or the profile) says so
+    region      AWS_REGION, AWS_DEFAULT_REGION, the profile's `region`, us-east-1 (self-hosted stores take any)
+    CA bundle   AWS_CA_BUNDLE, the profile's `ca_bundle`
+    proxy       HTTPS_PROXY, HTTP_PROXY, NO_PROXY
+    checksums   AWS_REQUEST_CHECKSUM_CALCULATION, AWS_RESPONSE_CHECKSUM_VALIDATION: `when_required` for a store that
+                does not know AWS's newer checksums (some releases of Ceph, R2, the S3 side of GCS)
+    addressing  METEOR_S3_ADDRESSING: `path` or `virtual` (the bucket in the host's name), the profile's
+                `addressing_style`; else `virtual` for AWS and `path` for an endpoint
+    encryption  METEOR_S3_SSE: `AES256`, `aws:kms` or `aws:kms:dsse`, sent with every write; METEOR_S3_SSE_KMS_KEY: its
+                key. Without, the bucket's own default applies
 
-    endpoint   AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, the profile's `services` section for s3, its `endpoint_url`;
-               none where AWS_IGNORE_CONFIGURED_ENDPOINT_URLS (or the profile) says so
-    region     AWS_REGION, AWS_DEFAULT_REGION, the profile's `region`, us-east-1 (self-hosted stores take any)
-    CA bundle  AWS_CA_BUNDLE, the profile's `ca_bundle`
-
-The profile is AWS_PROFILE, AWS_DEFAULT_PROFILE or `default`; the file is AWS_CONFIG_FILE or ~/.aws/config. Credentials
-are each client's own to find: both follow AWS's one order, and renew those that expire. Only the profile of
-AWS_DEFAULT_PROFILE, which pyarrow does not know, is looked up for it.
+The profile is AWS_PROFILE, AWS_DEFAULT_PROFILE or `default`; the file is AWS_CONFIG_FILE or ~/.aws/config. Keys,
+assumed roles and tokens are botocore's to find and to renew.
 """
 
 from __future__ import annotations
@@ -29,24 +32,32 @@ from pipelines.io.fingerprint import sha256
 DEFAULT_REGION = "us-east-1"
 ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 REGION_VARIABLES = ("AWS_REGION", "AWS_DEFAULT_REGION")
+ADDRESSING_VARIABLE = "METEOR_S3_ADDRESSING"
+SSE_VARIABLE = "METEOR_S3_SSE"
+KMS_KEY_VARIABLE = "METEOR_S3_SSE_KMS_KEY"
+ENCRYPTIONS = ("AES256", "aws:kms", "aws:kms:dsse")
+ADDRESSINGS = ("path", "virtual")
+_PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 _FILES = {"AWS_CONFIG_FILE": "~/.aws/config", "AWS_SHARED_CREDENTIALS_FILE": "~/.aws/credentials"}
 
 
 @dataclass(frozen=True)
 class S3Config:
-    """What every S3 client is made with.
+    """What the S3 client is made with.
 
     Attributes:
         endpoint: scheme://host:port of the store; None for AWS itself.
         region: that requests are signed for.
         ca_bundle: file of the certificates to trust; None for the system's.
-        keys: access key, secret key and session token or None, for a client that would not find them itself.
+        addressing: `path` or `virtual`; None leaves it to the profile and the endpoint.
+        encryption: arguments of every write that say how the store is to encrypt.
     """
 
     endpoint: str | None
     region: str
     ca_bundle: str | None = None
-    keys: tuple[str, str, str | None] | None = field(default=None, repr=False)
+    addressing: str | None = None
+    encryption: Mapping[str, str] = field(default_factory=dict)
 
 
 def s3_config() -> S3Config:
@@ -60,7 +71,7 @@ def s3_config() -> S3Config:
 
 def config_stamp() -> str:
     """A hash that changes with anything the configuration or a client's credentials are read from; holds no secret."""
-    values = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("AWS_")]
+    values = [f"{name}={value}" for name, value in sorted(os.environ.items()) if _matters(name)]
     for variable, usual in _FILES.items():
         path = Path(os.environ.get(variable) or usual).expanduser()
         try:
@@ -69,6 +80,10 @@ def config_stamp() -> str:
         except OSError:
             values.append(f"{path} is not there")
     return sha256("\n".join(values))
+
+
+def _matters(name: str) -> bool:
+    return name.startswith(("AWS_", "METEOR_S3_")) or name.lower() in _PROXIES
 
 
 @lru_cache(maxsize=8)
@@ -88,7 +103,6 @@ def _read(stamp: str) -> S3Config:
         found = _endpoint(session, profile)
         region = _first(REGION_VARIABLES) or profile.get("region") or DEFAULT_REGION
         ca_bundle = session.get_config_variable("ca_bundle")
-        keys = None if profiles[0] or not profiles[1] else _lasting_keys(session)
     except botocore.exceptions.ProfileNotFound as error:
         raise StorageError(
             f"AWS_PROFILE names the profile {session.profile!r}, which is in neither {_place('AWS_CONFIG_FILE')} nor "
@@ -98,7 +112,23 @@ def _read(stamp: str) -> S3Config:
         raise StorageError(f"{_place('AWS_CONFIG_FILE')} cannot be read: {error}; mend or remove it") from error
     if found is not None and not re.match(r"^https?://[^/\s]", found[1]):
         raise StorageError(f"{found[0]}={found[1]!r} has no scheme; write it as http://HOST:PORT")
-    return S3Config(found[1].rstrip("/") if found else None, region, ca_bundle, keys)
+    addressing = _choice(ADDRESSING_VARIABLE, ADDRESSINGS)
+    return S3Config(found[1].rstrip("/") if found else None, region, ca_bundle, addressing, _encryption())
+
+
+def _choice(variable: str, allowed: tuple[str, ...]) -> str | None:
+    value = os.environ.get(variable) or None
+    if value is not None and value not in allowed:
+        raise StorageError(f"{variable}={value!r} is not one of {', '.join(allowed)}")
+    return value
+
+
+def _encryption() -> dict[str, str]:
+    kind, key = _choice(SSE_VARIABLE, ENCRYPTIONS), os.environ.get(KMS_KEY_VARIABLE)
+    if key and (kind is None or not kind.startswith("aws:kms")):
+        raise StorageError(f"{KMS_KEY_VARIABLE} names a key and {SSE_VARIABLE} is {kind}: set it to aws:kms")
+    arguments = {} if kind is None else {"ServerSideEncryption": kind}
+    return arguments | ({"SSEKMSKeyId": key} if key else {})
 
 
 def _endpoint(session: Any, profile: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -114,15 +144,6 @@ def _endpoint(session: Any, profile: Mapping[str, Any]) -> tuple[str, str] | Non
         if value := section.get("endpoint_url"):
             return f"endpoint_url of {_place('AWS_CONFIG_FILE')}", value
     return None
-
-
-def _lasting_keys(session: Any) -> tuple[str, str, str | None] | None:
-    from botocore.credentials import RefreshableCredentials
-
-    found = session.get_credentials()
-    if isinstance(found, RefreshableCredentials):
-        raise StorageError("AWS_DEFAULT_PROFILE names a profile whose keys expire: name it in AWS_PROFILE instead")
-    return None if found is None else (found.access_key, found.secret_key, found.token)
 
 
 def _first(variables: tuple[str, ...]) -> str | None:

@@ -24,7 +24,7 @@ from meteor_model.foreign import foreign
 from pipelines.io import codec, storage
 from pipelines.io.fingerprint import RunningSha256, canonical_json, sha256, sha256_of_file
 from pipelines.io.local_disk import writing
-from pipelines.io.retry import RETRY_S, Progress, retry, with_stall_limit
+from pipelines.io.retry import RETRY_S, retry
 from pipelines.io.s3_config import s3_config
 
 LIST_VERSION = 1
@@ -313,21 +313,17 @@ def _fetch(folder: Folder, name: str, target: Path) -> None:
     wanted = (folder.sums or {}).get(name)
     target.parent.mkdir(parents=True, exist_ok=True)
 
-    def copy(progress: Progress) -> tuple[int, str]:
-        filesystem, path = storage.arrow_filesystem(url, storage.BULK_ATTEMPTS)
+    def copy() -> tuple[int, str]:
         digest, size = RunningSha256(), 0
-        with filesystem.open_input_file(path) as source:
-            pieces = iter(lambda: source.read(storage.PIECE_BYTES), b"")
-            with writing(target, stated, f"the copy of {url}"), target.open("wb") as sink:
-                for piece in pieces:
-                    progress.note()
-                    digest.add(piece)
-                    size += sink.write(piece)
+        with writing(target, stated, f"the copy of {url}"), target.open("wb") as sink:
+            for piece in storage.pieces(url):
+                digest.add(piece)
+                size += sink.write(piece)
         return size, digest.hex()
 
     def attempt() -> None:
         try:
-            size, digest = storage.retried(url, lambda: with_stall_limit(copy, storage.STALL_S))
+            size, digest = copy()
         except storage.ObjectMissingError as error:
             raise DamagedFileError(folder.url, name, "it is missing") from error
         if wanted is not None:

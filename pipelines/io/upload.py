@@ -1,8 +1,7 @@
 """Uploads that outlast a storage that fails for a while: of a folder, and of a checkpoint for Ray Train's `report`.
 
-File by file through pyarrow, which sends what is larger than a part in several (an upload that breaks off leaves no
-visible object). After each file the size that storage states is compared. A repetition overwrites with equal bytes, so
-an upload may be started again at any time.
+File by file (`storage.write_file`): an upload that breaks off leaves no visible object, and the size that storage
+states is compared. A repetition overwrites with equal bytes, so an upload may be started again at any time.
 """
 
 import os
@@ -13,11 +12,9 @@ from pathlib import Path
 import ray.train
 
 from pipelines.io import sealed, storage
-from pipelines.io.retry import Progress, retry, with_stall_limit
+from pipelines.io.arrow import arrow_filesystem
 
 UPLOAD_RETRY_S = 300.0
-PIECE_BYTES = 8 * 2**20
-UPLOAD_ATTEMPTS = 2  # of pyarrow within one try, which is repeated as a whole
 
 
 class UploadError(RuntimeError):
@@ -33,25 +30,7 @@ def upload_file(local: Path, url: str, retry_s: float = UPLOAD_RETRY_S) -> int:
         FileNotFoundError: there is no such local file.
     """
     size = local.stat().st_size
-
-    def send(progress: Progress) -> None:
-        filesystem, path = storage.arrow_filesystem(url, UPLOAD_ATTEMPTS)
-        if not storage.is_s3(url):
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with local.open("rb") as source, filesystem.open_output_stream(path) as target:
-            while piece := source.read(PIECE_BYTES):
-                target.write(piece)
-                progress.note()
-        progress.note()
-        stated = filesystem.get_file_info(path).size
-        if stated != size:
-            raise storage.TransientStorageError(f"{url}: storage states {stated} bytes after an upload of {size}")
-
-    def attempt() -> None:
-        with storage.storage_errors(url):
-            with_stall_limit(send, storage.STALL_S)
-
-    retry(attempt, url, retry_s=retry_s)
+    storage.write_file(local, url, retry_s)
     return size
 
 
@@ -123,7 +102,7 @@ class CheckpointUpload:
                 f"{error}\nThis checkpoint does not count; the one before it is kept and whole. Make room or bring the "
                 "object store back, then start the same command again under the same run name."
             ) from error
-        filesystem, path = storage.arrow_filesystem(url)
+        filesystem, path = arrow_filesystem(url)
         return ray.train.Checkpoint(path=path, filesystem=filesystem)
 
     def _write_list(self, url: str, sums: Mapping[str, sealed.FileSum]) -> None:

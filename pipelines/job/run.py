@@ -30,6 +30,7 @@ from pipelines.data import shards
 from pipelines.io import storage
 from pipelines.io.console import keep_log, say
 from pipelines.io.run_folder import RunFolder, run_folder
+from pipelines.io.storage_check import require_access
 from pipelines.job.answers import HeldoutAnswers, answer_heldout
 from pipelines.job.assemble import MetricsRun
 from pipelines.job.clean_up import remove_copies_everywhere
@@ -260,7 +261,7 @@ def check_places(recipe: Recipe) -> None:
             "run.storage is not set: give --run.storage s3://BUCKET/PREFIX or set METEOR_STORAGE "
             "(`make up` and `python -m infra.local run -- ...` do it for the local stack)"
         )
-    storage.require_bucket(recipe.run.storage)
+    require_access(recipe.run.storage)
     try:
         require_tracking(recipe.tracking.uri)
     except TrackingAwayError as error:

@@ -25,6 +25,7 @@ from pipelines.checkpoint.zero3 import weight_dtype
 from pipelines.compat.ray_torch import StartHookTorchConfig
 from pipelines.config.settings import TrainingSettings
 from pipelines.io import sealed, storage
+from pipelines.io.arrow import arrow_filesystem
 from pipelines.io.console import say
 from pipelines.io.pulse import mailbox_name
 from pipelines.io.run_folder import TRAIN_NAME, RunFolder
@@ -189,7 +190,7 @@ def check_resumable(job: TrainingJob, checkpoint: CheckpointRef) -> None:
 
 def _trainer(job: TrainingJob, lock: RunLock, avoided: frozenset[str]) -> TorchTrainer:
     settings = job.settings
-    filesystem, path = storage.arrow_filesystem(job.url)
+    filesystem, path = arrow_filesystem(job.url)
     mailbox = mailbox_name(job.url)
     return TorchTrainer(
         train_worker,

@@ -15,6 +15,7 @@ from jobs.register import PromoteCommand, RollbackCommand, check
 from jobs.settings import RegistryAddress
 from pipelines.config.recipe import Recipe, RunSettings, TrackingSettings
 from pipelines.io import storage
+from pipelines.io.arrow import arrow_filesystem
 from pipelines.io.names import LONGEST, NamingError, is_name, require_alias, require_name
 from pipelines.io.run_folder import run_folder, split_run_url
 from pipelines.registry.aliases import move_alias
@@ -100,6 +101,6 @@ def test_a_prefix_of_storage_does_not_go_up(url: str) -> None:
     with pytest.raises(storage.StorageError, match="go up"):
         storage.split_s3(url)
     with pytest.raises(storage.StorageError, match="go up"):
-        storage.arrow_filesystem(url)
+        arrow_filesystem(url)
     with pytest.raises(storage.StorageError, match="go up"):
-        storage.fsspec_filesystem(url)
+        storage.read_bytes(url)

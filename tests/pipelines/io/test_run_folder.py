@@ -4,7 +4,6 @@ import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -67,12 +66,13 @@ def test_runs_are_found_by_one_listing(tmp_path: Path, monkeypatch: pytest.Monke
     for name in ("tiny-002", "tiny-001", "small-001"):
         storage.write_json(run_folder(str(tmp_path), name).record, {})
     calls: list[str] = []
-    entries = storage._entries
+    listed = storage.list_folders
 
-    def noted(url: str, recursive: bool) -> Any:
+    def noted(url: str) -> list[str]:
         calls.append(url)
-        return entries(url, recursive)
+        return listed(url)
 
-    monkeypatch.setattr(storage, "_entries", noted)
+    monkeypatch.setattr(storage, "list_folders", noted)
+    monkeypatch.delattr(storage, "list_sizes")  # of every file of every run
     assert list_runs(str(tmp_path), "tiny-") == ["tiny-001", "tiny-002"]
     assert calls == [f"{tmp_path}/runs"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -15,8 +16,11 @@ import boto3.session
 import botocore.loaders
 import botocore.session
 import pytest
+from pyarrow.fs import FileSelector, FileSystem
 
 from pipelines.io import storage
+from pipelines.io.arrow import arrow_filesystem
+from pipelines.io.s3_client import s3_client
 from pipelines.io.s3_config import s3_config
 from pipelines.tracking.server import limit_http_waits
 
@@ -143,14 +147,22 @@ ROWS = {
     ),
 }
 CLIENTS: dict[str, Callable[[str], Any]] = {
-    "pyarrow": lambda url: storage.list_sizes(url, retry_s=0),
-    "s3fs": lambda url: storage.read_bytes(f"{url}/object", retry_s=0),
+    "listing": lambda url: storage.list_sizes(url, retry_s=0),
+    "small object": lambda url: storage.read_bytes(f"{url}/object", retry_s=0),
+    "large object": lambda url: storage.read_bulk(f"{url}/object", retry_s=0),
+    "Ray's": lambda url: list_through_arrow(url),
 }
+
+
+def list_through_arrow(url: str) -> object:
+    filesystem, path = arrow_filesystem(url)
+    again: FileSystem = pickle.loads(pickle.dumps(filesystem))  # as a worker gets it
+    return again.get_file_info(FileSelector(path, allow_not_found=True, recursive=True))
 
 
 def arrange(row: Row, recorders: tuple[Recorder, Recorder], folder: Path, patch: pytest.MonkeyPatch) -> None:
     """This environment and these files, and nothing else of AWS."""
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
+    for name in [name for name in os.environ if name.startswith(("AWS_", "METEOR_S3_"))]:
         patch.delenv(name)
     here, other = (recorder.address for recorder in recorders)
     (folder / ".aws").mkdir(exist_ok=True)
@@ -197,8 +209,7 @@ def test_an_endpoint_that_does_not_count_is_not_used(
 ) -> None:
     arrange(IGNORED[row], recorders, tmp_path, monkeypatch)
     assert s3_config().endpoint is None
-    filesystem, _ = storage.arrow_filesystem("s3://bucket/x")
-    assert filesystem.__reduce__()[1][0]["endpoint_override"] == "s3.us-east-1.amazonaws.com"
+    assert s3_client().meta.endpoint_url in ("https://s3.us-east-1.amazonaws.com", "https://s3.amazonaws.com")
 
 
 def test_a_changed_file_is_read_again(
@@ -208,8 +219,7 @@ def test_a_changed_file_is_read_again(
     assert s3_config().region == "eu-north-1"
     (tmp_path / ".aws" / "config").write_text("[default]\nregion = eu-central-2\nendpoint_url = http://other:1\n")
     assert s3_config().region == "eu-central-2"
-    filesystem, _ = storage.arrow_filesystem("s3://bucket/x")
-    assert filesystem.region == "eu-central-2"
+    assert s3_client().meta.region_name == "eu-central-2"
     (tmp_path / "elsewhere").write_text("[default]\nregion = x-y-1\n")
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "elsewhere"))
     assert s3_config().region == "x-y-1"
@@ -222,13 +232,9 @@ def test_a_changed_file_is_read_again(
         (Row(config="no section\n"), r"\.aws/config cannot be read"),
         (Row(config="[default]\nendpoint_url = 127.0.0.1:9000\n"), r"endpoint_url of ~/.aws/config=.* has no scheme"),
         (Row({"AWS_PROFILE": "a", "AWS_DEFAULT_PROFILE": "b"}), "AWS_PROFILE is 'a' and AWS_DEFAULT_PROFILE is 'b'"),
-        (
-            Row(
-                {"AWS_DEFAULT_PROFILE": "lab"},
-                "[profile lab]\nrole_arn = arn:aws:iam::1:role/x\nsource_profile = default\n",
-            ),
-            "AWS_DEFAULT_PROFILE names a profile whose keys expire",
-        ),
+        (Row({"METEOR_S3_SSE": "aes"}), "METEOR_S3_SSE='aes' is not one of AES256, aws:kms, aws:kms:dsse"),
+        (Row({"METEOR_S3_SSE_KMS_KEY": "k"}), "names a key and METEOR_S3_SSE is None: set it to aws:kms"),
+        (Row({"METEOR_S3_ADDRESSING": "host"}), "METEOR_S3_ADDRESSING='host' is not one of path, virtual"),
         (Row({"AWS_ENDPOINT_URL_S3": "store:9000"}), "AWS_ENDPOINT_URL_S3='store:9000' has no scheme"),
     ],
 )

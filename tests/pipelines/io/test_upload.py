@@ -19,7 +19,7 @@ from infra.fault_proxy import (
     Reset,
     Rule,
 )
-from pipelines.io import retry, sealed, storage
+from pipelines.io import bulk, retry, sealed, storage
 from pipelines.io.upload import CheckpointUpload, UploadError, upload_folder
 from tests.pipelines.s3_fixture import BUCKET, S3Server
 
@@ -132,24 +132,14 @@ def test_an_object_of_another_size_is_sent_again(
     folder: Path, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = f"s3://{BUCKET}/up/short"
-    arrow = storage.arrow_filesystem
-    asked = []
+    size = bulk.s3_size
+    asked: list[str] = []
 
-    def lying(address: str, attempts: int) -> object:
-        filesystem, path = arrow(address, attempts)
-        asked.append(path)
-        if len(asked) > 1:
-            return filesystem, path
+    def lying(bucket: str, key: str) -> int:
+        asked.append(key)
+        return size(bucket, key) if len(asked) > 1 else 0
 
-        class Short:
-            open_output_stream = filesystem.open_output_stream
-
-            def get_file_info(self, path: str) -> object:
-                return filesystem.get_file_info(f"{BUCKET}/nothing")
-
-        return Short(), path
-
-    monkeypatch.setattr(storage, "arrow_filesystem", lying)
+    monkeypatch.setattr(bulk, "s3_size", lying)
     assert upload_folder(folder, url) == SIZES
     assert len(asked) == len(SIZES) + 1
     assert equal(folder, url)
