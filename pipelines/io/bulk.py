@@ -101,13 +101,14 @@ class _Spoken:
 # -------------------------------------------------------------------------------------------------------------- uploads
 
 
-def upload(local: Path, url: str, retry_s: float) -> None:
+def upload(local: Path, url: str, retry_s: float, moved: Callable[[int], None]) -> None:
     """Bring a file to the address of an object; the size that the store states is compared.
 
     Args:
         local: of any size.
         url: s3://BUCKET/KEY.
         retry_s: seconds for which each request outlasts a store that fails.
+        moved: is called with the bytes of every part that the store has taken, from the thread that sent it.
 
     Raises:
         StorageError: at once, where repeating is of no use.
@@ -118,8 +119,9 @@ def upload(local: Path, url: str, retry_s: float) -> None:
     def attempt() -> None:
         if size <= PART_BYTES:
             put(url, local.read_bytes(), retry_s)
+            moved(size)
         else:
-            _upload_in_parts(local, size, url, retry_s)
+            _upload_in_parts(local, size, url, retry_s, moved)
         bucket, key = split_s3(url)
         stated = retried(url, lambda: s3_size(bucket, key), retry_s)
         if stated != size:
@@ -148,7 +150,7 @@ def put_once(url: str, data: bytes, **conditions: str) -> None:
     bulk_client().put_object(Bucket=bucket, Key=key, Body=body, **s3_config().encryption, **conditions)
 
 
-def _upload_in_parts(local: Path, size: int, url: str, retry_s: float) -> None:
+def _upload_in_parts(local: Path, size: int, url: str, retry_s: float, moved: Callable[[int], None]) -> None:
     bucket, key = split_s3(url)
     target = {"Bucket": bucket, "Key": key}
     created = retried(
@@ -162,7 +164,9 @@ def _upload_in_parts(local: Path, size: int, url: str, retry_s: float) -> None:
 
         def send(number: int, stopped: threading.Event) -> dict[str, Any]:
             data = os.pread(source.fileno(), step, (number - 1) * step)
-            return retried(url, lambda: _send_part(place, number, data, stopped), retry_s)
+            sent = retried(url, lambda: _send_part(place, number, data, stopped), retry_s)
+            moved(len(data))
+            return sent
 
         try:
             _in_parts(url, size, step, place, send, retry_s)

@@ -152,9 +152,10 @@ class Pulse:
         self._detail = self._detail if detail is None else detail[:DETAIL_LENGTH]
         self._marks += 1
 
-    def gets_on(self) -> None:
-        """What was said last gets on."""
-        self._marks += 1
+    def gets_on(self, phase: Phase | None = None) -> None:
+        """What was said last gets on; where `phase` is given, only if that was it."""
+        if phase is None or phase is self._phase:
+            self._marks += 1
 
     def step_took(self, seconds: float) -> None:
         """Note the length of a step. That of the first, with the start of the stream in it, counts until the second."""

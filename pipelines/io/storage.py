@@ -85,10 +85,17 @@ def write_bytes(url: str, data: bytes, retry_s: float = RETRY_S) -> None:
         retried(url, lambda: _replace_file(local_path(url), lambda stream: stream.write(data)), retry_s)
 
 
-def write_file(local: Path, url: str, retry_s: float = RETRY_S) -> None:
-    """Bring a file of any size to an address; a reader sees all of it or nothing. Raises StorageError."""
+def _unheard(count: int) -> None:
+    """Nobody wants to know how far a file is."""
+
+
+def write_file(local: Path, url: str, retry_s: float = RETRY_S, moved: Callable[[int], None] = _unheard) -> None:
+    """Bring a file of any size to an address; a reader sees all of it or nothing. Raises StorageError.
+
+    `moved` is called with the bytes of every part that has arrived.
+    """
     if is_s3(url):
-        bulk.upload(local, url, retry_s)
+        bulk.upload(local, url, retry_s, moved)
         return
 
     def fill(progress: Progress) -> None:
@@ -97,6 +104,7 @@ def write_file(local: Path, url: str, retry_s: float = RETRY_S) -> None:
                 while piece := source.read(PART_BYTES):
                     target.write(piece)
                     progress.note()
+                    moved(len(piece))
 
         _replace_file(local_path(url), copied)
 

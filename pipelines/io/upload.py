@@ -13,6 +13,7 @@ import ray.train
 
 from pipelines.io import sealed, storage
 from pipelines.io.arrow import arrow_filesystem
+from pipelines.io.pulse import Phase, pulse
 
 UPLOAD_RETRY_S = 300.0
 
@@ -21,8 +22,15 @@ class UploadError(RuntimeError):
     """A file could not be brought to storage; the message says which, and what was kept. No fault of the settings."""
 
 
+def _gets_on(count: int) -> None:
+    """A process that waits for an upload is not stuck while parts arrive."""
+    pulse().gets_on(Phase.UPLOAD)
+
+
 def upload_file(local: Path, url: str, retry_s: float = UPLOAD_RETRY_S) -> int:
     """Bring one file to an address, however often that takes until `retry_s` after the first fault; its bytes.
+
+    Every part that arrives is a sign of life of the phase `upload` (`pipelines.io.pulse`).
 
     Raises:
         StorageError: for a missing bucket, refused credentials or a refused request, at once.
@@ -30,7 +38,7 @@ def upload_file(local: Path, url: str, retry_s: float = UPLOAD_RETRY_S) -> int:
         FileNotFoundError: there is no such local file.
     """
     size = local.stat().st_size
-    storage.write_file(local, url, retry_s)
+    storage.write_file(local, url, retry_s, _gets_on)
     return size
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import mlflow
 import pandas as pd
-from mlflow.entities import LoggedModelOutput
+from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus
 from mlflow.models import Model, ModelSignature
 from mlflow.pyfunc import PythonModelContext
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
@@ -31,23 +31,23 @@ import meteor_model
 from meteor_model.configuration_meteor import MeteorConfig
 from pipelines.evaluation.scores import Score
 from pipelines.evaluation.suite import Suite
-from pipelines.io.local_disk import writing
 from pipelines.io.redact import redact
 from pipelines.registry import pyfunc_model
 from pipelines.registry.aliases import move_alias
 from pipelines.registry.card import card
 from pipelines.registry.folder import (
     CARD_FILE,
-    CHECKSUMS_FILE,
     ExportError,
     tokens_by_stage,
     verify_checksums,
     write_card,
 )
+from pipelines.registry.model_files import begin_model, content_of, discard_model, pull_files
 from pipelines.registry.scores import store_score, suite_name
 from pipelines.registry.tags import COMMIT_TAG
 from pipelines.registry.versions import PinnedModel, RegisteredVersion, Registry
-from pipelines.tracking.server import TrackingError, call_mlflow
+from pipelines.tracking.artifacts import upload_model_files
+from pipelines.tracking.server import TrackingAwayError, TrackingError, call_mlflow
 
 # What answers in another process; meteor_model itself travels as code.
 REQUIREMENTS = (
@@ -111,20 +111,35 @@ def register_model(
     example = example_input(config.image_size)
     _answer_example(folder, example)
     all_tags = {**tokens_by_stage(config), **redact(tags)}
-    experiment_id = call_mlflow(f"run {run_id}", lambda: client.get_run(run_id)).info.experiment_id
-    logged = call_mlflow(f"model {name}", lambda: client.create_logged_model(experiment_id, name, run_id, all_tags))
-    with tempfile.TemporaryDirectory(prefix="meteor-register-") as scratch:
-        packed = Path(scratch) / "model"
-        metadata = Model(artifact_path=logged.artifact_location, run_id=run_id, model_id=logged.model_id)
-        _pack(folder, packed, example, metadata)
-        call_mlflow(f"the files of model {name}", lambda: client.log_model_artifacts(logged.model_id, str(packed)))
-    call_mlflow(f"model {name}", lambda: client.finalize_logged_model(logged.model_id, "READY"))
+    logged = begin_model(registry, run_id, content_of(folder), all_tags)
+    if logged.status != LoggedModelStatus.READY:
+        _upload(folder, registry, logged, example, run_id)
     call_mlflow(f"run {run_id}", lambda: client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)]))
     description = (folder / CARD_FILE).read_text()
     version = registry.create_version(run_id=run_id, model_id=logged.model_id, tags=all_tags, description=description)
     for alias in aliases:
         move_alias(registry, alias, version)
     return RegisteredVersion(name, version, tuple(aliases), run_id, logged.model_id)
+
+
+def _upload(folder: Path, registry: Registry, logged: LoggedModel, example: pd.DataFrame, run_id: str) -> None:
+    """Bring the folder to the logged model and call it ready; where that is refused, nothing of it stays."""
+    client = registry.client
+    try:
+        with tempfile.TemporaryDirectory(prefix="meteor-register-") as scratch:
+            packed = Path(scratch) / "model"
+            metadata = Model(artifact_path=logged.artifact_location, run_id=run_id, model_id=logged.model_id)
+            _pack(folder, packed, example, metadata)
+            upload_model_files(client, logged.model_id, packed)
+        call_mlflow(
+            f"model {registry.name}",
+            lambda: client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY),
+        )
+    except TrackingAwayError as error:
+        raise TrackingAwayError(f"{error}. What arrived is kept: the same command sends the rest") from error
+    except BaseException:
+        discard_model(registry, logged)
+        raise
 
 
 def publish_version(
@@ -196,7 +211,7 @@ def pull_model(model: PinnedModel, destination: Path) -> Path:
 
     Args:
         model: `pin_model`; a folder that `export_model` wrote is used where it is.
-        destination: an empty or new folder.
+        destination: an empty or new folder, or what an earlier pull of this version left.
 
     Raises:
         TrackingError: a version that is gone, or a server that is away.
@@ -205,24 +220,12 @@ def pull_model(model: PinnedModel, destination: Path) -> Path:
     if model.registry is None:
         verify_checksums(_existing_folder(model.address))
         return Path(model.address)
-    if destination.exists() and any(destination.iterdir()):
-        raise ExportError(f"{destination} is not empty: pull into a new folder")
-    client, source = model.registry.client, f"{model.address}/artifacts"
     try:
-        with writing(destination, None, f"the download of {source}"):
-            call_mlflow(
-                f"the download of {source}",
-                lambda: mlflow.artifacts.download_artifacts(
-                    source, dst_path=str(destination), tracking_uri=client.tracking_uri
-                ),
-            )
+        return pull_files(model, destination)
     except TrackingError as error:
-        raise TrackingError(
+        raise type(error)(
             f"version {model.version} of {model.registry.name} cannot be downloaded as a METEOR model: {error}"
         ) from error
-    (folder,) = list(destination.rglob(CHECKSUMS_FILE))[:1] or [destination / CHECKSUMS_FILE]
-    verify_checksums(folder.parent)
-    return folder.parent
 
 
 def _existing_folder(model: str) -> Path:

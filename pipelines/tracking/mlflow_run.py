@@ -24,6 +24,7 @@ from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request, verify_rest_response
 
 from pipelines.io.redact import redact
+from pipelines.tracking.artifacts import transfer
 from pipelines.tracking.server import RETRY_S, TrackingError, call_mlflow
 
 T = TypeVar("T")
@@ -156,7 +157,10 @@ class MlflowRun:
             raise TrackingError(f"{path} does not exist and cannot be logged to run {self.run_id}")
         client = MlflowClient(self.uri)
         log = client.log_artifacts if path.is_dir() else client.log_artifact
-        self._call(f"{path.name} as an artifact", lambda: log(self.run_id, str(path), artifact_path))
+        files = [file for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()]
+        largest = max((file.stat().st_size for file in files), default=0)
+        what = f"{path.name} as an artifact of run {self.run_id}"
+        transfer(self.uri, what, largest, lambda: log(self.run_id, str(path), artifact_path), self.retry_s)
 
     def finish(self, status: str = "FINISHED") -> None:
         """Close the run as FINISHED, FAILED or KILLED."""

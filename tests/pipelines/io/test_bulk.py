@@ -14,6 +14,8 @@ import pytest
 from infra.fault_proxy import INTERNAL_ERROR, FaultProxy, Reset, Rule, Status
 from infra.throttle import Link
 from pipelines.io import bulk, retry, s3_client, storage
+from pipelines.io.pulse import Phase, mark, pulse
+from pipelines.io.upload import upload_file
 from tests.pipelines.fake_s3 import BUCKET, FakeS3
 
 MB = 10**6
@@ -73,6 +75,17 @@ def test_a_slow_download_is_waited_for(link: str, fake_s3: FakeS3, monkeypatch: 
     with through(fake_s3, monkeypatch, down=LINKS[link]) as proxy:
         assert storage.read_bulk(f"s3://{BUCKET}/slow.bin", retry_s=0) == data
         assert proxy.down.passed < SIZE * 1.01 + 10_000
+
+
+def test_every_part_that_arrives_is_a_sign_of_life_of_the_upload_alone(fake_s3: FakeS3, tmp_path: Path) -> None:
+    local = file_of(tmp_path)
+    marks = []
+    for phase in (Phase.UPLOAD, Phase.FORWARD):
+        mark(phase)
+        before = pulse()._marks
+        upload_file(local, f"s3://{BUCKET}/x")
+        marks.append(pulse()._marks - before)
+    assert marks == [7, 0]
 
 
 def test_memory_holds_a_window_of_parts(fake_s3: FakeS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
