@@ -55,7 +55,18 @@ LEVELS: tuple[dict[str, set[str]], ...] = (
     },
 )
 """The rooms of pipelines/, lowest first, and what each may import; docs/composability.md draws it."""
-NEVER_IN_THE_MODEL = {"ray", "deepspeed", "mlflow", "pyarrow", "s3fs", "fsspec", "tyro", "webdataset", "pydantic"}
+NEVER_IN_THE_MODEL = {
+    "ray",
+    "deepspeed",
+    "mlflow",
+    "pyarrow",
+    "boto3",
+    "botocore",
+    "fsspec",
+    "tyro",
+    "webdataset",
+    "pydantic",
+}
 
 
 def imported(path: Path) -> set[str]:

@@ -16,7 +16,7 @@ import pyarrow
 import pyarrow.fs
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileSystemHandler, FileType, PyFileSystem
 
-from pipelines.io import bulk, storage
+from pipelines.io import ranged, storage
 from pipelines.io.addresses import S3_SCHEME, is_s3, local_path, split_s3
 from pipelines.io.s3_client import PART_BYTES, s3_client
 from pipelines.io.storage_faults import retried
@@ -155,7 +155,7 @@ class _Reader(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         count = min(len(buffer), max(0, self._size - self._at))
         if count:
-            data = retried(self._url, lambda: bulk.get_range(self._url, self._at, count), RETRY_S)
+            data = retried(self._url, lambda: ranged.get_range(self._url, self._at, count), RETRY_S)
             buffer[: len(data)] = data
             self._at += len(data)
             count = len(data)

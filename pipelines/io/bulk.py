@@ -1,4 +1,4 @@
-"""Large files to and from an object store: few requests at a time, each with a limit and a repetition of its own.
+"""Large files into an object store: few requests at a time, each with a limit and a repetition of its own.
 
 A file goes in parts of `part_bytes`, at most WINDOW at once, so memory holds WINDOW parts however slow the store is,
 and a fault costs one part. What a request may take follows from its bytes and LEAST_BYTES_PER_S; it is its own thread
@@ -7,22 +7,19 @@ that notices, so no request is left behind beside the next one. An upload that e
 
 from __future__ import annotations
 
-import base64
 import io
 import logging
 import os
 import threading
 import time
-import zlib
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 from pipelines.io.addresses import split_s3
 from pipelines.io.errors import StorageError
+from pipelines.io.progress_log import SPEAK_S, ProgressLog
 from pipelines.io.retry import RETRY_S, StalledError, retry
 from pipelines.io.s3_client import LEAST_BYTES_PER_S, PART_BYTES, WINDOW, bulk_client, part_limit_s
 from pipelines.io.s3_config import s3_config
@@ -30,9 +27,6 @@ from pipelines.io.storage_faults import TransientStorageError, code_of, retried
 
 MAX_PARTS = 9_500  # S3 takes 10,000
 COPY_PART_BYTES = 512 * 2**20  # of a copy inside the store
-SPEAK_S = 60.0
-"""Seconds between two lines of log on a file that is under way."""
-_READ_BYTES = 256 * 2**10
 _ABORT_RETRY_S = 10.0
 
 logger = logging.getLogger(__name__)
@@ -69,33 +63,6 @@ class _Body(io.BytesIO):
 def part_bytes(size: int) -> int:
     """Bytes of the parts that a file of `size` bytes goes in."""
     return max(PART_BYTES, -(-size // MAX_PARTS))
-
-
-@dataclass
-class _Spoken:
-    """Says once a minute how far a file is."""
-
-    what: str
-    total: int
-    done: int = 0
-    said: float = 0.0
-    begun: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.begun = self.said = time.monotonic()
-
-    def add(self, count: int) -> None:
-        self.done += count
-        now = time.monotonic()
-        if now >= self.said + SPEAK_S:
-            self.said = now
-            logger.info(
-                "%s: %.2f of %.2f GB, %.1f MB/s",
-                self.what,
-                self.done / 1e9,
-                self.total / 1e9,
-                self.done / (now - self.begun) / 1e6,
-            )
 
 
 # -------------------------------------------------------------------------------------------------------------- uploads
@@ -185,7 +152,7 @@ def _in_parts(
 ) -> None:
     """Send all parts, WINDOW at a time, and complete the upload."""
     numbers = range(1, -(-size // step) + 1)
-    stopped, spoken = threading.Event(), _Spoken(url, size)
+    stopped, spoken = threading.Event(), ProgressLog(url, size)
     with ThreadPoolExecutor(WINDOW, thread_name_prefix="upload") as pool:
         pending = {pool.submit(send, number, stopped) for number in numbers}
         parts: list[dict[str, Any]] = []
@@ -240,104 +207,6 @@ def _abort(url: str, place: dict[str, str]) -> None:
         retried(url, lambda: bulk_client().abort_multipart_upload(**place), _ABORT_RETRY_S)
     except StorageError as error:
         logger.warning("parts of a broken upload stay at %s until a lifecycle rule removes them: %s", url, error)
-
-
-# ------------------------------------------------------------------------------------------------------------ downloads
-
-
-@dataclass(frozen=True)
-class _Piece:
-    data: bytes
-    tag: str
-    total: int
-
-
-def download(url: str, retry_s: float = RETRY_S) -> Iterator[bytes]:
-    """The bytes of an object in their order, in pieces of PART_BYTES, of which WINDOW are fetched ahead.
-
-    Raises:
-        ObjectMissingError, StorageError: at once, where repeating is of no use.
-        TransientStorageError: after `retry_s` for one piece, or for an object that was replaced meanwhile.
-    """
-    first = retried(url, lambda: _get_piece(url, 0), retry_s)
-    yield first.data
-    starts = range(PART_BYTES, first.total, PART_BYTES)
-    if not starts or len(first.data) == first.total:
-        return
-    spoken = _Spoken(url, first.total)
-    pool = ThreadPoolExecutor(WINDOW, thread_name_prefix="download")
-    try:
-        ahead: deque[Future[_Piece]] = deque()
-        for start in starts:
-            ahead.append(pool.submit(retried, url, lambda start=start: _get_piece(url, start, first.tag), retry_s))
-            if len(ahead) == WINDOW:
-                yield _taken(ahead.popleft(), spoken)
-        while ahead:
-            yield _taken(ahead.popleft(), spoken)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _taken(future: Future[_Piece], spoken: _Spoken) -> bytes:
-    data = future.result().data
-    spoken.add(len(data))
-    return data
-
-
-def _get_piece(url: str, start: int, tag: str | None = None) -> _Piece:
-    try:
-        answer = _get_range(url, start, PART_BYTES)
-    except Exception as error:
-        if start == 0 and code_of(error) in ("InvalidRange", "416"):
-            return _Piece(b"", "", 0)  # an object without bytes has no first one
-        raise
-    if tag is not None and answer.get("ETag") != tag:
-        raise TransientStorageError(f"{url}: the object was replaced while it was read")
-    stated = answer.get("ContentRange")
-    total = int(stated.rpartition("/")[2]) if stated else int(answer["ContentLength"])
-    return _Piece(read_body(answer), answer.get("ETag", ""), total)
-
-
-def get_range(url: str, start: int, count: int) -> bytes:
-    """Some bytes of an object, asked for once, with the client's own errors."""
-    return read_body(_get_range(url, start, count))
-
-
-def _get_range(url: str, start: int, count: int) -> dict[str, Any]:
-    bucket, key = split_s3(url)
-    answer: dict[str, Any] = bulk_client().get_object(
-        Bucket=bucket, Key=key, Range=f"bytes={start}-{start + count - 1}"
-    )
-    return answer
-
-
-def read_body(answer: dict[str, Any]) -> bytes:
-    """The whole body of an answer, within the time that its length may take. Raises StalledError, OSError."""
-    length = int(answer["ContentLength"])
-    limit_s = part_limit_s(length)
-    until = time.monotonic() + limit_s
-    received: list[bytes] = []
-    with answer["Body"] as stream:
-        left = length
-        while left:
-            data = stream.read1(min(left, _READ_BYTES))
-            if not data:
-                raise ConnectionResetError(f"the body ended {left} bytes before its end")
-            received.append(data)
-            left -= len(data)
-            if time.monotonic() > until and left:
-                raise StalledError(f"{length - left} of {length} bytes came in {limit_s:.0f} s")
-    return received[0] if len(received) == 1 else b"".join(received)
-
-
-def read_checked(answer: dict[str, Any]) -> bytes:
-    """The body of a whole object, compared with the CRC32 that the store keeps of it, where it does."""
-    data = read_body(answer)
-    stated = answer.get("ChecksumCRC32", "-")
-    of_bytes = "-" not in stated and answer.get("ChecksumType") != "COMPOSITE"  # those are of the parts' sums
-    if of_bytes and base64.b64decode(stated) != zlib.crc32(data).to_bytes(4, "big"):
-        raise ConnectionError("the CRC32 of what arrived is not that of the object")
-    return data
 
 
 # --------------------------------------------------------------------------------------------------------------- copies

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipelines.io import bulk, storage
+from pipelines.io import bulk, ranged, storage
 from pipelines.io.fingerprint import sha256
 from pipelines.io.s3_client import s3_client
 from pipelines.io.storage_faults import code_of
@@ -68,7 +68,7 @@ def replace(
 def _get(url: str) -> Content:
     bucket, key = storage.split_s3(url)
     answer = s3_client().get_object(Bucket=bucket, Key=key)
-    return Content(bulk.read_checked(answer), str(answer["ETag"]))
+    return Content(ranged.read_checked(answer), str(answer["ETag"]))
 
 
 def _replace_s3(url: str, data: bytes, over: Content | None, sleep: Callable[[float], None]) -> Content | None:

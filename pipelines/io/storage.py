@@ -1,8 +1,9 @@
 """Small objects, listings and whole files, at `s3://bucket/prefix` or plain local paths.
 
 Where S3 is comes from the standard environment and files of S3 clients (`pipelines.io.s3_config`); there is one client
-for all of it (`pipelines.io.s3_client`). Large files go in parts (`pipelines.io.bulk`); what Ray keeps goes through
-`pipelines.io.arrow`; a job asks first whether all of it is allowed (`pipelines.io.storage_check`).
+for all of it (`pipelines.io.s3_client`). Large files go in parts (`pipelines.io.bulk`) and come in ranges
+(`pipelines.io.ranged`); what Ray keeps goes through `pipelines.io.arrow`; a job asks first whether all of it is allowed
+(`pipelines.io.storage_check`).
 
 Transient faults are retried: each call is made again until `retry_s` after its first fault, so that the restart of a
 server costs time and nothing else. What is wrong for good fails at once (`pipelines.io.storage_faults`).
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from meteor_model.foreign import foreign
-from pipelines.io import bulk
+from pipelines.io import bulk, ranged
 from pipelines.io.addresses import S3_SCHEME, is_s3, join, local_path, split_s3
 from pipelines.io.errors import StorageError
 from pipelines.io.retry import RETRY_S, Progress, with_stall_limit
@@ -47,7 +48,7 @@ def read_bytes(url: str, retry_s: float = RETRY_S) -> bytes:
         if not is_s3(url):
             return with_stall_limit(lambda progress: b"".join(_pieces_of_disk(url, progress)), STALL_S)
         bucket, key = split_s3(url)
-        return bulk.read_checked(s3_client().get_object(Bucket=bucket, Key=key))
+        return ranged.read_checked(s3_client().get_object(Bucket=bucket, Key=key))
 
     return retried(url, read, retry_s)
 
@@ -56,14 +57,14 @@ def read_bulk(url: str, retry_s: float = RETRY_S) -> bytes:
     """The whole object by several requests at a time; for shards. Errors as read_bytes."""
     if not is_s3(url):
         return read_bytes(url, retry_s)
-    pieces = list(bulk.download(url, retry_s))
+    pieces = list(ranged.download(url, retry_s))
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 def pieces(url: str, retry_s: float = RETRY_S) -> Iterator[bytes]:
     """The bytes of an object or a file in their order, some megabytes at a time. Errors as read_bytes."""
     if is_s3(url):
-        yield from bulk.download(url, retry_s)
+        yield from ranged.download(url, retry_s)
         return
     with storage_errors(url), local_path(url).open("rb") as source:
         while piece := source.read(PART_BYTES):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable
 
-from pipelines.io import bulk
+from pipelines.io import bulk, ranged
 from pipelines.io.addresses import is_s3, join, split_s3
 from pipelines.io.errors import StorageError
 from pipelines.io.s3_client import s3_client
@@ -50,7 +50,7 @@ def require_access(url: str) -> None:
     written = allowed("write", "PutObject", lambda: bulk.put_once(probe, _CONTENT))
     allowed("list", "ListObjectsV2", lambda: s3_client().list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1))
     try:
-        allowed("read", "GetObject", lambda: _compare(url, bulk.read_checked(s3_client().get_object(**place))))
+        allowed("read", "GetObject", lambda: _compare(url, ranged.read_checked(s3_client().get_object(**place))))
     except ObjectMissingError:
         if written:
             raise

@@ -15,7 +15,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import platform
 import subprocess
 import sys
@@ -88,15 +87,17 @@ def read_numbers(stack: Stack, summary: dict[str, Any]) -> dict[str, Any]:
 
 def weights_digest(url: str) -> str:
     """SHA-256 over names, types, shapes and bytes of all exported tensors, in the order of their names."""
-    import s3fs
     from safetensors import safe_open
 
-    filesystem = s3fs.S3FileSystem(endpoint_url=os.environ["AWS_ENDPOINT_URL"])
+    from pipelines.io import storage
+
     digest = hashlib.sha256()
     with tempfile.TemporaryDirectory() as name:
-        for path in sorted(filesystem.glob(f"{url.removeprefix('s3://')}/*.safetensors")):
-            local = Path(name) / Path(path).name
-            filesystem.get(path, str(local))
+        for file in sorted(
+            file for file in storage.list_files(url) if file.endswith(".safetensors") and "/" not in file
+        ):
+            local = Path(name) / file
+            local.write_bytes(storage.read_bulk(storage.join(url, file)))
             with safe_open(local, "numpy") as tensors:
                 for key in sorted(tensors.keys()):
                     array = tensors.get_tensor(key)

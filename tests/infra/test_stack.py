@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import psutil
 import pytest
-import s3fs
 
 from infra import processes, services
 from infra import stack as stack_module
@@ -23,13 +23,13 @@ from tests.stack_fixture import start_stack, stop_stack
 pytestmark = pytest.mark.stack
 
 S3_PROGRAM = """
-import s3fs
-fs = s3fs.S3FileSystem()
-fs.pipe("meteor/probe/a.bin", b"0123456789" * 1000)
-assert fs.cat_file("meteor/probe/a.bin", start=5, end=9) == b"5678"
+import boto3
+s3 = boto3.client("s3")
+s3.put_object(Bucket="meteor", Key="probe/a.bin", Body=b"0123456789" * 1000)
+assert s3.get_object(Bucket="meteor", Key="probe/a.bin", Range="bytes=5-8")["Body"].read() == b"5678"
 try:
-    fs.pipe("no-such-bucket/a", b"x")
-except FileNotFoundError:
+    s3.put_object(Bucket="no-such-bucket", Key="a", Body=b"x")
+except s3.exceptions.NoSuchBucket:
     print("missing bucket refused")
 """
 MLFLOW_PROGRAM = """
@@ -91,8 +91,8 @@ def _as_page(port: int, method: str, path: str, page: str, body: bytes = b"", ki
 
 @pytest.mark.parametrize("page", ["elsewhere", "sandbox", "rebound"])
 def test_no_web_page_writes_to_the_store_or_reads_from_it(live: Stack, page: str) -> None:
-    fs = s3fs.S3FileSystem(**_s3_access(live))
-    fs.pipe("meteor/own.txt", b"mine")
+    s3 = _s3_client(live)
+    s3.put_object(Bucket="meteor", Key="own.txt", Body=b"mine")
     for role, requests in WRITES.items():
         for method, path in requests:
             status, text = _as_page(live.ports["s3"][role], method, path, page)
@@ -102,9 +102,9 @@ def test_no_web_page_writes_to_the_store_or_reads_from_it(live: Stack, page: str
             status, text = _as_page(live.ports["s3"][role], "GET", path, page)
             assert not 200 <= status < 400, (role, path, status, text)
             assert "mine" not in text
-    fs.invalidate_cache()
-    assert fs.cat_file("meteor/own.txt") == b"mine"
-    assert [name for name in fs.find("meteor") if "evil" in name] == []
+    assert s3.get_object(Bucket="meteor", Key="own.txt")["Body"].read() == b"mine"
+    names = [entry["Key"] for entry in s3.list_objects_v2(Bucket="meteor")["Contents"]]
+    assert [name for name in names if "evil" in name] == []
 
 
 @pytest.mark.parametrize("page", ["elsewhere", "sandbox", "rebound"])
@@ -123,11 +123,10 @@ def test_no_web_page_starts_a_ray_job_or_writes_to_mlflow(live: Stack, page: str
         assert _as_page(live.ports["mlflow"]["http"], "GET", "/", page)[0] == 403
 
 
-def _s3_access(stack: Stack) -> dict[str, Any]:
+def _s3_client(stack: Stack) -> Any:
     key, secret = services.ensure_credentials(stack.credentials_file)
-    client = {"region_name": services.REGION}
-    access = {"key": key, "secret": secret, "endpoint_url": stack.s3_endpoint, "client_kwargs": client}
-    return {**access, "use_listings_cache": False, "skip_instance_cache": True}
+    keys = {"aws_access_key_id": key, "aws_secret_access_key": secret}
+    return boto3.client("s3", endpoint_url=stack.s3_endpoint, region_name=services.REGION, **keys)
 
 
 def _records(stack: Stack) -> dict[str, processes.Record]:
@@ -246,7 +245,8 @@ def test_killed_leader_is_swept_and_started_again(live: Stack, name: str) -> Non
 
 def test_down_leaves_no_process_and_keeps_the_data(tmp_path: Path) -> None:
     stack = up(tmp_path / "own", only=["s3"])
-    _program("import s3fs; s3fs.S3FileSystem().pipe('meteor/kept', b'yes')", services.full_env(stack))
+    write = "import boto3; boto3.client('s3').put_object(Bucket='meteor', Key='kept', Body=b'yes')"
+    _program(write, services.full_env(stack))
     record = stack_module._record(stack.state_dir, "s3")
     down(stack.state_dir)
     assert processes.members(record) == []
@@ -255,7 +255,7 @@ def test_down_leaves_no_process_and_keeps_the_data(tmp_path: Path) -> None:
     moved = up(stack.state_dir, only=["s3"], ports={"s3": port})
     try:
         assert moved.s3_endpoint.endswith(str(port))
-        read = "import s3fs; print(s3fs.S3FileSystem().cat('meteor/kept'))"
+        read = "import boto3; print(boto3.client('s3').get_object(Bucket='meteor', Key='kept')['Body'].read())"
         assert "b'yes'" in _program(read, services.full_env(moved))
     finally:
         down(stack.state_dir, purge=True)

@@ -38,7 +38,7 @@ from pipelines.data.shards import (
     save_manifest,
     write_shards,
 )
-from pipelines.io import bulk, retry, storage
+from pipelines.io import ranged, retry, storage
 from tests.pipelines.s3_fixture import BUCKET, S3Server
 from tests.stack_fixture import start_stack, stop_stack
 
@@ -156,7 +156,7 @@ def test_a_body_that_trickles_is_given_up(
     monkeypatch: pytest.MonkeyPatch,
     read: Callable[[str], bytes],
 ) -> None:
-    monkeypatch.setattr(bulk, "part_limit_s", lambda length=0: 1.0)
+    monkeypatch.setattr(ranged, "part_limit_s", lambda length=0: 1.0)
     proxy.add(Rule(Drip(1000), method="GET", times=2))
     start = time.monotonic()
     assert len(read(f"{URL}/train-000000.tar")) == dataset[0].shards[0].bytes
