@@ -23,11 +23,10 @@ class Link:
 
 
 class Pace:
-    """Holds up whoever would pass more bytes than a link takes; counts those that passed."""
+    """Holds up whoever would pass more bytes than a link takes."""
 
     def __init__(self, link: Link | None) -> None:
         self.link = link
-        self.passed = 0
         self._begun = time.monotonic()
         self._free = self._begun
 
@@ -40,7 +39,6 @@ class Pace:
             begin = self._after_pause(max(time.monotonic(), self._free))
             self._free = begin + count / link.bytes_per_s
             await asyncio.sleep(self._free - time.monotonic())
-        self.passed += count
 
     def _after_pause(self, at: float) -> float:
         """The next moment from `at` on in which the link is open."""
