@@ -95,6 +95,10 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _handle
 
     def _PutObject(self, key: str, query: dict[str, list[str]], body: bytes) -> None:
+        if source := self.headers.get("x-amz-copy-source"):
+            self.store.objects[key] = self.store.objects[unquote(source).lstrip("/").partition("/")[2]]
+            self._answer(200, b"<CopyObjectResult></CopyObjectResult>")
+            return
         self.store.objects[key] = body
         self._answer(200, ETag=tag(body))
 
