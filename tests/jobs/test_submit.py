@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -220,9 +219,7 @@ def test_plain_submission_says_in_a_line_what_it_leaves_behind(stack: Stack, tmp
     environment = {name: value for name, value in full_env(stack).items() if name != "METEOR_STORAGE"}
     command = ["env", "-u", "METEOR_STORAGE", "python", "jobs/pretrain.py", "--recipe", "tiny"]
     ray = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--working-dir", str(ROOT), "--"]
-    done = subprocess.run(
-        [*ray, shlex.join(command)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run([*ray, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     line = next(line for line in done.stdout.splitlines() if line.startswith("error: run.storage is not set"))
     assert "python jobs/submit.py takes them along" in line

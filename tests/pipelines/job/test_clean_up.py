@@ -23,6 +23,7 @@ GONE, SILENT = "aa" * 28, "bb" * 28
 @pytest.fixture
 def temp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TMPDIR", str(tmp_path))  # for Ray's workers
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")  # paths of its sockets may have 107 characters at most
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
 
