@@ -60,8 +60,6 @@ NEVER_IN_THE_MODEL = {
     "deepspeed",
     "mlflow",
     "pyarrow",
-    "boto3",
-    "botocore",
     "fsspec",
     "tyro",
     "webdataset",
