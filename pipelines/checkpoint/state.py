@@ -34,6 +34,8 @@ RECIPE_FILE = "recipe.json"
 POINTS_FILE = "metrics.jsonl"
 PARITY_FILE = "parity.safetensors"
 ZERO3_TAG = "zero3"
+WEIGHT_FILE_BYTES = 2_000_000_000
+"""Most bytes of a weight file of a start model or an export: files are sent whole, so what fails goes again."""
 STATE_VERSION = 4
 READ_VERSIONS = (2, 3, 4)
 """2 held the loss of every step; up to 3 the shards held what is frozen."""

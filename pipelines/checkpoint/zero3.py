@@ -18,6 +18,7 @@ from transformers.initialization import no_init_weights
 
 from pipelines.checkpoint.lora import is_adapter
 from pipelines.checkpoint.start_weights import StartWeights, WeightsError
+from pipelines.checkpoint.state import WEIGHT_FILE_BYTES
 from pipelines.compat.deepspeed import import_deepspeed, whole_shape
 from pipelines.config.settings import PARTS, OptimizerSettings, Part, ScheduleSettings, SettingsError, TrainingSettings
 
@@ -73,7 +74,7 @@ def save_for_sharding(model: PreTrainedModel, directory: Path) -> None:
 
     By default transformers writes some towers (DINOv2, ViT) under the names of their published checkpoints.
     """
-    model.save_pretrained(directory, save_original_format=False)
+    model.save_pretrained(directory, save_original_format=False, max_shard_size=WEIGHT_FILE_BYTES)
 
 
 def load_sharded(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meteor_model.foreign import foreign
+from pipelines.checkpoint.state import WEIGHT_FILE_BYTES
 from pipelines.io.fingerprint import sha256, sha256_of_file
 from pipelines.io.local_disk import writing
 from pipelines.registry.tags import TOKENS_TAG
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 
 CHECKSUMS_FILE = "checksums.json"
 CARD_FILE = "README.md"
-SHARD_BYTES = 2_000_000_000
-"""Most bytes of a weight file: files go through MLflow's proxy whole, so what fails is sent again whole."""
 
 
 class ExportError(ValueError):
@@ -36,7 +35,10 @@ class ExportError(ValueError):
 
 
 def export_model(
-    model: MeteorForConditionalGeneration, processor: MeteorProcessor, folder: Path, shard_bytes: int = SHARD_BYTES
+    model: MeteorForConditionalGeneration,
+    processor: MeteorProcessor,
+    folder: Path,
+    shard_bytes: int = WEIGHT_FILE_BYTES,
 ) -> Path:
     """Write config, safetensors, processor, README and checksums into `folder`; it appears whole or not at all.
 

@@ -27,7 +27,7 @@ def after_training(given: Inputs) -> list[Use]:
         use("parity", "head", "temp", checkpoint, start, model),
         use("answer", "head", "ram", *process(), model, batch),
         use("answer", "head", "temp", model),
-        use("register", "head", "ram", *process()),
+        use("register", "head", "ram", *process(), model),  # it answers its own example first
         use("register", "head", "temp", model, packed),
         use("register", "store", "up", Term("the exported model, to MLflow", "e P", given.exported)),
     ]

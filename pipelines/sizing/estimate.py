@@ -11,6 +11,7 @@ module does; `docs/scaling.md` shows all of it for 7 billion parameters, and `be
 
 from __future__ import annotations
 
+from pipelines.checkpoint.state import WEIGHT_FILE_BYTES
 from pipelines.config.recipe import Recipe
 from pipelines.sizing.activations import Activations
 from pipelines.sizing.after_training import after_training
@@ -45,7 +46,8 @@ def estimate(
 
 
 def _largest_object(given: Inputs) -> Term:
-    shard = Term("the start model, one file", "4 P", 4 * given.size.total)
+    most = max(WEIGHT_FILE_BYTES, 4 * given.size.largest)
+    shard = Term("a weight file of the start model", "4 P, 2 GB at most", min(4 * given.size.total, most))
     optimizer = Term("a worker's file of a checkpoint", "12 L / W", 12 * given.size.learning / given.workers)
     return max(shard, optimizer, key=lambda term: term.amount)
 
