@@ -18,6 +18,9 @@ CARRIED = (
     "METEOR_PARTS_DIR",
     COMMIT_VARIABLE,
     # the object store (pipelines/io/s3_config.py)
+    "METEOR_S3_ADDRESSING",
+    "METEOR_S3_SSE",
+    "METEOR_S3_SSE_KMS_KEY",
     "AWS_ENDPOINT_URL",
     "AWS_ENDPOINT_URL_S3",
     "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS",
