@@ -17,7 +17,11 @@ def after_training(given: Inputs) -> list[Use]:
     start = Term("the start model, one copy", "4 P", given.whole)
     checkpoint = Term("the checkpoint", "12 L", given.checkpoint)
     packed = Term("the exported model, packed for MLflow", "e P", given.exported)
-    batch = Term("a batch of answers", "counted", float(given.activations.no_grad)) if given.activations else None
+    batch = (
+        Term("a batch of answers", "counted", float(given.activations.no_grad), bound=True)
+        if given.activations
+        else None
+    )
     return [
         use("export", "head", "ram", *process(), model, tensor),
         use("export", "head", "temp", checkpoint, start, model),

@@ -17,11 +17,13 @@ from pipelines.sizing.plan import plan_run
 from pipelines.sizing.table import size_text, table
 from pipelines.sizing.terms import Estimate, Place
 
-LARGE = 100_000_000
+LARGE = 1_000_000_000
 """Parameters from which activations and FLOPs are counted, too; it takes seconds, and a smaller model fits anyway."""
 SURE = 1.25
-"""Memory is estimated within 20 %: what takes more than so many times what is there is refused, less is doubted."""
+"""Memory is estimated within 20 %: what surely takes more than so many times what is there is refused. Less, and what
+only the longest samples take, is doubted."""
 
+ON_GPU: tuple[Place, ...] = ("gpu",)
 SAVES_GPU = (
     "training.micro_batch, training.gradient_checkpointing, more training.workers, training.zero3.offload or "
     "data.max_length"
@@ -101,7 +103,8 @@ def _memory(found: Estimate, node: Node, places: Sequence[Place]) -> Finding | N
     phase, need = found.peak_of(places, "ram")
     if need <= 0.9 * node.ram:
         return None
-    level: Literal["refused", "doubtful"] = "refused" if need > SURE * node.ram else "doubtful"
+    sure = found.peak_of(places, "ram", bounds=False)[1]
+    level: Literal["refused", "doubtful"] = "refused" if sure > SURE * node.ram else "doubtful"
     return Finding(
         level,
         f"{node.name} has {size_text(node.ram)} of memory, {phase} takes about {size_text(need)} there: give it more, "
@@ -110,7 +113,7 @@ def _memory(found: Estimate, node: Node, places: Sequence[Place]) -> Finding | N
 
 
 def _disk(found: Estimate, node: Node, places: Sequence[Place]) -> Finding | None:
-    phase, need = found.peak_of(places, "temp")
+    phase, need = found.peak_of(places, "temp", bounds=False)
     if need <= node.temp_free:
         return None
     return Finding(
@@ -128,7 +131,8 @@ def _gpu(found: Estimate, workers: Sequence[Node]) -> Iterator[Finding]:
     least = min(known, key=lambda node: node.gpu_memory or 0.0)
     assert least.gpu_memory is not None
     if need > 0.9 * least.gpu_memory:
-        level: Literal["refused", "doubtful"] = "refused" if need > SURE * least.gpu_memory else "doubtful"
+        sure = found.peak_of(ON_GPU, "gpu", bounds=False)[1]
+        level: Literal["refused", "doubtful"] = "refused" if sure > SURE * least.gpu_memory else "doubtful"
         has = size_text(least.gpu_memory)
         yield Finding(
             level, f"a GPU of {least.name} has {has}, {phase} takes about {size_text(need)}: change {SAVES_GPU}"

@@ -32,11 +32,13 @@ class Term:
         what: for people.
         formula: with the letters of `pipelines.sizing.estimate`.
         amount: bytes, or seconds.
+        bound: whether it is the most that the data may ask for, and not what usual samples take.
     """
 
     what: str
     formula: str
     amount: float
+    bound: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,15 +82,15 @@ class Estimate:
         """The most at a time, and in which phase: training, checkpoints and validation go on side by side."""
         return self.peak_of((place,), resource)
 
-    def peak_of(self, places: Collection[Place], resource: Resource) -> tuple[Phase, float]:
-        """The same of a machine that is several places."""
+    def peak_of(self, places: Collection[Place], resource: Resource, bounds: bool = True) -> tuple[Phase, float]:
+        """The same of a machine that is several places; without `bounds`, what it takes whatever the samples are."""
         groups: list[tuple[Phase, ...]] = [BESIDE, *((phase,) for phase in PHASES if phase not in BESIDE)]
-        found = [(group[0], self._at(group, places, resource)) for group in groups]
+        found = [(group[0], self._at(group, places, resource, bounds)) for group in groups]
         return max(found, key=lambda one: one[1])
 
-    def _at(self, phases: Collection[Phase], places: Collection[Place], resource: Resource) -> float:
+    def _at(self, phases: Collection[Phase], places: Collection[Place], resource: Resource, bounds: bool) -> float:
         uses = [one for one in self.uses if one.phase in phases and one.place in places and one.resource == resource]
-        terms = [term for one in uses for term in one.terms]
+        terms = [term for one in uses for term in one.terms if bounds or not term.bound]
         shared = {term.what: term.amount for term in terms if term.formula == ONCE}
         return sum(term.amount for term in terms if term.formula != ONCE) + sum(shared.values())
 

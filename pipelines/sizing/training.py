@@ -70,7 +70,8 @@ def _train(given: Inputs) -> list[Use]:
         node += _offloaded(given)
     else:
         node += [
-            Term(f"{given.on_node} x {one.what}", f"w ({one.formula})", given.on_node * one.amount) for one in states
+            Term(f"{given.on_node} x {one.what}", f"w ({one.formula})", given.on_node * one.amount, one.bound)
+            for one in states
         ]
     return [
         use("train", "head", "ram", *process(2)),  # the driver and Ray's controller
@@ -102,7 +103,9 @@ def _states(given: Inputs) -> list[Term]:
         Term("gathered weights", "b min(P, max_live + prefetch)", float(b * gathered)),
         Term("buckets of gradients", "2 b min(L, reduce_bucket)", 2.0 * b * min(size.learning, zero3.reduce_bucket)),
         Term("fp32 gradients of a sub-group", "4 min(L / W, 1e9)", 4 * min(share, SUB_GROUP)),
-        Term("activations of a micro-batch", "counted, all of max_length", float(live.peak)) if live else None,
+        Term("activations of a micro-batch", "counted, all of max_length", float(live.peak), bound=True)
+        if live
+        else None,
     ]
     if zero3.offload == "none" or not given.on_gpu:
         rows.insert(2, Term("optimizer, its share", "12 L / W", 12 * share))
@@ -125,7 +128,7 @@ def _offloaded(given: Inputs) -> list[Term]:
 
 def _checkpoint(given: Inputs) -> list[Use]:
     share = given.checkpoint * given.on_node / given.workers
-    parity = Term("logits of the parity batch", "4 micro-batch T V", float(_parity(given)))
+    parity = Term("logits of the parity batch", "4 micro-batch T V", float(_parity(given)), bound=True)
     count = given.checkpoints
     return [
         use("checkpoint", "node", "temp", Term("this node's part of a checkpoint", "12 L w / W", share), parity),
@@ -143,7 +146,7 @@ def _validation(given: Inputs) -> list[Use]:
     weights = Term("the model", "b P", float(given.weight_bytes * size.total))
     trained = Term("trained weights of the checkpoint, fp32", "4 L", 4.0 * size.learning)
     live = given.activations
-    batch = Term("a micro-batch without gradients", "counted", float(live.no_grad)) if live else None
+    batch = Term("a micro-batch without gradients", "counted", float(live.no_grad), bound=True) if live else None
     on_host = (*process(2, gpu), weights, trained, None if gpu else batch)
     down = Term(f"{given.validations} checkpoints", "12 L each", given.validations * given.checkpoint)
     return [

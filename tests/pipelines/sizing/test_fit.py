@@ -21,10 +21,11 @@ from pipelines.sizing.fit import check_fit, findings, summary
 from pipelines.sizing.layout import Layout
 from pipelines.sizing.limits import VALIDATION_FLOOR_S, validation_limit_s
 from pipelines.sizing.model_size import model_size
-from pipelines.sizing.terms import Estimate
+from pipelines.sizing.terms import Estimate, Place
 from pipelines.sizing.work import Work
 
 GB = 1e9
+GPU: tuple[Place, ...] = ("gpu",)
 LIVE = Activations(kept=8 * 10**9, forward=11 * 10**9, block=2 * 10**9, logits=6 * 10**9, no_grad=6 * 10**9)
 WORK = Work({"towers": 9.4e12, "projector": 0.06e12, "llm": 8.3e12}, 17e12, 0.0134e12, 12.6e12, 40)
 
@@ -86,6 +87,15 @@ def test_memory_within_the_uncertainty_is_doubted_and_not_refused() -> None:
     assert judged(at_size(), sized(), nodes) == []
     (text,) = judged(at_size(), sized(), nodes, "doubtful")
     assert f"{phase} takes about" in text
+
+
+def test_what_only_the_longest_samples_take_is_doubted_and_not_refused() -> None:
+    sure = sized().peak_of(GPU, "gpu", bounds=False)[1]
+    made = replace(sized(), uses=tuple(one for one in sized().uses if one.phase != "calibrate"))
+    nodes = (node(gpu_memory=0.5 * made.peak("gpu", "gpu")[1]), LARGE[1])
+    assert sure > made.peak_of(GPU, "gpu", bounds=False)[1]
+    assert judged(at_size(), made, nodes) == []
+    assert any("train takes about" in text for text in judged(at_size(), made, nodes, "doubtful"))
 
 
 def test_workers_that_leave_no_cpu_for_the_data_would_wait_for_ever() -> None:
