@@ -116,7 +116,7 @@ chaos: setup  ## Kill, cut and spoil everything on real servers and count the sa
 	@$(PY) -m benchmarks.chaos $(ARGS)
 
 rehearsal: $(PARTS_STAMP)  ## Whole jobs in bf16 and at 1 B parameters on the local stack, and what every phase takes: make rehearsal ARGS="--only small"
-	@$(PY) -m benchmarks.rehearsal $(ARGS)
+	@METEOR_PARTS_DIR="$(PARTS_DIR)" $(PY) -m benchmarks.rehearsal $(ARGS)
 
 bench-serve: setup  ## Measure serving with and without pruning and batching (about 10 minutes, quiet cores); writes benchmarks/results/serve.json
 	@$(PY) -m benchmarks.serve $(ARGS)
