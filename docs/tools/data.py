@@ -41,7 +41,9 @@ def _llava(work: Path) -> None:
     (work / "folder").mkdir()
     for number in range(IMAGES):
         color = list(COLORS)[number % len(COLORS)]
-        Image.new("RGB", (64, 64), COLORS[color]).save(work / "folder" / f"{number}.png")
+        image = Image.new("RGB", (64, 64), COLORS[color])
+        image.putpixel((0, 0), (number, 0, 0))  # no two alike: a held-out image must not be among those trained on
+        image.save(work / "folder" / f"{number}.png")
         turns = [
             {"from": "human", "value": "<image>\nWhat color is it?"},
             {"from": "gpt", "value": color},
