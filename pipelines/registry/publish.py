@@ -21,6 +21,7 @@ from pathlib import Path
 
 import mlflow
 import pandas as pd
+from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus
 from mlflow.models import Model, ModelSignature
 from mlflow.pyfunc import PythonModelContext
@@ -114,12 +115,19 @@ def register_model(
     logged = begin_model(registry, run_id, content_of(folder), all_tags)
     if logged.status != LoggedModelStatus.READY:
         _upload(folder, registry, logged, example, run_id)
-    call_mlflow(f"run {run_id}", lambda: client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)]))
+    call_mlflow(f"run {run_id}", lambda: _link(client, run_id, logged.model_id))
     description = (folder / CARD_FILE).read_text()
     version = registry.create_version(run_id=run_id, model_id=logged.model_id, tags=all_tags, description=description)
     for alias in aliases:
         move_alias(registry, alias, version)
     return RegisteredVersion(name, version, tuple(aliases), run_id, logged.model_id)
+
+
+def _link(client: MlflowClient, run_id: str, model_id: str) -> None:
+    """Name the model as an output of the run; MLflow refuses to be told twice, by an earlier try, too."""
+    outputs = client.get_run(run_id).outputs
+    if outputs is None or model_id not in {output.model_id for output in outputs.model_outputs}:
+        client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
 
 
 def _upload(folder: Path, registry: Registry, logged: LoggedModel, example: pd.DataFrame, run_id: str) -> None:
