@@ -56,7 +56,7 @@ def begin_model(registry: Registry, run_id: str, content: str, tags: Mapping[str
         lambda: list(client.search_logged_models([experiment], f"source_run_id = '{run_id}'")),
     )
     mine = [model for model in found if model.name == name and UPLOAD_TAG in model.tags]
-    taken = {item.model_id for item in registry.versions(run_id)}
+    taken = " ".join(f"{item.model_id} {item.source}" for item in registry.versions(run_id))
     for model in mine:
         pending = model.status == LoggedModelStatus.PENDING
         whole = model.status == LoggedModelStatus.READY and model.model_id not in taken
@@ -139,5 +139,5 @@ def _pull_file(model: PinnedModel, name: str, size: int, wanted: str | None, des
             return
     if sha256_of_file(path) != wanted:
         raise ExportError(
-            f"{name} of {model.address} was changed after the export (other sha256), however often it is read"
+            f"{model.address}: {name} was changed after the export (other sha256), however often it is read"
         )

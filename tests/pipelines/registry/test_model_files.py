@@ -160,7 +160,7 @@ def test_a_file_that_the_server_changed_is_named(server: Server, exported: Path,
     shutil.copy(stored, copy)
     stored.write_bytes(stored.read_bytes()[:-1] + b"?")
     model = PinnedModel(version.uri, Registry(server.uri, "files-test"), version.version)
-    with pytest.raises(ExportError, match=r"model\.safetensors of models:/files-test/\d+ was changed after the export"):
+    with pytest.raises(ExportError, match=r"models:/files-test/\d+: .*model\.safetensors was changed after the export"):
         pull_model(model, tmp_path / "pulled")
     shutil.copy(copy, stored)
     assert pull_model(model, tmp_path / "pulled")
