@@ -184,6 +184,7 @@ def no_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     object.__setattr__(manifest, "url", "somewhere")
     object.__setattr__(manifest, "sha256", "0")
     monkeypatch.setattr(run, "ensure_shards", lambda recipe: (manifest,))
+    monkeypatch.setattr(run, "_check_fit", lambda recipe, manifests: None)  # it asks a cluster
 
 
 @pytest.mark.usefixtures("no_shards")
