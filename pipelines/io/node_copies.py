@@ -38,6 +38,7 @@ from pipelines.io.node_locks import alone, alone_or_not, machine, own_disk, try_
 
 MOST_SHARE = 0.5
 UNUSED_S = 24 * 3600.0
+JOIN_S = 5.0
 TELL_S = 60.0
 """Seconds between two lines on a copy that is being brought."""
 _PREFIX = "meteor-copies"
@@ -325,7 +326,7 @@ class _Growth:
             yield
         finally:
             ended.set()
-            thread.join()
+            thread.join(JOIN_S)  # a look at a disk that hangs must not hold who has all it came for
 
     def _bytes(self) -> int:
         total = 0
