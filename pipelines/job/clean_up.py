@@ -29,7 +29,7 @@ def remove_copies_everywhere(run: RunFolder) -> int:
     removed, failed = 0, [asked[one][:12] for one in late]
     for one in done:
         try:
-            removed += ray.get(one)
+            removed += ray.get(one, timeout=WAIT_S)
         except ray.exceptions.RayError:  # the node has gone meanwhile
             failed.append(asked[one][:12])
     if failed:

@@ -70,7 +70,7 @@ def look_at_nodes() -> list[Node]:
         task = tasks.get(node["NodeID"])
         if not here and task not in done:
             continue
-        seen: _Machine = _look(has.get("GPU", 0) > 0) if here else ray.get(task)
+        seen: _Machine = _look(has.get("GPU", 0) > 0) if here else ray.get(task, timeout=ASKED_S)
         name = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
         counts = (has.get("CPU", 0.0), has.get("GPU", 0.0))
         found.append(Node(name, *counts, seen.ram, seen.temp, seen.temp_free, seen.gpu_memory, here))
