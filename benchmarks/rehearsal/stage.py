@@ -96,7 +96,7 @@ def open_stage(play: Play, folder: Path) -> Iterator[Stage]:
             "AWS_ENDPOINT_URL": proxies["store"].endpoint,
         }
         ray = started("ray", job, play.cpus)
-        environment = {**job, **services.stack_env(ray), "METEOR_LOG_DIR": str(folder / "logs")}
+        environment = {**job, **services.stack_env(ray), "METEOR_LOG_DIR": str(folder / "output")}
         yield Stage(folder, temp, environment, proxies)
 
 

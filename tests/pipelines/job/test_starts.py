@@ -121,6 +121,7 @@ def test_the_same_command_changes_nothing_of_a_run_that_another_job_holds(
     monkeypatch.setattr(run_module, "hold_run", held)
     monkeypatch.setattr(run_module, "check_places", lambda recipe: None)
     monkeypatch.setattr(run_module, "ensure_shards", lambda recipe: (MANIFEST,))
+    monkeypatch.setattr(run_module, "_check_fit", lambda recipe, manifests: None)  # it asks a cluster
     monkeypatch.setattr(run_module, "RunTracker", lambda *_, **__: pytest.fail("MLflow was told"))
     monkeypatch.setenv(COMMIT_VARIABLE, "other")
     with pytest.raises(RunInUseError):
