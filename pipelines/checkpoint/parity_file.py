@@ -61,7 +61,7 @@ class ParityBatch:
 
     def save(self, path: Path, precision: Precision) -> None:
         """Write it; `precision` is that of the model."""
-        tensors = {**self.inputs, "logits": self.logits.float()}
+        tensors = dict(self.inputs)
         if self.kept is not None:
             tensors[FUSE] = self.kept.fuse
             for name, boundaries in self.kept.encode.items():
@@ -71,7 +71,9 @@ class ParityBatch:
             names = list(sums)
             tensors[WEIGHTS + rounded_to] = torch.tensor(list(sums.values()), dtype=torch.int64)
         metadata = {"precision": precision, "parameters": json.dumps(names), "merged": json.dumps(self.merged)}
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
+        # Copied, since towers that keep all of theirs may share one tensor, which the format refuses under two names.
+        own = {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+        save_file({**own, "logits": self.logits.float().cpu().contiguous()}, path, metadata=metadata)
 
 
 def read_parity(path: Path) -> tuple[ParityBatch, Precision]:

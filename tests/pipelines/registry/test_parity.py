@@ -213,3 +213,15 @@ def test_what_earlier_versions_stored_of_a_parity_is_read() -> None:
     assert Parity.from_dict(2e-6, "exported.json") == Parity(2e-6)
     with pytest.raises(ValueError, match=r"exported\.json holds no parity"):
         Parity.from_dict({"difference": "much"}, "exported.json")
+
+
+def test_towers_that_keep_the_same_tokens_are_stored_each(tmp_path: Path) -> None:
+    whole_MN = torch.arange(4).expand(2, 4)  # one tensor under three names, and no row of its own
+    inputs = {"input_ids": whole_MN, "attention_mask": whole_MN, "pixel_values": torch.zeros(2, 3, 2, 2).byte()}
+    kept = GivenTokens({"clip": (whole_MN, whole_MN[:, :2]), "reader": (whole_MN,)}, whole_MN)
+    ParityBatch(inputs, torch.ones(2, 4, 5), kept).save(tmp_path / "parity", "fp32")
+    read = read_parity(tmp_path / "parity")[0].kept
+    assert read is not None
+    assert torch.equal(read.fuse, whole_MN)
+    assert torch.equal(read.encode["reader"][0], whole_MN)
+    assert torch.equal(read.encode["clip"][1], whole_MN[:, :2])
