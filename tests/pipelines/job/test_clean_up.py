@@ -66,7 +66,7 @@ def test_a_node_that_does_not_answer_is_said(
             assert address == RUN.url
             return f"task on {self.node}"
 
-    def get(task: str) -> int:
+    def get(task: str, timeout: float) -> int:
         if GONE in task:
             raise ray.exceptions.NodeDiedError("gone")
         return 3
