@@ -61,7 +61,7 @@ def realised(spent: Mapping[str, Sequence[float]], flops: Mapping[str, int], den
 
 #: Functions whose time is selection: scores, sorting, gathering, joining kept tokens to their prefix.
 SELECTION = {
-    "encode": {"importance", "mean_similarity", "select_top", "gather_tokens", "cat"},
+    "encode": {"importance", "mean_similarity", "top_indices", "refuse_nan", "gather_tokens", "cat"},
     "fuse": {"fuse_cooperatively"},
     "decode": {"score_layer", "_decide", "gather_tokens"},
 }

@@ -64,6 +64,16 @@ def _defaults(arguments: Sequence[str]) -> Plan:
     return Plan(recipe(job, name), cast(RecipeName, name), cast(JobName, job))
 
 
+def check(asked: Plan) -> None:
+    """What can be wrong before anything is computed. Raises ValueError."""
+    for name in ("nodes", "samples", "gigabytes", "text_tokens"):
+        value = getattr(asked, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"{name} is {value}; it must be above 0")
+    if asked.gpus_per_node is not None and asked.gpus_per_node < 0:
+        raise ValueError(f"gpus_per_node is {asked.gpus_per_node}; it must be at least 0")
+
+
 def planned(asked: Plan) -> Recipe:
     """The recipe with as many workers as the GPUs that are given."""
     settings, training = asked.settings, asked.settings.training
@@ -95,7 +105,7 @@ def run(asked: Plan) -> None:
         say("\n" + terms_text(found))
 
 
-JOB = Job("plan", Plan, run, __doc__, defaults=_defaults)
+JOB = Job("plan", Plan, run, __doc__, check=check, defaults=_defaults)
 
 if __name__ == "__main__":
     sys.exit(JOB.main())

@@ -24,6 +24,7 @@ import tomllib
 import venv
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,7 +62,7 @@ class Row:
 def declared() -> dict[str, str]:
     """Lower bound by package, of everything that pyproject.toml asks for."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    wanted = chain(project["dependencies"], *project["optional-dependencies"].values())
     found = (re.match(r"([\w.-]+)>=([\d.]+)", requirement) for requirement in wanted)
     return {match[1]: match[2] for match in found if match}
 

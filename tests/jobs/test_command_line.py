@@ -90,6 +90,7 @@ LINES = (
         failing=("list", "--tracking.uri", "http://u:secret@127.0.0.1:9"),
     ),
     Line("make_shards", ("openmoji", "--output", "x", "--varaints", "3"), "--variants", ("openmoji",), "--output"),
+    Line("plan", ("--nods", "2"), "--nodes", ("--nodes", "0"), "nodes is 0"),
     Line("submit", ("--addres", "x"), "--address", ("--address", "http://127.0.0.1:9"), "there is no command"),
     Line("make_parts", ("--outputt", "x"), "--output", ("dinov2-smal",), "did you mean 'dinov2-small'?"),
 )
