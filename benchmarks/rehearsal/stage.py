@@ -19,8 +19,10 @@ from typing import Any
 import psutil
 from PIL import Image
 
+from benchmarks.environment import environment
 from benchmarks.rehearsal.meter import Meter, Taken
 from benchmarks.rehearsal.plays import Command, Play
+from benchmarks.results_file import hardware
 from infra import services
 from infra.fault_proxy import FaultProxy
 from infra.services import Stack
@@ -81,7 +83,7 @@ def open_stage(play: Play, folder: Path) -> Iterator[Stage]:
         def started(name: str, settings: Mapping[str, str], num_cpus: int | None = None) -> Stack:
             """A service with a state of its own, so that it is told of the store by `settings` alone."""
             exits.callback(down, folder / name, purge=True)
-            with _environment(settings):
+            with environment({**os.environ, **settings}):
                 return up(folder / name, only=(name,), num_cpus=num_cpus, object_store_bytes=OBJECT_STORE_BYTES)
 
         stores = started("s3", {})
@@ -96,17 +98,13 @@ def open_stage(play: Play, folder: Path) -> Iterator[Stage]:
             "AWS_ENDPOINT_URL": proxies["store"].endpoint,
         }
         ray = started("ray", job, play.cpus)
-        environment = {**job, **services.stack_env(ray), "METEOR_LOG_DIR": str(folder / "output")}
-        yield Stage(folder, temp, environment, proxies)
+        seen = {**job, **services.stack_env(ray), "METEOR_LOG_DIR": str(folder / "output")}
+        yield Stage(folder, temp, seen, proxies)
 
 
 def machine() -> dict[str, Any]:
-    """Cores, memory and load."""
-    return {
-        "cores": os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "load_before": round(os.getloadavg()[0], 2),
-    }
+    """The machine, how busy it is, and its memory."""
+    return {**hardware(), "memory_gib": round(psutil.virtual_memory().total / 2**30, 1)}
 
 
 def _counts(proxy: FaultProxy) -> Any:
@@ -141,14 +139,3 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
