@@ -29,10 +29,15 @@ from jobs.environment import Carried, carried
 from pipelines.io.console import say
 from pipelines.io.git import COMMIT_VARIABLE, UNKNOWN_COMMIT, git_commit
 from pipelines.io.redact import redact_text
+from pipelines.io.retry import retry
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
+AGENT_S = 120.0
+"""Seconds that a cluster has, after its dashboard answers, until a node can take a job."""
+NO_AGENT = "No available agent"
+"""How Ray's dashboard says that nobody can take the job yet; nothing is submitted then."""
 AWAY_S = 600.0
 """Seconds for which the cluster may be away while its job is followed."""
 POLL_S = 2.0
@@ -133,15 +138,19 @@ def run(settings: Submit) -> int:
         raise ValueError(
             f"no dashboard of Ray answers at {settings.address}: is the cluster up, and can it be reached from here?"
         ) from error
-    job = client.submit_job(
-        entrypoint=shlex.join(settings.command),
-        submission_id=settings.submission_id or None,
-        runtime_env={"working_dir": str(ROOT), "env_vars": {**goes.variables, COMMIT_VARIABLE: commit}},
-        metadata={"commit": commit},
-        entrypoint_num_cpus=settings.driver_cpus or None,
-        entrypoint_num_gpus=settings.driver_gpus or None,
-        entrypoint_memory=int(settings.driver_memory_gb * 1e9) or None,
-    )
+
+    def submit() -> str:
+        return client.submit_job(
+            entrypoint=shlex.join(settings.command),
+            submission_id=settings.submission_id or None,
+            runtime_env={"working_dir": str(ROOT), "env_vars": {**goes.variables, COMMIT_VARIABLE: commit}},
+            metadata={"commit": commit},
+            entrypoint_num_cpus=settings.driver_cpus or None,
+            entrypoint_num_gpus=settings.driver_gpus or None,
+            entrypoint_memory=int(settings.driver_memory_gb * 1e9) or None,
+        )
+
+    job = retry(submit, f"submission to {settings.address}", retry_s=AGENT_S, transient=_has_no_agent_yet)
     say(f"  {'job':<14} {job} at {client.get_address()}")
     if not settings.wait:
         return 0
@@ -150,6 +159,11 @@ def run(settings: Submit) -> int:
     except KeyboardInterrupt:
         say(f"\nthe job goes on: `ray job logs --follow {job}` shows it, `ray job stop {job}` ends it")
         raise
+
+
+def _has_no_agent_yet(error: Exception) -> bool:
+    """A new cluster's dashboard answers some seconds before a node can take jobs."""
+    return isinstance(error, RuntimeError) and NO_AGENT in str(error)
 
 
 def _tell(goes: Carried, commit: str) -> None:

@@ -122,6 +122,35 @@ def test_a_cluster_that_does_not_answer_is_named(capfd: pytest.CaptureFixture[st
     assert "error: no dashboard of Ray answers at http://127.0.0.1:9" in capfd.readouterr().err
 
 
+class NewCluster:
+    """Its dashboard answers, and its nodes cannot take a job yet."""
+
+    def __init__(self, *answers: str) -> None:
+        self.answers = list(answers)
+
+    def get_address(self) -> str:
+        return "http://head:8265"
+
+    def submit_job(self, **_: Any) -> str:
+        answer = self.answers.pop(0)
+        if answer.startswith("job"):
+            return answer
+        raise RuntimeError(f"Request failed with status code 500: {answer}.")
+
+
+def test_a_cluster_whose_nodes_cannot_take_a_job_yet_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    no_agent = "No available agent to submit job, please try again later."
+    cluster = NewCluster(no_agent, no_agent, "job-1", "the entrypoint is bad", "job-2")
+    monkeypatch.setattr("ray.job_submission.JobSubmissionClient", lambda _: cluster)
+    assert JOB.main((*AT, "--no-wait", "--", "true")) == 0
+    assert "job-1 at http://head:8265" in capfd.readouterr().out
+    assert JOB.main((*AT, "--no-wait", "--", "true")) == 1
+    assert "the entrypoint is bad" in capfd.readouterr().err
+    assert cluster.answers == ["job-2"]  # any other refusal is final
+
+
 # --------------------------------------------------------------------------------------------------- while it runs
 
 
