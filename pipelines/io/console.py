@@ -3,7 +3,8 @@
 1. redirect   both standard streams of the driver process become a log file: what Python, native code and child
               processes write, and what Ray forwards from other processes, goes there
 2. mark       lines for people begin with a mark: those of the driver (`say`), those of any other process of the job
-              (`say_from_worker`), and warnings of this project's loggers
+              (`say_from_worker`), and warnings of this project's loggers; a process that does the driver's work
+              elsewhere hands its lines over (`handing_over`), and the driver shows them (`show`)
 3. follow     a thread reads the log as it grows and shows the marked lines on the terminal; a progress line is a bar
               there, and one line among others where the output is no terminal
 4. redact     secrets are hidden in marked lines as they are written, and in the whole log when the job ends: what
@@ -23,11 +24,11 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from pipelines.io.redact import redact_text
 
@@ -45,7 +46,15 @@ PROGRESS_EVERY_S = 60.0
 _MARKED = re.compile(r"\[meteor(?: (?P<done>\d+)/(?P<total>\d+))?\] ?(?P<text>.*)")
 
 _ROOT = Path(__file__).resolve().parents[2]
-_open: Console | None = None
+
+
+class _Lines(Protocol):
+    """What takes marked lines."""
+
+    def write(self, text: str) -> None: ...
+
+
+_open: _Lines | None = None
 
 
 def say(text: str) -> None:
@@ -72,6 +81,44 @@ def say_from_worker(text: str) -> None:
 def progress_from_worker(done: int, total: int, text: str) -> None:
     """The same as `progress`, for any process of the job but its driver."""
     _write_to_stdout(_marked(text, _progress_mark(done, total)))
+
+
+@dataclass(frozen=True)
+class _Handed:
+    """Gives marked lines to a function."""
+
+    put: Callable[[str], None]
+
+    def write(self, text: str) -> None:
+        self.put(text)
+
+
+@contextmanager
+def handing_over(put: Callable[[str], None]) -> Iterator[None]:
+    """Inside the block, in a process that does the driver's work elsewhere, `put` is given all that concerns people.
+
+    Args:
+        put: takes marked lines, for the driver to `show`.
+    """
+    global _open
+    before, _open = _open, _Handed(put)
+    handler = _show_warnings(say)
+    try:
+        with _python_warnings_shown():
+            yield
+    finally:
+        _open = before
+        for name in LOGGERS:
+            logging.getLogger(name).removeHandler(handler)
+
+
+def show(marked: str) -> None:
+    """Show what another process handed over; for the driver."""
+    if _open is None:
+        sys.stdout.write(_MARKED.sub(lambda found: found["text"], marked))
+        sys.stdout.flush()
+    else:
+        _open.write(marked)
 
 
 def _progress_mark(done: int, total: int) -> str:
@@ -268,7 +315,7 @@ class Console:
 
 def keep_log(url: str) -> None:
     """Have the job's log, where it has one, copied without secrets to a folder in storage when the job ends."""
-    if _open is not None:
+    if isinstance(_open, Console):
         _open.keep_at(url)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -80,43 +80,48 @@ class HeldoutAnswers:
 def answer_heldout(
     recipe: Recipe,
     run: RunFolder,
-    tracker: RunTracker,
     manifest: shards.Manifest,
     training: Training,
     ranks: dict[str, Any],
-    folder: Path,
-    pictures: Path,
+    device: str = "cpu",
 ) -> HeldoutAnswers:
-    """Ask the exported model held-out questions and draw what it keeps.
+    """Ask the exported model held-out questions and draw what it keeps; both are stored with the run.
 
-    Both are stored with the run and logged to MLflow. What an earlier start has done is brought from storage.
+    What an earlier start has done is taken from storage.
 
     Args:
         recipe: of the run.
-        run: its folder in storage.
-        tracker: of its MLflow run.
+        run: its folder in storage, with its export.
         manifest: of its first dataset.
         training: that was exported.
         ranks: content of `ranks.json`.
-        folder: the export.
-        pictures: a new folder, which is filled.
+        device: where the model runs.
     """
     done = completed(run.answers, training.exported)
     precision = recipe.export_precision
     if done is not None and done.get("asked_as") == ASKED_AS and done.get("precision", "fp32") == precision:
-        with local_copy(run.pictures) as earlier:
-            shutil.copytree(earlier, pictures)
         say("  answered by an earlier start")
         return HeldoutAnswers.from_dict(done, run.answers)
-    model, processor = load_model_and_processor(folder)
+    with local_copy(run.export) as folder:
+        model, processor = load_model_and_processor(folder)
+    model.to(device)
     split, positions = recipe.data.heldout_split, model.config.text_config.max_position_embeddings
     questions = read_questions(manifest, split, processor, recipe.data.heldout_samples, positions=positions)
     answers = _ask(model, processor, manifest, split, questions)
-    pictures.mkdir(parents=True)
-    for name, picture in draw_questions(model, processor, questions.asked, recipe.run.pictures):
-        picture.save(pictures / name)
-    _draw_training(run, training, ranks, pictures)
-    upload_folder(pictures, run.pictures)
+    with tempfile.TemporaryDirectory(prefix="meteor-pictures-") as name:
+        pictures = Path(name)
+        for file, picture in draw_questions(model, processor, questions.asked, recipe.run.pictures):
+            picture.save(pictures / file)
+        _draw_training(run, training, ranks, pictures)
+        upload_folder(pictures, run.pictures)
+    complete(run.answers, training.exported, {**answers.to_dict(), "asked_as": ASKED_AS, "precision": precision})
+    return answers
+
+
+def log_answers(
+    tracker: RunTracker, training: Training, ranks: dict[str, Any], answers: HeldoutAnswers, pictures: Path
+) -> None:
+    """Log what a run has answered, its pictures and what was dropped to MLflow."""
     tracker.log_files(pictures, PICTURES_FOLDER)
     tracker.log_documents(
         {
@@ -125,8 +130,6 @@ def answer_heldout(
             "dropped_samples.json": [dropped.to_dict() for dropped in training.last.state.dropped_samples],
         }
     )
-    complete(run.answers, training.exported, {**answers.to_dict(), "asked_as": ASKED_AS, "precision": precision})
-    return answers
 
 
 def _draw_training(run: RunFolder, training: Training, ranks: dict[str, Any], pictures: Path) -> None:

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,14 +103,11 @@ def _solved_and_written(
 
 
 def export_run(
-    recipe: Recipe, run: RunFolder, manifest: shards.Manifest, checkpoint: CheckpointRef, folder: Path
-) -> Parity:
-    """Export a run's checkpoint as its `export/` and to `folder`; where an earlier start has done that, bring it.
+    recipe: Recipe, run: RunFolder, manifest: shards.Manifest, checkpoint: CheckpointRef, device: str = "cpu"
+) -> Exported:
+    """Export a run's checkpoint as its `export/`; what an earlier start has exported is checked and taken.
 
     One of another precision than the recipe asks for now is made anew.
-
-    Returns:
-        Its parity (`Exported`).
 
     Raises:
         ExportError: an earlier export that is not whole.
@@ -119,11 +116,11 @@ def export_run(
     precision = recipe.export_precision
     done = completed(run.exported, checkpoint)
     if done is not None and (parity := Parity.from_dict(done["parity"], run.exported)).exported == precision:
-        with local_copy(run.export) as exported:
-            shutil.copytree(exported, folder)
-        verify_checksums(folder)
+        with local_copy(run.export) as folder:
+            verify_checksums(folder)
+            config = MeteorConfig.from_pretrained(folder)
         say("  exported by an earlier start")
-        return parity
+        return Exported(config, parity)
 
     def prompts(model: MeteorForConditionalGeneration, processor: MeteorProcessor) -> Sequence[Question]:
         positions = model.config.text_config.max_position_embeddings
@@ -133,25 +130,27 @@ def export_run(
         return found.asked
 
     try:
-        exported_now = export_checkpoint(
-            run,
-            checkpoint.url,
-            prompts,
-            folder,
-            run.export,
-            precision=precision,
-            tolerance=recipe.tracking.parity_tolerance,
-        )
+        with tempfile.TemporaryDirectory(prefix="meteor-export-") as name:
+            exported = export_checkpoint(
+                run,
+                checkpoint.url,
+                prompts,
+                Path(name) / "model",
+                run.export,
+                precision=precision,
+                tolerance=recipe.tracking.parity_tolerance,
+                device=device,
+            )
     except sealed.DamagedFileError as error:
         raise CheckpointError(
             f"{error}. Where an older checkpoint is kept, --run.resume-step trains on from it; --run.export best takes "
             "the best validated one"
         ) from error
-    decode = exported_now.config.pruning.decode
+    decode = exported.config.pruning.decode
     if decode.enabled and decode.target_mean is not None:
         say(f"  lambda {decode.lam:.4g} for a mean of {decode.target_mean:g} visual tokens")
-    complete(run.exported, checkpoint, {"parity": exported_now.parity.to_dict()})
-    return exported_now.parity
+    complete(run.exported, checkpoint, {"parity": exported.parity.to_dict()})
+    return exported
 
 
 def completed(url: str, checkpoint: CheckpointRef) -> dict[str, Any] | None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from mlflow.entities.model_registry import ModelVersion
 
 from pipelines.checkpoint.committed import CheckpointRef
+from pipelines.checkpoint.local import local_copy
 from pipelines.checkpoint.state import POINTS_FILE
 from pipelines.config.recipe import Recipe
 from pipelines.data import shards
@@ -72,14 +72,14 @@ class TrainedRun:
     started_from: str | None = None
 
 
-def register_run(trained: TrainedRun, folder: Path, answers: HeldoutAnswers) -> RegisteredVersion:
+def register_run(trained: TrainedRun, export_url: str, answers: HeldoutAnswers) -> RegisteredVersion:
     """A version in the registry with its card and its score, under the alias `latest-JOB`.
 
     A new one, or the one that an earlier start made of this run's checkpoint. The alias moves last.
 
     Args:
         trained: what is registered.
-        folder: its export.
+        export_url: folder of its export in storage.
         answers: with its score.
     """
     tracking, run_id = trained.recipe.tracking, trained.run_id
@@ -96,7 +96,10 @@ def register_run(trained: TrainedRun, folder: Path, answers: HeldoutAnswers) -> 
     score, suite = answers.score, answers.suite
     if not found:
         tags = _version_tags(trained)
-        return publish_version(folder, registry, run_id=run_id, tags=tags, score=score, suite=suite, aliases=(alias,))
+        with local_copy(export_url) as folder:
+            return publish_version(
+                folder, registry, run_id=run_id, tags=tags, score=score, suite=suite, aliases=(alias,)
+            )
     number, model_id = int(found[-1].version), str(found[-1].source).removeprefix("models:/")
     say(f"  registered by an earlier start as version {number}")
     if score is not None and score.suite not in stored_scores(found[-1]):

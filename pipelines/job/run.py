@@ -14,16 +14,15 @@ what was kept and registers the model.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from meteor_model.configuration_meteor import MeteorConfig
 from pipelines.checkpoint.committed import latest_checkpoint
+from pipelines.checkpoint.local import local_copy
 from pipelines.config.recipe import Recipe
 from pipelines.config.settings import SettingsError
 from pipelines.data import shards
@@ -31,20 +30,22 @@ from pipelines.io import storage
 from pipelines.io.console import keep_log, say
 from pipelines.io.run_folder import RunFolder, run_folder
 from pipelines.io.storage_check import require_access
-from pipelines.job.answers import HeldoutAnswers, answer_heldout
+from pipelines.job.answers import HeldoutAnswers, answer_heldout, log_answers
 from pipelines.job.assemble import MetricsRun
 from pipelines.job.clean_up import remove_copies_everywhere
 from pipelines.job.datasets import ensure_shards
 from pipelines.job.export import export_run
 from pipelines.job.names import ChosenRun, JobName, RunFacts, choose_run, load_facts, store_facts
+from pipelines.job.phase_task import Reservation, on_device, reserve, run_task
 from pipelines.job.register import TrainedRun, register_run, undelivered_points
-from pipelines.job.start import loaded_parts, prepare_start
+from pipelines.job.start import loaded_parts, needs_local_files, prepare_start
 from pipelines.job.starts import Start, add_start, shown_starts, start_tags
 from pipelines.job.summary import build_summary, load_summary, store_summary, summary_text
 from pipelines.job.train import train
 from pipelines.recovery.lease import Lease, hold_run
 from pipelines.registry.versions import pin_model
 from pipelines.sizing.fit import check_fit
+from pipelines.sizing.terms import Estimate, Phase
 from pipelines.tracking.metric_logger import MetricLogger
 from pipelines.tracking.mlflow_run import RunRequest
 from pipelines.tracking.run_tracker import RunTracker
@@ -80,6 +81,7 @@ class Run:
         manifests: of its datasets, in their order.
         tracker: of its MLflow run.
         starts: every start of it, this one last.
+        estimate: of its size.
     """
 
     recipe: Recipe
@@ -90,6 +92,11 @@ class Run:
     manifests: Sequence[shards.Manifest]
     tracker: RunTracker
     starts: Sequence[Start]
+    estimate: Estimate
+
+    def needs(self, *phases: Phase) -> Reservation:
+        """What the task of these phases reserves."""
+        return reserve(self.recipe, self.estimate, *phases)
 
 
 def run_job(recipe: Recipe, job: JobName) -> dict[str, Any]:
@@ -106,16 +113,16 @@ def run_job(recipe: Recipe, job: JobName) -> dict[str, Any]:
         if chosen.facts.has_made(recipe):
             say(f"run {chosen.name} is finished; choose another --run.name to train again")
             return load_summary(recipe, run_folder(recipe.run.storage, chosen.name))
-        _check_fit(recipe, manifests)
+        size = _check_fit(recipe, manifests)
     # Before anything of the run is written: the records of one that another job works on stay as they are.
     with hold_run(run_folder(recipe.run.storage, chosen.name).url, f"run {chosen.name!r}") as lease:
-        return _work(_open(recipe, job, _as_claimed(recipe, chosen), manifests), lease, phases)
+        return _work(_open(recipe, job, _as_claimed(recipe, chosen), manifests, size), lease, phases)
 
 
-def _check_fit(recipe: Recipe, manifests: Sequence[shards.Manifest]) -> None:
-    """Refuse what the cluster has no room for, before anything is built. Raises SettingsError."""
+def _check_fit(recipe: Recipe, manifests: Sequence[shards.Manifest]) -> Estimate:
+    """The size of the run; what the cluster has no room for is refused before anything is built, as SettingsError."""
     splits = [info for manifest in manifests for info in manifest.split(recipe.data.train_split)]
-    check_fit(recipe, sum(info.samples for info in splits), sum(info.bytes for info in splits))
+    return check_fit(recipe, sum(info.samples for info in splits), sum(info.bytes for info in splits))
 
 
 def _as_claimed(recipe: Recipe, chosen: ChosenRun) -> ChosenRun:
@@ -192,20 +199,26 @@ def _how_to_go_on(run: Run, phases: Phases) -> str:
 
 
 def _phases(run: Run, lease: Lease, phases: Phases) -> tuple[dict[str, Any], HeldoutAnswers]:
-    """All phases after the first: the summary, and the held-out answers."""
-    recipe, tracker, manifest = run.recipe, run.tracker, run.manifests[0]
+    """All phases after the first: the summary, and the held-out answers.
+
+    What holds a whole model is a task on a node with room for it; the driver holds none.
+    """
+    recipe, tracker, folder, manifest = run.recipe, run.tracker, run.folder, run.manifests[0]
     with phases("calibrate", "start model, ranks of the feature maps, budgets"):
-        ranks = prepare_start(recipe, manifest, run.folder, run.facts.started_from)
+        with_room = partial(run_task, name="start model", needs=run.needs("calibrate"), here=needs_local_files(recipe))
+        ranks = prepare_start(recipe, manifest, folder, run.facts.started_from, with_room)
         _tell_of_start(run, ranks)
     with phases("train", f"{recipe.training.workers} workers, ZeRO-3"):
         metrics_run = MetricsRun(recipe.tracking.uri, tracker.run_id)
         training = train(recipe, run.manifests, run.name, metrics_run, lease)
-    with tempfile.TemporaryDirectory(prefix="meteor-export-") as name:
-        folder, pictures = Path(name) / "model", Path(name) / "pictures"
-        with phases("export", "consolidate, solve lambda, reload, compare logits"):
-            parity = export_run(recipe, run.folder, manifest, training.exported, folder)
-        with phases("answer", "held-out questions, pictures of the kept tokens"):
-            answers = answer_heldout(recipe, run.folder, tracker, manifest, training, ranks, folder, pictures)
+    with phases("export", "consolidate, solve lambda, reload, compare logits"):
+        export = partial(on_device, export_run, recipe, folder, manifest, training.exported)
+        exported = run_task(export, "export", run.needs("export", "parity"))
+    with phases("answer", "held-out questions, pictures of the kept tokens"):
+        answer = partial(on_device, answer_heldout, recipe, folder, manifest, training, ranks)
+        answers = run_task(answer, "answer", run.needs("answer"))
+    with local_copy(folder.pictures) as pictures:
+        log_answers(tracker, training, ranks, answers, pictures)
         with phases("register", f"{recipe.tracking.registered_model} in MLflow"):
             tracker.log_points(undelivered_points(training.last))
             mlflow_run_id = tracker.deliver().run_id
@@ -216,21 +229,15 @@ def _phases(run: Run, lease: Lease, phases: Phases) -> tuple[dict[str, Any], Hel
                 mlflow_run_id,
                 run.facts.commit,
                 training,
-                parity,
+                exported.parity,
                 run.manifests,
                 run.starts,
                 run.facts.started_from,
             )
-            version = register_run(trained, folder, answers)
-        summary = build_summary(
-            trained,
-            answers,
-            version,
-            ranks=ranks,
-            config=MeteorConfig.from_pretrained(folder),
-            wall_s=phases.seconds,
-        )
-        store_summary(recipe, run.folder, summary, pictures)
+            register = partial(register_run, trained, folder.export, answers)
+            version = run_task(register, "register", run.needs("register"))
+        summary = build_summary(trained, answers, version, ranks=ranks, config=exported.config, wall_s=phases.seconds)
+        store_summary(recipe, folder, summary, pictures)
     return summary, answers
 
 
@@ -270,7 +277,7 @@ def check_places(recipe: Recipe) -> None:
         say(f"  {error}\n  its records are kept with the run until it answers")
 
 
-def _open(recipe: Recipe, job: JobName, chosen: ChosenRun, manifests: Sequence[shards.Manifest]) -> Run:
+def _open(recipe: Recipe, job: JobName, chosen: ChosenRun, manifests: Sequence[shards.Manifest], size: Estimate) -> Run:
     """The run's file in storage, and its MLflow run, new or opened again, or to be opened when MLflow is there.
 
     The file is written first: what a start that dies here has made, the next one finds.
@@ -319,7 +326,7 @@ def _open(recipe: Recipe, job: JobName, chosen: ChosenRun, manifests: Sequence[s
         f"  run {name} ({'continued' if chosen.continued else 'new'}), "
         f"MLflow run {tracker.run_id or '(when MLflow is there)'}",
     )
-    return Run(recipe, job, name, folder, facts, manifests, tracker, starts)
+    return Run(recipe, job, name, folder, facts, manifests, tracker, starts, size)
 
 
 def _pin_start(recipe: Recipe, chosen: ChosenRun, folder: RunFolder) -> RunFacts:

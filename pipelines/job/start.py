@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,6 +19,7 @@ import torch
 
 from meteor_model.architectures import LLM_PART, build_config
 from meteor_model.chat import IMAGE_PLACEHOLDER
+from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.image_processing_meteor import MeteorImageProcessor
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
@@ -42,8 +45,33 @@ from pipelines.registry.versions import PinnedModel, pin_model
 TOKENIZER_TEXTS = 20_000
 
 
+@dataclass(frozen=True)
+class StoredStart:
+    """What a run starts from, as it was stored.
+
+    Attributes:
+        config: of the model, without budgets.
+        parameters: their number.
+        parts: name, source, size and checksum of the pretrained parts.
+        sums: of the files in `init/`.
+    """
+
+    config: MeteorConfig
+    parameters: int
+    parts: list[dict[str, Any]]
+    sums: dict[str, sealed.FileSum]
+
+
+Build = Callable[[], StoredStart]
+"""Builds and stores a start model: the one part of this module that holds it in memory."""
+
+
 def prepare_start(
-    recipe: Recipe, manifest: shards.Manifest, run: RunFolder, started_from: str | None = None
+    recipe: Recipe,
+    manifest: shards.Manifest,
+    run: RunFolder,
+    started_from: str | None = None,
+    within: Callable[[Build], StoredStart] = lambda build: build(),
 ) -> dict[str, Any]:
     """Make sure that `init/` and `ranks.json` of a run exist; what an earlier start completed is kept.
 
@@ -52,6 +80,7 @@ def prepare_start(
         manifest: of its first dataset.
         run: its folder.
         started_from: what `model.start` named when the run was begun; None takes what it names now.
+        within: calls what it is given, here or where there is room for a whole model.
 
     Returns: the content of `ranks.json`.
 
@@ -60,15 +89,9 @@ def prepare_start(
     """
     if storage.exists(run.init_ready):
         return sealed.read_document(run.ranks)
-    loaded: list[LoadedPart] = []
-    if recipe.model.start:
-        model, processor = _pulled(recipe, started_from or recipe.model.start)
-    else:
-        model, processor, loaded = _built(recipe, manifest)
-    parts = [{**asdict(part), "dropped": len(part.dropped)} for part in loaded]
-    sums = _store_start(model, processor, parts, run)
+    stored = within(partial(store_start, recipe, manifest, run, started_from))
     report = _measure_ranks(recipe, manifest, run)
-    config = model.config.with_pruning(recipe.pruning, report.expected(recipe.pruning.encode.rank_estimator))
+    config = stored.config.with_pruning(recipe.pruning, report.expected(recipe.pruning.encode.rank_estimator))
     ranks = {
         **report.to_dict(),
         "estimator": recipe.pruning.encode.rank_estimator,
@@ -79,13 +102,31 @@ def prepare_start(
     with tempfile.TemporaryDirectory(prefix="meteor-start-") as name:
         config.save_pretrained(name)
         storage.write_bytes(run.init_config, (Path(name) / "config.json").read_bytes())
-        sealed.write_list(run.init, {**sums, **sealed.sums_of(Path(name))})
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    sealed.write_document(run.init_ready, {"parameters": parameters, "parts": parts})
+        sealed.write_list(run.init, {**stored.sums, **sealed.sums_of(Path(name))})
+    sealed.write_document(run.init_ready, {"parameters": stored.parameters, "parts": stored.parts})
     return ranks
 
 
-def _store_start(
+def store_start(
+    recipe: Recipe, manifest: shards.Manifest, run: RunFolder, started_from: str | None = None
+) -> StoredStart:
+    """Build or pull the start model of a run and store it; arguments and errors as `prepare_start`."""
+    loaded: list[LoadedPart] = []
+    if recipe.model.start:
+        model, processor = _pulled(recipe, started_from or recipe.model.start)
+    else:
+        model, processor, loaded = _built(recipe, manifest)
+    parts = [{**asdict(part), "dropped": len(part.dropped)} for part in loaded]
+    sums = _store(model, processor, parts, run)
+    return StoredStart(model.config, sum(parameter.numel() for parameter in model.parameters()), parts, sums)
+
+
+def needs_local_files(recipe: Recipe) -> bool:
+    """Whether the start model is built from files on the driver's machine: pretrained parts."""
+    return not recipe.model.start and bool(recipe.model.pretrained().weights)
+
+
+def _store(
     model: MeteorForConditionalGeneration, processor: MeteorProcessor, parts: list[dict[str, Any]], run: RunFolder
 ) -> dict[str, sealed.FileSum]:
     """Write the model with its processor as `init/`, and the processor apart from the weights.

@@ -143,11 +143,14 @@ class Holding:
     resources: Mapping[str, float]
 
 
-def waiting_line(needs: str, wanted: Collection[str] = ("CPU", "GPU")) -> str:
-    """What workers that wait for room need, what is free, and who holds the rest."""
+WORKERS_WAIT = "the workers wait for room in the cluster: they need"
+
+
+def waiting_line(needs: str, wanted: Collection[str] = ("CPU", "GPU"), wait: str = WORKERS_WAIT) -> str:
+    """What workers, or others, that wait for room need, what is free, and who holds the rest."""
     free = {name: amount for name, amount in ray.available_resources().items() if name in wanted}
     held = holdings_text(current_holdings(), wanted)
-    return f"the workers wait for room in the cluster: they need {needs}; free: {free or 'nothing'}; held by: {held}"
+    return f"{wait} {needs}; free: {free or 'nothing'}; held by: {held}"
 
 
 def holdings_text(holdings: Iterable[Holding], wanted: Collection[str]) -> str:

@@ -1,10 +1,11 @@
 """Memory, disk and traffic after the last step: export, parity, held-out answers, registration.
 
-Each runs in one process, which holds one model at a time. Letters as in `pipelines.sizing.estimate`.
+Each is a task in a process of its own, which holds one model at a time. Letters as in `pipelines.sizing.estimate`.
 """
 
 from __future__ import annotations
 
+from pipelines.sizing.baseline import CUDA_CONTEXT
 from pipelines.sizing.inputs import Inputs
 from pipelines.sizing.terms import Term, Use, use
 from pipelines.sizing.training import process
@@ -22,16 +23,29 @@ def after_training(given: Inputs) -> list[Use]:
         if given.activations
         else None
     )
+    on_host = None if given.on_gpu else batch
     return [
-        use("export", "head", "ram", *process(), model, tensor),
-        use("export", "head", "temp", checkpoint, start, model),
+        *(_on_gpu(model, batch) if given.on_gpu else ()),
+        use("export", "task", "ram", *process(1, given.on_gpu), model, tensor),
+        use("export", "task", "temp", checkpoint, start, model),
         use("export", "store", "down", checkpoint, start),
         use("export", "store", "up", model),
-        use("parity", "head", "ram", *process(), model, batch),
-        use("parity", "head", "temp", checkpoint, start, model),
-        use("answer", "head", "ram", *process(), model, batch),
-        use("answer", "head", "temp", model),
-        use("register", "head", "ram", *process(), model),  # it answers its own example first
-        use("register", "head", "temp", model, packed),
+        use("parity", "task", "ram", *process(1, given.on_gpu), model, on_host),
+        use("parity", "task", "temp", checkpoint, start, model),
+        use("answer", "task", "ram", *process(1, given.on_gpu), model, on_host),
+        use("answer", "task", "temp", model),
+        use("answer", "store", "down", model),
+        use("register", "task", "ram", *process(), model),  # it answers its own example first
+        use("register", "task", "temp", model, packed),
         use("register", "store", "up", Term("the exported model, to MLflow", "e P", given.exported)),
+    ]
+
+
+def _on_gpu(model: Term, batch: Term | None) -> list[Use]:
+    """The task has a GPU of its own: lambda is solved, logits are compared and questions are answered there."""
+    context = Term("CUDA context", "1 GB (assumed)", CUDA_CONTEXT)
+    return [
+        use("export", "gpu", "gpu", context, model, batch),
+        use("parity", "gpu", "gpu", context, model, batch),
+        use("answer", "gpu", "gpu", context, model, batch),
     ]

@@ -38,8 +38,8 @@ class Finding:
     text: str
 
 
-def check_fit(recipe: Recipe, samples: int, data_bytes: int, tell: Callable[[str], None] = say) -> None:
-    """Compare a run with the cluster that this process is connected to; one line where it fits.
+def check_fit(recipe: Recipe, samples: int, data_bytes: int, tell: Callable[[str], None] = say) -> Estimate:
+    """The size of a run, compared with the cluster that this process is connected to; one line where it fits.
 
     Raises:
         SettingsError: naming what does not fit, with both numbers and the settings to change.
@@ -58,6 +58,7 @@ def check_fit(recipe: Recipe, samples: int, data_bytes: int, tell: Callable[[str
         tell(f"  warning: {one.text}")
     if not judged:
         tell(f"  fits      {summary(found, nodes)}")
+    return found
 
 
 def _training_nodes(recipe: Recipe, nodes: Sequence[Node]) -> int:
@@ -77,8 +78,14 @@ def findings(recipe: Recipe, found: Estimate, nodes: Sequence[Node]) -> Iterator
     """Everything that does not fit these nodes, or may not."""
     yield from _counts(recipe, nodes)
     workers = [node for node in nodes if node.gpus] if recipe.training.uses_gpu else nodes
+    disk = found.peak("task", "temp")[1]
+    roomiest = max(nodes, key=lambda node: (node.temp_free >= disk, node.ram))  # for the tasks of the phases
     for node in nodes:
-        places: list[Place] = [*(("head",) if node.head else ()), *(("node",) if node in workers else ())]
+        places: list[Place] = [
+            *(("head",) if node.head else ()),
+            *(("task",) if node is roomiest else ()),
+            *(("node",) if node in workers else ()),
+        ]
         for need in (_memory(found, node, places), _disk(found, node, places)):
             if need is not None:
                 yield need
@@ -170,9 +177,9 @@ def _validation(recipe: Recipe, found: Estimate, nodes: Sequence[Node]) -> Itera
 
 def summary(found: Estimate, nodes: Sequence[Node]) -> str:
     """Peaks beside what is there, on one line."""
-    places: list[Place] = ["head", "node"]
+    places: list[Place] = ["head", "task", "node"]
     if len(nodes) > 1:
-        places = ["node"]
+        places = ["task", "node"]
     ram, temp = found.peak_of(places, "ram")[1], found.peak_of(places, "temp")[1]
     has, free = min(node.ram for node in nodes), min(node.temp_free for node in nodes)
     many = f"{len(nodes)} node{'s' if len(nodes) > 1 else ''}"

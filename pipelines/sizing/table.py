@@ -8,7 +8,8 @@ from pipelines.sizing.terms import PHASES, Estimate, Phase, Place, Resource
 
 COLUMNS: tuple[tuple[str, Place, Resource], ...] = (
     ("head RAM", "head", "ram"),
-    ("head temp", "head", "temp"),
+    ("task RAM", "task", "ram"),
+    ("task temp", "task", "temp"),
     ("node RAM", "node", "ram"),
     ("node temp", "node", "temp"),
     ("GPU", "gpu", "gpu"),
@@ -62,7 +63,7 @@ def terms_text(found: Estimate) -> str:
 
 def _row(found: Estimate, phase: Phase) -> list[str]:
     cells = [size_text(found.total(phase, place, resource)) for _, place, resource in COLUMNS]
-    seconds = sum(found.total(phase, place, "time") for place in ("head", "node"))
+    seconds = sum(found.total(phase, place, "time") for place in ("task", "node"))
     return [phase, *cells, time_text(seconds)]
 
 

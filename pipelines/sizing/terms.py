@@ -15,8 +15,8 @@ PHASES: tuple[Phase, ...] = (
 )
 BESIDE: tuple[Phase, ...] = ("train", "checkpoint", "validation")
 """Phases that go on at the same time."""
-Place = Literal["head", "node", "gpu", "store"]
-"""The driver's machine; each machine that works; each GPU; the object store."""
+Place = Literal["head", "task", "node", "gpu", "store"]
+"""The driver's machine; the one that Ray chooses for a phase; each that trains; each GPU; the object store."""
 Resource = Literal["ram", "gpu", "temp", "up", "down", "time"]
 """Peak of memory, of GPU memory, of the temporary folder; bytes to and from the store; seconds."""
 
@@ -105,7 +105,7 @@ class Estimate:
         """Plain values: every term, and the peaks."""
         peaks = {
             f"{place} {resource}": dict(zip(("phase", "amount"), self.peak(place, resource), strict=True))
-            for place in ("head", "node", "gpu")
+            for place in ("head", "task", "node", "gpu")
             for resource in ("ram", "gpu", "temp")
             if self.peak(place, resource)[1]
         }

@@ -21,11 +21,13 @@ def times(given: Inputs) -> list[Use]:
         recipe.calibration.samples * work.unpruned / (one_gpu if given.on_gpu else one_cpu * recipe.data.data_task_cpus)
     )
     held = recipe.data.heldout_samples
-    answers = held * (work.answer + given.layout.answer_tokens * work.step) / one_cpu
+    cores = max(1, round(recipe.training.cpus_per_worker * recipe.training.workers))  # those that the task reserves
+    answering = one_gpu if given.on_gpu else one_cpu * cores
+    answers = held * (work.answer + given.layout.answer_tokens * work.step) / answering
     return [
         use(
             "calibrate",
-            "head",
+            "task",
             "time",
             Term("the start model to the store, and back", "8 P / store", 2 * given.whole / store),
             Term("ranks", "images x FLOPs / speed", ranks),
@@ -40,7 +42,7 @@ def times(given: Inputs) -> list[Use]:
         use("validation", "node", "time", *validation_time(given, work)),
         use(
             "export",
-            "head",
+            "task",
             "time",
             Term(
                 "checkpoint and start model from the store",
@@ -49,8 +51,8 @@ def times(given: Inputs) -> list[Use]:
             ),
             Term("the model to the store", "e P / store", given.exported / store),
         ),
-        use("answer", "head", "time", Term("held-out questions, on one CPU core", "M FLOPs / speed", answers)),
-        use("register", "head", "time", Term("the model to MLflow", "e P / store", given.exported / store)),
+        use("answer", "task", "time", Term("held-out questions", "M FLOPs / speed", answers)),
+        use("register", "task", "time", Term("the model to MLflow", "e P / store", given.exported / store)),
     ]
 
 

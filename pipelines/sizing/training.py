@@ -24,7 +24,7 @@ def process(count: int = 1, gpu: bool = False) -> tuple[Term | None, ...]:
 
 
 def before_training(given: Inputs) -> list[Use]:
-    """`prepare` and `calibrate`: the start model is built on the head, ranks are measured by tasks."""
+    """`prepare` and `calibrate`: the start model is built by a task, ranks are measured by tasks."""
     recipe, whole = given.recipe, given.whole
     started = recipe.model.start is not None
     gpu = given.on_gpu
@@ -32,8 +32,8 @@ def before_training(given: Inputs) -> list[Use]:
     batch = recipe.calibration.batch * 3 * _side(given) ** 2
     return [
         use("prepare", "head", "ram", *process()),
-        use("calibrate", "head", "ram", *process(), Term("the start model, fp32", "4 P", whole)),
-        use("calibrate", "head", "temp", Term("the start model, to be uploaded", "4 P", whole), pulled),
+        use("calibrate", "task", "ram", *process(), Term("the start model, fp32", "4 P", whole)),
+        use("calibrate", "task", "temp", Term("the start model, to be uploaded", "4 P", whole), pulled),
         use("calibrate", "store", "up", Term("the start model", "4 P", whole)),
         use("calibrate", "store", "down", pulled, Term("the start model, to measure ranks", "4 P", whole)),
         use("calibrate", "node", "temp", Term("the start model, one copy", "4 P", whole)),

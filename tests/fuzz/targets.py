@@ -23,8 +23,11 @@ from meteor_model.answering import Answerer, RequestError
 from meteor_model.images import ImageError, decode_image
 from meteor_model.limits import ImageLimits, RequestLimits
 from meteor_model.loading import load_config
+from meteor_model.replay import GivenTokens
 from meteor_model.weights.checkpoints import WeightsError, parse_source, read_checkpoint
+from pipelines.checkpoint.parity_file import ParityBatch, read_parity
 from pipelines.checkpoint.state import CheckpointError, TrainState
+from pipelines.checkpoint.weight_sums import Precision, WeightSums
 from pipelines.compat.ray import parse_snapshot
 from pipelines.data.sample_id import NO_SAMPLE
 from pipelines.data.schema import Row, SampleError, parse_sample, rows_to_table
@@ -221,6 +224,24 @@ def _read_weights(data: bytes) -> None:
     in_folder(name, lambda folder: read_checkpoint(parse_source(str(folder))))(data)
 
 
+@cache
+def parity_seeds() -> Sequence[bytes]:
+    """With and without what a model kept."""
+    inputs = {
+        "input_ids": torch.arange(6).view(2, 3),
+        "attention_mask": torch.ones(2, 3, dtype=torch.int64),
+        "pixel_values": torch.zeros(1, 3, 4, 4, dtype=torch.uint8),
+    }
+    kept = GivenTokens({"tower": (torch.tensor([[0, 2]]), torch.tensor([[1]]))}, torch.tensor([[0, 1]]))
+    sums: dict[Precision, WeightSums] = {"fp32": {"a": 1}, "bf16": {"a": 2}}
+    found = []
+    with tempfile.TemporaryDirectory(prefix="meteor-fuzz-") as folder:
+        for batch in (ParityBatch(inputs, torch.ones(2, 3, 5), kept, sums, ("b",)), ParityBatch(inputs, torch.ones(1))):
+            batch.save(path := Path(folder) / "parity.safetensors", "bf16")
+            found.append(path.read_bytes())
+    return tuple(found)
+
+
 def _read_records(folder: Path) -> None:
     (folder / "a.png").write_bytes(b"")
     source = Llava(LlavaSettings(str(folder / "data.json"), str(folder), faults="skip"))
@@ -259,6 +280,12 @@ TARGETS: dict[str, Target] = {
     ),
     "config": Target(
         config_seeds, one_of((json_tokens, any_bytes)), in_folder("config.json", load_config), (ValueError, OSError)
+    ),
+    "parity": Target(
+        parity_seeds,
+        one_of((json_tokens, any_bytes)),
+        in_folder("parity.safetensors", lambda folder: read_parity(folder / "parity.safetensors")),
+        (CheckpointError,),
     ),
     "weights": Target(weight_seeds, any_bytes, _read_weights, (WeightsError,)),
 }

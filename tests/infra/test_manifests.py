@@ -27,6 +27,7 @@ from jobs.submit import JOB as SUBMIT
 from pipelines.io.redact import is_secret_name
 from pipelines.sizing.layout import Layout
 from pipelines.sizing.plan import plan_run
+from pipelines.sizing.terms import Place
 
 ROOT = Path(__file__).resolve().parents[2]
 INFRA = ROOT / "infra"
@@ -122,11 +123,12 @@ def test_pods_run_without_rights_and_within_what_they_ask_for(pod: str) -> None:
 def test_memory_and_temp_folders_are_those_of_the_size_estimate() -> None:
     (gpus, nodes) = int(container("gpu")["resources"]["limits"]["nvidia.com/gpu"]), WORKERS["replicas"]
     found = plan_run(entrypoint(), Layout(nodes=nodes, gpus_per_node=gpus))
-    for pod, place in (("head", "head"), ("gpu", "node")):
+    places: dict[str, tuple[Place, ...]] = {"head": ("head",), "gpu": ("node", "task")}  # the head takes no tasks
+    for pod, there in places.items():
         volumes = {one["name"]: size(one["emptyDir"]["sizeLimit"]) for one in PODS[pod]["volumes"]}
         memory = size(container(pod)["resources"]["limits"]["memory"])
-        assert memory - volumes["shared-memory"] > 1.2 * found.peak(place, "ram")[1], pod  # type: ignore[arg-type]
-        assert volumes["temp"] > 1.2 * found.peak(place, "temp")[1], pod  # type: ignore[arg-type]
+        assert memory - volumes["shared-memory"] > 1.2 * found.peak_of(there, "ram")[1], pod
+        assert volumes["temp"] > 1.2 * found.peak_of(there, "temp")[1], pod
 
 
 def test_a_last_checkpoint_has_time_before_a_node_is_stopped() -> None:

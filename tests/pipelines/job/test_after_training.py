@@ -10,6 +10,7 @@ from typing import Any, cast
 import pytest
 from mlflow import MlflowClient
 
+from meteor_model.configuration_meteor import MeteorConfig
 from pipelines.checkpoint.committed import CheckpointRef
 from pipelines.checkpoint.state import TrainState
 from pipelines.config.recipe import Recipe, TrackingSettings
@@ -40,37 +41,33 @@ def ended(last: CheckpointRef) -> Training:
     return Training(last, last, planned_samples=8)
 
 
-def test_an_earlier_export_is_brought_whole_or_refused(
-    exported: Path, tmp_path: Path, checkpoint: CheckpointRef
-) -> None:
+def test_an_earlier_export_is_taken_whole_or_refused(exported: Path, tmp_path: Path, checkpoint: CheckpointRef) -> None:
     run_url = tmp_path / "run"
     shutil.copytree(exported, run_url / "export")
     storage.write_json(str(run_url / "exported.json"), {"checkpoint": checkpoint.url, "parity": 2e-6})
-    assert export_run(Recipe(), RunFolder(str(run_url)), UNUSED, checkpoint, tmp_path / "model") == Parity(2e-6)
-    assert (tmp_path / "model" / "config.json").read_bytes() == (exported / "config.json").read_bytes()
+    found = export_run(Recipe(), RunFolder(str(run_url)), UNUSED, checkpoint)
+    assert found.parity == Parity(2e-6)
+    assert found.config.to_dict() == MeteorConfig.from_pretrained(exported).to_dict()
     (run_url / "export" / "config.json").write_text("{}")
     with pytest.raises(DamagedFileError, match=r"export/config\.json is damaged"):
-        export_run(Recipe(), RunFolder(str(run_url)), UNUSED, checkpoint, tmp_path / "again")
+        export_run(Recipe(), RunFolder(str(run_url)), UNUSED, checkpoint)
     other = dataclasses.replace(checkpoint, url=str(tmp_path / "step-5"))
     with pytest.raises(storage.ObjectMissingError, match="processor"):  # exported anew, for which all is missing here
-        export_run(Recipe(), RunFolder(str(run_url)), UNUSED, other, tmp_path / "third")
+        export_run(Recipe(), RunFolder(str(run_url)), UNUSED, other)
 
 
-def test_earlier_answers_and_pictures_are_brought(tmp_path: Path, checkpoint: CheckpointRef) -> None:
+def test_earlier_answers_are_taken(tmp_path: Path, checkpoint: CheckpointRef) -> None:
     answer = HeldoutAnswer("a", "q", "e", "e", 3)
-    run_url, pictures = tmp_path / "run", tmp_path / "pictures"
-    storage.write_bytes(str(run_url / "pictures" / "loss.png"), b"png")
+    run_url = tmp_path / "run"
     answers = HeldoutAnswers((answer,), {}, SUITE, score_of([record(0), record(1, right=False, nll=1 / 3)]))
     stored = {"checkpoint": checkpoint.url, **answers.to_dict()}
     storage.write_json(str(run_url / "answers.json"), {**stored, "asked_as": 2})
-    found = answer_heldout(Recipe(), RunFolder(str(run_url)), UNUSED, UNUSED, ended(checkpoint), {}, UNUSED, pictures)
+    found = answer_heldout(Recipe(), RunFolder(str(run_url)), UNUSED, ended(checkpoint), {})
     assert found == answers
-    assert (pictures / "loss.png").read_bytes() == b"png"
     # Those of code that asked otherwise than training does are not taken.
     storage.write_json(str(run_url / "answers.json"), stored)
-    nothing = tmp_path / "nothing"
-    with pytest.raises(OSError, match="nothing"):  # asked anew, for which all is missing here
-        answer_heldout(Recipe(), RunFolder(str(run_url)), UNUSED, UNUSED, ended(checkpoint), {}, nothing, pictures)
+    with pytest.raises(storage.ObjectMissingError, match="export"):  # asked anew, for which all is missing here
+        answer_heldout(Recipe(), RunFolder(str(run_url)), UNUSED, ended(checkpoint), {})
 
 
 def test_the_version_of_an_earlier_start_is_taken(
