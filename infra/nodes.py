@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -60,9 +61,22 @@ def _is_raylet(process: psutil.Process) -> bool:
 
 
 def start_node(
-    stack: Stack, name: str, num_cpus: int, object_store_bytes: int = 200_000_000, timeout_s: float = START_TIMEOUT_S
+    stack: Stack,
+    name: str,
+    num_cpus: int,
+    object_store_bytes: int = 200_000_000,
+    timeout_s: float = START_TIMEOUT_S,
+    environment: Mapping[str, str] | None = None,
 ) -> Node:
     """Start a node `name` of the stack's Ray cluster and return it when its agent reports it healthy.
+
+    Args:
+        stack: whose cluster it joins.
+        name: of its log.
+        num_cpus: that Ray is told of.
+        object_store_bytes: of its object store.
+        timeout_s: seconds that it has to become healthy.
+        environment: variables of its processes beside those of the stack.
 
     Raises StackError with the end of its log when it does not become healthy in time; nothing of it stays then.
     """
@@ -76,7 +90,7 @@ def start_node(
     settings.write_text(json.dumps(_settings(stack, ports, num_cpus, object_store_bytes)))
     command = [sys.executable, "-m", "infra.ray_node", str(settings)]
     tag = f"{name}@{stack.state_dir}"
-    pid, record = spawn(name, command, _environment(stack), log, stack.state_dir, tag)
+    pid, record = spawn(name, command, _environment(stack) | dict(environment or {}), log, stack.state_dir, tag)
     node = Node(replace(record, ports=ports), log)
     deadline = time.monotonic() + timeout_s
     try:

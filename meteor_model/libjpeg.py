@@ -13,17 +13,22 @@ everything in step decode to other pixels.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import IO
 
 import torch
-from torchvision.io import ImageReadMode, decode_jpeg
+from torch import Tensor
 
+RGB = 3
+"""torchvision's `ImageReadMode.RGB`."""
 _STANDARD_ERROR = 2
 _WARNING = re.compile(
     rb"^(?:Corrupt JPEG data: |Premature end of JPEG file|Inconsistent progression sequence |Invalid SOS parameters "
@@ -51,7 +56,7 @@ def decode_whole_jpeg(data: bytes) -> torch.Tensor:
     with _hearing, _scratch_file() as heard:
         try:
             with _standard_error_to(heard):
-                image_3HW = decode_jpeg(encoded, mode=ImageReadMode.RGB)
+                image_3HW = _decoder()(encoded)
         except RuntimeError as error:
             raise JpegDamageError(str(error).rpartition(", ")[2]) from error
         heard.seek(0)
@@ -61,6 +66,20 @@ def decode_whole_jpeg(data: bytes) -> torch.Tensor:
     if warning := _WARNING.search(text):
         raise JpegDamageError(warning.group().decode(errors="replace").strip())
     return image_3HW
+
+
+@cache
+def _decoder() -> Callable[[Tensor], Tensor]:
+    """Torchvision's decoder to RGB. Its library alone is loaded where it is found: the package costs a second more."""
+    found = importlib.util.find_spec("torchvision")
+    folder = Path(found.origin).parent if found is not None and found.origin else Path()
+    for library in folder.glob("image*.so"):
+        torch.ops.load_library(str(library))
+        if hasattr(torch.ops.image, "decode_jpeg"):
+            return lambda encoded: torch.ops.image.decode_jpeg(encoded, RGB)
+    from torchvision.io import ImageReadMode, decode_jpeg  # another layout of the package
+
+    return lambda encoded: decode_jpeg(encoded, mode=ImageReadMode.RGB)
 
 
 def _scratch_file() -> IO[bytes]:

@@ -24,12 +24,10 @@ from meteor_model.chat import (
     Special,
     Turns,
     chat_template,
-    content_parts,
     images_in_front,
     is_jinja_of,
     jinja_template,
     read_messages,
-    render,
     template_marks,
 )
 from meteor_model.collate import pad
@@ -37,7 +35,7 @@ from meteor_model.configuration_meteor import HINT, MeteorConfig
 from meteor_model.image_processing_meteor import ImageInput, MeteorImageProcessor
 from meteor_model.options import refuse_options
 from meteor_model.prompts import Prompt, conversation_of, deal, prompts_of
-from meteor_model.turn_encoder import Encoded, EncodedQuestion, TurnEncoder
+from meteor_model.turn_encoder import Encoded, EncodedQuestion, encode_conversation
 
 PROCESSOR_FILE = "processor_config.json"
 PADDINGS = (True, False, "longest", "max_length")
@@ -120,11 +118,15 @@ class MeteorProcessor(ProcessorMixin):
         Raises:
             ValueError: on a placeholder count that differs from the images, or a sequence that is too long.
         """
-        written = sum(content_parts(content).count(Special.IMAGE) for _, content in turns)
-        if written != num_images:
-            raise ValueError(f"{written} {IMAGE_PLACEHOLDER} placeholders in the conversation, {num_images} images")
-        encoded = TurnEncoder(self.tokenizer, self.image_token, self.tokens_per_image).encode(
-            render(self.template, turns, add_generation_prompt, continue_final)
+        encoded = encode_conversation(
+            self.tokenizer,
+            self.template,
+            self.image_token,
+            self.tokens_per_image,
+            turns,
+            num_images,
+            add_generation_prompt,
+            continue_final,
         )
         if max_length is not None and len(encoded.input_ids) > max_length:
             raise ValueError(f"{len(encoded.input_ids)} tokens exceed the longest sequence allowed, {max_length}")

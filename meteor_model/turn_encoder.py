@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
 
-from transformers import PreTrainedTokenizerBase
-
-from meteor_model.chat import IGNORE_INDEX, TURN_TOKEN, Piece, Special
+from meteor_model.chat import (
+    IGNORE_INDEX,
+    IMAGE_PLACEHOLDER,
+    TURN_TOKEN,
+    Piece,
+    Special,
+    Turns,
+    content_parts,
+    render,
+)
 
 
 class Encoded(NamedTuple):
@@ -41,6 +48,60 @@ class EncodedQuestion(NamedTuple):
     place: int
 
 
+class Tokenizer(Protocol):
+    """What is asked of a tokenizer; transformers' are such, and `meteor_model.sample_encoder.LightTokenizer`."""
+
+    @property
+    def bos_token(self) -> Any:
+        """Beginning of a sequence; None without one."""
+
+    @property
+    def eos_token(self) -> Any:
+        """End of a sequence, and of a reply."""
+
+    @property
+    def added_tokens_decoder(self) -> Mapping[int, Any]:
+        """Id -> a token that was added, with its `content` and whether it is `special`."""
+
+    def encode(self, text: str, *, add_special_tokens: bool, split_special_tokens: bool = False) -> Any:
+        """The ids of a text."""
+
+    def convert_tokens_to_ids(self, tokens: str) -> Any:
+        """The id of a token."""
+
+
+def encode_conversation(
+    tokenizer: Tokenizer,
+    template: str,
+    image_token: str,
+    tokens_per_image: int,
+    turns: Turns,
+    num_images: int,
+    add_generation_prompt: bool = False,
+    continue_final: bool = False,
+) -> Encoded:
+    """One conversation -> ids and labels: the one place where they come from.
+
+    Args:
+        tokenizer: of the model.
+        template: name of the chat template.
+        image_token: the placeholder token.
+        tokens_per_image: how many of them stand for an image.
+        turns: (role, content) pairs; each `<image>` in a string stands for one image, in order.
+        num_images: images that come with it.
+        add_generation_prompt: end where the model is to answer.
+        continue_final: leave the last reply open, for the model to go on with.
+
+    Raises:
+        ValueError: on a placeholder count that differs from the images.
+    """
+    written = sum(content_parts(content).count(Special.IMAGE) for _, content in turns)
+    if written != num_images:
+        raise ValueError(f"{written} {IMAGE_PLACEHOLDER} placeholders in the conversation, {num_images} images")
+    pieces = render(template, turns, add_generation_prompt, continue_final)
+    return TurnEncoder(tokenizer, image_token, tokens_per_image).encode(pieces)
+
+
 class TurnEncoder:
     """Tokenizes one rendered conversation as the text that it is.
 
@@ -57,7 +118,7 @@ class TurnEncoder:
         tokens_per_image: how many of them stand for an image.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, image_token: str, tokens_per_image: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, image_token: str, tokens_per_image: int) -> None:
         self._tokenizer = tokenizer
         self._tokens_per_image = tokens_per_image
         self._special_words = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]

@@ -48,6 +48,15 @@ LIGHT: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 """Module, and the libraries that its import must not bring along; lightest first, since all are imported in turn."""
 
+NO_IMAGE = ("torchvision", "transformers", "timm")
+DATA_TASK: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("meteor_model.sample_encoder", SERVICES),
+    ("pipelines.data.stream", MODEL),
+    ("pipelines.checkpoint.local", MODEL),
+    ("meteor_model.images", NO_IMAGE),
+)
+"""What a process loads that reads, decodes and encodes samples: torch, for the resizing, and nothing of the model."""
+
 IMPORT_IN_TURN = """
 import importlib, json, sys
 found, seen = [], set()
@@ -70,6 +79,10 @@ def heavy_imports(table: tuple[tuple[str, tuple[str, ...]], ...]) -> list[str]:
 
 def test_light_modules_load_no_heavy_library() -> None:
     assert heavy_imports(LIGHT) == []
+
+
+def test_data_tasks_load_no_model_library() -> None:
+    assert heavy_imports(DATA_TASK) == []
 
 
 def test_a_heavy_module_is_named() -> None:

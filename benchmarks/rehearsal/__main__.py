@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from benchmarks.rehearsal.expected import compared, expected
 from benchmarks.rehearsal.plays import BY_NAME, PLAYS, Play
 from benchmarks.rehearsal.report import draw, line_of
 from benchmarks.rehearsal.stage import RehearsalError, machine, open_stage
@@ -65,9 +66,13 @@ def _played(play: Play, folder: Path) -> dict[str, Any]:
     with open_stage(play, folder) as stage:
         for command in play.commands:
             taken = stage.run(command)
+            phases = {name: phase.to_dict() for name, phase in taken.items()}
+            estimate = expected(command)
             found["commands"][command.name] = {
                 "command": " ".join(("python", *command.words)),
-                "phases": {name: phase.to_dict() for name, phase in taken.items()},
+                "phases": phases,
+                "estimate": estimate,
+                "measured_over_estimate": compared(phases, estimate),
             }
             for name, phase in taken.items():
                 print(line_of(play.name, command.name, name, phase), flush=True)

@@ -60,7 +60,7 @@ class Meter(threading.Thread):
     """Looks at the processes of a folder of temporary files until it is stopped.
 
     Args:
-        temp: value of TMPDIR in every process that belongs to the rehearsal.
+        temp: TMPDIR of every process that belongs to the rehearsal is this folder, or one in it.
         traffic: bytes sent and received so far, by server.
     """
 
@@ -128,7 +128,7 @@ class Meter(threading.Thread):
             try:
                 key = (process.pid, process.create_time())
                 if key not in self._mine:
-                    self._mine[key] = process.environ().get("TMPDIR") == str(self._temp)
+                    self._mine[key] = Path(process.environ().get("TMPDIR", "/")).is_relative_to(self._temp)
             except (psutil.Error, OSError):
                 continue
             if self._mine[key]:

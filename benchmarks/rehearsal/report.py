@@ -29,20 +29,25 @@ def draw(path: Path, rehearsals: Mapping[str, Any]) -> None:
 
     names: list[str] = []
     phases: list[Mapping[str, Any]] = []
+    planned: list[Mapping[str, float]] = []
     for play, found in rehearsals.items():
         for command, row in found["commands"].items():
             for phase, taken in row["phases"].items():
                 names.append(f"{play} {command}: {phase}")
                 phases.append(taken)
+                planned.append(row.get("estimate", {}).get(phase, {}))
     figure, places = pyplot.subplots(1, 4, figsize=(WIDTH_IN, 1.2 + ROW_IN * len(names)), sharey=True)
     columns = (
-        ("seconds", [phase["seconds"] for phase in phases]),
-        ("peak memory, MiB", [phase["peak_memory_mib"] for phase in phases]),
-        ("peak temporary files, MiB", [phase["peak_temp_mib"] for phase in phases]),
-        ("to and from the store, MiB", [sum(phase["network_mib"].values()) for phase in phases]),
+        ("seconds", [phase["seconds"] for phase in phases], ""),
+        ("peak memory, MiB", [phase["peak_memory_mib"] for phase in phases], "memory_mib"),
+        ("peak temporary files, MiB", [phase["peak_temp_mib"] for phase in phases], "temp_mib"),
+        ("to and from the store, MiB", [sum(phase["network_mib"].values()) for phase in phases], ""),
     )
-    for axes, (title, values) in zip(places, columns, strict=True):
+    for axes, (title, values, key) in zip(places, columns, strict=True):
         axes.barh(range(len(names)), values, color="0.45", height=0.65)
+        if marks := [(plan[key], row) for row, plan in enumerate(planned) if plan.get(key)]:
+            axes.plot(*zip(*marks, strict=True), "|", color="tab:orange", markersize=11, markeredgewidth=2)
+            title += " (orange: make plan)"
         for row, value in enumerate(values):
             axes.text(value, row, f" {value:,.0f}", va="center", fontsize=7)
         axes.set_title(title, fontsize=9)

@@ -25,6 +25,9 @@ from benchmarks.rehearsal.plays import Command, Play
 from benchmarks.results_file import hardware
 from infra import services
 from infra.fault_proxy import FaultProxy
+from infra.nginx import PASSWORD, USER, Nginx
+from infra.nodes import start_node, stop_node
+from infra.processes import choose_port
 from infra.services import Stack
 from infra.stack import down, up
 
@@ -87,19 +90,40 @@ def open_stage(play: Play, folder: Path) -> Iterator[Stage]:
                 return up(folder / name, only=(name,), num_cpus=num_cpus, object_store_bytes=OBJECT_STORE_BYTES)
 
         stores = started("s3", {})
-        proxies = {name: exits.enter_context(FaultProxy(stores.s3_endpoint)) for name in ("store", "MLflow")}
+        links = {"store": play.store, "MLflow": None}
+        proxies = {
+            name: exits.enter_context(FaultProxy(stores.s3_endpoint, up=link, down=link))
+            for name, link in links.items()
+        }
         store = services.full_env(stores)
         mlflow = started("mlflow", {**store, "AWS_ENDPOINT_URL": proxies["MLflow"].endpoint})
         job = {
             **store,
             **services.stack_env(mlflow),
+            **(_behind_nginx(exits, folder / "nginx", mlflow) if play.nginx else {}),
             "TMPDIR": str(temp),
             "PYTHONPATH": str(ROOT),
             "AWS_ENDPOINT_URL": proxies["store"].endpoint,
         }
         ray = started("ray", job, play.cpus)
+        for number in range(1, play.nodes):
+            own = temp if play.shared_temp else temp / f"node-{number}"
+            own.mkdir(exist_ok=True)
+            there = {**job, "TMPDIR": str(own)}
+            node = start_node(ray, f"node-{number}", play.cpus, OBJECT_STORE_BYTES, environment=there)
+            exits.callback(stop_node, node)
         seen = {**job, **services.stack_env(ray), "METEOR_LOG_DIR": str(folder / "output")}
         yield Stage(folder, temp, seen, proxies)
+
+
+def _behind_nginx(exits: ExitStack, folder: Path, mlflow: Stack) -> dict[str, str]:
+    """Start nginx before MLflow; the variables by which jobs know it."""
+    folder.mkdir()
+    folder.parent.chmod(0o755)  # its workers enter it
+    nginx = Nginx(folder, mlflow.ports["mlflow"]["http"], choose_port(set()))
+    exits.callback(nginx.stop)
+    nginx.start("64m")
+    return {"MLFLOW_TRACKING_URI": nginx.uri, "MLFLOW_TRACKING_USERNAME": USER, "MLFLOW_TRACKING_PASSWORD": PASSWORD}
 
 
 def machine() -> dict[str, Any]:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from meteor_model import sample_encoder
 from pipelines.io import sealed, storage
 from pipelines.io.fingerprint import canonical_json, sha256
 from pipelines.io.node_copies import Content, open_copy
@@ -21,6 +22,7 @@ from pipelines.io.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from meteor_model.processing_meteor import MeteorProcessor
+    from meteor_model.sample_encoder import SampleEncoder
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 """Ends of the names of files of weights."""
@@ -65,6 +67,17 @@ def load_processor(url: str) -> MeteorProcessor:
 
     with local_copy(RunFolder(url).processor) as folder:
         return MeteorProcessor.from_pretrained(folder)
+
+
+def load_sample_encoder(url: str) -> SampleEncoder | MeteorProcessor:
+    """What encodes the samples of the run at `url`: without transformers, or its processor, where a run has no other.
+
+    Raises:
+        ValueError, StorageError: a file that is damaged, storage that fails.
+    """
+    with local_copy(RunFolder(url).processor) as folder:
+        found = sample_encoder.load_sample_encoder(folder)
+    return found if found is not None else load_processor(url)
 
 
 _OWN_LOCKS: dict[Path, TextIO] = {}

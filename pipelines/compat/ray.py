@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 import ray.exceptions
+from ray.train.v2._internal import constants
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution import context
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
@@ -23,6 +24,18 @@ from ray.train.v2._internal.execution.callback import ControllerCallback, Worker
 from meteor_model.foreign import foreign
 
 _RETRY_ADVICE = re.compile(r"\nFailed to [^\n]* after \d+/\d+ attempts \(total backoff .*", re.DOTALL)
+
+
+ENVIRONMENT_OF_THE_CONTROLLER = {
+    "env_vars": {
+        constants.RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: constants.DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE
+    }
+}
+"""The runtime environment that Ray Train gives its controller and not the workers.
+
+Data tasks that they start inherit it, and Ray never lends a process to another environment. Workers with the same one
+find the training's data processes warm when they read held-out samples, instead of starting others.
+"""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from meteor_model.collate import collate
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
-from pipelines.checkpoint.local import load_processor
+from pipelines.checkpoint.local import load_processor, load_sample_encoder
 from pipelines.config.recipe import Recipe
 from pipelines.data import shards
 from pipelines.data.mixture import make_plan
@@ -48,7 +48,7 @@ def assemble_training(
     url = run_folder(recipe.run.storage, run_name).url
     processor = load_processor(url)
     encoder = RowEncoder(
-        partial(load_processor, url),
+        partial(load_sample_encoder, url),
         processor.tokenizer.pad_token_id,
         data.max_length,
         data.too_long,

@@ -23,6 +23,7 @@ from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.image_processing_meteor import MeteorImageProcessor
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
+from meteor_model.sample_encoder import save_sample_encoder
 from meteor_model.tokenizer import pretrained_tokenizer, train_tokenizer
 from meteor_model.weights import LoadedPart, load_parts, vocabulary_rows
 from pipelines.calibration.image_plan import MeasureSettings
@@ -149,6 +150,7 @@ def _store(
         sums[SUMS_FILE] = sealed.sum_of(write_sums(folder, sums))
         upload_folder(folder, run.init)
         processor.save_pretrained(small)  # data tasks on every node need this alone
+        save_sample_encoder(processor, small)
         upload_folder(small, run.processor)
         sealed.write_list(run.processor, sealed.sums_of(small))
     return sums

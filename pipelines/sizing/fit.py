@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pipelines.config.recipe import Recipe
@@ -14,6 +14,7 @@ from pipelines.sizing.estimate import estimate
 from pipelines.sizing.layout import Layout
 from pipelines.sizing.model_size import model_config, model_size
 from pipelines.sizing.plan import plan_run
+from pipelines.sizing.store_speed import measure_store_mb
 from pipelines.sizing.table import size_text, table
 from pipelines.sizing.terms import Estimate, Place
 
@@ -47,7 +48,12 @@ def check_fit(recipe: Recipe, samples: int, data_bytes: int, tell: Callable[[str
     nodes = look_at_nodes()
     layout = Layout(max(1, _training_nodes(recipe, nodes)), 0.0, samples, data_bytes)
     size = model_size(recipe, model_config(recipe))
-    found = plan_run(recipe, layout) if size.total >= LARGE else estimate(recipe, layout, size)
+    if size.total >= LARGE:
+        measured = measure_store_mb(recipe.run.storage)
+        tell(f"  store     {measured:.0f} MB/s between {recipe.run.storage} and this machine, measured just now")
+        found = plan_run(recipe, replace(layout, speeds=replace(layout.speeds, store_mb=measured)))
+    else:
+        found = estimate(recipe, layout, size)
     judged = list(findings(recipe, found, nodes))
     if refused := [one.text for one in judged if one.level == "refused"]:
         tell(table(found))

@@ -15,7 +15,7 @@ GB = 1e9
 
 @settings_class("cluster", SettingsError)
 class Speeds:
-    """How fast things are; what a cluster really does is measured by nobody before it runs."""
+    """How fast things are; a job measures the store, and nobody the rest before it runs."""
 
     gpu_tflops: PositiveFloat = 125.0
     """TFLOP/s that a GPU sustains in bf16; the default is 40 % of an A100's 312."""

@@ -6,9 +6,11 @@ reason is a faulty sample, which is counted.
 Legend: B samples, T tokens, M images of all samples in order, S image size.
 """
 
+import queue
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import ray.data
@@ -23,6 +25,7 @@ from pipelines.data.schema import REASONS, Row, rows_from_table
 
 Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
 """Examples (`input_ids`, `labels`, `images` uint8 (n, 3, S, S)) to a batch for the model's forward."""
+T = TypeVar("T")
 
 
 class StreamOrderError(ValueError):
@@ -57,6 +60,29 @@ def iterate_rows(share: ray.data.DataIterator, micro_batch: int) -> Iterator[Seq
     """The rows of one worker's share of a stream, `micro_batch` at a time."""
     for table in share.iter_batches(batch_size=micro_batch, batch_format="pyarrow", prefetch_batches=2):
         yield rows_from_table(table)
+
+
+def first_ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items, the first of which is fetched in a thread from now on; its error is raised where it is taken."""
+    fetched: queue.SimpleQueue[T | BaseException | None] = queue.SimpleQueue()
+
+    def fetch() -> None:
+        try:
+            fetched.put(next(items, None))
+        except BaseException as error:
+            fetched.put(error)
+
+    threading.Thread(target=fetch, name="first batch", daemon=True).start()
+
+    def taken() -> Iterator[T]:
+        first = fetched.get()
+        if isinstance(first, BaseException):
+            raise first
+        if first is not None:
+            yield first
+            yield from items
+
+    return taken()
 
 
 @dataclass(frozen=True)

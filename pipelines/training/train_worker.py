@@ -1,6 +1,6 @@
 """What every worker of a training does.
 
-1. join       threads and DeepSpeed, in the process group that Ray Train made
+1. join       threads and DeepSpeed, in the process group that Ray Train made; the first rows are asked for
 2. load       the start model from `init/`, its parameters partitioned over the workers
 3. optimise   AdamW with one group per trained part, inside the ZeRO-3 engine
 4. resume     weights, optimizer and counts from the checkpoint that the stream starts at, of any number of workers
@@ -11,7 +11,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -37,6 +37,7 @@ from pipelines.checkpoint.zero3 import (
 from pipelines.compat.deepspeed import ignore_deprecated_collectives, import_deepspeed
 from pipelines.compat.ray import log_no_reports
 from pipelines.data.ledger import Ledger
+from pipelines.data.schema import Row
 from pipelines.io.console import warn_from_worker
 from pipelines.io.pulse import Phase, mark, pulse
 from pipelines.io.run_folder import RunFolder
@@ -44,7 +45,7 @@ from pipelines.io.upload import CheckpointUpload
 from pipelines.recovery.lease import LeaseToken
 from pipelines.recovery.preemption import PreemptionWatch
 from pipelines.tracking.metric_points import MetricPoint, points_from_jsonl
-from pipelines.training.batches import BatchReader, MicroBatch, Share
+from pipelines.training.batches import BatchReader, MicroBatch, Share, first_ahead
 from pipelines.training.checkpoint_saver import CheckpointSaver
 from pipelines.training.heldout_loss import evaluate_heldout
 from pipelines.training.job import TrainingJob
@@ -67,6 +68,8 @@ def train_worker(config: Mapping[str, Any]) -> None:
     ignore_deprecated_collectives()
     if not settings.uses_gpu:
         torch.set_num_threads(settings.threads_per_worker)
+    # The data tasks start while the model is loaded; where they begin was settled before the workers were started.
+    rows = first_ahead(job.iterate(ray.train.get_dataset_shard("train"), settings.micro_batch))
     import_deepspeed(settings.uses_gpu).init_distributed(
         dist_backend="nccl" if settings.uses_gpu else "gloo", verbose=False
     )
@@ -87,7 +90,7 @@ def train_worker(config: Mapping[str, Any]) -> None:
         pulse(),
     )
     try:
-        _steps(job, loop)
+        _steps(job, loop, rows)
     except BaseException:
         if logger is not None:
             logger.close(ABANDONED_S)
@@ -117,22 +120,21 @@ def _make_worker(job: TrainingJob) -> Worker:
     return Worker(engine, rank, world, start)
 
 
-def _steps(job: TrainingJob, loop: Loop) -> None:
-    """Steps 5 to 7 of a worker."""
+def _steps(job: TrainingJob, loop: Loop, rows: Iterator[Sequence[Row]]) -> None:
+    """Steps 5 to 7 of a worker, from its share of the training rows on."""
     settings, rank, world = job.settings, loop.worker.rank, loop.worker.world
     # 5. step
     share = Share(rank, world, settings.micro_batches_per_step)
     reader = BatchReader(job.collate, job.pad_token_id, settings.micro_batch, share, settings.batching == "length")
-    rows = job.iterate(ray.train.get_dataset_shard("train"), settings.micro_batch)
     loop.run(reader.read(rows, loop.state.rows, job.plan.total_rows))
     # 6. hold out
     # Not split: each worker streams all held-out rows and takes its own, so no worker can make the others wait.
     mark(Phase.VALIDATION, 0, "the first batch")
-    rows = itertools.islice(
+    heldout_rows = itertools.islice(
         job.iterate(ray.train.get_dataset_shard("heldout"), settings.micro_batch), rank, None, world
     )
     heldout = BatchReader(job.collate, job.pad_token_id, settings.micro_batch, Share(rank, world, world))
-    batches = itertools.chain.from_iterable(heldout.read(rows, 0, job.heldout_rows))
+    batches = itertools.chain.from_iterable(heldout.read(heldout_rows, 0, job.heldout_rows))
     final, parity = evaluate_heldout(loop.worker.engine, _marked(batches), settings.precision)
     # 7. finish
     loop.finish(final, parity)

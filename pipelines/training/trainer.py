@@ -22,6 +22,7 @@ from pipelines.checkpoint.committed import CheckpointRef, latest_checkpoint, rem
 from pipelines.checkpoint.fallback import fall_back, remove_uncommitted, settle_start
 from pipelines.checkpoint.state import CheckpointError
 from pipelines.checkpoint.zero3 import weight_dtype
+from pipelines.compat.ray import ENVIRONMENT_OF_THE_CONTROLLER
 from pipelines.compat.ray_torch import StartHookTorchConfig
 from pipelines.config.settings import TrainingSettings
 from pipelines.io import sealed, storage
@@ -218,6 +219,7 @@ def _trainer(job: TrainingJob, lock: RunLock, avoided: frozenset[str]) -> TorchT
             failure_config=ray.train.FailureConfig(max_failures=0),
             callbacks=[StandingCallback(lock), watched_controller(mailbox)],
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+            worker_runtime_env=ENVIRONMENT_OF_THE_CONTROLLER,
         ),
     )
 

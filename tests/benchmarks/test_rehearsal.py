@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.rehearsal.expected import compared, expected
 from benchmarks.rehearsal.meter import MIB, Meter, folder_bytes
 from benchmarks.rehearsal.plays import PLAYS
 from benchmarks.rehearsal.report import draw
@@ -84,5 +85,17 @@ def test_every_rehearsal_names_jobs_and_recipes_that_exist() -> None:
 
 def test_the_picture_has_a_row_for_every_phase(tmp_path: Path) -> None:
     phase = {"seconds": 1.0, "peak_memory_mib": 2.0, "peak_temp_mib": 3.0, "network_mib": {"store up": 4.0}}
-    draw(tmp_path / "r.png", {"small": {"commands": {"pretrain": {"phases": {"train": phase, "export": phase}}}}})
+    row = {"phases": {"train": phase, "export": phase}, "estimate": {"train": {"memory_mib": 2.5, "temp_mib": 3.0}}}
+    draw(tmp_path / "r.png", {"small": {"commands": {"pretrain": row}}})
     assert (tmp_path / "r.png").stat().st_size > 5000
+
+
+def test_the_estimate_stands_beside_every_phase_of_a_training() -> None:
+    (pretrain, pull) = (PLAYS[1].commands[0], PLAYS[1].commands[1])
+    found = expected(pretrain)
+    assert set(found) == {"prepare", "calibrate", "train", "export", "answer", "register"}
+    assert found["export"]["memory_mib"] > 2 * 1070  # 1.07 G parameters in bf16
+    assert found["train"]["memory_mib"] > found["prepare"]["memory_mib"]
+    assert expected(pull) == {}
+    phase = {"peak_memory_mib": found["export"]["memory_mib"] / 2, "peak_temp_mib": 0.0}
+    assert compared({"export": phase, "start": phase}, found) == {"export": {"memory": 0.5, "temp": 0.0}}

@@ -1,6 +1,7 @@
 """The guarded decoder: every format and colour mode against a plain reference, every refusal with its reason."""
 
 import contextlib
+import importlib.util
 import io
 import os
 import struct
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image, ImageOps
 
 from meteor_model import images, libjpeg
@@ -395,15 +397,26 @@ def test_what_follows_the_end_of_a_jpeg_is_no_damage() -> None:
 def test_other_words_on_standard_error_are_passed_on(capfd: pytest.CaptureFixture[str]) -> None:
     words = "from another thread: Corrupt JPEG data: is no beginning of a line\n"
 
-    def decode(encoded: torch.Tensor, mode: Any) -> torch.Tensor:
+    def decode(encoded: torch.Tensor) -> torch.Tensor:
         os.write(2, words.encode() + b"Corrupt JPEG data: bad Huffman code\n")
         return torch.zeros(3, 4, 4, dtype=torch.uint8)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(libjpeg, "decode_jpeg", decode)
+        patched.setattr(libjpeg, "_decoder", lambda: decode)
         with pytest.raises(libjpeg.JpegDamageError, match=r"^Corrupt JPEG data: bad Huffman code$"):
             libjpeg.decode_whole_jpeg(scene())
     assert capfd.readouterr().err == words
+
+
+def test_the_library_alone_decodes_as_the_package_does() -> None:
+    data = scene()
+    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    assert torch.equal(libjpeg.decode_whole_jpeg(data), torchvision.io.decode_jpeg(encoded, "RGB"))
+    with pytest.MonkeyPatch.context() as patched:  # a package whose library is elsewhere
+        patched.setattr(importlib.util, "find_spec", lambda name: None)
+        libjpeg._decoder.cache_clear()
+        assert torch.equal(libjpeg.decode_whole_jpeg(data), torchvision.io.decode_jpeg(encoded, "RGB"))
+    libjpeg._decoder.cache_clear()
 
 
 def test_threads_hear_the_warnings_of_their_own_pictures() -> None:

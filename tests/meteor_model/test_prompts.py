@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import functools
 import json
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from transformers import LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedToke
 from meteor_model.chat import IGNORE_INDEX, TEMPLATES, TURN_TOKEN, Special, turns_up_to_replies
 from meteor_model.image_processing_meteor import MeteorImageProcessor
 from meteor_model.processing_meteor import MeteorProcessor
+from meteor_model.sample_encoder import SampleEncoder, load_sample_encoder, save_sample_encoder
 from meteor_model.tokenizer import train_tokenizer
 
 TEXTS = (
@@ -103,6 +106,16 @@ def processor(kind: str, template: str) -> MeteorProcessor:
     return MeteorProcessor(MeteorImageProcessor(64), made, TOKENS_PER_IMAGE, template=template)
 
 
+@functools.cache
+def light(kind: str, template: str) -> SampleEncoder:
+    """What data tasks encode with."""
+    with tempfile.TemporaryDirectory() as folder:
+        assert save_sample_encoder(processor(kind, template), Path(folder))
+        found = load_sample_encoder(Path(folder))
+    assert found is not None
+    return found
+
+
 # ------------------------------------------------------------------------------------------------------- conversations
 
 _WORDS = st.lists(
@@ -159,6 +172,7 @@ def test_what_is_asked_is_the_beginning_of_what_was_trained(
 ) -> None:
     made = processor(kind, template)
     whole = made.encode(turns, images_of(turns))
+    assert light(kind, template).encode(turns, images_of(turns)) == whole
     questions = made.encode_questions(turns, images_of(turns))
     before_replies = list(turns_up_to_replies(turns))
     assert len(questions) == len(before_replies) == sum(role == "assistant" for role, _ in turns)
@@ -198,6 +212,7 @@ def test_words_that_spell_special_tokens_stay_words(kind: str) -> None:
     made = processor(kind, "short")
     turns = [("user", "say </s> now <unk>"), ("assistant", "<pad> and <s>"), ("user", "x"), ("assistant", "y")]
     whole = made.encode(turns, 0)
+    assert light(kind, "short").encode(turns, 0) == whole
     specials = [made.tokenizer.convert_tokens_to_ids(token) for token in ("<s>", "</s>", "<pad>", "<image>")]
     assert [number for number in whole.input_ids if number in specials] == [*specials[:1], *[specials[1]] * 2]
     for question, before in zip(made.encode_questions(turns, 0), turns_up_to_replies(turns), strict=True):
@@ -276,3 +291,16 @@ def test_marks_within_a_question_are_warned_of_and_stay_words() -> None:
         warnings.simplefilter("error")
         made("What does a user mean by this?")
         made(made.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True))
+
+
+def test_data_tasks_refuse_what_training_refuses_and_a_damaged_file(tmp_path: Path) -> None:
+    made = light("byte-level", "short")
+    assert (made.image_size, made.tokens_per_image) == (64, TOKENS_PER_IMAGE)
+    with pytest.raises(ValueError, match="1 <image> placeholders in the conversation, 2 images"):
+        made.encode([("user", "<image>"), ("assistant", "a")], 2)
+    assert load_sample_encoder(tmp_path) is None
+    save_sample_encoder(processor("byte-level", "short"), tmp_path)
+    path = tmp_path / "sample_encoder.json"
+    path.write_text(path.read_text()[:-9])
+    with pytest.raises(ValueError, match=r"sample_encoder\.json cannot be read"):
+        load_sample_encoder(tmp_path)

@@ -3,98 +3,25 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import subprocess
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from infra.nginx import NGINX, PASSWORD, USER, Nginx
 from pipelines.registry.publish import pull_model, register_model
 from pipelines.registry.versions import PinnedModel, Registry
 from pipelines.tracking.mlflow_run import RunRequest, open_run
 from pipelines.tracking.server import TrackingError, require_tracking
 from tests.pipelines.mlflow_fixture import Server, free_port
 
-NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
 pytestmark = [
     pytest.mark.stack,
     pytest.mark.slow,
     pytest.mark.skipif(NGINX is None, reason="nginx is not installed (Debian: nginx-light)"),
 ]
-USER, PASSWORD = "trainer", "a-password-for-tests"
-CONFIGURATION = """
-daemon off;
-{user}
-worker_processes 1;
-pid {folder}/nginx.pid;
-error_log {folder}/error.log;
-events {{ worker_connections 64; }}
-http {{
-  access_log {folder}/access.log;
-  client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy; fastcgi_temp_path {folder}/f;
-  uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s;
-  server {{
-    listen 127.0.0.1:{port};
-    client_max_body_size {limit};
-    location /team/mlflow/ {{
-      auth_basic "MLflow"; auth_basic_user_file {folder}/users;
-      proxy_set_header Host $http_host; proxy_set_header Authorization "";
-      {more}
-      proxy_pass http://127.0.0.1:{upstream}/;
-    }}
-  }}
-}}
-"""
-
-
-@dataclass
-class Nginx:
-    """One before a server."""
-
-    folder: Path
-    upstream: int
-    port: int
-    process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def uri(self) -> str:
-        return f"http://127.0.0.1:{self.port}/team/mlflow"
-
-    def start(self, limit: str, more: str = "") -> None:
-        self.stop()
-        hashed = subprocess.run(
-            ["openssl", "passwd", "-apr1", PASSWORD], check=True, capture_output=True, text=True
-        ).stdout.strip()
-        (self.folder / "users").write_text(f"{USER}:{hashed}\n")
-        user = "user root;" if os.getuid() == 0 else ""  # or its workers could not write to the folder of this test
-        (self.folder / "nginx.conf").write_text(
-            CONFIGURATION.format(
-                folder=self.folder, port=self.port, limit=limit, upstream=self.upstream, more=more, user=user
-            )
-        )
-        assert NGINX is not None
-        command = [NGINX, "-c", str(self.folder / "nginx.conf"), "-e", str(self.folder / "error.log")]
-        self.process = subprocess.Popen(command, start_new_session=True)
-        for _ in range(100):
-            try:
-                urllib.request.urlopen(self.uri, timeout=1)
-            except urllib.error.HTTPError:
-                return
-            except OSError:
-                time.sleep(0.05)
-        raise AssertionError((self.folder / "error.log").read_text())
-
-    def stop(self) -> None:
-        if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGTERM)
-            self.process.wait(10)
-            self.process = None
 
 
 @pytest.fixture
