@@ -45,7 +45,7 @@ class LightTokenizer:
         self._backend = Tokenizer.from_str(backend)
         self.bos_token, self.eos_token = bos_token, eos_token
         self.added_tokens_decoder = {
-            self._backend.token_to_id(content): _AddedToken(content, special) for content, special in added.items()
+            self.convert_tokens_to_ids(content): _AddedToken(content, special) for content, special in added.items()
         }
 
     def encode(self, text: str, *, add_special_tokens: bool, split_special_tokens: bool = False) -> list[int]:
@@ -54,11 +54,11 @@ class LightTokenizer:
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
-    def convert_tokens_to_ids(self, token: str) -> int:
-        """The id of a token that the vocabulary has."""
-        number = self._backend.token_to_id(token)
+    def convert_tokens_to_ids(self, tokens: str) -> int:
+        """The id of a token. Raises ValueError for one that the vocabulary lacks."""
+        number = self._backend.token_to_id(tokens)
         if number is None:
-            raise ValueError(f"the tokenizer does not know {token!r}")
+            raise ValueError(f"the tokenizer does not know {tokens!r}")
         return int(number)
 
 

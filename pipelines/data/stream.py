@@ -195,9 +195,11 @@ class PlannedShards(Datasource):
 
 
 class Processor(Protocol):
-    """What encoding needs of a processor; `meteor_model.processing_meteor.MeteorProcessor` is one."""
+    """What encoding needs of a processor: `MeteorProcessor` is one, and `meteor_model.sample_encoder.SampleEncoder`."""
 
-    image_size: int
+    @property
+    def image_size(self) -> int:
+        """Side of the square image that travels."""
 
     def encode(self, turns: Sequence[tuple[str, str]], num_images: int) -> Any:
         """(role, text) turns -> an object with `input_ids` and `labels`, lists of equal length."""

@@ -4,7 +4,8 @@ import asyncio
 import logging
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import ray.exceptions
@@ -20,8 +21,11 @@ from ray.train.v2._internal.execution.callback import ControllerCallback, Worker
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
 from ray.train.v2._internal.execution.storage import StorageContext
 from ray.train.v2._internal.execution.training_report import _TrainingReport
+from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from pipelines.compat.ray import (
+    ENVIRONMENT_OF_THE_CONTROLLER,
     Snapshot,
     StartPhases,
     health_check_failure,
@@ -44,6 +48,22 @@ def test_ray_calls_what_tells_the_part_of_a_start() -> None:
     for name in own:
         getattr(phases, name)(None)
     assert told == ["began", "placing", "room", "starting", "running", "running"]
+
+
+def test_workers_are_given_the_environment_of_the_controller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the data tasks that each starts would be in processes of their own."""
+
+    class TakenError(Exception):
+        pass
+
+    def remote(**options: Any) -> None:
+        raise TakenError(options["runtime_env"])
+
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "node"))
+    monkeypatch.setattr(ray, "remote", remote)
+    with pytest.raises(TakenError) as taken:
+        DataParallelTrainer._initialize_and_run_controller(cast(Any, None))
+    assert WorkerGroup._get_worker_runtime_env(ENVIRONMENT_OF_THE_CONTROLLER) == taken.value.args[0]
 
 
 def test_the_snapshot_that_ray_writes_is_read(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import logging
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -22,6 +23,7 @@ from pipelines.tracking.server import TrackingAwayError
 PLANTED = "Xq7-pl@nted/pw"
 TOKEN = "hf_" + "PlantedPlantedPlantedPlanted12"
 MANIFEST = Manifest("s3://bucket/data/manifest.parquet", (), {})
+UNUSED = cast(Any, None)
 NOBODY = f"http://me:{PLANTED}@127.0.0.1:9"
 
 
@@ -39,7 +41,8 @@ def work(given: Recipe) -> None:
     """A run up to its training, with an MLflow that is away, libraries that print addresses, and a fault at the end."""
     run_module.check_places(given)
     facts = RunFacts.begun(given, "pretrain", [MANIFEST])
-    run = run_module._open(given, "pretrain", ChosenRun("r", facts, continued=False), [MANIFEST])
+    chosen = ChosenRun("r", facts, continued=False)
+    run = run_module._open(given, "pretrain", chosen, [MANIFEST], UNUSED)
     console.keep_log(run.folder.logs)
     try:
         print(f"View run r at: {NOBODY}/#/experiments/1")

@@ -91,7 +91,7 @@ def test_memory_within_the_uncertainty_is_doubted_and_not_refused() -> None:
 
 def test_what_only_the_longest_samples_take_is_doubted_and_not_refused() -> None:
     sure = sized().peak_of(GPU, "gpu", bounds=False)[1]
-    made = replace(sized(), uses=tuple(one for one in sized().uses if one.phase != "calibrate"))
+    made = replace(sized(), uses=tuple(one for one in sized().uses if one.phase == "train"))
     nodes = (node(gpu_memory=0.5 * made.peak("gpu", "gpu")[1]), LARGE[1])
     assert sure > made.peak_of(GPU, "gpu", bounds=False)[1]
     assert judged(at_size(), made, nodes) == []
