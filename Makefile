@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help plan predict-shards serve setup lock up status down pretrain finetune sweep predict calibrate evaluate register shards parts visualize flops bench-prune bench-gpu bench-order bench-ranks bench-serve bench-limits rehearsal \
+.PHONY: help plan predict-shards serve setup lock up status down pretrain finetune sweep predict calibrate evaluate register shards parts visualize flops bench-prune bench-gpu bench-order bench-ranks bench-serve bench-limits bench-start rehearsal \
   chaos check docs docs-check format fuzz test test-slow test-versions clean
 
 PYTHON ?= python3.11
@@ -123,6 +123,9 @@ bench-serve: setup  ## Measure serving with and without pruning and batching (ab
 
 bench-limits: setup  ## Measure what an image, a text or a request at the limits costs (a few minutes); writes benchmarks/results/limits.json
 	@$(PY) -m benchmarks.limits $(ARGS)
+
+bench-start: setup  ## Measure the time from submission to the first step, and from a lost worker to the next (about 6 minutes); writes benchmarks/results/start.json
+	@$(PY) -m benchmarks.start $(ARGS)
 
 check: setup  ## Lint, format, types, import direction
 	@$(BIN)/ruff check .

@@ -10,7 +10,7 @@ import torch
 
 from jobs.recipes import recipe
 from pipelines.io import storage
-from pipelines.job.start import _pulled, upload_folder
+from pipelines.job.start import _pulled, needs_local_files, upload_folder
 from pipelines.registry.folder import ExportError, export_model
 from tests.meteor_model.builders import model, processor
 from tests.pipelines.s3_fixture import BUCKET, S3Server
@@ -37,3 +37,10 @@ def test_a_stored_model_starts_a_run_under_the_recipe_s_pruning(s3: S3Server, tm
     with pytest.raises(ExportError, match=r"config\.json"):
         _pulled(replace(base, model=replace(base.model, start=other)), other)
     assert storage.exists(url)
+
+
+def test_pretrained_parts_are_files_of_the_drivers_machine() -> None:
+    small = recipe("pretrain", "small")
+    assert needs_local_files(small)
+    assert not needs_local_files(replace(small, model=replace(small.model, start="models:/meteor@latest-pretrain")))
+    assert not needs_local_files(recipe("pretrain", "tiny"))
