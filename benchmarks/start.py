@@ -1,8 +1,8 @@
 """How long a training takes to its first step, and from a lost worker to its next one: `make bench-start`.
 
-On a warm local stack of its own, with the shards already there, the README's command trains `tiny` on few samples; one of
-its workers is ended by SIGKILL after a checkpoint. Writes benchmarks/results/start.json: the median of several such runs,
-each part of the first start, and the CPU seconds of every kind of process up to the first step.
+On a warm local stack of its own, with the shards already there, the README's command trains `tiny` on few samples; one
+of its workers is ended by SIGKILL after a checkpoint. Writes benchmarks/results/start.json: the median of several such
+runs, each part of the first start, and the CPU seconds of every kind of process up to the first step.
 """
 
 from __future__ import annotations

@@ -174,6 +174,6 @@ def _environment(stack: Stack) -> dict[str, str]:
     paths = [str(ROOT), *filter(None, [env.get("PYTHONPATH")])]
     return env | {
         "PYTHONPATH": os.pathsep.join(paths),
-        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        **services.OF_EVERY_NODE,
         "RAY_API_SERVER_ADDRESS": stack.ray_dashboard,
     }
