@@ -206,9 +206,8 @@ def test_running_service_refuses_another_port(live: Stack) -> None:
 def test_ray_job_runs_our_interpreter_with_the_addresses(live: Stack, tmp_path: Path) -> None:
     """Through the dashboard, as `ray job submit` does; the job itself only looks at what it inherited."""
     names = ["AWS_ENDPOINT_URL", "MLFLOW_TRACKING_URI", "METEOR_STORAGE", "AWS_SECRET_ACCESS_KEY"]
-    (tmp_path / "look.py").write_text(
-        f"import os, sys; print(sys.prefix, [os.environ.get(n) for n in {names}], os.nice(0))"
-    )
+    look = f"import os, sys; print(sys.prefix, [os.environ.get(n) for n in {names}], os.nice(0))"
+    (tmp_path / "look.py").write_text(look)
     ray = services.executable("ray")
     done = subprocess.run(
         [ray, "job", "submit", "--working-dir", str(tmp_path), "--", "python", "look.py"],
@@ -219,9 +218,8 @@ def test_ray_job_runs_our_interpreter_with_the_addresses(live: Stack, tmp_path: 
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert (
-        f"{sys.prefix} {[live.s3_endpoint, live.mlflow_uri, 's3://meteor', None]} {os.nice(0)}" in done.stdout
-    )  # no worker is nicer
+    expected = [live.s3_endpoint, live.mlflow_uri, "s3://meteor", None]
+    assert f"{sys.prefix} {expected} {os.nice(0)}" in done.stdout  # a worker is no nicer than this test
 
 
 @pytest.mark.parametrize("name", ["s3", "mlflow", "ray"])
