@@ -22,6 +22,7 @@ from functools import partial
 from typing import Any, Protocol
 from uuid import uuid4
 
+import numpy as np
 import pyarrow as pa
 import ray.data
 import ray.train
@@ -270,10 +271,11 @@ class RowEncoder:
         pixels = []
         for position, data in enumerate(raw.images[: fitted.num_images]):
             try:
-                pixels.append(decode_image(data, size, self.limits).numpy().tobytes())
+                pixels.append(decode_image(data, size, self.limits).numpy().reshape(-1))
             except ImageError as fault:
                 raise ImageError(fault.reason, f"image {position}: {fault.detail}") from fault
-        images, count = b"".join(pixels), len(pixels)
+        count = len(pixels)
+        images = memoryview(pixels[0] if count == 1 else np.concatenate(pixels)) if pixels else b""
         size = size if count else 0
         return Row(row, sample, "", "", fitted.input_ids, fitted.labels, images, count, size, fitted.cut)
 

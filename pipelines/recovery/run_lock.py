@@ -114,8 +114,8 @@ def lock_run(lease: Lease) -> Iterator[RunLock]:
     name = f"run-{lease.owner[:16]}"
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)  # ends with the driver
     actor = ray.remote(num_cpus=0)(_LockActor)
+    # Known by its name from now on; what is asked before its process is there, waits for that. The driver does not.
     handle = actor.options(name=name, namespace=NAMESPACE, scheduling_strategy=here).remote()
-    ray.get(handle.standing.remote(0), timeout=WAIT_S)
     try:
         yield RunLock(name, lease.token)
     finally:
