@@ -275,7 +275,7 @@ class RowEncoder:
             except ImageError as fault:
                 raise ImageError(fault.reason, f"image {position}: {fault.detail}") from fault
         count = len(pixels)
-        images = memoryview(pixels[0] if count == 1 else np.concatenate(pixels)) if pixels else b""
+        images = (pixels[0] if count == 1 else np.concatenate(pixels)).data if pixels else b""
         size = size if count else 0
         return Row(row, sample, "", "", fitted.input_ids, fitted.labels, images, count, size, fitted.cut)
 
