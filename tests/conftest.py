@@ -1,12 +1,16 @@
-"""Shared by all tests: one thread per process (two cores are shared by servers and workers)."""
+"""Shared by all tests: one thread per process, since servers and workers share two cores, and all are of equal rank."""
 
 from __future__ import annotations
 
+import os
 import signal
 
 import pytest
 import torch
 
+from infra.services import OF_EVERY_NODE
+
+os.environ.update(OF_EVERY_NODE)  # for tests that start a Ray of their own
 
 def pytest_configure() -> None:
     """SIGTERM ends the session as an interrupt does: fixtures stop the servers that they started."""
