@@ -133,9 +133,10 @@ check: setup  ## Lint, format, types, import direction
 	@$(BIN)/mypy
 	@$(PY) -m pytest -q tests/test_imports.py
 
-docs: setup  ## Write docs/settings.md, the tables of docs/scaling.md and that of levels from the code
+docs: setup  ## Write docs/settings.md, the tables of docs/scaling.md, of pruners and of levels from the code
 	@$(PY) -m docs.tools.settings
 	@$(PY) -m docs.tools.levels
+	@$(PY) -m docs.tools.pruners
 	@$(PY) -m docs.tools.scaling
 
 docs-check: setup  ## Run every command of README and docs/, shortened, on a stack of its own: make docs-check ARGS="--only sweep"

@@ -62,7 +62,7 @@ def realised(spent: Mapping[str, Sequence[float]], flops: Mapping[str, int], den
 #: Functions whose time is selection: scores, sorting, gathering, joining kept tokens to their prefix.
 SELECTION = {
     "encode": {"importance", "mean_similarity", "top_indices", "refuse_nan", "gather_tokens", "cat"},
-    "fuse": {"fuse_cooperatively"},
+    "fuse": {"prune_pool"},
     "decode": {"score_layer", "_decide", "gather_tokens"},
 }
 _ENTRY = {"encode_pruned": "encode", "encode_images": "fuse", "decode_pruned": "decode"}

@@ -13,7 +13,7 @@ from benchmarks.results_file import RESULTS, write_results
 from meteor_model.architectures import build_config
 from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, MeteorConfig, PruningConfig
 from meteor_model.flops import TEXT_TOKENS, FlopReport, count_flops
-from meteor_model.rivals import FastV
+from meteor_model.pruners.named import with_pruner
 
 DENSE = PruningConfig(EncodePruning(enabled=False), FusePruning(enabled=False), DecodePruning(enabled=False))
 #: Vicuna's vocabulary and the placeholder.
@@ -61,6 +61,7 @@ def count_all() -> tuple[list[Row], dict[str, tuple[MeteorConfig, FlopReport]]]:
     """The table, and config and report of every variant."""
     eagle = llm_config("eagle_x4_7b", DENSE)
     configs = {
+        "FastV": with_pruner(eagle, "fastv", 256),
         "METEOR": meteor_config(),
         "METEOR, stage 3 after layer 3": meteor_config(decode=DecodePruning(layer=3, target_mean=float(MEAN))),
         "METEOR, stages 1 and 2 only": meteor_config(decode=DecodePruning(enabled=False)),
@@ -68,7 +69,6 @@ def count_all() -> tuple[list[Row], dict[str, tuple[MeteorConfig, FlopReport]]]:
     }
     reports = {
         "EAGLE": (eagle, count_flops(eagle)),
-        "FastV": (eagle, count_flops(eagle, schedule=FastV(layer=2, keep=256).schedule)),
         **{name: (config, count_flops(config)) for name, config in configs.items()},
     }
     tera = {name: report.total / 1e12 for name, (_, report) in reports.items()}

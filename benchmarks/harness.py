@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -22,7 +21,7 @@ from meteor_model.configuration_meteor import DecodePruning, EncodePruning, Fuse
 from meteor_model.encoders import EncoderConfig, encoder_class
 from meteor_model.flops import count_flops, count_training_flops
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
-from meteor_model.rivals import FastV, LayerPruner, prefill, step
+from meteor_model.pruners.named import with_pruner
 
 DENSE = PruningConfig(EncodePruning(enabled=False), FusePruning(enabled=False), DecodePruning(enabled=False))
 SPECIAL_IDS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -91,9 +90,9 @@ class Setup:
             "post_projection", PruningConfig(EncodePruning(totals=totals), FusePruning(keep=self.fused), self.stage3)
         )
 
-    def fastv(self) -> FastV:
-        """FastV at METEOR's final number of visual tokens."""
-        return FastV(layer=self.layer, keep=self.kept)
+    def fastv(self) -> MeteorConfig:
+        """EAGLE with FastV at METEOR's final number of visual tokens."""
+        return with_pruner(self.dense(), "fastv", self.kept, layer=self.layer)
 
 
 def build(
@@ -149,7 +148,6 @@ class Work:
     setup: Setup
     batch: int
     device: torch.device
-    rival: LayerPruner | None = None
 
     def pixels(self) -> Tensor:
         return random_pixels(self.batch, self.setup.image_size, self.device)
@@ -183,31 +181,7 @@ class Work:
 
     @torch.no_grad()
     def generate(self, new_tokens: int) -> None:
-        prompt = self.prompt()
-        if self.rival is not None:
-            self._generate_by_rival(prompt, self.rival, new_tokens)
-            return
-        self.model.generate(**prompt, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
-
-    def _generate_by_rival(self, prompt: Mapping[str, Tensor], rival: LayerPruner, new_tokens: int) -> None:
-        model = self.model
-        embeds_BTC, visual_BT = model.embed_prompts(prompt["input_ids"], prompt["pixel_values"])
-        hidden, state = prefill(model.language_model, embeds_BTC, visual_BT, rival)
-        for _ in range(new_tokens - 1):
-            token_B1 = model.lm_head(hidden[:, -1:]).argmax(dim=-1)
-            hidden, state = step(model.language_model, model.get_input_embeddings()(token_B1), state)
-        model.lm_head(hidden[:, -1:]).argmax(dim=-1)
-
-
-@contextmanager
-def attention(model: MeteorForConditionalGeneration, kernel: str) -> Iterator[None]:
-    """The LLM's attention kernel, for as long as this lasts."""
-    before = model.language_model.config._attn_implementation
-    model.language_model.set_attn_implementation(kernel)
-    try:
-        yield
-    finally:
-        model.language_model.set_attn_implementation(before)
+        self.model.generate(**self.prompt(), max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
 
 
 #: Who takes part: FastV and stage 3 alone act in the LLM at inference only.
@@ -221,14 +195,9 @@ PARTS = {
 
 def count_work(setup: Setup) -> dict[str, dict[str, int]]:
     """FLOPs per image of every workload and the variants that take part, from meteor_model/flops.py."""
-    dense, meteor, stage3 = setup.dense(), setup.pruned(), setup.stage3_only()
-    text = setup.text_tokens
-    reports = {
-        "dense": count_flops(dense, text),
-        "meteor": count_flops(meteor, text),
-        "stage3": count_flops(stage3, text),
-        "fastv": count_flops(dense, text, setup.fastv().schedule),
-    }
+    dense, meteor, text = setup.dense(), setup.pruned(), setup.text_tokens
+    configs = {"dense": dense, "meteor": meteor, "stage3": setup.stage3_only(), "fastv": setup.fastv()}
+    reports = {name: count_flops(config, text) for name, config in configs.items()}
     first = {name: report.total + report.lm_head for name, report in reports.items()}
     counted = {
         "encode": {name: report.encoding + report.projection + report.fusion for name, report in reports.items()},
@@ -245,26 +214,14 @@ def count_work(setup: Setup) -> dict[str, dict[str, int]]:
 def works(setup: Setup, device: torch.device, dtype: torch.dtype) -> dict[str, Work]:
     """The four variants on one set of weights."""
     dense = build(setup.dense(), device, dtype)
-    meteor, stage3 = (with_shared_llm(config, dense, device, dtype) for config in (setup.pruned(), setup.stage3_only()))
-    return {
-        "dense": Work(dense, setup, 1, device),
-        "meteor": Work(meteor, setup, 1, device),
-        "stage3": Work(stage3, setup, 1, device),
-        "fastv": Work(dense, setup, 1, device, rival=setup.fastv()),
-    }
+    others = {"meteor": setup.pruned(), "stage3": setup.stage3_only(), "fastv": setup.fastv()}
+    models = {name: with_shared_llm(config, dense, device, dtype) for name, config in others.items()}
+    return {name: Work(model, setup, 1, device) for name, model in {"dense": dense, **models}.items()}
 
 
 def calls(variants: Mapping[str, Work], workload: str) -> dict[str, Callable[[], None]]:
-    """One workload of every variant; a rival needs eager attention, for as long as it runs."""
-
-    def call(work: Work) -> None:
-        if work.rival is None:
-            getattr(work, workload)()
-            return
-        with attention(work.model, "eager"):
-            getattr(work, workload)()
-
-    return {name: lambda work=work: call(work) for name, work in variants.items()}  # type: ignore[misc]
+    """One workload of every variant."""
+    return {name: getattr(work, workload) for name, work in variants.items()}
 
 
 def measure_realised(

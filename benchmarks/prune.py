@@ -3,7 +3,7 @@
 1. overhead   selection (scores, sorting, gathering) over the dense model's time to the first token
 2. growth     selection from 1k to 16k tokens, exponent fitted
 3. realised   speed-up in time over speed-up in FLOPs: encoders, first token, whole answer, training step; the same for
-              FastV done the usual way, and for METEOR's stage 3 alone at FastV's tokens and FLOPs
+              FastV, and for METEOR's stage 3 alone at FastV's tokens and FLOPs
 4. memory     peak above the weights, each in a fresh process
 
 Writes benchmarks/results/prune.json. See benchmarks/README.md.
@@ -28,9 +28,13 @@ from benchmarks.clocks import hardware, peak_memory, take_turns
 from benchmarks.harness import Setup, calls, count_work, describe, measure_overhead, measure_realised, works
 from benchmarks.results_file import RESULTS, write_results
 from benchmarks.sizes import cpu_setup, doubled, tiny_setup
+from meteor_model.configuration_meteor import FusePruning
 from meteor_model.encoders import EncoderConfig, build_encoder
-from meteor_model.fusion import fuse_cooperatively
-from meteor_model.pruning import gather_tokens, mean_similarity, select_top, text_guided_scores
+from meteor_model.fusion import prune_pool
+from meteor_model.pruners.fuse_criteria import Pool
+from meteor_model.pruners.select import gather_tokens, select_top
+from meteor_model.pruners.text_scores import text_guided_scores
+from meteor_model.pruners.tower_scores import mean_similarity
 
 CPU = torch.device("cpu")
 DTYPE = torch.float32
@@ -62,7 +66,9 @@ def selection_steps(tokens: int, width: int = 768) -> dict[str, Callable[[], Any
     hidden, positions = torch.randn(1, tokens + 1, width), torch.arange(tokens)[None]
     scores = torch.randn(1, tokens)
     keep = select_top(scores, tokens // 2)
-    pools = [torch.randn(1, tokens // 4, width) for _ in range(4)]
+    part_1n = torch.arange(tokens // 4)[None]
+    maps = tuple(torch.randn(1, tokens // 4, width) for _ in range(4))
+    pool = Pool(maps, ((1, tokens // 4),) * 4, (part_1n,) * 4, tokens // 2)
     query, key = torch.randn(1, heads, 1, 64), torch.randn(1, heads, tokens, 64)
     visible = torch.ones(1, 1, tokens, dtype=torch.bool)
     return {
@@ -71,7 +77,7 @@ def selection_steps(tokens: int, width: int = 768) -> dict[str, Callable[[], Any
         "attention received": lambda: pix.importance(0, hidden[:, 1:], positions, 256),
         "sort and take": lambda: select_top(scores, tokens // 2),
         "gather": lambda: gather_tokens(hidden, keep),
-        "fusion": lambda: fuse_cooperatively(pools, tokens // 2),
+        "fusion": lambda: prune_pool(pool, FusePruning()),
         "text-guided scores": lambda: text_guided_scores(query, key, visible[:, 0], visible, 0.125, heads // 4),
     }
 

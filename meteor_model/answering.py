@@ -76,7 +76,7 @@ class Budget:
         if most is None:
             return cls(new_tokens)
         decode = config.pruning.decode
-        if not decode.enabled or decode.lam is None:
+        if not decode.acts:
             raise RequestError("visual_tokens cannot be set: this model prunes nothing in the LLM; leave it out")
         least, all_of_them = min(decode.k_min, config.tokens_per_image), config.tokens_per_image
         if not least <= _whole("visual_tokens", most) <= all_of_them:

@@ -23,7 +23,7 @@ Record = dict[str, dict[str, Any]]
 
 _ANEW = {
     "lam": "set pruning.decode.lam to None and solve it anew: `python jobs/calibrate.py --model MODEL --target-mean N` "
-    "on held-back prompts, or meteor_model.pruning.solve_lambda on your own",
+    "on held-back prompts, or meteor_model.pruners.counts.solve_lambda on your own",
     "ranks": "measure them anew: `python jobs/calibrate.py --model MODEL`, and set them together with it "
     "(with_pruning(pruning, ranks)), or share by token count alone (ranks None)",
 }
@@ -45,8 +45,13 @@ def settings_of_lam(config: MeteorConfig) -> dict[str, Any]:
             "pruning.decode.num_heads": config.decode_heads,
             "pruning.decode.query": decode.query,
             "pruning.decode.k_min": decode.k_min,
+            "pruning.decode.criterion": decode.criterion,
+            "pruning.decode.budget": decode.budget,
+            "pruning.decode.options": decode.options,
             "pruning.fuse.enabled": fuse.enabled,
             "pruning.fuse.keep": fuse.keep if fuse.enabled else None,
+            "pruning.fuse.criterion": fuse.criterion if fuse.enabled else None,
+            "pruning.fuse.options": fuse.options if fuse.enabled else None,
             **_stage1(config),
             "budgets of stage 1": config.encode_budgets,
             "fusion": config.fusion,
@@ -105,7 +110,7 @@ def _settle(name: str, value: Any, now: dict[str, Any], known: Mapping[str, Any]
 def _stage1(config: MeteorConfig) -> dict[str, Any]:
     encode = config.pruning.encode
     used: dict[str, Any] = {"pruning.encode.enabled": encode.enabled}
-    for name in ("totals", "first_deep_segment", "score_queries"):
+    for name in ("totals", "first_deep_segment", "score_queries", "criterion", "budget", "options"):
         used[f"pruning.encode.{name}"] = getattr(encode, name) if encode.enabled else None
     return used
 

@@ -15,7 +15,9 @@ from meteor_model.checks import from_mapping, nearest, whole_number
 from meteor_model.compat import CACHE_NAMES
 from meteor_model.decoder.families import plan_decoder
 from meteor_model.encoders import EncoderConfig, encoder_class
-from meteor_model.pruning import allocate_budgets
+from meteor_model.pruners.budgets import allocate_budgets
+from meteor_model.pruners.encode_criteria import ENCODE_BUDGETS
+from meteor_model.pruners.fuse_criteria import FUSE_CRITERIA
 from meteor_model.pruning_config import DecodePruning, EncodePruning, FusePruning, PruningConfig
 
 __all__ = ["FUSIONS", "DecodePruning", "EncodePruning", "FusePruning", "MeteorConfig", "PruningConfig"]
@@ -81,7 +83,7 @@ class MeteorConfig(PreTrainedConfig):
             (then encoders share by token count alone, as if all ranks were equal).
         fusion: "post_projection" (METEOR: one projector per encoder, tokens pooled) or "channel_concat" (EAGLE's
             layout: every map is brought to one grid, joined on the channels, and goes through one projector; nothing is
-            pruned before the LLM; that towers see images as EAGLE's do are settings of the encoders).
+            pruned inside the towers; that towers see images as EAGLE's do are settings of the encoders).
         concat_grid: rows and columns of that one grid; used by "channel_concat" alone.
         calibrated: the settings that `pruning.decode.lam` and `ranks` belong to (`meteor_model.calibrated`), as a saved
             configuration holds it; without it they belong to the settings that they come with.
@@ -146,6 +148,7 @@ class MeteorConfig(PreTrainedConfig):
         if len(set(names)) != len(names):
             raise ValueError(f"encoder names must differ, got {names}")
         self._check_fusion()
+        self._check_looks()
         self._check_ranks(names)
         encode, fuse = self.pruning.encode, self.pruning.fuse
         for item in self.encoders:
@@ -155,18 +158,35 @@ class MeteorConfig(PreTrainedConfig):
                     f"pruning.encode.totals has {len(encode.totals)} segments, encoder {item.name!r} {blocks} blocks"
                 )
         pool = sum(self.encode_budgets[name][-1] for name in names)  # raises where totals exceed the tokens there are
+        if self.fusion == "channel_concat":
+            pool = self.concat_grid**2
         if fuse.enabled and fuse.keep > pool:
-            raise ValueError(f"pruning.fuse.keep {fuse.keep} exceeds the {pool} tokens that leave the encoders")
+            raise ValueError(f"pruning.fuse.keep {fuse.keep} exceeds the {pool} tokens that are projected")
         self._check_decoder()
         self.calibrated = settled(self)
 
+    def _check_looks(self) -> None:
+        """A criterion of stage 2 that asks the towers needs one that attends, and all of its tokens."""
+        fuse = self.pruning.fuse
+        if not fuse.looks:
+            return
+        if self.pruning.encode.enabled:
+            raise ValueError(
+                f"pruning.fuse.criterion {fuse.criterion!r} ranks all tokens of the towers by their attention: set "
+                "pruning.encode.enabled to false, or choose another criterion"
+            )
+        if not any(encoder_class(item.family).prunes_between_blocks for item in self.encoders):
+            raise ValueError(
+                f"pruning.fuse.criterion {fuse.criterion!r} needs the attention of a tower, and all towers are "
+                "convolutional: choose another criterion"
+            )
+
     def _check_decoder(self) -> None:
         decode, text = self.pruning.decode, self.text_config
-        layers, heads = text.num_hidden_layers, text.num_attention_heads
+        heads = text.num_attention_heads
         if decode.enabled:
             plan_decoder(text)  # raises where stage 3 cannot run this LLM
-        if decode.enabled and decode.layer >= layers:
-            raise ValueError(f"pruning.decode.layer {decode.layer} must be below the LLM's {layers} layers")
+            self._check_cuts()
         if decode.num_heads is not None and decode.num_heads > heads:
             raise ValueError(f"pruning.decode.num_heads {decode.num_heads} is not in 1..{heads}, the LLM's heads")
         for name, tokens in (("target_mean", decode.target_mean), ("k_min", decode.k_min)):
@@ -180,6 +200,17 @@ class MeteorConfig(PreTrainedConfig):
                     f"image_token_id {self.image_token_id} is {where} too: padding would count as visual tokens; give "
                     "the placeholder an id of its own"
                 )
+
+    def _check_cuts(self) -> None:
+        decode, layers = self.pruning.decode, self.text_config.num_hidden_layers
+        for name, layer in (("layer", decode.layer), *(("later_layers", layer) for layer in decode.later_layers)):
+            if layer >= layers:
+                raise ValueError(f"pruning.decode.{name} {layer} must be below the LLM's {layers} layers")
+        if decode.wants_grid and (self.pruning.encode.enabled or self.pruning.fuse.enabled):
+            raise ValueError(
+                f"pruning.decode.criterion {decode.criterion!r} looks at rows and columns of whole grids: set "
+                "pruning.encode.enabled and pruning.fuse.enabled to false, or choose another criterion"
+            )
 
     def _check_ranks(self, names: list[str]) -> None:
         if self.ranks is None:
@@ -213,12 +244,18 @@ class MeteorConfig(PreTrainedConfig):
             if folded:
                 raise ValueError(f"encoders {folded} set fold, which only fusion='channel_concat' uses")
             return
-        for stage, on in (("encode", self.pruning.encode.enabled), ("fuse", self.pruning.fuse.enabled)):
-            if on:
-                raise ValueError(
-                    f"pruning.{stage}.enabled is true with fusion='channel_concat', which needs every token of every "
-                    "grid: set it to false, or fusion to 'post_projection'"
-                )
+        if self.pruning.encode.enabled:
+            raise ValueError(
+                "pruning.encode.enabled is true with fusion='channel_concat', which needs every token of every grid: "
+                "set it to false, or fusion to 'post_projection'"
+            )
+        fuse = self.pruning.fuse
+        if fuse.enabled and not FUSE_CRITERIA[fuse.criterion].facts["joint"]:
+            raise ValueError(
+                f"pruning.fuse.criterion {fuse.criterion!r} compares the tokens of different encoders, which "
+                "fusion='channel_concat' joins into one: set pruning.fuse.enabled to false, another criterion, or "
+                "fusion to 'post_projection'"
+            )
         for item in self.encoders:
             rows, columns = self.encoder_grids[item.name]
             if rows % item.fold or columns % item.fold:
@@ -249,10 +286,11 @@ class MeteorConfig(PreTrainedConfig):
         last = len(encode.totals) - 1
         for boundary, total in enumerate(encode.totals):
             names = [e.name for e in self.encoders if boundary == last or encoder_class(e.family).prunes_between_blocks]
-            ranks = [self._rank(name, boundary) for name in names]
             capacities = [present[name] for name in names]
+            rule = ENCODE_BUDGETS[encode.budget].run
             try:
-                shares = allocate_budgets(ranks, total, capacities, encode.rank_exponent)
+                weights = rule([self._rank(name, boundary) for name in names], capacities)
+                shares = allocate_budgets(weights, total, capacities, encode.rank_exponent)
             except ValueError as error:
                 raise ValueError(f"pruning.encode.totals[{boundary}]: {error} (encoders {names})") from None
             for name, share in zip(names, shares, strict=True):
@@ -269,11 +307,17 @@ class MeteorConfig(PreTrainedConfig):
     @cached_property
     def tokens_per_image(self) -> int:
         """Visual tokens per image that enter the LLM: placeholders per `<image>`."""
-        if self.fusion == "channel_concat":
-            return self.concat_grid**2
         if self.pruning.fuse.enabled:
             return self.pruning.fuse.keep
+        if self.fusion == "channel_concat":
+            return self.concat_grid**2
         return sum(budget[-1] for budget in self.encode_budgets.values())
+
+    def visual_cells(self) -> list[tuple[int, int]]:
+        """Row and column of each visual token of an image in its grid, where stages 1 and 2 prune nothing."""
+        side = self.concat_grid
+        grids = [(side, side)] if self.fusion == "channel_concat" else self.encoder_grids.values()
+        return [(row, column) for rows, columns in grids for row in range(rows) for column in range(columns)]
 
     @property
     def decode_heads(self) -> int:

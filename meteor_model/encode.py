@@ -1,20 +1,23 @@
 """Stage 1, encoding: run a tower segment by segment and prune its tokens between segments.
 
-Shallow boundaries drop the tokens most similar to the map's mean token; deep boundaries keep the tokens with the most
-attention (from CLS, or received). Source: METEOR (arXiv 2507.20842), its encoding stage; a boundary after every segment
-is this project's decision (docs/composability.md).
+A criterion (`meteor_model.pruners.encode_criteria`) scores the tokens at a boundary. METEOR's: shallow boundaries drop
+the tokens most similar to the map's mean token; deep boundaries keep the tokens with the most attention (from CLS, or
+received). Source: METEOR (arXiv 2507.20842), its encoding stage; a boundary after every segment is this project's
+decision (docs/composability.md).
 
 Legend: M images, N tokens of the full grid, K tokens kept, P prefix tokens, D width, T = P + N or P + K.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 
 from meteor_model.encoders.base import VisionEncoder, VisionTokens
-from meteor_model.pruning import gather_tokens, mean_similarity, refuse_nan
+from meteor_model.pruners.encode_criteria import ENCODE_CRITERIA, Boundary, EncodeCriterion
+from meteor_model.pruners.select import gather_tokens, refuse_nan
 from meteor_model.replay import Choose, best_scored
 
 
@@ -34,6 +37,8 @@ def encode_pruned(
     first_deep_segment: int,
     score_queries: int | None,
     choose: Choose = best_scored,
+    criterion: str = "meteor",
+    options: Mapping[str, float] | None = None,
 ) -> tuple[VisionTokens, tuple[torch.Tensor, ...]]:
     """Tokens of one encoder after the last boundary, and what every boundary kept.
 
@@ -45,19 +50,24 @@ def encode_pruned(
         score_queries: an encoder without CLS counts the attention received from so many evenly spaced tokens; None:
             from all. See `EncodePruning`.
         choose: decides by the scores which tokens stay.
+        criterion: gives the scores; a name of `ENCODE_CRITERIA`.
+        options: its numbers.
 
     Returns:
         the finished tokens, and for each boundary the kept positions (M, K) in the full grid.
     """
+    entry = ENCODE_CRITERIA[criterion]
+    score = partial(entry.run, **(options or {}))
     if not encoder.prunes_between_blocks:
-        return _prune_output(encoder, pixels_MCRR, budgets[-1], choose)
+        return _prune_output(encoder, pixels_MCRR, budgets[-1], choose, score)
 
     num_prefix = encoder.num_prefix_tokens
     hidden_MTD, positions_MN = _embed(encoder, pixels_MCRR)
     kept, all_scores, start = [], [], 0
     for segment, (end, budget) in enumerate(zip(segment_ends(len(encoder.blocks), len(budgets)), budgets, strict=True)):
         prunes, deep = budget < positions_MN.shape[1], segment + 1 >= first_deep_segment
-        scorer = _score_block(encoder, start, end) if prunes and deep else None
+        attends = entry.facts["attends"] == "always" or (deep and entry.facts["attends"] == "deep")
+        scorer = _score_block(encoder, start, end) if prunes and attends else None
         score_input_MTD = hidden_MTD
         for index in range(start, end):
             if index == scorer:
@@ -66,10 +76,11 @@ def encode_pruned(
         start = end
         if prunes:
             with torch.no_grad():  # selection has no gradient; what is kept carries its own
-                if scorer is None:
-                    scores_MN = -mean_similarity(hidden_MTD[:, num_prefix:])
-                else:
-                    scores_MN = encoder.importance(scorer, score_input_MTD, positions_MN, score_queries)
+                attention = None
+                if scorer is not None:
+                    attention = partial(encoder.importance, scorer, score_input_MTD, positions_MN, score_queries)
+                patches_MND = hidden_MTD[:, num_prefix:]
+                scores_MN = score(Boundary(patches_MND, positions_MN, encoder.grid, segment, budget, attention))
                 keep_MK = choose(segment, scores_MN, positions_MN, budget)
             all_scores.append(scores_MN)
             patches_MKD = gather_tokens(hidden_MTD[:, num_prefix:], keep_MK)
@@ -79,6 +90,41 @@ def encode_pruned(
     hidden_MTD = encoder.finish(hidden_MTD, positions_MN)
     refuse_nan(*all_scores)  # once, after everything is queued: a GPU is waited for here only
     return VisionTokens(hidden_MTD[:, num_prefix:], positions_MN, hidden_MTD[:, :num_prefix]), tuple(kept)
+
+
+def encode_looking(
+    encoder: VisionEncoder, pixels_MCRR: torch.Tensor, looks: Sequence[float], score_queries: int | None
+) -> tuple[VisionTokens, dict[float, torch.Tensor] | None]:
+    """Tokens of one encoder, nothing pruned, and its attention to them in some blocks.
+
+    Args:
+        encoder: the tower.
+        pixels_MCRR: normalised pixels (M, 3, R, R).
+        looks: blocks, counted from the end where negative (-2: the last but one), else as a share of the depth. Where a
+            tower mixes window and global attention, the last global block up to there is meant.
+        score_queries: as in `encode_pruned`.
+
+    Returns:
+        the finished tokens; and for each of `looks` the scores (M, N) fp32 of the patch tokens by attention from CLS,
+        or received. None for a convolutional tower.
+    """
+    if not encoder.prunes_between_blocks:
+        hidden_MND = _dense_output(encoder, pixels_MCRR)
+        cells_MN = torch.arange(hidden_MND.shape[1], device=hidden_MND.device).expand(len(hidden_MND), -1)
+        return VisionTokens(hidden_MND, cells_MN, hidden_MND[:, :0]), None
+    depth, num_prefix = len(encoder.blocks), encoder.num_prefix_tokens
+    wanted = {look: depth + int(look) if look < 0 else round(look * depth) for look in looks}
+    asked = {look: encoder.score_block(min(max(block, 0), depth - 1) + 1) for look, block in wanted.items()}
+    hidden_MTD, positions_MN = _embed(encoder, pixels_MCRR)
+    found = {}
+    for index in range(depth):
+        for look, block in asked.items():
+            if block == index:
+                with torch.no_grad():  # selection has no gradient
+                    found[look] = encoder.importance(index, hidden_MTD, positions_MN, score_queries)
+        hidden_MTD = encoder.checkpointed_block(index, hidden_MTD, positions_MN)
+    hidden_MTD = encoder.finish(hidden_MTD, positions_MN)
+    return VisionTokens(hidden_MTD[:, num_prefix:], positions_MN, hidden_MTD[:, :num_prefix]), found
 
 
 def _score_block(encoder: VisionEncoder, start: int, end: int) -> int:
@@ -94,14 +140,14 @@ def _score_block(encoder: VisionEncoder, start: int, end: int) -> int:
 
 
 def _prune_output(
-    encoder: VisionEncoder, pixels_MCRR: torch.Tensor, budget: int, choose: Choose
+    encoder: VisionEncoder, pixels_MCRR: torch.Tensor, budget: int, choose: Choose, score: EncodeCriterion
 ) -> tuple[VisionTokens, tuple[torch.Tensor, ...]]:
-    """A convolutional tower: dense, then the tokens least like the mean of the output map are kept."""
+    """A convolutional tower: dense, then tokens of the output map are kept (METEOR: those least like its mean)."""
     hidden_MND = _dense_output(encoder, pixels_MCRR)
     positions_MN = torch.arange(hidden_MND.shape[1], device=hidden_MND.device).expand(len(hidden_MND), -1)
     if budget < hidden_MND.shape[1]:
         with torch.no_grad():
-            scores_MN = -mean_similarity(hidden_MND)
+            scores_MN = score(Boundary(hidden_MND, positions_MN, encoder.grid, 0, budget, None))
             refuse_nan(scores_MN)
             keep_MK = choose(0, scores_MN, positions_MN, budget)
         hidden_MND, positions_MN = gather_tokens(hidden_MND, keep_MK), gather_tokens(positions_MN, keep_MK)

@@ -17,7 +17,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -28,10 +28,12 @@ from transformers import DynamicCache
 from meteor_model.compat import CACHE
 from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.decoder.scores import attention_mass
-from meteor_model.encode import encode_pruned, segment_ends
+from meteor_model.encode import encode_looking, encode_pruned, segment_ends
 from meteor_model.encoders import VisionEncoder
-from meteor_model.fusion import concat_channels, fuse_cooperatively
-from meteor_model.modeling_meteor import JOINT, MeteorForConditionalGeneration
+from meteor_model.encoders.base import VisionTokens
+from meteor_model.fusion import concat_channels, prune_pool
+from meteor_model.modeling_meteor import MeteorForConditionalGeneration
+from meteor_model.vision_meteor import JOINT
 
 T = TypeVar("T")
 
@@ -76,7 +78,7 @@ class FlopReport:
     Attributes:
         encoders: encoder by encoder.
         joint_projector: the one projector of channel_concat, else 0.
-        fusion: scores of stage 2.
+        fusion: scores of stage 2; where encoders share a projector they are counted with it.
         text_tokens: text tokens of the prompt.
         layers: runs of LLM layers that see the same tokens.
         decode_selection: scores of stage 3.
@@ -201,37 +203,24 @@ def counted(function: Callable[..., T], *args: Any, **kwargs: Any) -> tuple[T, i
     return result, counter.get_total_flops()
 
 
-def count_flops(
-    config: MeteorConfig,
-    text_tokens: int = TEXT_TOKENS,
-    schedule: Sequence[tuple[int, int]] | None = None,
-) -> FlopReport:
+def count_flops(config: MeteorConfig, text_tokens: int = TEXT_TOKENS) -> FlopReport:
     """FLOPs of one image and a prompt of `text_tokens`, by stage and part.
 
     Args:
         config: any model.
         text_tokens: text tokens of the prompt.
-        schedule: pruning inside the LLM as (layers that see what came before, visual tokens kept from there on) pairs,
-            as a rival's `schedule` gives it. None: stage 3 of the config at its `target_mean`, with its scores; where
-            stage 3 is off, nothing is pruned.
+
+    Stage 3 is counted at its `target_mean` and `later_keep`, with its scores.
 
     Raises:
-        ValueError: where stage 3 is on without a target_mean, or a schedule does not fit the LLM.
+        ValueError: where stage 3 is on without a target_mean.
     """
-    stage3 = schedule is None and config.pruning.decode.enabled
-    if stage3:
-        if config.pruning.decode.target_mean is None:
-            raise ValueError(
-                "pruning.decode.target_mean is not set: FLOPs are counted at the mean number of tokens kept"
-            )
-        schedule = [(config.pruning.decode.layer, round(config.pruning.decode.target_mean))]
-    schedule = [] if schedule is None else list(schedule)
-    _check_schedule(config, schedule)
+    schedule = _schedule(config)
     model = meta_model(config)
     with torch.no_grad():
         encoders, joint_projector, fusion = _count_vision(model)
         layers = _count_layers(model, text_tokens, schedule)
-        decode_selection = _count_stage3(model, text_tokens) if stage3 else 0
+        decode_selection = _count_stage3(model, text_tokens, schedule)
         _, lm_head = counted(model.lm_head, torch.empty(1, 1, config.text_config.hidden_size, device=META))
     return FlopReport(encoders, joint_projector, fusion, text_tokens, layers, decode_selection, lm_head)
 
@@ -268,16 +257,18 @@ def meta_model(config: MeteorConfig) -> MeteorForConditionalGeneration:
         return MeteorForConditionalGeneration(config).eval()
 
 
-def _check_schedule(config: MeteorConfig, schedule: Sequence[tuple[int, int]]) -> None:
-    layers, before, present = config.text_config.num_hidden_layers, 0, config.tokens_per_image
-    for layer, kept in schedule:
-        if not before < layer < layers:
-            raise ValueError(f"schedule {list(schedule)}: layers must grow and lie between 1 and {layers - 1}")
-        if not 0 <= kept <= present:
-            raise ValueError(
-                f"schedule {list(schedule)}: {kept} tokens cannot be kept of {present} after layer {layer}"
-            )
-        before, present = layer, kept
+def _schedule(config: MeteorConfig) -> list[tuple[int, int]]:
+    """Stage 3 as (layers that see what came before, visual tokens kept from there on) pairs; empty where it is off."""
+    decode = config.pruning.decode
+    if not decode.enabled:
+        return []
+    if decode.target_mean is None:
+        raise ValueError("pruning.decode.target_mean is not set: FLOPs are counted at the mean number of tokens kept")
+    schedule, present = [], config.tokens_per_image
+    for cut in decode.cuts():
+        present = min(present, round(cut.keep or 0))
+        schedule.append((cut.layer, present))
+    return schedule
 
 
 def _full(length: int) -> Tensor:
@@ -298,11 +289,22 @@ def _pixels(encoder: VisionEncoder) -> Tensor:
     return torch.empty(1, 3, side, side, device=META)
 
 
-def _encode(encoder: VisionEncoder, config: MeteorConfig) -> Tensor:
-    """Tokens (1, N, D) of one encoder through stage 1."""
+def _encode(encoder: VisionEncoder, config: MeteorConfig) -> tuple[VisionTokens, dict[float, Tensor] | None]:
+    """Tokens of one encoder through stage 1, (1, N, D), and the attention that stage 2 asks for."""
+    looks = config.pruning.fuse.looks
+    if looks:
+        return encode_looking(encoder, _pixels(encoder), looks, config.pruning.encode.score_queries)
     budgets, encode = config.encode_budgets[encoder.config.name], config.pruning.encode
-    tokens, _ = encode_pruned(encoder, _pixels(encoder), budgets, encode.first_deep_segment, encode.score_queries)
-    return tokens.hidden
+    tokens, _ = encode_pruned(
+        encoder,
+        _pixels(encoder),
+        budgets,
+        encode.first_deep_segment,
+        encode.score_queries,
+        criterion=encode.criterion,
+        options=encode.options,
+    )
+    return tokens, None
 
 
 def _run_tower(encoder: VisionEncoder, budgets: Sequence[int]) -> Tensor:
@@ -324,17 +326,18 @@ def _run_tower(encoder: VisionEncoder, budgets: Sequence[int]) -> Tensor:
 
 
 def _count_vision(model: MeteorForConditionalGeneration) -> tuple[tuple[TowerFlops, ...], int, int]:
-    """Encoders with their projectors; the joint projector; the scores of fusion."""
+    """Encoders with their projectors; the joint projector; the scores of fusion, contained in a joint projector's."""
     config, towers, projected = model.config, [], []
     for encoder in _towers(model):
         name = encoder.config.name
         budgets = config.encode_budgets[name]
-        hidden_1ND, everything = counted(_encode, encoder, config)
+        (encoded, attention), everything = counted(_encode, encoder, config)
         _, tower = counted(_run_tower, encoder, budgets)
         projector = 0
         if config.fusion == "post_projection":
-            hidden_1ND, projector = counted(model.projectors[name], hidden_1ND)
-        projected.append(hidden_1ND)
+            hidden_1ND, projector = counted(model.projectors[name], encoded.hidden)
+            encoded = encoded._replace(hidden=hidden_1ND)
+        projected.append((encoded, attention))
         tokens = (config.encoder_tokens[name], *budgets)
         towers.append(TowerFlops(name, tokens, tower, everything - tower, projector))
     _, joined = counted(_fuse, model, projected, projected=True)
@@ -343,16 +346,23 @@ def _count_vision(model: MeteorForConditionalGeneration) -> tuple[tuple[TowerFlo
     return tuple(towers), 0, joined
 
 
-def _fuse(model: MeteorForConditionalGeneration, features: Sequence[Tensor], projected: bool = False) -> Tensor:
-    """Features of all encoders -> visual tokens (1, K, C); with `projected` they have been through their projectors."""
-    config = model.config
+def _fuse(
+    model: MeteorForConditionalGeneration,
+    encoded: Sequence[tuple[VisionTokens, dict[float, Tensor] | None]],
+    projected: bool = False,
+) -> Tensor:
+    """Tokens of all encoders -> visual tokens (1, K, C); with `projected` they have been through their projectors."""
+    config, features = model.config, [tokens.hidden for tokens, _ in encoded]
     if config.fusion == "channel_concat":
         folds = [item.fold for item in config.encoders]
         joined = concat_channels(features, list(config.encoder_grids.values()), folds, config.concat_grid)
-        return cast(Tensor, model.projectors[JOINT](joined))
-    if not projected:
+        features = [model.projectors[JOINT](joined)]
+    elif not projected:
         features = [model.projectors[item.name](hidden) for item, hidden in zip(config.encoders, features, strict=True)]
-    return fuse_cooperatively(features, config.tokens_per_image)[0]
+    text_1C = torch.empty(1, config.text_config.hidden_size, device=META)
+    attention = [found for _, found in encoded]
+    pool = model.pool_of(features, [tokens.positions for tokens, _ in encoded], attention, text_1C)
+    return prune_pool(pool, config.pruning.fuse)[0]
 
 
 @contextmanager
@@ -394,23 +404,30 @@ def _count_layers(
     model: MeteorForConditionalGeneration, text_tokens: int, schedule: Sequence[tuple[int, int]]
 ) -> tuple[LayersFlops, ...]:
     """The LLM run by run: between two prunings every layer sees the same tokens."""
+    equal = model.config.pruning.decode.equal_layers
     firsts = [0, *(layer for layer, _ in schedule)]
     ends = [*firsts[1:], model.config.text_config.num_hidden_layers]
     kept = [model.config.tokens_per_image, *(tokens for _, tokens in schedule)]
     runs = []
     for first, end, visual in zip(firsts, ends, kept, strict=True):
         prefill, step = _per_layer(model, text_tokens + visual)
+        if equal:
+            _, step = _per_layer(model, text_tokens + kept[-1])
         runs.append(LayersFlops(first, end, visual, sum(prefill[first:end]), sum(step[first:end])))
     return tuple(runs)
 
 
-def _count_stage3(model: MeteorForConditionalGeneration, text_tokens: int) -> int:
-    """What stage 3 adds to the layers: the score row of the layer that is asked."""
-    config = model.config
-    length = text_tokens + config.tokens_per_image
-    visual_1T = torch.ones(1, length, dtype=torch.bool, device=META)
-    embeds_1TC = torch.empty(1, length, config.text_config.hidden_size, device=META)
-    settings, heads = config.pruning.decode, config.decode_heads
-    with _layer_counts(model.language_model.layers) as (counter, layers):
-        attention_mass(model.language_model, embeds_1TC, None, None, visual_1T, settings, heads)
-    return counter.get_total_flops() - sum(layers)
+def _count_stage3(model: MeteorForConditionalGeneration, text_tokens: int, schedule: Sequence[tuple[int, int]]) -> int:
+    """What stage 3 adds to the layers: the scores of the layers that are asked, each on the tokens it sees."""
+    config, total = model.config, 0
+    heads, width = config.decode_heads, config.text_config.hidden_size
+    present = [config.tokens_per_image, *(kept for _, kept in schedule)]
+    for (layer, _), visual in zip(schedule, present[:-1], strict=True):
+        length = text_tokens + visual
+        visual_1T = torch.ones(1, length, dtype=torch.bool, device=META)
+        embeds_1TC = torch.empty(1, length, width, device=META)
+        settings = replace(config.pruning.decode, layer=layer, later_layers=(), later_keep=())
+        with _layer_counts(model.language_model.layers) as (counter, layers):
+            attention_mass(model.language_model, embeds_1TC, None, None, visual_1T, settings, heads)
+        total += counter.get_total_flops() - sum(layers)
+    return total

@@ -1,9 +1,9 @@
 """Stage 2 and what surrounds it: projectors into the LLM's width, and the two ways to join encoders.
 
     post_projection  METEOR: one projector per encoder, the tokens are pooled, and those that another encoder already
-                     says are dropped
+                     says are dropped (or those that another criterion of stage 2 names)
     channel_concat   EAGLE's layout, the dense baseline: every map is brought to one grid, the maps are joined on the
-                     channels and go through one projector
+                     channels and go through one projector; a criterion of stage 2 may prune what comes out
 
 Legend: M images, N tokens of one encoder, K tokens kept of the pool, G side of the common grid, D encoder width, C LLM
 width.
@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from meteor_model.pruning import gather_tokens, mutual_redundancy, refuse_nan
+from meteor_model.pruners.fuse_criteria import FUSE_CRITERIA, Pool
+from meteor_model.pruners.select import gather_tokens, refuse_nan
+from meteor_model.pruning_config import FusePruning
 from meteor_model.replay import Choose, best_scored
 
 
@@ -35,32 +37,63 @@ class MeteorProjector(nn.Module):
         return projected
 
 
-def fuse_cooperatively(projected: Sequence[Tensor], keep: int, choose: Choose = best_scored) -> tuple[Tensor, Tensor]:
-    """Pool the tokens of all encoders and drop those that the other encoders already say.
+def prune_pool(pool: Pool, settings: FusePruning, choose: Choose = best_scored) -> tuple[Tensor, Tensor]:
+    """Keep `pool.keep` of the pooled tokens.
 
-    Source: METEOR (arXiv 2507.20842), cooperative fusion pruning: the tokens with the lowest mutual redundancy stay.
+    Source of the default criterion: METEOR (arXiv 2507.20842), cooperative fusion pruning: the tokens that the other
+    encoders do not say already stay.
 
     Args:
-        projected: one (M, N_l, C) per encoder.
-        keep: K, tokens to keep of the pool; all of them changes nothing.
+        pool: the projected tokens of all encoders; keeping all of them changes nothing.
+        settings: criterion and its options.
         choose: decides by the scores which tokens stay.
 
     Returns:
         (M, K, C) in encoder order, then raster order; and the kept indices (M, K) into the pool, ascending.
 
     Raises:
-        ValueError: when `keep` exceeds the pool, or a score is NaN.
+        ValueError: when `pool.keep` exceeds the pool, or a score is NaN.
     """
-    pool_MNC = torch.cat(list(projected), dim=1)
+    pool_MNC = pool.tokens_MNC
     images, total = pool_MNC.shape[:2]
     places_MN = torch.arange(total, device=pool_MNC.device).expand(images, -1)
-    if keep == total:
+    if pool.keep == total:
         return pool_MNC, places_MN
+    criterion = FUSE_CRITERIA[settings.criterion]
     with torch.no_grad():  # selection has no gradient; what is kept carries its own
-        scores_MN = -mutual_redundancy(projected)
+        scores_MN = criterion.run(pool, **settings.options)
         refuse_nan(scores_MN)
-        keep_MK = choose(0, scores_MN, places_MN, keep)
+        keep_MK = choose(0, scores_MN, places_MN, pool.keep)
+    merge = criterion.facts["merge"]
+    if merge is not None:
+        return merge(pool, keep_MK, **settings.options), keep_MK
     return gather_tokens(pool_MNC, keep_MK), keep_MK
+
+
+def pooled_attention(attention: Sequence[Tensor | None], grids: Sequence[tuple[int, int]], side: int | None) -> Tensor:
+    """The encoders' attention to their own tokens, for the tokens of the pool or of one joint map. (M, N) fp32.
+
+    Every encoder's is divided by its mean, so that they can be compared. An encoder without attention (a convolutional
+    one) counts as 1 everywhere in a pool, and not at all in a joint map.
+
+    Args:
+        attention: one (M, rows * columns) per encoder, or None; at least one is there.
+        grids: rows and columns of each.
+        side: of the joint grid, to which each is resized as the maps are; None for a pool.
+    """
+    known = next(item for item in attention if item is not None)
+    scaled = []
+    for item_MN, (rows, columns) in zip(attention, grids, strict=True):
+        if item_MN is None:
+            if side is None:
+                scaled.append(known.new_ones(len(known), rows * columns))
+            continue
+        even_MN = item_MN / item_MN.mean(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        if side is not None and (rows, columns) != (side, side):
+            map_M1rc = even_MN.unflatten(1, (rows, columns))[:, None]
+            even_MN = F.interpolate(map_M1rc, size=(side, side), mode="bilinear", align_corners=True).flatten(1)
+        scaled.append(even_MN)
+    return torch.cat(scaled, dim=1) if side is None else torch.stack(scaled).mean(dim=0)
 
 
 def concat_channels(

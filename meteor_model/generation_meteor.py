@@ -16,7 +16,7 @@ from transformers.generation import GenerationMode
 
 from meteor_model.compat import CACHE, accepts_either_cache_name
 from meteor_model.configuration_meteor import MeteorConfig
-from meteor_model.decoder.cache import Decision, MeteorCache
+from meteor_model.decoder.cache import Decision, MeteorCache, RecordingCache
 from meteor_model.decoder.loop import decode_pruned
 from meteor_model.decoder.scores import attention_mass, visual_attention_by_head
 from meteor_model.inputs import check_padding, inferred_mask
@@ -27,7 +27,7 @@ ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit
 
 UNSOLVED = (
     "stage 3 is enabled but its lambda is not known, so nothing is pruned in the LLM: solve it for a target_mean on a "
-    "calibration batch (meteor_model.pruning.solve_lambda) and set pruning.decode.lam"
+    "calibration batch (meteor_model.pruners.counts.solve_lambda) and set pruning.decode.lam"
 )
 UNMARKED = (
     "stage 3 finds no placeholder in inputs_embeds, so it drops nothing: say with image_mask (B, T) where the visual "
@@ -64,6 +64,7 @@ class MeteorGenerationMixin(GenerationMixin):
             input_ids: torch.Tensor | None,
             pixel_values: torch.Tensor | None,
             inputs_embeds: torch.Tensor | None = None,
+            attention_mask: torch.Tensor | None = None,
         ) -> tuple[torch.Tensor, torch.Tensor]:
             """Of the model."""
             ...
@@ -73,6 +74,7 @@ class MeteorGenerationMixin(GenerationMixin):
             input_ids: torch.Tensor | None,
             pixel_values: torch.Tensor | None,
             inputs_embeds: torch.Tensor | None = None,
+            attention_mask: torch.Tensor | None = None,
         ) -> tuple[torch.Tensor, torch.Tensor, PruningStats | None]:
             """Of the model."""
             ...
@@ -143,7 +145,7 @@ class MeteorGenerationMixin(GenerationMixin):
         cache: Any = given if given is not None else (self.new_cache() if cached else None)
         decode = self.config.pruning.decode
         if decode.enabled and not isinstance(cache, MeteorCache):
-            if decode.lam is None:
+            if not decode.acts:
                 warnings.warn(UNSOLVED, stacklevel=STACK)
             elif not cached:
                 warnings.warn(UNCACHED, stacklevel=STACK)
@@ -188,12 +190,14 @@ class MeteorGenerationMixin(GenerationMixin):
         kwargs: Mapping[str, Any],
     ) -> dict[str, Any]:
         """The arguments for transformers' `generate` that stand for the prompt, its visual tokens in place."""
-        embeds_BTC, is_image_BT, stats = self.read_prompts(input_ids, pixel_values, inputs_embeds)
+        embeds_BTC, is_image_BT, stats = self.read_prompts(
+            input_ids, pixel_values, inputs_embeds, kwargs.get("attention_mask")
+        )
         cache = kwargs.get(CACHE)
-        if isinstance(cache, MeteorCache):
+        if isinstance(cache, MeteorCache | RecordingCache):
             cache.pruning_stats = stats
-            if input_ids is None and not bool(is_image_BT.any()):
-                warnings.warn(UNMARKED, stacklevel=STACK)
+        if isinstance(cache, MeteorCache) and input_ids is None and not bool(is_image_BT.any()):
+            warnings.warn(UNMARKED, stacklevel=STACK)
         if self._generation_setting(kwargs, "is_assistant") and input_ids is not None:
             # Transformers drops an assistant's embeddings and pixels, so its prompt goes into the cache here.
             cache = DynamicCache(config=self.config.text_config)
@@ -240,14 +244,24 @@ class MeteorGenerationMixin(GenerationMixin):
             )
 
     def new_cache(self, k_max: int | None = None) -> MeteorCache | None:
-        """A cache for `generate`: one that prunes where `config.pruning.decode` is enabled and lambda is known.
+        """A cache for `generate`: one that prunes where `config.pruning.decode` acts (lambda, if needed, is known).
 
         With `k_max` no sample of it keeps more visual tokens than so many. None where stage 3 does not act.
         """
         decode = self.config.pruning.decode
-        if not decode.enabled or decode.lam is None:
+        if not decode.acts:
             return None
-        return MeteorCache(self.config.text_config, decode, self.config.decode_heads, k_max)
+        config = self.config
+        cells_n2 = torch.tensor(config.visual_cells()) if decode.wants_grid else None
+        return MeteorCache(config.text_config, decode, config.decode_heads, k_max, config.tokens_per_image, cells_n2)
+
+    def recording_cache(self, k_max: int | None = None) -> MeteorCache | RecordingCache:
+        """A cache for `generate` that says afterwards what every stage kept (`pruning_stats`, and `decision`).
+
+        It prunes where `new_cache` gives one that does, and is a plain one elsewhere.
+        """
+        cache = self.new_cache(k_max)
+        return RecordingCache(config=self.config.text_config) if cache is None else cache
 
     @torch.no_grad()
     def prune_prompts(
@@ -267,9 +281,9 @@ class MeteorGenerationMixin(GenerationMixin):
         if cache is None:
             raise ValueError(
                 "pruning.decode.enabled is false or pruning.decode.lam is not set, so stage 3 does not act: solve lam "
-                "for a target_mean on a calibration batch (meteor_model.pruning.solve_lambda)"
+                "for a target_mean on a calibration batch (meteor_model.pruners.counts.solve_lambda)"
             )
-        embeds_BTC, is_image_BT = self.embed_prompts(input_ids, pixel_values)
+        embeds_BTC, is_image_BT = self.embed_prompts(input_ids, pixel_values, attention_mask=attention_mask)
         position_ids = None if attention_mask is None else position_ids_of(attention_mask)
         decided = decode_pruned(
             self.language_model, embeds_BTC, attention_mask, position_ids, is_image_BT, cache, use_cache=False
@@ -289,7 +303,7 @@ class MeteorGenerationMixin(GenerationMixin):
 
         `config.pruning.decode.query` says which token asks. `layers` count from 0; None is all of them.
         """
-        embeds_BTC, is_image_BT = self.embed_prompts(input_ids, pixel_values)
+        embeds_BTC, is_image_BT = self.embed_prompts(input_ids, pixel_values, attention_mask=attention_mask)
         query = self.config.pruning.decode.query
         position_ids = None if attention_mask is None else position_ids_of(attention_mask)
         return visual_attention_by_head(
@@ -304,7 +318,7 @@ class MeteorGenerationMixin(GenerationMixin):
         pixel_values: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What lambda is solved from: attention mass on visual tokens (B,) and their number (B,), prompt by prompt."""
-        embeds_BTC, is_image_BT = self.embed_prompts(input_ids, pixel_values)
+        embeds_BTC, is_image_BT = self.embed_prompts(input_ids, pixel_values, attention_mask=attention_mask)
         mass_B = attention_mass(
             self.language_model,
             embeds_BTC,

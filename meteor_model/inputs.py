@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from meteor_model.decoder.cache import MeteorCache
 from meteor_model.decoder.prompt import check_mask, check_not_empty
 from meteor_model.options import refuse_options
+from meteor_model.pruners.select import unit
 
 #: What `forward` hands on to the LLM.
 LLM_OPTIONS = ("output_attentions", "output_hidden_states")
@@ -221,6 +222,25 @@ def check_padding(attention_mask: Any) -> None:
 def at_least_one(pixel_values: torch.Tensor, size: int) -> torch.Tensor:
     """The images, or one blank image where there is none: every rank of a distributed run runs every tower."""
     return pixel_values if len(pixel_values) else pixel_values.new_zeros(1, 3, size, size)
+
+
+def mean_text_of_images(
+    embeds_BTC: torch.Tensor, is_text_BT: torch.Tensor, is_image_BT: torch.Tensor, per_image: int, images: int
+) -> torch.Tensor:
+    """The mean of the unit embeddings of the text that goes with each image, (M, C) fp32; 0 without text.
+
+    Args:
+        embeds_BTC: embeddings of the text.
+        is_text_BT: which of them are text.
+        is_image_BT: where placeholders are.
+        per_image: placeholders of an image.
+        images: M, of all samples in order.
+    """
+    unit_BTC = unit(embeds_BTC) * is_text_BT[..., None]
+    mean_BC = unit_BTC.sum(dim=1) / is_text_BT.sum(dim=1, keepdim=True).clamp(min=1)
+    ends_B = (is_image_BT.sum(dim=1) // per_image).cumsum(dim=0)
+    owner_M = torch.searchsorted(ends_B, torch.arange(images, device=ends_B.device), right=True)
+    return mean_BC[owner_M.clamp(max=len(mean_BC) - 1)]
 
 
 def scatter_visual(embeds_BTC: torch.Tensor, is_image_BT: torch.Tensor, visual_MKC: torch.Tensor) -> torch.Tensor:

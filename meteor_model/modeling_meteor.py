@@ -14,8 +14,8 @@ D encoder width, C LLM width, V vocabulary, S travelling image size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,16 +24,15 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils.generic import can_return_tuple
 from typing_extensions import override
 
+from meteor_model.chat import IGNORE_INDEX
 from meteor_model.compat import CACHE, accepts_either_cache_name, cache_of
 from meteor_model.configuration_meteor import MeteorConfig
-from meteor_model.decoder.cache import MeteorCache
+from meteor_model.decoder.cache import MeteorCache, RecordingCache
 from meteor_model.decoder.families import softcap_logits
 from meteor_model.decoder.loop import decode_pruned
 from meteor_model.decoder.prompt import check_not_empty
-from meteor_model.encode import dense_maps, encode_pruned
-from meteor_model.encoders import VisionEncoder, build_encoder
-from meteor_model.encoders.at_hand import runs_at
-from meteor_model.fusion import MeteorProjector, concat_channels, concat_width, fuse_cooperatively
+from meteor_model.encoders import build_encoder
+from meteor_model.fusion import MeteorProjector, concat_width
 from meteor_model.generation_meteor import MeteorGenerationMixin, position_ids_of
 from meteor_model.inputs import (
     at_least_one,
@@ -44,19 +43,16 @@ from meteor_model.inputs import (
     check_outputs,
     check_pixels,
     check_tokens,
+    mean_text_of_images,
     scatter_visual,
 )
 from meteor_model.logits import LogitsToKeep, check_logits_to_keep, logits_of, logits_of_kept, token_loss
-from meteor_model.options import refuse_options
-from meteor_model.outputs import MeteorImageFeatures, MeteorOutput, PruningStats, with_decision
+from meteor_model.outputs import MeteorOutput, PruningStats, with_decision
 from meteor_model.pretrained import MeteorPreTrainedModel
-from meteor_model.pruning import singular_values, spectrum_rank
-from meteor_model.replay import GivenTokens, best_scored
-
-JOINT = "joint"  # the one projector of channel_concat
+from meteor_model.vision_meteor import JOINT, MeteorVisionMixin
 
 
-class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixin):
+class MeteorForConditionalGeneration(MeteorVisionMixin, MeteorPreTrainedModel, MeteorGenerationMixin):
     """Image(s) and text to text, with visual tokens pruned in three stages.
 
     Args:
@@ -105,101 +101,6 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
     @override
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.lm_head = new_embeddings
-
-    # ---------------------------------------------------------------------------------------------------------- vision
-
-    def _towers(self) -> Iterator[tuple[str, VisionEncoder]]:
-        for name, encoder in self.encoders.items():
-            yield name, cast(VisionEncoder, encoder)
-
-    def _pixels_of(self, name: str, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Normalised pixels (M, 3, R, R) for one tower, where it is and in its dtype."""
-        encoder = cast(VisionEncoder, self.encoders[name])
-        device, dtype = runs_at(encoder)
-        return encoder.normalize(pixel_values.to(device), dtype)
-
-    @can_return_tuple
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> MeteorImageFeatures:
-        """Stages 1 and 2, as VLMs of transformers give them; `encode_images` gives the same as a plain pair.
-
-        Args:
-            pixel_values: (M, 3, S, S) uint8, M >= 1.
-            kwargs: `return_dict`. Hidden states and attentions of the towers are not given: tokens are dropped between
-                their blocks, so there is nothing to stack.
-
-        Raises:
-            ValueError: for any other argument, naming it.
-        """
-        refuse_options("get_image_features", kwargs)
-        visual_MKC, stats = self.encode_images(pixel_values)
-        return MeteorImageFeatures(visual_MKC, visual_MKC, pruning_stats=stats)
-
-    def encode_images(
-        self, pixel_values: torch.Tensor, given: GivenTokens | None = None
-    ) -> tuple[torch.Tensor, PruningStats]:
-        """Stages 1 and 2.
-
-        Args:
-            pixel_values: (M, 3, S, S) uint8, M >= 1.
-            given: the tokens to keep (`meteor_model.replay`); None keeps those with the best scores.
-
-        Returns:
-            (M, K, C) visual tokens in encoder order, then raster order; and what was kept.
-        """
-        check_pixels(pixel_values)
-        maps, kept = self._encode(pixel_values, given)
-        choose = best_scored if given is None else given.of_fusion()
-        visual_MKC, keep_MK = fuse_cooperatively(self._project(maps), self.config.tokens_per_image, choose)
-        return visual_MKC, PruningStats(kept, dict(self.config.encoder_tokens), keep_MK)
-
-    def _encode(
-        self, pixel_values: torch.Tensor, given: GivenTokens | None
-    ) -> tuple[dict[str, torch.Tensor], dict[str, tuple[torch.Tensor, ...]]]:
-        """1. encode: each tower's pruned map (M, N, D), and the positions that it kept at every boundary."""
-        settings = self.config.pruning.encode
-        maps, kept = {}, {}
-        for name, encoder in self._towers():
-            pixels = self._pixels_of(name, pixel_values)
-            budgets = self.config.encode_budgets[name]
-            choose = best_scored if given is None else given.of_encoder(name)
-            tokens, kept[name] = encode_pruned(
-                encoder, pixels, budgets, settings.first_deep_segment, settings.score_queries, choose
-            )
-            maps[name] = tokens.hidden
-        return maps, kept
-
-    def _project(self, maps: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        """2. project: maps in the LLM's width; one joint map where they are joined on the channels."""
-        config = self.config
-        if config.fusion == "channel_concat":
-            grids, folds = list(config.encoder_grids.values()), [item.fold for item in config.encoders]
-            return [self.projectors[JOINT](concat_channels(list(maps.values()), grids, folds, config.concat_grid))]
-        return [self.projectors[name](hidden_MND) for name, hidden_MND in maps.items()]
-
-    @torch.no_grad()
-    def measure_ranks(self, pixel_values: torch.Tensor, estimators: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-        """Rank of every encoder's unpruned feature map at each boundary, image by image.
-
-        Args:
-            pixel_values: (M, 3, S, S) uint8.
-            estimators: keys of `meteor_model.pruning.RANK_ESTIMATORS`.
-
-        Returns:
-            estimator -> encoder -> float array (M, boundaries).
-
-        Raises:
-            ValueError: for no image.
-        """
-        check_pixels(pixel_values)
-        segments = len(self.config.pruning.encode.totals) or 1
-        ranks: dict[str, dict[str, Any]] = {estimator: {} for estimator in estimators}
-        for name, encoder in self._towers():
-            maps = dense_maps(encoder, self._pixels_of(name, pixel_values), segments)
-            spectra = [singular_values(hidden_MND) for hidden_MND in maps]
-            for estimator in estimators:
-                values = [spectrum_rank(spectrum_MR, estimator) for spectrum_MR in spectra]
-                ranks[estimator][name] = torch.stack(values, dim=1).float().cpu().numpy()
-        return ranks
 
     # ------------------------------------------------------------------------------------------------------- the model
 
@@ -256,7 +157,9 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
             is_image_BT = self._placeholders(embeds_BTC) if is_image_BT is None else is_image_BT
             check_images(pixel_values, is_image_BT, self.config.tokens_per_image)
             # 1. encode, 2. project, 3. fuse, 4. scatter
-            features_MKC, stats = self.encode_images(at_least_one(pixel_values, self.config.image_size))
+            pixels = at_least_one(pixel_values, self.config.image_size)
+            text_MC = self.text_of_images(embeds_BTC, is_image_BT, attention_mask, labels, len(pixels))
+            features_MKC, stats = self.encode_images(pixels, text_MC=text_MC)
             embeds_BTC = scatter_visual(embeds_BTC, is_image_BT, features_MKC)
             visual_MKC = features_MKC[: len(pixel_values)]
         elif is_image_BT is not None and inputs_embeds is None and prompt_embeds is None:  # bare ids
@@ -268,7 +171,7 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
         )
         logits = self._logits(decoded, embeds_BTC.shape[1], logits_to_keep, past_key_values)
         stats = with_decision(stats, decoded)
-        if isinstance(past_key_values, MeteorCache) and stats is not None:
+        if isinstance(past_key_values, MeteorCache | RecordingCache) and stats is not None:
             past_key_values.pruning_stats = stats
         return MeteorOutput(
             loss=None if labels is None else token_loss(logits, labels, num_items_in_batch),
@@ -296,6 +199,25 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
         if prompt_embeds is not None:
             embeds_BTC = torch.cat([prompt_embeds, embeds_BTC], dim=1)
         return embeds_BTC, input_ids == self.config.image_token_id
+
+    def text_of_images(
+        self,
+        embeds_BTC: torch.Tensor,
+        is_image_BT: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        images: int,
+    ) -> torch.Tensor | None:
+        """Of each image's prompt, (M, C), where stage 2 looks at it: without replies that are learned."""
+        fuse = self.config.pruning.fuse
+        if not (fuse.enabled and fuse.wants_text):
+            return None
+        is_text_BT = ~is_image_BT
+        if attention_mask is not None:
+            is_text_BT = is_text_BT & attention_mask.bool()
+        if labels is not None:
+            is_text_BT = is_text_BT & (labels == IGNORE_INDEX)
+        return mean_text_of_images(embeds_BTC, is_text_BT, is_image_BT, self.config.tokens_per_image, images)
 
     def _placeholders(self, embeds_BTC: torch.Tensor) -> torch.Tensor:
         """Where embedded text (B, T, C) holds the placeholder's embedding, (B, T) bool."""
@@ -346,6 +268,7 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
         input_ids: torch.Tensor | None,
         pixel_values: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Stages 1 and 2 for prompts: embeddings (B, T, C) with the visual tokens in place, and where they are (B, T).
 
@@ -354,11 +277,12 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
             pixel_values: (M, 3, S, S) uint8, the images of all prompts in order.
             inputs_embeds: (B, T, C) instead of the embeddings of `input_ids`; without `pixel_values` they hold the
                 visual tokens already.
+            attention_mask: (B, T) of 0 and 1; None where nothing is padded.
 
         Raises:
             ValueError: where placeholders and visual tokens differ, naming the sample and both counts.
         """
-        embeds_BTC, is_image_BT, _ = self.read_prompts(input_ids, pixel_values, inputs_embeds)
+        embeds_BTC, is_image_BT, _ = self.read_prompts(input_ids, pixel_values, inputs_embeds, attention_mask)
         return embeds_BTC, is_image_BT
 
     def read_prompts(
@@ -366,6 +290,7 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
         input_ids: torch.Tensor | None,
         pixel_values: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, PruningStats | None]:
         """`embed_prompts`, and what stages 1 and 2 kept of the images; None without images."""
         embeds_BTC = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
@@ -376,7 +301,8 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, MeteorGenerationMixi
         stats = None
         if pixel_values is not None and len(pixel_values):
             check_images(pixel_values, is_image_BT, self.config.tokens_per_image)
-            visual_MKC, stats = self.encode_images(pixel_values)
+            text_MC = self.text_of_images(embeds_BTC, is_image_BT, attention_mask, None, len(pixel_values))
+            visual_MKC, stats = self.encode_images(pixel_values, text_MC=text_MC)
             embeds_BTC = scatter_visual(embeds_BTC, is_image_BT, visual_MKC)
         elif inputs_embeds is None:
             check_no_images(is_image_BT, self.config.tokens_per_image, None, None)

@@ -1,14 +1,27 @@
-"""The three pruning stages as settings. Each checks itself; what they must have in common is MeteorConfig's."""
+"""The three pruning stages as settings. Each checks itself; what they must have in common is MeteorConfig's.
+
+Which rule a stage follows is a name in its registry (`meteor_model.pruners`); the defaults are METEOR's. What a stored
+configuration does not name is at its default, which is what the version that wrote it did.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from meteor_model.checks import finite_number, from_mapping, refuse_unknown, switch, whole_number
-from meteor_model.pruning import RANK_ESTIMATORS
+from meteor_model.pruners.builtin import (
+    DECODE_BUDGETS,
+    DECODE_CRITERIA,
+    ENCODE_BUDGETS,
+    ENCODE_CRITERIA,
+    FUSE_CRITERIA,
+)
+from meteor_model.pruners.decode_criteria import DecodeBudget
+from meteor_model.pruners.spectra import RANK_ESTIMATORS
 
 
 @dataclass(frozen=True)
@@ -29,6 +42,12 @@ class EncodePruning:
     score_queries: int | None = 256
     """Evenly spaced query tokens from which an encoder without CLS counts the attention that a token receives, so that
     scoring is linear in the tokens; None takes every token."""
+    criterion: str = "meteor"
+    """Which tokens stay at a boundary: a name of meteor_model.pruners.encode_criteria."""
+    budget: str = "rank"
+    """How encoders share the totals: rank (to the power rank_exponent) or tokens (likewise)."""
+    options: dict[str, float] = field(default_factory=dict)
+    """Numbers of the criterion, by name."""
 
     def __post_init__(self) -> None:
         where = "pruning.encode"
@@ -58,6 +77,9 @@ class EncodePruning:
         if self.rank_estimator not in RANK_ESTIMATORS:
             known = ", ".join(sorted(RANK_ESTIMATORS))
             raise ValueError(f"{where}.rank_estimator {self.rank_estimator!r} is unknown; known: {known}")
+        _ = ENCODE_BUDGETS[self.budget]
+        options = ENCODE_CRITERIA[self.criterion].checked(f"{where}.options", self.options)
+        object.__setattr__(self, "options", options)
 
 
 @dataclass(frozen=True)
@@ -65,13 +87,45 @@ class FusePruning:
     """Stage 2: how many of the projected tokens of all encoders go on into the LLM."""
 
     enabled: bool = True
-    """Prune the pooled tokens by mutual redundancy."""
+    """Prune the pooled tokens."""
     keep: int = 576
     """Visual tokens per image that enter the LLM."""
+    criterion: str = "mutual_redundancy"
+    """Which of the projected tokens stay: a name of meteor_model.pruners.fuse_criteria."""
+    options: dict[str, float] = field(default_factory=dict)
+    """Numbers of the criterion, by name."""
 
     def __post_init__(self) -> None:
         switch("pruning.fuse.enabled", self.enabled)
         whole_number("pruning.fuse.keep", self.keep, least=1)
+        options = FUSE_CRITERIA[self.criterion].checked("pruning.fuse.options", self.options)
+        object.__setattr__(self, "options", options)
+
+    @property
+    def looks(self) -> tuple[float, ...]:
+        """The blocks of the towers whose attention is wanted; none where nothing is pruned here."""
+        looks: tuple[float, ...] = FUSE_CRITERIA[self.criterion].facts["looks"] if self.enabled else ()
+        return looks
+
+    @property
+    def wants_text(self) -> bool:
+        """Whether the criterion looks at the text of the prompt."""
+        wants: bool = FUSE_CRITERIA[self.criterion].facts["text"]
+        return wants
+
+
+class PlannedCut(NamedTuple):
+    """One pruning of stage 3.
+
+    Attributes:
+        layer: layers that run before it.
+        keep: visual tokens an image that the settings ask for; None where they ask for none.
+        budget: gives each sample its number.
+    """
+
+    layer: int
+    keep: float | None
+    budget: DecodeBudget
 
 
 @dataclass(frozen=True)
@@ -87,11 +141,25 @@ class DecodePruning:
     query: Literal["last", "all_text"] = "last"
     """Which text token asks: the last of the prompt, or the mean of all text tokens after the images."""
     target_mean: float | None = None
-    """Mean number of visual tokens to keep; lambda is solved for it on calibration samples."""
+    """Mean number of visual tokens to keep; lambda is solved for it on calibration samples. With a budget that needs no
+    lambda: what every image keeps."""
     lam: float | None = None
     """Lambda: tokens kept per unit of visual attention. Solved from target_mean where that is given."""
     k_min: int = 1
     """Fewest visual tokens that a sample with images keeps."""
+    criterion: str = "top_heads"
+    """Which visual tokens stay: a name of meteor_model.pruners.decode_criteria."""
+    budget: str = "attention_mass"
+    """How many of each sample: attention_mass (lambda), fixed (target_mean an image) or another name of
+    meteor_model.pruners.decode_criteria."""
+    options: dict[str, float] = field(default_factory=dict)
+    """Numbers of the criterion and of the budget, by name."""
+    later_layers: tuple[int, ...] = ()
+    """Further layers after which the criterion prunes again."""
+    later_keep: tuple[int, ...] = ()
+    """Visual tokens an image kept after each of later_layers."""
+    equal_layers: bool = False
+    """Drop from the cache of the layers below, too, so that all layers hold equally many tokens."""
 
     def __post_init__(self) -> None:
         where = "pruning.decode"
@@ -106,6 +174,75 @@ class DecodePruning:
             raise ValueError(f"{where}.lam must be positive, got {self.lam}")
         if self.target_mean is not None and finite_number(f"{where}.target_mean", self.target_mean) < self.k_min:
             raise ValueError(f"{where}.target_mean {self.target_mean} is below k_min {self.k_min}")
+        criterion, budget = DECODE_CRITERIA[self.criterion], DECODE_BUDGETS[self.budget]
+        of_budget = {name: value for name, value in dict(self.options).items() if name in budget.defaults}
+        of_criterion = {name: value for name, value in dict(self.options).items() if name not in of_budget}
+        options = criterion.checked(f"{where}.options", of_criterion)
+        object.__setattr__(self, "options", options | budget.checked(f"{where}.options", of_budget))
+        if self.enabled and budget.facts["keep"] and self.target_mean is None:
+            raise ValueError(
+                f"{where}.budget {self.budget!r} needs {where}.target_mean, the tokens that an image keeps"
+            )
+        self._check_later(where)
+
+    def _check_later(self, where: str) -> None:
+        switch(f"{where}.equal_layers", self.equal_layers)
+        for name in ("later_layers", "later_keep"):
+            values = getattr(self, name)
+            if isinstance(values, str) or not isinstance(values, Iterable):
+                raise ValueError(f"{where}.{name} must be a list of whole numbers, got {values!r}")
+            whole = tuple(whole_number(f"{where}.{name}[{i}]", value, least=1) for i, value in enumerate(values))
+            object.__setattr__(self, name, whole)
+        if len(self.later_layers) != len(self.later_keep):
+            raise ValueError(
+                f"{where}.later_layers has {len(self.later_layers)} entries and {where}.later_keep "
+                f"{len(self.later_keep)}: give one number of tokens a layer"
+            )
+        layers = (self.layer, *self.later_layers)
+        if any(later <= earlier for earlier, later in pairwise(layers)):
+            raise ValueError(f"{where}.later_layers must grow from {where}.layer on, got {layers}")
+        if any(later > earlier for earlier, later in pairwise(self.later_keep)):
+            raise ValueError(f"{where}.later_keep must not grow, got {self.later_keep}")
+        if self.equal_layers and self.later_layers:
+            raise ValueError(f"{where}.equal_layers goes with one pruning: set {where}.later_layers to none")
+
+    @property
+    def needs_lambda(self) -> bool:
+        """Whether the budget needs lambda, which is solved for the target mean."""
+        needs: bool = DECODE_BUDGETS[self.budget].facts["lam"]
+        return needs
+
+    @property
+    def acts(self) -> bool:
+        """Whether `generate` prunes: it is enabled, and lambda is known where it is needed."""
+        return self.enabled and (self.lam is not None or not self.needs_lambda)
+
+    def scorer(self) -> Callable[..., Any]:
+        """The criterion with its options: given a layer's view, the scores."""
+        return partial(DECODE_CRITERIA[self.criterion].run, **self._options_of_criterion())
+
+    def selector(self) -> Callable[..., Any] | None:
+        """The criterion's own way of taking tokens by their scores; None takes the best."""
+        select = DECODE_CRITERIA[self.criterion].facts["select"]
+        return None if select is None else partial(select, **self._options_of_criterion())
+
+    @property
+    def wants_grid(self) -> bool:
+        """Whether the criterion looks at the rows and columns of visual tokens."""
+        wants: bool = DECODE_CRITERIA[self.criterion].facts["grid"]
+        return wants
+
+    def _options_of_criterion(self) -> dict[str, float]:
+        known = DECODE_CRITERIA[self.criterion].defaults
+        return {name: value for name, value in self.options.items() if name in known}
+
+    def cuts(self) -> list[PlannedCut]:
+        """Its prunings, from the lowest layer on; later ones keep a fixed number of tokens."""
+        budget = DECODE_BUDGETS[self.budget]
+        options = {name: value for name, value in self.options.items() if name in budget.defaults}
+        first = PlannedCut(self.layer, self.target_mean, partial(budget.run, **options))
+        later = zip(self.later_layers, self.later_keep, strict=True)
+        return [first, *(PlannedCut(layer, float(keep), DECODE_BUDGETS["fixed"].run) for layer, keep in later)]
 
 
 @dataclass(frozen=True)
@@ -125,3 +262,19 @@ class PruningConfig:
         stages = {"encode": EncodePruning, "fuse": FusePruning, "decode": DecodePruning}
         refuse_unknown("pruning", data, stages)
         return cls(**{name: from_mapping(stages[name], f"pruning.{name}", value) for name, value in data.items()})
+
+    def as_stored(self) -> dict[str, dict[str, Any]]:
+        """As nested plain values, without what is at a default that came after configurations were stored."""
+        stages = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {name: _as_stored(stage) for name, stage in stages.items()}
+
+
+#: Settings that came after configurations, runs and sweeps were stored: at their defaults they are left out of what
+#: identifies one, so that what is stored is found again.
+LATER_SETTINGS = ("criterion", "budget", "options", "later_layers", "later_keep", "equal_layers")
+
+
+def _as_stored(stage: Any) -> dict[str, Any]:
+    plain = asdict(stage)
+    defaults = asdict(type(stage)(enabled=False))
+    return {name: value for name, value in plain.items() if name not in LATER_SETTINGS or value != defaults[name]}

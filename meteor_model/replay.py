@@ -19,7 +19,7 @@ from torch import Tensor
 
 from meteor_model.inputs import at_least_one, scatter_visual
 from meteor_model.outputs import PruningStats
-from meteor_model.pruning import top_indices
+from meteor_model.pruners.select import top_indices
 
 if TYPE_CHECKING:
     from meteor_model.modeling_meteor import MeteorForConditionalGeneration
@@ -127,8 +127,11 @@ def replay_logits(
         ValueError: tokens of other encoders, of another number, or that cannot be kept.
     """
     is_image_BT = input_ids == model.config.image_token_id
-    visual_MKC, _ = model.encode_images(at_least_one(pixel_values, model.config.image_size), given)
-    embeds_BTC = scatter_visual(model.get_input_embeddings()(input_ids), is_image_BT, visual_MKC)
+    embeds_BTC = model.get_input_embeddings()(input_ids)
+    pixels = at_least_one(pixel_values, model.config.image_size)
+    text_MC = model.text_of_images(embeds_BTC, is_image_BT, attention_mask, None, len(pixels))
+    visual_MKC, _ = model.encode_images(pixels, given, text_MC)
+    embeds_BTC = scatter_visual(embeds_BTC, is_image_BT, visual_MKC)
     logits: Tensor = model(
         inputs_embeds=embeds_BTC, attention_mask=attention_mask, image_mask=is_image_BT, use_cache=False
     ).logits

@@ -212,12 +212,12 @@ class Space:
     def _fuse(self, chooser: Chooser, encode: EncodePruning, stage3: bool) -> tuple[FusePruning, int]:
         """Stage 2, and the visual tokens of an image that enter the LLM."""
         if self._always_enter is not None:
-            return FusePruning(enabled=False), self._always_enter
+            return replace(self.config.pruning.fuse, enabled=False), self._always_enter
         pool = encode.totals[-1]
         if not stage3:
             pool = math.floor(min(pool, self._bound))
         keep = max(1, round(chooser.suggest_float("fuse.share", LEAST_SHARE, 1.0) * pool))
-        return FusePruning(enabled=True, keep=keep), keep
+        return replace(self.config.pruning.fuse, enabled=True, keep=keep), keep
 
     def _decode(self, chooser: Chooser, entering: int) -> DecodePruning:
         text, base = self.config.text_config, self.config.pruning.decode
@@ -231,6 +231,9 @@ class Space:
             k_min=min(base.k_min, math.floor(most)),
             target_mean=None,
             lam=None,
+            budget="attention_mass",
+            later_layers=(),
+            later_keep=(),
         )
         if self.decode_by == "lambda":
             tokens = float(sum(self.config.encoder_tokens.values()))

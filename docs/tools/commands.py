@@ -40,6 +40,15 @@ work = Path(os.environ["WORK"])
 base64_text = base64.b64encode((work / "photo.jpg").read_bytes()).decode()
 FOLDER = pull_model(pin_model("models:/meteor@champion"), work / "champion")
 """
+PRUNED = """\
+from dataclasses import replace
+
+from meteor_model.configuration_meteor import FusePruning
+from tests.meteor_model.builders import DENSE, model as build, pixels, processor as make
+
+model, processor = build(DENSE), make(DENSE)
+inputs = processor(text=["Where is the drawing?"], images=[[pixels(1)[0]]])
+"""
 RUNNING_JOB = (
     "from ray.job_submission import JobSubmissionClient as Jobs; "
     "print(next(job.submission_id for job in Jobs().list_jobs() if job.status == 'RUNNING'))"
@@ -87,6 +96,13 @@ ROWS: tuple[Row, ...] = (
     Row("python jobs/serve.py --help", quick=True),
     Row("python jobs/predict_shards.py --help", quick=True),
     Row("class VitEncoder(TransformersVit):", before=VIT_IMPORTS, quick=True),
+    Row(
+        "from meteor_model.pruners.named import with_pruner",
+        before=PRUNED,
+        replace={"keep=256": "keep=64"},
+        quick=True,
+    ),
+    Row("from meteor_model.pruners.fuse_criteria import FUSE_CRITERIA, Pool", before=PRUNED, quick=True),
     Row("make flops"),
     Row('make plan ARGS="--recipe meteor_x4_7b --nodes 2 --gpus-per-node 8"', by="tests/docs/test_scaling.py"),
     Row("make plan", quick=True),

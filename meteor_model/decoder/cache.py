@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,10 +21,29 @@ from transformers.cache_utils import DynamicLayer
 
 from meteor_model.configuration_meteor import DecodePruning
 from meteor_model.decoder.families import check_decode_settings, plan_decoder
-from meteor_model.pruning import gather_tokens
+from meteor_model.pruners.select import gather_tokens
 
 if TYPE_CHECKING:
     from meteor_model.outputs import PruningStats
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What one pruning left of the prompt's columns.
+
+    Attributes:
+        layer: layers [layer, ...) see these columns, up to the next cut.
+        mask_BW: bool, which columns hold a kept token (they are left-padded).
+        kept_index_BW: int64, the prompt column of each kept token, -1 in the padding.
+        counts_B: int64, visual tokens kept of each sample.
+        padded: whether any column is padding.
+    """
+
+    layer: int
+    mask_BW: Tensor
+    kept_index_BW: Tensor
+    counts_B: Tensor
+    padded: bool
 
 
 @dataclass(frozen=True)
@@ -34,51 +53,97 @@ class Decision:
     Attributes:
         attended_BT: bool, the prompt's attention mask.
         visual_BT: bool, which tokens of the prompt are visual.
-        mask_BW: bool, which columns of the upper layers hold a kept token (they are left-padded).
-        kept_index_BW: int64, the prompt column of each kept token, -1 in the padding.
-        kept_counts_B: int64, visual tokens kept of each sample.
-        mass_B: fp32, attention mass on visual tokens over the chosen heads.
-        heads_Bk: int64, the heads that were listened to.
-        lower_padded: whether any column below the layer is padding.
-        upper_padded: whether any column from the layer on is padding.
+        cuts: its prunings, from the lowest layer on.
+        mass_B: fp32, the first cut's scores summed over visual tokens: METEOR's attention mass of the chosen heads.
+        heads_Bk: int64, the heads that were listened to there; (B, 0) for a criterion that does not choose heads.
+        lower_padded: whether any column below the first cut is padding.
+        everywhere: whether the layers below the (only) cut hold its columns, too.
     """
 
     attended_BT: Tensor
     visual_BT: Tensor
-    mask_BW: Tensor
-    kept_index_BW: Tensor
-    kept_counts_B: Tensor
+    cuts: tuple[Cut, ...]
     mass_B: Tensor
     heads_Bk: Tensor
     lower_padded: bool
-    upper_padded: bool
+    everywhere: bool = False
 
     @property
     def prompt_length(self) -> int:
         """T, columns of the whole prompt."""
         return self.attended_BT.shape[1]
 
+    @property
+    def mask_BW(self) -> Tensor:
+        """Which columns of the last layer hold a kept token."""
+        return self.cuts[-1].mask_BW
+
+    @property
+    def kept_index_BW(self) -> Tensor:
+        """The prompt column of each token that the last layer keeps, -1 in the padding."""
+        return self.cuts[-1].kept_index_BW
+
+    @property
+    def kept_counts_B(self) -> Tensor:
+        """Visual tokens of each sample that the last layer keeps."""
+        return self.cuts[-1].counts_B
+
+    @property
+    def upper_padded(self) -> bool:
+        """Whether any column of the last layer is padding."""
+        return self.cuts[-1].padded
+
+    def runs(self, num_layers: int) -> list[tuple[range, Cut | None]]:
+        """Layers that hold the same columns, and the cut that made them; None where they hold the whole prompt."""
+        starts = [0, *(cut.layer for cut in self.cuts), num_layers]
+        made = [self.cuts[0] if self.everywhere else None, *self.cuts]
+        return [(range(first, end), cut) for first, end, cut in zip(starts[:-1], starts[1:], made, strict=True)]
+
     def select(self, rows: Tensor) -> Decision:
         """The decision for these rows of the batch, in this order."""
-        tensors = {item.name: getattr(self, item.name) for item in fields(self) if "padded" not in item.name}
-        return replace(self, **{name: value[rows.to(value.device)] for name, value in tensors.items()})
+        cuts = tuple(_rows_of(cut, rows) for cut in self.cuts)
+        return replace(_rows_of(self, rows), cuts=cuts)
 
-    def kept_visual(self) -> list[Tensor]:
+    def kept_visual(self, cut: int = -1) -> list[Tensor]:
         """For each sample, int64 ascending: which of its visual tokens stay, counted from 0 over all its images.
 
-        With n visual tokens an image, token i belongs to image i // n.
+        With n visual tokens an image, token i belongs to image i // n. `cut` says after which pruning; the last one.
         """
+        chosen = self.cuts[cut]
         rank_BT = self.visual_BT.cumsum(dim=1) - 1
-        index_BW = self.kept_index_BW.clamp(min=0)
-        kept_BW = self.mask_BW & gather_tokens(self.visual_BT, index_BW)
+        index_BW = chosen.kept_index_BW.clamp(min=0)
+        kept_BW = chosen.mask_BW & gather_tokens(self.visual_BT, index_BW)
         rank_BW = gather_tokens(rank_BT, index_BW)
         return [ranks_W[kept_W] for ranks_W, kept_W in zip(rank_BW, kept_BW, strict=True)]
+
+
+RowsT = TypeVar("RowsT", Cut, Decision)
+
+
+def _rows_of(value: RowsT, rows: Tensor) -> RowsT:
+    """The same with these rows of every tensor."""
+    parts = {item.name: getattr(value, item.name) for item in fields(value)}
+    chosen: dict[str, Any] = {
+        name: part[rows.to(part.device)] for name, part in parts.items() if isinstance(part, Tensor)
+    }
+    return replace(value, **chosen)
+
+
+class RecordingCache(DynamicCache):
+    """A plain key/value cache that also holds what stages 1 and 2 kept of each image, for `generate` without stage 3.
+
+    Attributes:
+        pruning_stats: by image, in the order in which the images came; None before a prompt with images.
+    """
+
+    pruning_stats: PruningStats | None = None
 
 
 class MeteorCache(DynamicCache):
     """A key/value cache that carries stage 3: its settings, and from prefill on its decision.
 
-    Full below `settings.layer`, short from there on; `get_seq_length()` is the full length. Give a fresh one to
+    Full below `settings.layer`, short from there on (everywhere with `settings.equal_layers`); `get_seq_length()` is
+    the full length. Give a fresh one to
     `decode_pruned` (or to `generate`, where it makes the model prune). All layers grow, sliding ones too: which tokens
     a window hides is a matter of their original places, which the columns of a pruned layer do not tell.
 
@@ -89,30 +154,41 @@ class MeteorCache(DynamicCache):
         config: the decoder's configuration.
         settings: stage 3's settings; `lam` must be known.
         num_heads: heads that are listened to.
-        k_max: most visual tokens that a sample keeps, whatever lambda gives it; None sets no such bound.
+        k_max: most visual tokens that a sample keeps, whatever its budget gives it; None sets no such bound.
+        per_image: visual tokens of an image before any is dropped, by which a budget tells how many images a prompt
+            has; None takes a prompt's visual tokens for one image.
+        cells_n2: row and column of each of them, for a criterion that looks at the grid.
 
     Raises:
-        ValueError: when lambda is unknown, `k_max` is below `k_min`, the layer or the heads do not exist, or the
-            decoder is not one that stage 3 can run.
+        ValueError: when lambda is needed and unknown, `k_max` is below `k_min`, a layer or the heads do not exist, or
+            the decoder is not one that stage 3 can run.
     """
 
     layers: list[DynamicLayer]
 
     def __init__(
-        self, config: PreTrainedConfig, settings: DecodePruning, num_heads: int, k_max: int | None = None
+        self,
+        config: PreTrainedConfig,
+        settings: DecodePruning,
+        num_heads: int,
+        k_max: int | None = None,
+        per_image: int | None = None,
+        cells_n2: Tensor | None = None,
     ) -> None:
         super().__init__()
-        if settings.lam is None:
+        if settings.needs_lambda and settings.lam is None:
             raise ValueError("pruning.decode.lam is not set: solve it for a target_mean on a calibration batch")
         if k_max is not None and k_max < settings.k_min:
             raise ValueError(f"k_max is {k_max}, below pruning.decode.k_min {settings.k_min}")
-        check_decode_settings(config, settings.layer, num_heads)
+        for layer in (settings.layer, *settings.later_layers):
+            check_decode_settings(config, layer, num_heads)
         self.plan = plan_decoder(config)
         self.layers = [DynamicLayer() for _ in self.plan.slides]
         self.settings = settings
         self.num_heads = num_heads
-        self.lam = settings.lam
         self.k_max = k_max
+        self.per_image = per_image
+        self.cells_n2 = cells_n2
         self._forget()
 
     def _forget(self) -> None:
@@ -123,6 +199,23 @@ class MeteorCache(DynamicCache):
         #: Whether a mask that came after prefill hides any column of its own.
         self.masked_since = False
         self._appends = False
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen so far; of a layer other than the first, its columns."""
+        if layer_idx == 0 and self.decision is not None and self.decision.everywhere and self.attended_BL is not None:
+            return self.attended_BL.shape[1]
+        length: int = super().get_seq_length(layer_idx)
+        return length
+
+    def keep_columns(self, cut: Cut) -> None:
+        """Drop from the layers below a cut the columns that it drops."""
+        index_BW = cut.kept_index_BW.clamp(min=0)
+        for layer in self.layers[: cut.layer]:
+            for name in ("keys", "values"):
+                states_BGTd = getattr(layer, name)
+                index_BGW = index_BW.to(states_BGTd.device)[:, None].expand(-1, states_BGTd.shape[1], -1)
+                index_BGWd = index_BGW[..., None].expand(-1, -1, -1, states_BGTd.shape[3])
+                setattr(layer, name, states_BGTd.gather(2, index_BGWd))
 
     def reset(self) -> None:
         """Empty, with the decision forgotten."""

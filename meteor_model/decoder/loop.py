@@ -1,16 +1,18 @@
 """Stage 3: text-guided pruning inside an unmodified Hugging Face decoder, at inference.
 
     1. lower    layers [0, layer) run on the whole prompt
-    2. score    the last of them is asked how much the text looks at each visual token; only the asking rows are
-                computed, from its own query projection and the keys it has just made: attention kernels stay untouched
-    3. keep     K visual tokens per sample, from its own attention mass; text tokens all stay
-    4. upper    layers [layer, L) run on the kept tokens: gathered, left-padded to the longest sample, masked, at their
-                original positions
-    5. decode   new tokens run through all layers; the cache is full below `layer` and short above it
+    2. score    a criterion looks at the last of them (METEOR: how much the text looks at each visual token); only the
+                asking rows are computed, from its own query projection and the keys it has just made: attention kernels
+                stay untouched
+    3. keep     K visual tokens per sample, by a budget (METEOR: from its own attention mass); text tokens all stay
+    4. upper    the layers above run on the kept tokens: gathered, left-padded to the longest sample, masked, at their
+                original positions; further prunings repeat steps 1 to 3 on what is left
+    5. decode   new tokens run through all layers; the cache is full below the first pruning and shorter above each
 
 What was decided at prefill lives in the cache (`MeteorCache`). The loop owns the calls to the decoder's layers and
-changes none of them. A prefill reads values back to the host twice (is anything padded; how wide is the result), a
-later pass with a mask of its own once (does it hide anything), a step of `generate` never.
+changes none of them. A prefill reads values back to the host twice (is anything padded; how wide is the result), and
+once more for each further pruning; a later pass with a mask of its own once (does it hide anything), a step of
+`generate` never.
 
 Shape legend: B samples, T tokens of the whole prompt, W kept tokens of the longest sample, Q new tokens of this call,
 L all tokens so far (cached and new), R rows that ask, H heads, G key/value heads, C language model width, d head width.
@@ -18,20 +20,24 @@ L all tokens so far (cached and new), R rows that ask, H heads, G key/value head
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from meteor_model.decoder.cache import Decision, MeteorCache
-from meteor_model.decoder.families import DecoderPlan, plan_decoder, rotary_embeddings
-from meteor_model.decoder.masks import build_masks, check_kernel
+from meteor_model.decoder.cache import Cut, Decision, MeteorCache
+from meteor_model.decoder.families import DecoderPlan, Rotary, plan_decoder, rotary_embeddings
+from meteor_model.decoder.masks import Masks, build_masks, check_kernel
 from meteor_model.decoder.prompt import Prompt, check_mask, places, positions, read_prompt
-from meteor_model.decoder.scores import KeyTap, refuse_nan, run_layers, score_layer
-from meteor_model.pruning import VisualScores, adaptive_selection, gather_tokens
+from meteor_model.decoder.scores import refuse_nan, run_layers
+from meteor_model.decoder.view import KeyTap, LayerView, cached_states, score_layer, view_layer
+from meteor_model.pruners.decode_criteria import Asked
+from meteor_model.pruners.select import best_visual, gather_tokens
+from meteor_model.pruners.text_scores import VisualScores
+from meteor_model.pruning_config import PlannedCut
 
 
 @dataclass
@@ -92,62 +98,100 @@ def decode_pruned(
 # ------------------------------------------------------------------------------------------------------------ the steps
 
 
+@dataclass(frozen=True)
+class _Columns:
+    """What the next layers of a prefill are given.
+
+    Attributes:
+        hidden_BWC: hidden states of the columns.
+        prompt: what is known of them.
+        rotary: the decoder's (cos, sin) at their original positions.
+        position_ids_BW: these positions for the layers themselves. None above a cut: positions then reach the layers
+            through the rotary embedding only, for as position_ids their gaps would look like packed sequences to flash
+            attention.
+        first: the first of these layers.
+    """
+
+    hidden_BWC: Tensor
+    prompt: Prompt
+    rotary: Rotary
+    position_ids_BW: Tensor | None
+    first: int = 0
+
+    def masks(self, config: PreTrainedConfig, plan: DecoderPlan, end: int, cache: MeteorCache | None) -> Masks:
+        """For layers [first, end)."""
+        slides = plan.slides[self.first : end]
+        prompt = self.prompt
+        return build_masks(
+            config, plan.window, slides, self.hidden_BWC, prompt.seen_BT, prompt.places_BT, cache, self.first
+        )
+
+    def shortened(self, hidden_BTC: Tensor, order_BW: Tensor, cut: Cut) -> _Columns:
+        """What a cut leaves."""
+        hidden_BWC = gather_tokens(hidden_BTC, order_BW.to(hidden_BTC.device))
+        rotary = {
+            kind: (gather_tokens(cos, order_BW), gather_tokens(sin, order_BW))
+            for kind, (cos, sin) in self.rotary.items()
+        }
+        prompt = self.prompt.shortened(hidden_BWC, order_BW, cut.mask_BW, cut.padded)
+        return _Columns(hidden_BWC, prompt, rotary, None, cut.layer)
+
+
 def _prefill(
     language_model: PreTrainedModel, plan: DecoderPlan, prompt: Prompt, cache: MeteorCache, use_cache: bool
 ) -> DecodedOutput:
-    settings, layer, length = cache.settings, cache.settings.layer, prompt.embeds_BTC.shape[1]
+    settings, length = cache.settings, prompt.embeds_BTC.shape[1]
     config, kept_cache = language_model.config, cache if use_cache else None
-    binds = plan.window is not None and length >= plan.window
-
-    # 1. lower, pausing before the layer that is asked
+    if plan.window is not None and length >= plan.window:
+        prompt = replace(prompt, places_BT=places(prompt.seen_BT, length, prompt.embeds_BTC))
     rotary = rotary_embeddings(language_model, plan, prompt.embeds_BTC, prompt.position_ids_BT)
-    places_BT = places(prompt.seen_BT, length, prompt.embeds_BTC) if binds else None
-    masks = build_masks(
-        config,
-        plan.window,
-        plan.slides[:layer],
-        prompt.embeds_BTC,
-        prompt.seen_BT,
-        places_BT,
-        kept_cache,
-        layer=0,
-    )
-    lower: dict[str, Any] = {"masks": masks, "rotary": rotary, "position_ids_BQ": prompt.position_ids_BT}
-    asked_BTC = run_layers(language_model, plan, prompt.embeds_BTC, range(layer - 1), **lower, cache=kept_cache)
-    tap = KeyTap() if kept_cache is None else kept_cache
-    hidden_BTC = run_layers(language_model, plan, asked_BTC, range(layer - 1, layer), **lower, cache=tap)
+    columns = _Columns(prompt.embeds_BTC, prompt, rotary, prompt.position_ids_BT)
+    images_B = _images(prompt.visual_BT, cache.per_image)
+    cuts, found = [], []
+    for planned in settings.cuts():
+        # 1. lower, pausing before the layer that is asked
+        layer = planned.layer
+        masks = columns.masks(config, plan, layer, kept_cache)
+        shared: dict[str, Any] = {"rotary": columns.rotary, "position_ids_BQ": columns.position_ids_BW, "masks": masks}
+        below = range(columns.first, layer - 1)
+        asked_BTC = run_layers(language_model, plan, columns.hidden_BWC, below, **shared, cache=kept_cache)
+        tap = KeyTap() if kept_cache is None else kept_cache
+        hidden_BTC = run_layers(language_model, plan, asked_BTC, range(layer - 1, layer), **shared, cache=tap)
 
-    # 2. score, 3. keep
-    keys = tap.keys if isinstance(tap, KeyTap) else tap.layers[layer - 1].keys
-    scores = score_layer(language_model, plan, layer - 1, asked_BTC, keys, rotary, prompt, cache.num_heads)
-    decision, order_BW = _decide(scores, prompt, cache.lam, settings.k_min, cache.k_max)
-    hidden_BWC = gather_tokens(hidden_BTC, order_BW.to(hidden_BTC.device))
+        # 2. score, 3. keep
+        made = (tap.keys, tap.values) if isinstance(tap, KeyTap) else cached_states(tap, layer - 1)
+        asked = (columns.rotary, columns.prompt, cache.num_heads, cache.cells_n2)
+        view = view_layer(language_model, plan, layer - 1, asked_BTC, made, *asked)
+        scores = score_layer(view, settings.scorer())
+        cut, order_BW, hidden_BTC = _decide(scores, view, hidden_BTC, planned, cache, images_B)
+        cuts.append(cut)
+        found.append(scores)
+        columns = columns.shortened(hidden_BTC, order_BW, cut)
 
-    # 4. upper. Positions reach the layers through the rotary embedding only: as position_ids their gaps would look like
-    # packed sequences to flash attention.
-    masks = build_masks(
-        config,
-        plan.window,
-        plan.slides[layer:],
-        hidden_BWC,
-        decision.mask_BW if decision.upper_padded else None,
-        None if places_BT is None else gather_tokens(places_BT.expand(len(order_BW), -1), order_BW),
-        kept_cache,
-        layer=layer,
-    )
+    # 4. upper
+    masks = columns.masks(config, plan, config.num_hidden_layers, kept_cache)
     hidden_BWC = run_layers(
         language_model,
         plan,
-        hidden_BWC,
-        range(layer, config.num_hidden_layers),
+        columns.hidden_BWC,
+        range(columns.first, config.num_hidden_layers),
         masks=masks,
-        rotary={
-            kind: (gather_tokens(cos, order_BW), gather_tokens(sin, order_BW)) for kind, (cos, sin) in rotary.items()
-        },
+        rotary=columns.rotary,
         position_ids_BQ=None,
         cache=kept_cache,
     )
+    decision = Decision(
+        attended_BT=prompt.attended_BT,
+        visual_BT=prompt.visual_BT,
+        cuts=tuple(cuts),
+        mass_B=found[0].mass_B.to(prompt.visual_BT.device),
+        heads_Bk=found[0].heads_Bk,
+        lower_padded=prompt.padded,
+        everywhere=settings.equal_layers,
+    )
     if kept_cache is not None:
+        if decision.everywhere:
+            kept_cache.keep_columns(decision.cuts[0])
         kept_cache.decision, kept_cache.attended_BL = decision, decision.attended_BT
     return DecodedOutput(language_model.norm(hidden_BWC), kept_cache, decision=decision, prefill=True)
 
@@ -160,7 +204,7 @@ def _continue(
     cache: MeteorCache,
 ) -> DecodedOutput:
     """5. decode: new tokens through all layers. Nothing is read back to the host for a step of `generate`."""
-    decision, plan, config, layer = cache.decision, cache.plan, language_model.config, cache.settings.layer
+    decision, plan, config = cache.decision, cache.plan, language_model.config
     assert decision is not None
     if len(embeds_BQC) != len(decision.kept_counts_B):
         raise ValueError(
@@ -168,58 +212,87 @@ def _continue(
             "(batch_repeat_interleave, batch_select_indices)"
         )
     past_length = cache.get_seq_length()
-    length, prompt_length = past_length + embeds_BQC.shape[1], decision.prompt_length
+    length = past_length + embeds_BQC.shape[1]
     position_ids_BQ = positions(embeds_BQC, position_ids_BQ, past_length)
     if attention_mask_BL is not None:
         check_mask(embeds_BQC, attention_mask_BL, past_length)
     cache.follow_mask(attention_mask_BL, embeds_BQC.shape[1])
-    lower_padded = decision.lower_padded or cache.masked_since
-    upper_padded = decision.upper_padded or cache.masked_since
-    binds = plan.window is not None and length >= plan.window
-
-    lower_seen = upper_seen = lower_places = upper_places = None
-    if lower_padded or upper_padded or binds:
-        tokens_BL = cache.attended_BL
-        assert tokens_BL is not None
-        kept_index_BW = decision.kept_index_BW.clamp(min=0)
-        if attention_mask_BL is None:
-            attended_BL = tokens_BL
-        else:
-            attended_BL = attention_mask_BL.to(device=embeds_BQC.device, dtype=torch.bool)
-        lower_seen = attended_BL if lower_padded else None
-        if upper_padded:
-            seen_BW = decision.mask_BW & gather_tokens(attended_BL, kept_index_BW)
-            upper_seen = torch.cat([seen_BW, attended_BL[:, prompt_length:]], dim=1)
-        if binds:  # a hidden token keeps its place
-            lower_places = places(tokens_BL if lower_padded else None, length, embeds_BQC)
-            everywhere_BL = lower_places.expand(len(embeds_BQC), -1)
-            kept_BW = gather_tokens(everywhere_BL, kept_index_BW)
-            upper_places = torch.cat([kept_BW, everywhere_BL[:, prompt_length:]], dim=1)
+    tokens_BL = cache.attended_BL
+    assert tokens_BL is not None
+    attended_BL = tokens_BL
+    if attention_mask_BL is not None:
+        attended_BL = attention_mask_BL.to(device=embeds_BQC.device, dtype=torch.bool)
+    places_BL = None
+    if plan.window is not None and length >= plan.window:  # a hidden token keeps its place
+        lower_padded = decision.lower_padded or cache.masked_since
+        places_BL = places(tokens_BL if lower_padded else None, length, embeds_BQC)
 
     rotary = rotary_embeddings(language_model, plan, embeds_BQC, position_ids_BQ)
     hidden_BQC = embeds_BQC
-    parts = (
-        (range(layer), lower_seen, lower_places, position_ids_BQ),
-        (range(layer, config.num_hidden_layers), upper_seen, upper_places, None),
-    )
-    for layers, seen_BL, places_BL, ids_BQ in parts:
+    for layers, cut in decision.runs(config.num_hidden_layers):
+        padded = (decision.lower_padded if cut is None else cut.padded) or cache.masked_since
+        seen_BL = _of_columns(attended_BL, cut, decision.prompt_length, masked=True) if padded else None
+        there_BL = None
+        if places_BL is not None:
+            shared = cut is None
+            everywhere_BL = places_BL if shared else places_BL.expand(len(embeds_BQC), -1)
+            there_BL = _of_columns(everywhere_BL, cut, decision.prompt_length, masked=False)
         slides = plan.slides[layers.start : layers.stop]
-        masks = build_masks(config, plan.window, slides, hidden_BQC, seen_BL, places_BL, cache, layers.start)
+        masks = build_masks(config, plan.window, slides, hidden_BQC, seen_BL, there_BL, cache, layers.start)
         hidden_BQC = run_layers(
-            language_model, plan, hidden_BQC, layers, masks=masks, rotary=rotary, position_ids_BQ=ids_BQ, cache=cache
+            language_model,
+            plan,
+            hidden_BQC,
+            layers,
+            masks=masks,
+            rotary=rotary,
+            position_ids_BQ=position_ids_BQ if cut is None else None,
+            cache=cache,
         )
     return DecodedOutput(language_model.norm(hidden_BQC), cache, decision=decision)
 
 
-def _decide(scores: VisualScores, prompt: Prompt, lam: float, k_min: int, k_max: int | None) -> tuple[Decision, Tensor]:
-    """The decision, and the gather order (B, W): prompt columns of the kept tokens, after those that pad the row."""
-    attended_BT, visual_BT = prompt.attended_BT, prompt.visual_BT
+def _of_columns(values_BL: Tensor, cut: Cut | None, prompt_length: int, *, masked: bool) -> Tensor:
+    """Values of all tokens so far -> of the columns that a cut left and of what came after the prompt."""
+    if cut is None:
+        return values_BL
+    kept_BW = gather_tokens(values_BL, cut.kept_index_BW.clamp(min=0))
+    if masked:
+        kept_BW = cut.mask_BW & kept_BW
+    return torch.cat([kept_BW, values_BL[:, prompt_length:]], dim=1)
+
+
+def _images(visual_BT: Tensor, per_image: int | None) -> Tensor:
+    """Images of each sample, (B,) float64; without `per_image` one where there are visual tokens."""
+    visual_B = visual_BT.sum(dim=1)
+    return visual_B.double() / per_image if per_image else (visual_B > 0).double()
+
+
+def _decide(
+    scores: VisualScores,
+    view: LayerView,
+    hidden_BTC: Tensor,
+    planned: PlannedCut,
+    cache: MeteorCache,
+    images_B: Tensor,
+) -> tuple[Cut, Tensor, Tensor]:
+    """The cut; the gather order (B, W): columns of the kept tokens, after those that pad the row; and hidden states."""
+    attended_BT, visual_BT = view.prompt.attended_BT, view.prompt.visual_BT
     scores_BT, mass_B = scores.scores_BT.to(visual_BT.device), scores.mass_B.to(visual_BT.device)
     # The next token is read off the last one: where a prompt ends in an image, that is the first to be kept.
     columns_T = torch.arange(attended_BT.shape[1], device=attended_BT.device)
     last_B1 = torch.where(attended_BT, columns_T, 0).amax(dim=1, keepdim=True)
     scores_BT = scores_BT.masked_fill(columns_T == last_B1, torch.inf)
-    visual_kept_BT, counts_B = adaptive_selection(scores_BT, mass_B, visual_BT, lam, k_min, k_max)
+    settings = cache.settings
+    asked = Asked(mass_B, visual_BT.sum(dim=-1), images_B, planned.keep, settings.lam, settings.k_min, view)
+    counts_B = planned.budget(asked)
+    if cache.k_max is not None:
+        counts_B = counts_B.clamp(max=cache.k_max)
+    select = settings.selector()
+    if select is None:
+        visual_kept_BT = best_visual(scores_BT, visual_BT, counts_B)
+    else:
+        visual_kept_BT, hidden_BTC = select(view, hidden_BTC, scores_BT, counts_B)
     keep_BT = (attended_BT & ~visual_BT) | visual_kept_BT
     totals_B = keep_BT.sum(dim=1)
     found = torch.stack([torch.isnan(mass_B).sum(), (keep_BT != attended_BT).sum(), totals_B.min(), totals_B.max()])
@@ -231,18 +304,10 @@ def _decide(scores: VisualScores, prompt: Prompt, lam: float, k_min: int, k_max:
     # A stable sort of 0 (not kept) before 1 (kept) is the left-padded gather; what pads is masked, whatever it is.
     order_BW = torch.sort(keep_BT.to(torch.uint8), dim=1, stable=True).indices[:, -width:]
     mask_BW = gather_tokens(keep_BT, order_BW)
-    decision = Decision(
-        attended_BT=attended_BT,
-        visual_BT=visual_BT,
-        mask_BW=mask_BW,
-        kept_index_BW=order_BW.masked_fill(~mask_BW, -1),
-        kept_counts_B=counts_B,
-        mass_B=mass_B,
-        heads_Bk=scores.heads_Bk,
-        lower_padded=prompt.padded,
-        upper_padded=fewest < width,
-    )
-    return decision, order_BW
+    index_BT = view.prompt.index_BT
+    index_BW = order_BW if index_BT is None else gather_tokens(index_BT, order_BW)
+    cut = Cut(planned.layer, mask_BW, index_BW.masked_fill(~mask_BW, -1), counts_B, fewest < width)
+    return cut, order_BW, hidden_BTC
 
 
 # ------------------------------------------------------------------------------------------------- arguments and checks

@@ -41,10 +41,16 @@ class _OneLayer:
     layer: int
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        return self.cache.get_seq_length(self.layer)
+        return _columns(self.cache, self.layer)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return self.cache.get_mask_sizes(query_length, self.layer)
+
+
+def _columns(cache: Cache, layer: int) -> int:
+    """Columns that a layer of the cache holds: fewer than the tokens that it has seen where some were dropped."""
+    columns: int = cache.layers[layer].get_seq_length()
+    return columns
 
 
 def check_kernel(config: PreTrainedConfig, plan: DecoderPlan) -> None:
@@ -85,7 +91,7 @@ def build_masks(
         cache: holds what came before; None without one.
         layer: the layer of the cache that is measured.
     """
-    past = 0 if cache is None else cache.get_seq_length(layer)
+    past = 0 if cache is None else _columns(cache, layer)
     length = hidden_BQC.shape[1]
     kernel = config._attn_implementation
     near_B1QL = None

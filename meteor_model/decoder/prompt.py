@@ -12,12 +12,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from meteor_model.pruning import gather_tokens
+from meteor_model.pruners.select import gather_tokens
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and who asks in it: rows `asking_BR`, where `asks_BR` says that they are not mere filling."""
+    """A prompt and who asks in it: rows `asking_BR`, where `asks_BR` says that they are not mere filling.
+
+    Its columns are those of the prompt, or those that the prunings so far have left (`shortened`): then `index_BT` says
+    which columns of the `whole` prompt they are, and `places_BT` where they stood among its tokens, for sliding windows
+    (None: where they stand).
+    """
 
     embeds_BTC: Tensor
     position_ids_BT: Tensor
@@ -26,11 +31,33 @@ class Prompt:
     asking_BR: Tensor
     asks_BR: Tensor
     padded: bool
+    places_BT: Tensor | None = None
+    whole: Prompt | None = None
+    index_BT: Tensor | None = None
 
     @property
     def seen_BT(self) -> Tensor | None:
         """Which columns hold a token, for masks; None where none is padding."""
         return self.attended_BT if self.padded else None
+
+    def shortened(self, hidden_BWC: Tensor, order_BW: Tensor, mask_BW: Tensor, padded: bool) -> Prompt:
+        """What is left of it: columns `order_BW`, of which `mask_BW` hold a token. All that ask are among them."""
+        asks_BT = torch.zeros_like(self.attended_BT).scatter(1, self.asking_BR, self.asks_BR)
+        asks_BW = gather_tokens(asks_BT, order_BW) & mask_BW
+        asking_BR = torch.sort(asks_BW.to(torch.uint8), dim=1, stable=True).indices[:, -self.asking_BR.shape[1] :]
+        places_BT, index_BT = self.places_BT, self.index_BT
+        return Prompt(
+            hidden_BWC,
+            gather_tokens(self.position_ids_BT, order_BW),
+            mask_BW,
+            gather_tokens(self.visual_BT, order_BW) & mask_BW,
+            asking_BR,
+            gather_tokens(asks_BW, asking_BR),
+            padded,
+            None if places_BT is None else gather_tokens(places_BT.expand(len(order_BW), -1), order_BW),
+            self.whole or self,
+            order_BW if index_BT is None else gather_tokens(index_BT, order_BW),
+        )
 
 
 def read_prompt(

@@ -1,16 +1,12 @@
-"""How an LLM's layers look at the visual tokens of a prompt: one layer's score row, and every head's attention mass.
+"""How an LLM's layers look at the visual tokens of a prompt where nothing is pruned: by layer, and by head.
 
-A layer is asked with the queries of a few rows only, and the keys that it has just made itself, read where it hands
-them to the cache: attention kernels stay untouched and nothing is projected twice.
-
-Shape legend: B samples, T tokens of the whole prompt, Q tokens of one call, R rows that ask, H heads, G key/value
-heads, C language model width, d head width.
+Shape legend: B samples, T tokens of the whole prompt, Q tokens of one call, H heads, C language model width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,30 +15,10 @@ from transformers import PreTrainedModel
 from meteor_model.compat import CACHE
 from meteor_model.configuration_meteor import DecodePruning
 from meteor_model.decoder.cache import MeteorCache
-from meteor_model.decoder.families import (
-    DecoderPlan,
-    Rotary,
-    attention_softcap,
-    check_decode_settings,
-    layer_queries,
-    plan_decoder,
-    rotary_embeddings,
-)
+from meteor_model.decoder.families import DecoderPlan, Rotary, check_decode_settings, plan_decoder, rotary_embeddings
 from meteor_model.decoder.masks import Masks, build_masks, check_kernel
 from meteor_model.decoder.prompt import Prompt, places, read_prompt
-from meteor_model.pruning import VisualScores, gather_tokens, text_guided_scores
-
-
-class KeyTap:
-    """Takes a cache's place in a pass without one, and holds on to the keys of the layer that is asked."""
-
-    def __init__(self) -> None:
-        self.keys: Tensor | None = None
-
-    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """What a layer calls; the keys and values go back as they came."""
-        self.keys = keys
-        return keys, values
+from meteor_model.decoder.view import KeyTap, LayerView, score_layer, view_layer
 
 
 def attention_mass(
@@ -54,13 +30,15 @@ def attention_mass(
     settings: DecodePruning,
     num_heads: int,
 ) -> Tensor:
-    """Attention mass on visual tokens of each prompt, (B,) fp32, nothing pruned: what `solve_lambda` is given.
+    """Mass of the criterion's scores on visual tokens, (B,) fp32, nothing pruned: what `solve_lambda` is given.
 
     Only the first `settings.layer` layers run. Arguments and errors as in `decode_pruned`; `settings.lam` is not used.
     """
     check_decode_settings(language_model.config, settings.layer, num_heads)
     prompt = read_prompt(inputs_embeds_BTC, attention_mask_BT, position_ids_BT, visual_mask_BT, settings.query)
-    scores = _listen(language_model, prompt, [settings.layer - 1], num_heads)[0]
+    criterion = settings.scorer()
+    views = view_layers(language_model, prompt, [settings.layer - 1], num_heads)
+    scores = score_layer(next(views), criterion)
     if not scores.mass_B.is_meta:
         refuse_nan(int(torch.isnan(scores.mass_B).sum()), len(scores.mass_B))
     return scores.mass_B
@@ -77,7 +55,7 @@ def visual_attention_by_head(
 ) -> Tensor:
     """The visual attention value (VAV) of every head: its attention mass on visual tokens, nothing pruned.
 
-    Which heads stage 3 listens to is `meteor_model.pruning.select_heads` of layer `settings.layer - 1`.
+    Which heads stage 3 listens to is `meteor_model.pruners.text_scores.select_heads` of layer `settings.layer - 1`.
 
     Args:
         language_model: a bare decoder, as in `decode_pruned`.
@@ -99,8 +77,8 @@ def visual_attention_by_head(
     if not chosen or not all(0 <= index < depth for index in chosen):
         raise ValueError(f"layers {list(chosen)} must be some of 0 to {depth - 1}, the LLM's layers")
     prompt = read_prompt(inputs_embeds_BTC, attention_mask_BT, position_ids_BT, visual_mask_BT, query)
-    scores = _listen(language_model, prompt, chosen, num_heads=1)
-    return torch.stack([layer_scores.mass_BH for layer_scores in scores], dim=1)
+    mass_BH = {view.index: view.listen(1).mass_BH for view in view_layers(language_model, prompt, chosen, num_heads=1)}
+    return torch.stack([mass_BH[index] for index in chosen], dim=1)
 
 
 def run_layers(
@@ -126,52 +104,10 @@ def run_layers(
     return hidden_BQC
 
 
-def score_layer(
-    language_model: PreTrainedModel,
-    plan: DecoderPlan,
-    index: int,
-    input_BTC: Tensor,
-    key_BGTd: Tensor | None,
-    rotary: Rotary,
-    prompt: Prompt,
-    num_heads: int,
-) -> VisualScores:
-    """How layer `index` looks at the visual tokens, from its input and the keys that it made of it."""
-    if key_BGTd is None or key_BGTd.shape[2] != input_BTC.shape[1]:
-        raise ValueError(
-            f"LLM layer {index} left no keys of the prompt: stage 3 is for inference, call eval() or turn gradient "
-            "checkpointing off"
-        )
-    device = key_BGTd.device  # the layer's own, where the model is spread over several
-    asking_BR = prompt.asking_BR.to(device)
-    asking_at = {
-        kind: (gather_tokens(cos.to(device), asking_BR), gather_tokens(sin.to(device), asking_BR))
-        for kind, (cos, sin) in rotary.items()
-        if kind == plan.rotary[index]
-    }
-    query_BHRd = layer_queries(language_model, plan, index, gather_tokens(input_BTC.to(device), asking_BR), asking_at)
-    columns_T = torch.arange(input_BTC.shape[1], device=asking_BR.device)
-    allowed_BRT = prompt.asks_BR.to(device)[:, :, None] & (columns_T <= asking_BR[:, :, None])
-    if prompt.padded:
-        allowed_BRT = allowed_BRT & prompt.attended_BT.to(device)[:, None]
-    if plan.window is not None and plan.slides[index]:
-        places_BT = places(prompt.seen_BT, len(columns_T), prompt.embeds_BTC).to(device).expand(len(asking_BR), -1)
-        allowed_BRT = allowed_BRT & (places_BT[:, None] > gather_tokens(places_BT, asking_BR)[:, :, None] - plan.window)
-    return text_guided_scores(
-        query_BHRd,
-        key_BGTd,
-        prompt.visual_BT.to(device),
-        allowed_BRT,
-        language_model.layers[index].self_attn.scaling,
-        num_heads,
-        attention_softcap(language_model, plan, index),
-    )
-
-
-def _listen(
+def view_layers(
     language_model: PreTrainedModel, prompt: Prompt, asked: Sequence[int], num_heads: int
-) -> list[VisualScores]:
-    """Scores by each of these layers, nothing pruned."""
+) -> Iterator[LayerView]:
+    """Views of these layers from the lowest on, nothing pruned; layers above the last of them are not run."""
     plan, length = plan_decoder(language_model.config), prompt.embeds_BTC.shape[1]
     check_kernel(language_model.config, plan)
     binds = plan.window is not None and length >= plan.window
@@ -180,7 +116,7 @@ def _listen(
     masks = build_masks(
         language_model.config, plan.window, plan.slides, prompt.embeds_BTC, prompt.seen_BT, places_BT, None, layer=0
     )
-    hidden_BTC, found = prompt.embeds_BTC, {}
+    hidden_BTC = prompt.embeds_BTC
     for index in range(max(asked) + 1):
         tap, input_BTC = KeyTap(), hidden_BTC
         hidden_BTC = run_layers(
@@ -194,8 +130,7 @@ def _listen(
             cache=tap if index in asked else None,
         )
         if index in asked:
-            found[index] = score_layer(language_model, plan, index, input_BTC, tap.keys, rotary, prompt, num_heads)
-    return [found[index] for index in asked]
+            yield view_layer(language_model, plan, index, input_BTC, (tap.keys, tap.values), rotary, prompt, num_heads)
 
 
 def refuse_nan(count: int, samples: int) -> None:

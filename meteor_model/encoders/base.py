@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -20,7 +20,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from meteor_model.checks import nearest, whole_number
 from meteor_model.encoders.at_hand import whole_weight
 from meteor_model.encoders.pixels import HALF_MEAN, HALF_STD, PIXELS, check_images, eagle_pixels, own_pixels
-from meteor_model.pruning import absorbed_prefix_attention, evenly_spaced, prefix_attention, received_attention
+from meteor_model.pruners.tower_scores import (
+    absorbed_prefix_attention,
+    evenly_spaced,
+    prefix_attention,
+    received_attention,
+)
 
 ConfigT = TypeVar("ConfigT", bound=PreTrainedConfig)
 
@@ -95,6 +100,8 @@ class VisionEncoder(nn.Module, ABC):
     #: Whether tokens may be dropped between blocks. A convolutional tower says False: it runs dense and is pruned at
     #: its output only.
     prunes_between_blocks: ClassVar[bool] = True
+    #: Whether the same weights run at any image size that its cells divide.
+    any_size: ClassVar[bool] = False
     #: Prefix tokens (CLS first, then registers) in front of the patch tokens.
     num_prefix_tokens: int = 0
     #: Channel mean and standard deviation of the pixels in [0, 1].
@@ -167,6 +174,17 @@ class VisionEncoder(nn.Module, ABC):
         if recomputes and not hidden_MTD.requires_grad and any(p.requires_grad for p in self.parameters()):
             hidden_MTD.requires_grad_()
         return hidden_MTD
+
+    def resize(self, config: EncoderConfig) -> None:
+        """Follow a configuration of another image size. ValueError where the weights belong to theirs."""
+        if config == self.config:
+            return
+        if not self.any_size or replace(config, image_size=self.config.image_size) != self.config:
+            raise ValueError(
+                f"encoder {self.config.name!r} is built already and cannot become {config}: build a model of that "
+                "configuration and load the weights into it"
+            )
+        self.config, self.grid = config, self.grid_size(config)
 
     def freeze_idle(self) -> None:
         """Parameters that never get a gradient ask for none, so that DistributedDataParallel does not wait for them."""

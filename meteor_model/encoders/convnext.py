@@ -16,6 +16,7 @@ from meteor_model.encoders.pixels import IMAGENET_MEAN, IMAGENET_STD
 class ConvNextEncoder(VisionEncoder):
     """`transformers.ConvNextModel`; the layers of its stages are the blocks, its last feature map the tokens."""
 
+    any_size = True
     prunes_between_blocks = False
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     idle = ("layernorm",)  # of the pooled output

@@ -36,7 +36,7 @@ from meteor_model.encoders.windows import (
     window_extent,
     window_layout,
 )
-from meteor_model.pruning import evenly_spaced, prefix_attention, received_attention
+from meteor_model.pruners.tower_scores import evenly_spaced, prefix_attention, received_attention
 
 #: What both layouts are: pre-norm blocks, axial rotary positions, every patch present at the start.
 _EVA02: dict[str, Any] = {

@@ -26,6 +26,8 @@ class Pix2StructEncoder(VisionEncoder):
     The patch size is not a field of the library's configuration: it follows from `patch_embed_hidden_size` = 3 p^2.
     """
 
+    any_size = True
+
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__(config)
         self.tower = Pix2StructVisionModel(library_config(config, Pix2StructVisionConfig))

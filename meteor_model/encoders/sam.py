@@ -36,7 +36,7 @@ from meteor_model.encoders.windows import (
     window_extent,
     window_layout,
 )
-from meteor_model.pruning import evenly_spaced, received_attention
+from meteor_model.pruners.tower_scores import evenly_spaced, received_attention
 
 NECKS = ("full", "short")
 #: Relative-position biases of a global block that exist at once; more queries are taken in turns.

@@ -102,6 +102,7 @@ class TimmConvEncoder(VisionEncoder):
     batch norms are frozen: small batches that differ by rank would spoil them, and so would recomputation.
     """
 
+    any_size = True
     prunes_between_blocks = False
 
     def __init__(self, config: EncoderConfig) -> None:

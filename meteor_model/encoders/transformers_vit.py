@@ -19,6 +19,8 @@ class TransformersVit(VisionEncoder):
     `embed`, `blocks` and `score_projections` are those of CLIP and SigLIP.
     """
 
+    any_size = True
+
     #: The library's configuration class.
     config_class: ClassVar[type[PreTrainedConfig]]
     #: Builds the library's model from its configuration.

@@ -12,7 +12,8 @@ from PIL import Image
 from meteor_model.decoder.scores import visual_attention_by_head
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
-from meteor_model.pruning import RANK_ESTIMATORS, select_heads
+from meteor_model.pruners.spectra import RANK_ESTIMATORS
+from meteor_model.pruners.text_scores import select_heads
 from meteor_model.visualize.charts import draw_head_vav, draw_ranks, rank_report
 from meteor_model.visualize.sheets import draw_kept, draw_overview
 

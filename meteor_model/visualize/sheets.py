@@ -20,7 +20,8 @@ import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from meteor_model.configuration_meteor import MeteorConfig
-from meteor_model.modeling_meteor import JOINT, PruningStats
+from meteor_model.outputs import PruningStats
+from meteor_model.vision_meteor import JOINT
 
 #: One colour per encoder, in their order; the charts use the same.
 COLOURS = ("#2a6fbb", "#d1603d", "#3c8d5a", "#8a5aa8", "#b8860b")

@@ -122,7 +122,8 @@ def _lambda(
 ) -> LambdaReport | None:
     decode = config.pruning.decode
     target = decode.target_mean if settings.target_mean is None else settings.target_mean
-    if not settings.decode_samples or target is None or (settings.target_mean is None and not decode.enabled):
+    acts = decode.enabled and decode.needs_lambda
+    if not settings.decode_samples or target is None or (settings.target_mean is None and not acts):
         return None
     task = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus)(_solve)
     try:

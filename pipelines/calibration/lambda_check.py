@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from meteor_model.loading import load_model_and_processor
-from meteor_model.pruning import adaptive_counts, solve_lambda
+from meteor_model.pruners.counts import adaptive_counts, solve_lambda
 from pipelines.calibration.image_plan import CalibrationError
 from pipelines.calibration.ranks import Ranks
 from pipelines.calibration.statistics import RunningStatistics, half_width
@@ -124,7 +124,7 @@ def solve_on_split(
     pruning = model.config.pruning
     if not pruning.decode.enabled:
         raise CalibrationError("pruning.decode.enabled is false: stage 3 is off, so there is no lambda to solve for")
-    decode = replace(pruning.decode, target_mean=target_mean, lam=None)
+    decode = replace(pruning.decode, target_mean=target_mean, lam=None, budget="attention_mass")
     apply_pruning(model, processor, replace(pruning, decode=decode), ranks)
     positions = model.config.text_config.max_position_embeddings
     questions = read_questions(manifest, split, processor, 2 * prompts, positions=positions)

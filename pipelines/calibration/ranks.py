@@ -20,7 +20,7 @@ import numpy as np
 from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.encoders import encoder_class
 from meteor_model.foreign import foreign
-from meteor_model.pruning import RANK_ESTIMATORS
+from meteor_model.pruners.spectra import RANK_ESTIMATORS
 from pipelines.calibration.image_plan import CalibrationError
 from pipelines.calibration.settings import RELATIVE_TOLERANCE
 from pipelines.calibration.statistics import RunningStatistics, half_width, smallest, sufficient_count

@@ -194,6 +194,7 @@ class Recipe:
             del plain["data"]["too_long"]
         if self.data.limits == SampleLimits():  # younger than runs that are stored
             plain["data"].pop("limits")
+        plain["pruning"] = json.loads(json.dumps(self.pruning.as_stored()))
         if self.training.lora.rank is None:  # the same; what the others say then trains nothing
             plain["training"].pop("lora")
         return plain

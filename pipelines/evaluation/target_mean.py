@@ -10,7 +10,7 @@ import torch
 from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
-from meteor_model.pruning import solve_lambda
+from meteor_model.pruners.counts import solve_lambda
 from pipelines.evaluation.questions import BATCH, Question
 
 
@@ -33,13 +33,13 @@ def solve_for_target(
 ) -> None:
     """Give a model, in place, stage 3's lambda for its target mean on these prompts.
 
-    One without a target is left as it is, and the prompts are not asked for.
+    One without a target, or whose budget needs no lambda, is left as it is, and the prompts are not asked for.
 
     Raises:
         ValueError: where the target cannot be reached.
     """
     decode = model.config.pruning.decode
-    if decode.enabled and decode.target_mean is not None:
+    if decode.enabled and decode.needs_lambda and decode.target_mean is not None:
         lam = solve_lambda_on(model, processor, questions())
         model.config = with_lambda(model.config, lam, decode.target_mean)
 

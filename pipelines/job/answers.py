@@ -158,7 +158,7 @@ def _ask(
     if not questions.asked:
         return HeldoutAnswers((), left_out)
     config, decode = model.config, model.config.pruning.decode
-    if decode.enabled and decode.lam is None:  # without a target there is no lambda: the model answers unpruned
+    if decode.enabled and not decode.acts:  # without a target there is no lambda: the model answers unpruned
         model.config = config.with_pruning(replace(config.pruning, decode=replace(decode, enabled=False)))
     suite = Suite.of(manifest, split, len(questions.asked))
     score = score_model(model, processor, questions, suite.digest)

@@ -10,7 +10,7 @@ import torch
 from meteor_model.loading import load_model_and_processor
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
-from meteor_model.pruning import solve_lambda
+from meteor_model.pruners.counts import solve_lambda
 from meteor_model.visualize import explain
 from pipelines.evaluation.target_mean import with_lambda
 from pipelines.io.console import say

@@ -147,7 +147,7 @@ def export_run(
             "the best validated one"
         ) from error
     decode = exported.config.pruning.decode
-    if decode.enabled and decode.target_mean is not None:
+    if decode.enabled and decode.lam is not None and decode.target_mean is not None:
         say(f"  lambda {decode.lam:.4g} for a mean of {decode.target_mean:g} visual tokens")
     complete(run.exported, checkpoint, {"parity": exported.parity.to_dict()})
     return exported

@@ -137,7 +137,10 @@ def _calibration(config: MeteorConfig) -> str:
     if decode.enabled:
         lam = "not solved" if decode.lam is None else f"{decode.lam:.6g}"
         goal = "none" if decode.target_mean is None else f"{decode.target_mean:g} tokens"
-        lines.append(f"- lambda {lam} for a target mean of {goal}")
+        if decode.needs_lambda:
+            lines.append(f"- lambda {lam} for a target mean of {goal}")
+        else:
+            lines.append(f"- budget {decode.budget}: {goal} an image")
         lines.append(f"- scores of LLM layer {decode.layer}, {config.decode_heads} heads, query {decode.query}")
     return "## Calibration\n\n" + ("\n".join(lines) or "Nothing is pruned.") + "\n"
 

@@ -79,7 +79,7 @@ def tokens_by_stage(config: MeteorConfig) -> dict[str, str]:
     entering = sum(budgets[-1] for budgets in config.encode_budgets.values())
     tags[f"{TOKENS_TAG}fuse"] = f"{entering} > {config.tokens_per_image}"
     decode = config.pruning.decode
-    if decode.enabled and decode.lam is not None:
+    if decode.acts:
         goal = "adaptive" if decode.target_mean is None else f"{decode.target_mean:g} (mean)"
         tags[f"{TOKENS_TAG}decode"] = f"{config.tokens_per_image} > {goal}"
     return tags

@@ -102,7 +102,7 @@ def register_variant(  # noqa: PLR0913 - what a version is made of, by name
         ScoringError: a score of another pruning, or without its questions.
         ExportError, TrackingError: base or server cannot be used.
     """
-    if pruning.decode.enabled and pruning.decode.lam is None:
+    if pruning.decode.enabled and not pruning.decode.acts:
         raise ValueError(
             "pruning.decode.lam is not set: stage 3 of a registered variant needs its lambda; solve it for "
             "pruning.decode.target_mean first (pipelines.evaluation.target_mean.solve_lambda_on)"

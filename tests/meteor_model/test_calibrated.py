@@ -29,12 +29,18 @@ def change(config: MeteorConfig, stage: str, **values: Any) -> PruningConfig:
     return replace(config.pruning, **{stage: replace(getattr(config.pruning, stage), **values)})
 
 
-DECODE = {"layer": 1, "num_heads": 2, "query": "all_text", "target_mean": 24.0, "k_min": 2}
-FUSE = {"keep": 40, "enabled": False}
+DECODE = {
+    "layer": 1, "num_heads": 2, "query": "all_text", "target_mean": 24.0, "k_min": 2, "criterion": "all_heads",
+    "budget": "fixed",
+}  # fmt: skip
+FUSE = {"keep": 40, "enabled": False, "criterion": "random"}
 ENCODE_FOR_LAM = {
     "totals": (96, 70, 64), "first_deep_segment": 3, "rank_exponent": 0.0, "score_queries": 16, "enabled": False,
+    "criterion": "random", "budget": "tokens",
 }  # fmt: skip
-FREE = {("decode", "enabled"), ("decode", "lam")}
+#: Later prunings count tokens for themselves; no default criterion has a number (test_options_are_settings_too).
+FREE = {("decode", "enabled"), ("decode", "lam"), ("decode", "later_layers"), ("decode", "later_keep")}
+FREE |= {("decode", "equal_layers"), ("decode", "options"), ("fuse", "options"), ("encode", "options")}
 LAM_ROWS = [
     *(("decode", name, value) for name, value in DECODE.items()),
     *(("fuse", name, value) for name, value in FUSE.items()),
@@ -65,6 +71,16 @@ def test_lambda_does_not_outlive_a_setting(stage: str, name: str, value: object)
     anew = solved.with_pruning(replace(changed, decode=replace(changed.decode, lam=LAM)))
     with pytest.raises(StaleCalibrationError):
         anew.with_pruning(config.pruning)
+
+
+@pytest.mark.parametrize("stage", ["encode", "fuse", "decode"])
+def test_options_are_settings_too(stage: str) -> None:
+    config = calibrated()
+    pruning = change(config, "decode", lam=None)
+    seeded = replace(pruning, **{stage: replace(getattr(pruning, stage), criterion="random", options={"seed": 1})})
+    solved = config.with_pruning(seeded).with_pruning(replace(seeded, decode=replace(seeded.decode, lam=LAM)))
+    with pytest.raises(StaleCalibrationError, match=r"lam 20\.9 was solved for"):
+        solved.with_pruning(change(solved, stage, options={"seed": 2}))
 
 
 @pytest.mark.parametrize(("stage", "name", "value"), RANKS_ROWS)

@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 import benchmarks.flops as published
 from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, PruningConfig
 from meteor_model.flops import count_flops, count_training_flops, flop_counter
-from meteor_model.rivals import FastV, prefill
+from meteor_model.pruners.named import with_pruner
 from tests.meteor_model.builders import DENSE, config, model, pixels
 
 TEXT = 10
@@ -116,16 +116,25 @@ def test_the_count_is_what_a_cpu_forward_dispatches(pruning: PruningConfig) -> N
         assert everything.get_total_flops() == all_of(expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "runs"),
+    [
+        ("fastv", {"layer": 1}, [(0, 1, 192), (1, 4, 50)]),
+        ("pyramiddrop", {"layers": (1, 2, 3)}, [(0, 1, 192), (1, 2, 192), (2, 3, 100), (3, 4, 50)]),
+    ],
+)
 @torch.no_grad()
-def test_a_rival_is_counted_by_its_schedule() -> None:
-    net, rival = model(DENSE), FastV(layer=1, keep=50)
-    report = count_flops(net.config, TEXT, rival.schedule)
-    assert [(run.first, run.end, run.visual_tokens) for run in report.layers] == [(0, 1, 192), (1, 4, 50)]
-    net.language_model.set_attn_implementation("eager")
-    visual_BT = torch.arange(TEXT + 192)[None] < 192
+def test_a_published_pruner_is_counted_by_its_prunings(
+    name: str, settings: dict[str, Any], runs: list[tuple[int, int, int]]
+) -> None:
+    net = model(DENSE)
+    net.config = with_pruner(net.config, name, 50, **settings)
+    report = count_flops(net.config, TEXT)
+    assert [(run.first, run.end, run.visual_tokens) for run in report.layers] == runs
+    input_ids = torch.tensor([[net.config.image_token_id] * 192 + [*range(10, 10 + TEXT)]])
     with flop_counter() as counter:
-        prefill(net.language_model, torch.randn(1, TEXT + 192, WIDTH), visual_BT, rival)
-    assert counter.get_total_flops() == all_of(report.llm)
+        net.generate(input_ids, pixel_values=pixels(1), max_new_tokens=1, do_sample=False, pad_token_id=0)
+    assert counter.get_total_flops() == all_of(report.total + report.lm_head)
 
 
 @pytest.mark.parametrize("pruning", [DENSE, replace(PRUNED, decode=DecodePruning(False))], ids=["dense", "pruned"])
@@ -152,7 +161,7 @@ def test_the_published_table_is_met_on_the_meta_device() -> None:
     eagle = published.llm_config("eagle_x4_7b", DENSE)
     tera = {
         "EAGLE": count_flops(eagle).total / 1e12,
-        "FastV": count_flops(eagle, schedule=FastV(layer=2, keep=256).schedule).total / 1e12,
+        "FastV": count_flops(with_pruner(eagle, "fastv", 256)).total / 1e12,
         "METEOR": count_flops(published.meteor_config()).total / 1e12,
     }
     assert tera["EAGLE"] == pytest.approx(26.21, rel=0.03)
@@ -168,15 +177,6 @@ def test_reports_are_tables_and_plain_dictionaries() -> None:
     rows = [line.split()[0:2] for line in report.table().splitlines()]
     assert ["encoder", "pix2struct"] in rows
     assert report.table().count("LLM layers") == 2
-
-
-@pytest.mark.parametrize(
-    ("schedule", "message"),
-    [([(4, 10)], "layers must grow"), ([(1, 10), (2, 11)], "11 tokens cannot be kept of 10"), ([(1, 193)], "of 192")],
-)
-def test_a_schedule_that_does_not_fit_is_refused(schedule: list[tuple[int, int]], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        count_flops(config(DENSE), TEXT, schedule)
 
 
 def test_stage_3_is_counted_at_its_target_mean() -> None:

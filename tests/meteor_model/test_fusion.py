@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from meteor_model.configuration_meteor import DecodePruning, MeteorConfig
-from meteor_model.fusion import concat_channels, concat_width, fuse_cooperatively
+from meteor_model.configuration_meteor import DecodePruning, FusePruning, MeteorConfig
+from meteor_model.fusion import concat_channels, concat_width, prune_pool
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
+from meteor_model.pruners.fuse_criteria import Pool
 from tests.meteor_model.builders import DENSE, PRUNED, config, pixels
 
 
@@ -44,8 +45,9 @@ def test_a_pruned_map_cannot_be_joined() -> None:
 
 
 def test_keeping_the_whole_pool_changes_nothing() -> None:
-    projected = [torch.randn(2, 5, 8), torch.randn(2, 3, 8)]
-    pool, keep = fuse_cooperatively(projected, 8)
+    projected = (torch.randn(2, 5, 8), torch.randn(2, 3, 8))
+    places = tuple(torch.arange(tokens.shape[1]).expand(2, -1) for tokens in projected)
+    pool, keep = prune_pool(Pool(projected, ((1, 5), (1, 3)), places, 8), FusePruning())
     assert torch.equal(pool, torch.cat(projected, dim=1))
     assert keep.tolist() == [list(range(8))] * 2
 

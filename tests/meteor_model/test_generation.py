@@ -75,13 +75,17 @@ class Batch:
 
 
 def make_batch(layouts: tuple[str, ...] = LAYOUTS, seed: int = 0) -> Batch:
+    return make_batch_of(layouts, PER_IMAGE, seed)
+
+
+def make_batch_of(layouts: tuple[str, ...], per_image: int, seed: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     pool = pixels(sum(layout.count("I") for layout in layouts), seed)
     ids, images, used = [], [], 0
     for layout in layouts:
         text = torch.randint(4, VOCABULARY, (len(layout),), generator=generator).tolist()
         row = [
-            token for kind, t in zip(layout, text, strict=True) for token in ([3] * PER_IMAGE if kind == "I" else [t])
+            token for kind, t in zip(layout, text, strict=True) for token in ([3] * per_image if kind == "I" else [t])
         ]
         ids.append(torch.tensor([row]))
         images.append(pool[used : used + layout.count("I")])

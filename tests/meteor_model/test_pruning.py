@@ -16,25 +16,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from meteor_model import pruning
-from meteor_model.pruning import (
-    adaptive_counts,
-    adaptive_selection,
-    allocate_budgets,
-    attention_rows,
-    gather_tokens,
-    mean_similarity,
-    mutual_redundancy,
-    prefix_attention,
-    received_attention,
-    select_heads,
-    select_top,
-    select_visual,
-    singular_values,
-    solve_lambda,
-    spectrum_rank,
-    text_guided_scores,
-)
+from meteor_model.pruners.budgets import allocate_budgets
+from meteor_model.pruners.counts import adaptive_counts, solve_lambda
+from meteor_model.pruners.redundancy import mutual_redundancy
+from meteor_model.pruners.select import best_visual, gather_tokens, select_top
+from meteor_model.pruners.spectra import RANK_ESTIMATORS, singular_values, spectrum_rank
+from meteor_model.pruners.text_scores import attention_rows, select_heads, text_guided_scores
+from meteor_model.pruners.tower_scores import mean_similarity, prefix_attention, received_attention
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -121,8 +109,6 @@ def test_nan_is_an_error_not_a_selection() -> None:
         with pytest.raises(ValueError, match="1 of 10 token scores are NaN"):
             select_top(scores_BN, k)
     with pytest.raises(ValueError, match="NaN"):
-        select_visual(scores_BN, torch.ones(2, 5, dtype=torch.bool), torch.tensor([1, 1]))
-    with pytest.raises(ValueError, match="NaN"):
         adaptive_counts(torch.tensor([math.nan]), 1.0, torch.tensor([3]), 1)
 
 
@@ -153,21 +139,16 @@ def test_keeping_everything_changes_nothing(dtype: torch.dtype) -> None:
 
 @given(st.data())
 @settings(deadline=None, max_examples=100)
-def test_select_visual_equals_the_loop_with_its_own_count_per_row(data: st.DataObject) -> None:
+def test_best_visual_equals_the_loop_with_its_own_count_per_row(data: st.DataObject) -> None:
     length, batch = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 3))
     rows = [[data.draw(st.sampled_from([0.0, 0.25, 0.5, 1.0])) for _ in range(length)] for _ in range(batch)]
     visual = [[data.draw(st.booleans()) for _ in range(length)] for _ in range(batch)]
     counts = [data.draw(st.integers(0, sum(row))) for row in visual]
-    keep_BT = select_visual(torch.tensor(rows), torch.tensor(visual), torch.tensor(counts))
+    keep_BT = best_visual(torch.tensor(rows), torch.tensor(visual), torch.tensor(counts))
     for b in range(batch):
         places = [t for t in range(length) if visual[b][t]]
         chosen = [places[i] for i in select_literally([rows[b][t] for t in places], counts[b])]
         assert keep_BT[b].nonzero().flatten().tolist() == chosen
-
-
-def test_select_visual_refuses_more_than_there_are() -> None:
-    with pytest.raises(ValueError, match="cannot keep 3 visual tokens of row 1: it has only 2"):
-        select_visual(torch.zeros(2, 4), torch.tensor([[True] * 4, [True, True, False, False]]), torch.tensor([4, 3]))
 
 
 # ------------------------------------------------------------------------------------------------------------ stage 1
@@ -298,7 +279,7 @@ def test_ranks_equal_their_definitions_on_a_known_spectrum() -> None:
         assert value == pytest.approx(math.exp(-sum(p * math.log(p) for p in shares)), rel=1e-3)
 
 
-@pytest.mark.parametrize("estimator", sorted(pruning.RANK_ESTIMATORS))
+@pytest.mark.parametrize("estimator", sorted(RANK_ESTIMATORS))
 def test_every_rank_handles_zero_maps_wide_maps_and_bf16(estimator: str) -> None:
     assert feature_rank(torch.zeros(2, 6, 4), estimator).tolist() == [0.0, 0.0]
     rank_B = feature_rank(randn(3, 4, 50, dtype=torch.bfloat16), estimator)
@@ -534,19 +515,6 @@ def test_adaptive_counts_equal_the_formula(data: st.DataObject) -> None:
     assert counts.tolist() == [
         min(max(math.floor(lam * m + 0.5), min(k_min, n)), n) for m, n in zip(mass, present, strict=True)
     ]
-
-
-def test_selection_in_one_is_counts_and_choice() -> None:
-    scores_BT = randn(6, 20, seed=4).abs()
-    visual_BT = randn(6, 20, seed=5) > 0
-    visual_BT[3] = False
-    scores_BT = scores_BT * visual_BT
-    mass_B = scores_BT.sum(-1)
-    counts_B = adaptive_counts(mass_B, 0.6, visual_BT.sum(-1), 2)
-    keep_BT, found_B = adaptive_selection(scores_BT, mass_B, visual_BT, 0.6, 2)
-    assert torch.equal(found_B, counts_B)
-    assert torch.equal(keep_BT, select_visual(scores_BT, visual_BT, counts_B))
-    assert 0 < int(counts_B.sum()) < int(visual_BT.sum())
 
 
 def test_adaptive_counts_round_half_up_and_refuse_nonsense() -> None:

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from meteor_model.encoders.at_hand import whole_weight
-from meteor_model.pruning import (
+from meteor_model.pruners.redundancy import mutual_redundancy
+from meteor_model.pruners.text_scores import attention_rows
+from meteor_model.pruners.tower_scores import (
     absorbed_prefix_attention,
-    attention_rows,
     evenly_spaced,
     mean_similarity,
-    mutual_redundancy,
     prefix_attention,
     received_attention,
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from meteor_model.encode import dense_maps
-from meteor_model.pruning import RANK_ESTIMATORS, singular_values, spectrum_rank
+from meteor_model.pruners.spectra import RANK_ESTIMATORS, singular_values, spectrum_rank
 from tests.meteor_model.builders import model, pixels
 
 

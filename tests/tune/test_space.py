@@ -15,7 +15,7 @@ from optuna.trial import FixedTrial
 
 from meteor_model.architectures import build_config
 from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, MeteorConfig, PruningConfig
-from meteor_model.pruning import RANK_ESTIMATORS
+from meteor_model.pruners.spectra import RANK_ESTIMATORS
 from tune.defaults import TARGET_SHARES, paper_choices, paper_settings
 from tune.space import DecodeBy, Ranks, Space, SpaceError, ranks_of_config, ranks_of_report
 

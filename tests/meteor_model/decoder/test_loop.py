@@ -16,7 +16,8 @@ from meteor_model.decoder.cache import MeteorCache
 from meteor_model.decoder.families import DECODER_FAMILIES, check_decode_settings, softcap_logits
 from meteor_model.decoder.loop import decode_pruned
 from meteor_model.decoder.scores import attention_mass, visual_attention_by_head
-from meteor_model.pruning import select_heads, solve_lambda
+from meteor_model.pruners.counts import solve_lambda
+from meteor_model.pruners.text_scores import select_heads
 from tests.meteor_model.decoder.batches import (
     LAYOUTS,
     Generation,

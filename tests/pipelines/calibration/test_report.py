@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from meteor_model.pruning import adaptive_counts
+from meteor_model.pruners.counts import adaptive_counts
 from pipelines.calibration import report as calibration_file
 from pipelines.calibration.drift import compare_ranks
 from pipelines.calibration.image_plan import CalibrationError
