@@ -2,8 +2,8 @@
 """Score a model on a suite of questions: `python jobs/evaluate.py --model models:/NAME@ALIAS`.
 
 Shows what was asked, answered and left out, accuracy and likelihood of the expected answers with 95 % intervals, visual
-tokens, and TFLOPs. The score of a
-registered model is filed with its version: numbers in its tags and its description, every question as an artifact.
+tokens, and TFLOPs. The score of a registered model is filed with its version: numbers in its tags and its description,
+every question as an artifact.
 """
 
 import sys
@@ -14,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from jobs.command_line import Job
 from jobs.settings import Device, Tracking, check_device, check_manifest, check_model, torch_device
+from pipelines.evaluation.groups import Part
+from pipelines.evaluation.scorers import Scorer
 from pipelines.evaluation.scores import Replies
 
 
@@ -27,12 +29,19 @@ class Evaluate:
     """Dataset: s3://BUCKET/PREFIX or a folder; by default the one that the registered version was trained on."""
     split: str = "heldout"
     """Split of the dataset."""
+    part: Part = "final"
+    """Which questions of the split: those that a search chooses on, those that a final comparison stands on, or all.
+    Questions about the same thing lie in one part."""
     questions: int = 256
-    """So many of the split's questions about readable images, the first ones; all where it has fewer. What was left out
-    on the way is counted by reason."""
+    """So many of the part's questions about images, spread evenly over all of them; all where it has fewer. What cannot
+    be asked is counted by reason."""
+    every: int | None = None
+    """Take every so many-th question of the part from the first on, in place of spreading them."""
     replies: Replies = "all"
-    """Which replies of a sample are questions: all, each asked for by what stands before it, or the first alone. The
-    replies of one sample resemble one another, which the intervals do not know."""
+    """Which replies of a sample are questions: all, each asked for by what stands before it, or the first alone."""
+    scorer: Scorer = "exact"
+    """How an answer is held against the expected one: equal (exact), as the VQA evaluation (vqa), by its first yes or
+    no (yesno), by the letter of a choice (letter), or by edit distance (anls)."""
     batch: int = 16
     """Questions at a time."""
     output: Path | None = None
@@ -47,22 +56,21 @@ def check(settings: Evaluate) -> None:
     """What can be wrong before anything is asked. Raises ValueError."""
     check_model(settings.model, settings.tracking)
     check_manifest(settings.manifest)
-    for name in ("questions", "batch"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"{name} is {getattr(settings, name)}; it must be at least 1")
+    for name in ("questions", "batch", "every"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
     check_device(settings.device)
 
 
 def run(settings: Evaluate) -> None:
     """Score, file, and say what was found."""
-    from pipelines.registry.evaluate import evaluate
+    from pipelines.registry.evaluate import Wanted, evaluate
 
     evaluate(
         settings.model,
         settings.manifest,
-        settings.split,
-        settings.questions,
-        replies=settings.replies,
+        Wanted(settings.split, settings.questions, settings.part, settings.every, settings.replies, settings.scorer),
         batch=settings.batch,
         device=torch_device(settings.device),
         output=settings.output,

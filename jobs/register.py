@@ -16,6 +16,7 @@ import tyro
 
 from jobs.command_line import Job
 from jobs.settings import RegistryAddress
+from pipelines.evaluation.scores import MARGINS, Measure
 from pipelines.io.console import say
 from pipelines.io.names import require_alias, require_name
 
@@ -38,13 +39,20 @@ class CompareCommand:
     """Digest of the suite where both have several scores in common."""
     output: Path | None = None
     """JSON file for the result."""
+    margin_nll: float = MARGINS["answer_nll"]
+    """Nats per token that the second may lose and is still called non-inferior."""
+    margin_accuracy: float = MARGINS["accuracy"]
+    """Share of right answers that the second may lose and is still called non-inferior."""
     tracking: RegistryAddress = field(default_factory=RegistryAddress)
     """MLflow."""
 
 
 @dataclass(frozen=True)
 class PromoteCommand:
-    """Let an alias point to a version that has its parity and a score on a suite."""
+    """Let an alias point to a version that has its parity and a score, and is no worse than the one before.
+
+    The score is on the final part of a split; it is compared question by question, at a margin stated beforehand.
+    """
 
     version: int | None = None
     """Number of the version."""
@@ -57,6 +65,14 @@ class PromoteCommand:
     1e-3 where both were compared in fp32, and 1/16 of the largest logit where it was bf16."""
     max_unanswered: float = 0.01
     """Largest share of a suite's questions that was left out (text alone apart) or answered without a word."""
+    least_questions: int = 256
+    """Fewest questions of a suite that counts as evidence."""
+    measure: Measure = "answer_nll"
+    """What is compared with the version that the alias points to: likelihood of the expected answers, or right ones."""
+    margin: float | None = None
+    """Loss of the measure that is accepted; None takes 0.02 (nats per token, or share of right answers)."""
+    force: str = ""
+    """A reason to promote although evidence is missing; who, when and why stay in the version's tags."""
     tracking: RegistryAddress = field(default_factory=RegistryAddress)
     """MLflow."""
 
@@ -99,12 +115,21 @@ def check(command: Command) -> None:
     match command:
         case PromoteCommand():
             require_alias(command.to, "to")
+            _check_margins(margin=command.margin)
+        case CompareCommand():
+            _check_margins(margin_nll=command.margin_nll, margin_accuracy=command.margin_accuracy)
         case RollbackCommand():
             require_alias(command.alias)
     if isinstance(command, PromoteCommand) and not 0 <= command.max_unanswered <= 1:
         raise ValueError(f"max_unanswered is {command.max_unanswered}; it is a share, in 0..1")
     if isinstance(command, PromoteCommand) and (command.version is None) == (command.alias is None):
         raise ValueError("give either --version NUMBER or --alias ALIAS: the version to promote")
+
+
+def _check_margins(**margins: float | None) -> None:
+    for name, margin in margins.items():
+        if margin is not None and not margin > 0:
+            raise ValueError(f"{name} is {margin}; it must be positive: what may be lost is stated beforehand")
 
 
 def run(command: Command) -> None:
@@ -125,13 +150,22 @@ def execute(command: Command) -> str:
         case ListCommand():
             return tables.show_versions(registry)
         case CompareCommand():
-            return tables.compare(registry, command.versions, command.suite, command.output)
+            margins: dict[Measure, float] = {"answer_nll": command.margin_nll, "accuracy": command.margin_accuracy}
+            return tables.compare(registry, command.versions, command.suite, command.output, margins)
         case PromoteCommand():
             version = (
                 registry.resolve(str(command.version)) if command.alias is None else registry.target(command.alias)
             )
-            move = promotion.promote(registry, version, command.to, command.parity_tolerance, command.max_unanswered)
-            return tables.show_move(registry, move)
+            terms = promotion.Terms(
+                command.parity_tolerance,
+                command.max_unanswered,
+                command.least_questions,
+                command.measure,
+                command.margin,
+            )
+            return tables.show_promotion(
+                registry, promotion.promote(registry, version, command.to, terms, command.force)
+            )
         case RollbackCommand():
             return tables.show_move(registry, aliases.roll_back(registry, command.alias))
         case ParityCommand():

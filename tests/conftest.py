@@ -12,6 +12,7 @@ from infra.services import OF_EVERY_NODE
 
 os.environ.update(OF_EVERY_NODE)  # for tests that start a Ray of their own
 
+
 def pytest_configure() -> None:
     """SIGTERM ends the session as an interrupt does: fixtures stop the servers that they started."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)

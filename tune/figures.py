@@ -16,7 +16,10 @@ from tune.pareto import front
 from tune.records import TrialRecord
 from tune.results import completed, compute_unit, points
 
-LABELS = {"tflops": "{unit} of one image and a short prompt", "visual_tokens_mean": "visual tokens after stage 3, mean"}
+LABELS = {
+    "tflops": "{unit} of one image and a short prompt",
+    "kept_per_image": "visual tokens per image after stage 3, mean",
+}
 NAMES = {"answer_nll": "NLL per token of the expected answer (nats)", "accuracy": "right answers (share)"}
 STUDIES = {"front": "search", "random": "random search", "defaults": "paper's settings"}
 MARKERS = {"front": "o", "random": "x", "defaults": "s"}
@@ -33,7 +36,7 @@ def draw_fronts(by_study: Mapping[str, Sequence[TrialRecord]], objective: str, p
     sign = -1.0 if objective == "answer_nll" else 1.0
     dearest = max((p.cost for records in by_study.values() for p in points(records, "tflops")), default=0.0)
     factor, unit = compute_unit(dearest)
-    scale = {"tflops": factor, "visual_tokens_mean": 1.0}
+    scale = {"tflops": factor, "kept_per_image": 1.0}
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.4), dpi=150, sharey=True)
     for axes, cost in zip(panels, LABELS, strict=True):
         for index, (study, records) in enumerate(by_study.items()):
@@ -71,15 +74,18 @@ def draw_budgets(best: Mapping[float, TrialRecord | None], objective: str, unit:
     figure, axes = plt.subplots(figsize=(7.5, 4.2), dpi=150)
     for place, (_, record) in enumerate(found):
         score = record.scored
-        value = score.answer_nll if objective == "answer_nll" else score.accuracy
-        interval = score.answer_nll_interval if objective == "answer_nll" else score.accuracy_interval
+        value, interval = score.answer_nll, score.answer_nll_interval
+        if objective == "accuracy":
+            assert score.accuracy is not None
+            assert score.accuracy_interval is not None
+            value, interval = score.accuracy, score.accuracy_interval
         axes.plot([place, place], [interval.low, interval.high], color=COLOURS[0], linewidth=2, alpha=0.5)
         axes.plot(place, value, "o", color=COLOURS[0], markersize=8)
-        kept = f"{score.visual_tokens} > {score.visual_tokens_mean:.1f} tokens\n{factor * score.tflops:.3g} {compute}"
+        kept = f"{score.tokens_per_image} > {score.kept_per_image:.1f} tokens\n{factor * score.tflops:.3g} {compute}"
         axes.annotate(kept, (place, value), xytext=(10, 0), textcoords="offset points", va="center", fontsize=8)
     axes.set_xticks(range(len(found)), [f"{budget:g}" for budget, _ in found])
     axes.set_xlim(-0.5, len(found) - 0.2)
-    unit_name = "visual tokens after stage 3" if unit == "tokens" else "TFLOPs"
+    unit_name = "visual tokens per image after stage 3" if unit == "tokens" else "TFLOPs"
     axes.set(xlabel=f"budget ({unit_name})", ylabel=NAMES[objective], title="Best within each budget, 95 % intervals")
     _plain(axes)
     figure.tight_layout()

@@ -17,7 +17,7 @@ from pipelines.checkpoint.local import local_copy
 from pipelines.config.settings import SettingsError
 from pipelines.data import shards
 from pipelines.data.build import differences
-from pipelines.evaluation.questions import read_questions
+from pipelines.evaluation.questions import read_prompts
 from pipelines.evaluation.suite import Suite
 from pipelines.io import codec, storage
 from pipelines.io.console import say
@@ -172,7 +172,7 @@ def _find_subject(settings: SweepSettings) -> _Subject:
             f"the run of {pinned.address} does not say which data it was trained on: give --manifest ADDRESS"
         )
     manifest = shards.load_manifest(address)
-    suite = Suite.of(manifest, settings.heldout_split, settings.questions)
+    suite = Suite.of(manifest, settings.heldout_split, settings.questions, part="search")
     return _Subject(pinned, report, manifest, suite)
 
 
@@ -188,7 +188,7 @@ def _require_questions(settings: SweepSettings, subject: _Subject, base: str) ->
     positions = config.text_config.max_position_embeddings
     subject.suite.load(processor, positions)
     manifest, split = subject.manifest, settings.train_split
-    if not read_questions(manifest, split, processor, 1, positions=positions).asked:
+    if not read_prompts(manifest, split, processor, 1, positions=positions).asked:
         raise SettingsError(f"split {split!r} of {manifest.url} has no prompt with images for lambda")
     return config
 

@@ -13,7 +13,7 @@ from tune.pareto import Point, front, hypervolume, reference
 from tune.records import TrialRecord
 from tune.settings import SweepSettings
 
-COSTS = ("tflops", "visual_tokens_mean")
+COSTS = ("tflops", "kept_per_image")
 """Fields of a score that a front is drawn against."""
 LEAST_FOR_IMPORTANCE = 8
 """Completed trials below which importances are noise and are left out."""
@@ -21,7 +21,7 @@ LEAST_FOR_IMPORTANCE = 8
 
 def cost_of(settings: SweepSettings, score: Score) -> float:
     """A score's cost in the unit of the budgets."""
-    return score.tflops if settings.budget_unit == "tflops" else score.visual_tokens_mean
+    return score.tflops if settings.budget_unit == "tflops" else score.kept_per_image
 
 
 def completed(records: Sequence[TrialRecord]) -> list[TrialRecord]:
@@ -115,15 +115,21 @@ def table(records: Sequence[TrialRecord]) -> str:
     shown = sorted(completed(records), key=lambda item: item.scored.tflops)
     factor, unit = compute_unit(max((record.scored.tflops for record in shown), default=0.0))
     lines = [
-        f"| trial | {unit} | into the LLM | after stage 3 | NLL (95 %) | right (95 %) |",
+        f"| trial | {unit} | tokens per image into the LLM | per image after stage 3 | NLL (95 %) | right (95 %) |",
         "|---|---|---|---|---|---|",
     ]
     for record in shown:
         score = record.scored
-        nll, right = score.answer_nll_interval, score.accuracy_interval
+        nll = score.answer_nll_interval
         lines.append(
-            f"| {record.id} | {factor * score.tflops:.4g} | {score.visual_tokens} | {score.visual_tokens_mean:.1f} | "
+            f"| {record.id} | {factor * score.tflops:.4g} | {score.tokens_per_image} | {score.kept_per_image:.1f} | "
             f"{score.answer_nll:.3f} ({nll.low:.3f} to {nll.high:.3f}) | "
-            f"{score.accuracy:.1%} ({right.low:.1%} to {right.high:.1%}) |"
+            f"{_right(score)} |"
         )
     return "\n".join(lines)
+
+
+def _right(score: Score) -> str:
+    if score.accuracy is None or score.accuracy_interval is None:
+        return "not asked for"
+    return f"{score.accuracy:.1%} ({score.accuracy_interval.low:.1%} to {score.accuracy_interval.high:.1%})"

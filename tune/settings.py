@@ -29,9 +29,9 @@ class SweepSettings:
     """evaluate: score the model as it is under another pruning. finetune: first train it under that pruning, a short
     run through Ray Train (settings under --train)."""
     budgets: tuple[PositiveFloat, ...] = ()
-    """Find the best pruning within each of these budgets per image (one study each)."""
+    """Find the best pruning within each of these budgets, each per image (one study each)."""
     budget_unit: Literal["tokens", "tflops"] = "tokens"
-    """What budgets count: visual tokens after stage 3 (mean), or TFLOPs of one image and a short prompt."""
+    """What budgets count: visual tokens per image after stage 3 (mean), or TFLOPs of one image and a short prompt."""
     pareto: bool = False
     """Search the front of score against TFLOPs and visual tokens at once, too."""
     trials: PositiveInt = 16
@@ -45,7 +45,7 @@ class SweepSettings:
     decode_by: DecodeBy = "target"
     """Choose stage 3 by a target mean, for which lambda is solved, or by lambda itself (not with token budgets)."""
     questions: PositiveInt = 256
-    """Questions of the suite, from the held-out split."""
+    """Questions of the suite, from the part `search` of the held-out split."""
     portions: PositiveInt = 4
     """Portions in which a trial of `evaluate` is scored; after each, ASHA may stop it."""
     early_stopping: bool = True

@@ -61,7 +61,7 @@ class StudySearch(Searcher):
         begin: Sequence[Mapping[str, Any]] = (),
         seed: int = 0,
         expected_cost: Cost | None = None,
-        measured_cost: Measure = lambda score: score.visual_tokens_mean,
+        measured_cost: Measure = lambda score: score.kept_per_image,
         ended: Callable[[TrialRecord], None] = lambda record: None,
     ) -> None:
         super().__init__(metric="objective", mode="max")
@@ -185,7 +185,7 @@ class StudySearch(Searcher):
         """Optuna's values: the objective; of a front TFLOPs and visual tokens as well."""
         assert record.objective is not None
         score = record.scored
-        return [record.objective, score.tflops, score.visual_tokens_mean] if self._several else [record.objective]
+        return [record.objective, score.tflops, score.kept_per_image] if self._several else [record.objective]
 
     def _constraints(self, record: TrialRecord) -> dict[str, float]:
         if self.plan.budget is None:

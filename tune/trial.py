@@ -35,7 +35,7 @@ from pipelines.config.recipe import Recipe
 from pipelines.data import shards
 from pipelines.evaluation.evaluate import longest_answer, score_model, score_of_records
 from pipelines.evaluation.pictures import draw_questions
-from pipelines.evaluation.questions import Question, Questions, read_questions
+from pipelines.evaluation.questions import Question, Questions, read_prompts
 from pipelines.evaluation.scores import Record, Score
 from pipelines.evaluation.suite import Suite
 from pipelines.evaluation.target_mean import solve_for_target
@@ -80,7 +80,7 @@ class TrialContext:
 def objective_of(settings: SweepSettings, records: Sequence[Record]) -> float:
     """The objective of these answers; higher is better."""
     if settings.objective == "accuracy":
-        return sum(record.right for record in records) / len(records)
+        return sum(record.credit or 0.0 for record in records) / len(records)
     return -sum(record.nll for record in records) / len(records)
 
 
@@ -138,7 +138,7 @@ class Trial(tune.Trainable):
         if not self._prompts:
             manifest, settings = shards.load_manifest(self.context.manifest), self.context.settings
             count, positions = settings.calibration_samples, model.config.text_config.max_position_embeddings
-            self._prompts = read_questions(manifest, settings.train_split, processor, count, positions=positions).asked
+            self._prompts = read_prompts(manifest, settings.train_split, processor, count, positions=positions).asked
         return [question.encoded_by(processor) for question in self._prompts]
 
     def questions(self, model: MeteorForConditionalGeneration, processor: MeteorProcessor) -> Questions:
@@ -156,7 +156,8 @@ class Trial(tune.Trainable):
         Shuffled, or the first portions would hold what lies together in the shards, and the scheduler compare trials on
         that.
         """
-        places = list(range(self.context.suite.questions))
+        assert self._questions is not None, "they are read before the first one is asked"
+        places = list(range(len(self._questions.asked)))
         random.Random(self.context.settings.seed).shuffle(places)
         return places
 
@@ -168,7 +169,7 @@ class Trial(tune.Trainable):
             model,
             processor,
             Questions(tuple(suite.asked[place].encoded_by(processor) for place in places)),
-            self.context.suite.digest,
+            self.context.suite,
             self.context.settings.batch,
             longest=self._longest,
         )
@@ -180,7 +181,7 @@ class Trial(tune.Trainable):
         by_place = dict(zip(self.order, self.answers, strict=True))
         suite = self.questions(model, processor)
         records = [by_place[place] for place in sorted(by_place)]
-        score = score_of_records(model.config, records, context.suite.digest, suite.left_out)
+        score = score_of_records(model.config, records, context.suite, suite.left_out)
         if context.settings.pictures:
             with tempfile.TemporaryDirectory(prefix="meteor-trial-") as name:
                 for file, picture in draw_questions(model, processor, suite.asked, context.settings.pictures):
@@ -213,10 +214,11 @@ class EvaluateTrial(Trial):
             apply_pruning(self.model, self.processor, self.pruning, self.ranks)
             solve_for_target(self.model, self.processor, lambda: self.prompts(self.model, self.processor))
             self.ready = True
-        self.ask(self.model, self.processor, -(-settings.questions // settings.portions))
-        if len(self.answers) >= settings.questions:
+        total = len(self.questions(self.model, self.processor).asked)
+        self.ask(self.model, self.processor, -(-total // settings.portions))
+        if len(self.answers) >= total:
             return self.end(self.model, self.processor)
-        progress = 100 * len(self.answers) / settings.questions
+        progress = 100 * len(self.answers) / total
         return {"objective": objective_of(settings, self.answers), PROGRESS: progress}
 
 

@@ -54,8 +54,8 @@ RUNNING_JOB = (
     "print(next(job.submission_id for job in Jobs().list_jobs() if job.status == 'RUNNING'))"
 )
 PROMOTED = """\
-make register ARGS="promote --version 1 --to champion --max-unanswered 1"
-make register ARGS="promote --version 2 --to champion --max-unanswered 1"
+make register ARGS="promote --version 1 --to champion --max-unanswered 1 --least-questions 1"
+make register ARGS="promote --version 2 --to champion --force documentation"
 """
 RUN = "docs"
 """Name of the run that `make pretrain` makes."""
@@ -182,7 +182,7 @@ ROWS: tuple[Row, ...] = (
     Row("make evaluate", also="--questions 8"),
     Row('make evaluate ARGS="--model models:/meteor@budget-16"', also="--questions 8"),
     # Trained for a few steps, it may have learnt to say nothing.
-    Row('make register ARGS="promote --alias budget-16 --to champion"', also="--max-unanswered 1"),
+    Row('make register ARGS="promote --alias budget-16 --to champion"', also="--force documentation"),
     Row('make register ARGS="compare champion budget-8 --output compared.json"'),
     Row(
         'make register ARGS="rollback --alias champion"',

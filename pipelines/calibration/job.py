@@ -121,9 +121,9 @@ def _lambda(
     ranks: Ranks | None,
 ) -> LambdaReport | None:
     decode = config.pruning.decode
-    target = decode.target_mean if settings.target_mean is None else settings.target_mean
+    target = decode.target_mean if settings.target_per_image is None else settings.target_per_image
     acts = decode.enabled and decode.needs_lambda
-    if not settings.decode_samples or target is None or (settings.target_mean is None and not acts):
+    if not settings.decode_samples or target is None or (settings.target_per_image is None and not acts):
         return None
     task = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus)(_solve)
     try:

@@ -1,11 +1,12 @@
-"""Lambda for a target mean, solved on held-back prompts and checked on others.
+"""Lambda for a target mean per image, solved on held-back prompts and checked on others.
 
 Solving meets the target on the prompts that it sees, to within rounding. What counts is the mean on prompts that it did
-not see: samples of one split take turns, one to solve on and one to check.
+not see: groups of prompts about the same thing take turns, one to solve on and one to check.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,19 @@ import numpy as np
 import torch
 
 from meteor_model.loading import load_model_and_processor
-from meteor_model.pruners.counts import adaptive_counts, solve_lambda
+from meteor_model.pruners.counts import adaptive_counts
 from pipelines.calibration.image_plan import CalibrationError
 from pipelines.calibration.ranks import Ranks
-from pipelines.calibration.statistics import RunningStatistics, half_width
 from pipelines.data import shards
-from pipelines.evaluation.questions import read_questions
+from pipelines.evaluation.intervals import equivalent, mean
+from pipelines.evaluation.questions import read_prompts
 from pipelines.evaluation.scores import counted
-from pipelines.evaluation.target_mean import attention_masses
+from pipelines.evaluation.target_mean import attention_masses, solve_lambda_per_image
 from pipelines.io.console import say
 from pipelines.registry.variants import apply_pruning
+
+TOLERANCE = 0.05
+"""Share of the target that the mean of other prompts may be away from it."""
 
 
 @dataclass(frozen=True)
@@ -32,24 +36,24 @@ class LambdaReport:
 
     Attributes:
         lam: lambda.
-        target_mean: visual tokens that it was solved for.
+        target_per_image: visual tokens that it was solved for.
         solved_on: prompts that it was solved on.
-        solved_mean: visual tokens kept on those.
+        solved_per_image: visual tokens kept on those.
         checked_on: other prompts of the same split.
-        checked_mean: visual tokens kept on those.
-        checked_std: over those prompts.
-        low: lower end of the 95 % interval of `checked_mean`.
+        checked_groups: groups that those are in.
+        checked_per_image: visual tokens kept on those.
+        low: lower end of the 95 % interval of `checked_per_image`, over groups.
         high: upper end.
-        holds: whether the target lies in that interval.
+        holds: whether that whole interval lies within TOLERANCE of the target; fewer prompts never make it so.
     """
 
     lam: float
-    target_mean: float
+    target_per_image: float
     solved_on: int
-    solved_mean: float
+    solved_per_image: float
     checked_on: int
-    checked_mean: float
-    checked_std: float
+    checked_groups: int
+    checked_per_image: float
     low: float
     high: float
     holds: bool
@@ -59,39 +63,55 @@ class LambdaReport:
         return asdict(self)
 
 
-def check_lambda(mass_B: torch.Tensor, num_visual_B: torch.Tensor, target_mean: float, k_min: int) -> LambdaReport:
-    """Solve on every other prompt (the first, third, ...), check on those between.
+def check_lambda(
+    mass_B: torch.Tensor,
+    num_visual_B: torch.Tensor,
+    images_B: torch.Tensor,
+    groups: Sequence[Hashable],
+    target_per_image: float,
+    k_min: int,
+) -> LambdaReport:
+    """Solve on the prompts of every other group (the first, third, ...), check on those of the others.
 
     Args:
         mass_B: attention mass on visual tokens, prompt by prompt.
         num_visual_B: visual tokens of each prompt.
-        target_mean: wanted.
+        images_B: images of each prompt, at least one.
+        groups: of prompts that are no independent draws.
+        target_per_image: wanted.
         k_min: fewest that a prompt keeps.
 
     Raises:
         CalibrationError: fewer than two prompts to check on.
         ValueError: a target that no lambda reaches.
     """
-    if len(mass_B) < 4:
-        raise CalibrationError(f"{len(mass_B)} prompts with images: lambda needs two to solve on and two to check on")
-    lam = solve_lambda(mass_B[::2], num_visual_B[::2], target_mean, k_min)
-    counts = adaptive_counts(mass_B, lam, num_visual_B, k_min).double().cpu().numpy()
-    checked = RunningStatistics.of(counts[1::2, None])
-    mean, std = float(checked.mean_K[0]), float(checked.std_K[0])
-    width = half_width(std, checked.count)
-    low, high = mean - width, mean + width
-    solved = counts[::2]
+    order: dict[Hashable, int] = {}
+    turns = np.array([order.setdefault(group, len(order)) % 2 for group in groups], dtype=bool)
+    if min((~turns).sum(), turns.sum()) < 2:
+        raise CalibrationError(
+            f"{len(groups)} prompts with images in {len(order)} groups: lambda needs two to solve on and two to check "
+            "on"
+        )
+    solved_B = torch.from_numpy(~turns)
+    mass_B, num_visual_B, images_B = mass_B.cpu(), num_visual_B.cpu(), images_B.cpu()
+    lam = solve_lambda_per_image(mass_B[solved_B], num_visual_B[solved_B], images_B[solved_B], target_per_image, k_min)
+    counts = adaptive_counts(mass_B, lam, num_visual_B, k_min).double().numpy()
+    images = images_B.numpy()
+    # A value for each image, so that the mean is over images; its prompt's group holds them together.
+    each = np.repeat(counts[turns] / images[turns], images[turns])
+    owners = np.repeat([order[group] for group in groups], images_B.numpy() * turns).tolist()
+    interval = mean(each, owners)
     return LambdaReport(
-        lam,
-        target_mean,
-        len(solved),
-        float(np.mean(solved)),
-        checked.count,
-        mean,
-        std,
-        low,
-        high,
-        low <= target_mean <= high,
+        lam=lam,
+        target_per_image=target_per_image,
+        solved_on=int((~turns).sum()),
+        solved_per_image=float(counts[~turns].sum() / images[~turns].sum()),
+        checked_on=int(turns.sum()),
+        checked_groups=len(order) // 2,
+        checked_per_image=float(each.mean()),
+        low=interval.low,
+        high=interval.high,
+        holds=equivalent(interval, (1 - TOLERANCE) * target_per_image, (1 + TOLERANCE) * target_per_image),
     )
 
 
@@ -100,7 +120,7 @@ def solve_on_split(
     manifest: shards.Manifest,
     split: str,
     prompts: int,
-    target_mean: float,
+    target_per_image: float,
     ranks: Ranks | None,
     device: str = "cpu",
 ) -> LambdaReport:
@@ -111,7 +131,7 @@ def solve_on_split(
         manifest: the shards.
         split: held back from training.
         prompts: to solve on; as many again are checked on. Fewer where the split has fewer.
-        target_mean: visual tokens to keep on average.
+        target_per_image: visual tokens of an image to keep on average.
         ranks: that decide stage 1's budgets; None keeps the model's.
         device: where the model runs.
 
@@ -124,10 +144,10 @@ def solve_on_split(
     pruning = model.config.pruning
     if not pruning.decode.enabled:
         raise CalibrationError("pruning.decode.enabled is false: stage 3 is off, so there is no lambda to solve for")
-    decode = replace(pruning.decode, target_mean=target_mean, lam=None, budget="attention_mass")
+    decode = replace(pruning.decode, target_mean=target_per_image, lam=None, budget="attention_mass")
     apply_pruning(model, processor, replace(pruning, decode=decode), ranks)
     positions = model.config.text_config.max_position_embeddings
-    questions = read_questions(manifest, split, processor, 2 * prompts, positions=positions)
+    questions = read_prompts(manifest, split, processor, 2 * prompts, positions=positions)
     left_out = counted(questions.left_out)
     if not questions.asked:
         raise CalibrationError(
@@ -135,4 +155,6 @@ def solve_on_split(
         )
     say(f"lambda is solved on {len(questions.asked)} prompts of split {split}, left out: {left_out}")
     mass_B, num_visual_B = attention_masses(model, processor, questions.asked)
-    return check_lambda(mass_B, num_visual_B, target_mean, decode.k_min)
+    images_B = torch.tensor([len(question.images) for question in questions.asked])
+    groups = [question.group for question in questions.asked]
+    return check_lambda(mass_B, num_visual_B, images_B, groups, target_per_image, decode.k_min)

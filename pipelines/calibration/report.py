@@ -17,7 +17,7 @@ from typing import Any
 from meteor_model.visualize import draw_calibration
 from pipelines.calibration.drift import Drift
 from pipelines.calibration.image_plan import CalibrationError
-from pipelines.calibration.lambda_check import LambdaReport
+from pipelines.calibration.lambda_check import TOLERANCE, LambdaReport
 from pipelines.calibration.ranks import BudgetReport, RankReport
 from pipelines.io import sealed, storage
 from pipelines.io.redact import redact, redact_text
@@ -25,7 +25,8 @@ from pipelines.registry.versions import Registry
 from pipelines.tracking.mlflow_run import MlflowRun, RunRequest, document, open_run
 from pipelines.tracking.server import TrackingError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of 1 lambda's means are per prompt."""
 FILE, CHART = "calibration.json", "calibration.png"
 _SPLIT_SUFFIX = re.compile(r"(?P<url>.+):(?P<split>[a-z][a-z0-9_]*)")
 
@@ -217,9 +218,10 @@ def calibration_text(calibration: Calibration) -> str:
     if calibration.decode is not None:
         found = calibration.decode
         lines.append(
-            f"  lambda    {found.lam:.5g} for a mean of {found.target_mean:g}: {found.solved_mean:.2f} on "
-            f"{found.solved_on} prompts it was solved on, {found.checked_mean:.2f} [{found.low:.2f}, {found.high:.2f}] "
-            f"on {found.checked_on} others"
+            f"  lambda    {found.lam:.5g} for {found.target_per_image:g} tokens per image: "
+            f"{found.solved_per_image:.2f} on {found.solved_on} prompts it was solved on, "
+            f"{found.checked_per_image:.2f} [{found.low:.2f}, {found.high:.2f}] on {found.checked_on} others: it "
+            f"{'holds' if found.holds else 'is not shown to hold'} within {TOLERANCE:.0%}"
         )
     if calibration.drift is not None:
         drift = calibration.drift

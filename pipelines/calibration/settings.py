@@ -34,8 +34,9 @@ class CalibrateSettings:
     """Take shards in a random order of this seed, not in that of the manifest."""
     against: str = ""
     """Check for drift against MANIFEST[:SPLIT] (the same split by default) or an earlier calibration.json."""
-    target_mean: float | None = None
-    """Visual tokens that stage 3 shall keep on average; by default the model's own target. Lambda is solved for it."""
+    target_per_image: float | None = None
+    """Visual tokens of an image that stage 3 shall keep on average, for which lambda is solved; by default the model's
+    own target."""
     decode_split: str = "heldout"
     """Held-back split with the prompts for lambda."""
     decode_samples: NonNegativeInt = 64
@@ -60,5 +61,5 @@ class CalibrateSettings:
     def __post_init__(self) -> None:
         if self.decode_samples == 1:
             raise CalibrationError("decode_samples is 1; it must be 0 (no lambda) or at least 2")
-        if self.target_mean is not None and not self.decode_samples:
-            raise CalibrationError("target_mean is given and decode_samples is 0: no lambda would be solved")
+        if self.target_per_image is not None and not self.decode_samples:
+            raise CalibrationError("target_per_image is given and decode_samples is 0: no lambda would be solved")

@@ -82,11 +82,19 @@ class Turn:
 
 @dataclass(frozen=True)
 class RawSample:
-    """A parsed sample: encoded images in the order of their placeholders, and turns that alternate user, assistant."""
+    """A parsed sample.
+
+    Attributes:
+        key: of it.
+        images: encoded, in the order of their placeholders.
+        turns: that alternate user, assistant.
+        groups: names that its record gives under `group`: samples that share one are no independent draws.
+    """
 
     key: str
     images: tuple[bytes, ...]
     turns: tuple[Turn, ...]
+    groups: tuple[str, ...] = ()
 
     @property
     def conversation(self) -> list[tuple[str, str]]:
@@ -210,7 +218,15 @@ def parse_sample(key: str, members: Mapping[str, bytes]) -> RawSample:
     else:
         turns = _caption_turns(record, members, len(images))
     check_placeholders(turns, len(images))
-    return RawSample(key, tuple(members[name] for name in images), turns)
+    return RawSample(key, tuple(members[name] for name in images), turns, _groups(record))
+
+
+def _groups(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the record names under `group`: a text, or a list of texts. Other values are other people's fields."""
+    named = record.get("group")
+    named = [named] if isinstance(named, str) else named
+    whole = isinstance(named, list) and all(isinstance(name, str) for name in named)
+    return tuple(name for name in named if name) if whole and named else ()
 
 
 def unread(members: Mapping[str, bytes]) -> list[str]:

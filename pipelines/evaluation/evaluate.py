@@ -1,12 +1,12 @@
 """How well a model answers a fixed suite of questions: it is asked, and gets a score (`pipelines.evaluation.scores`).
 
-A suite is the first replies of one split, in manifest order, each asked for by what stands before it in its sample
+A suite is a sample of the replies of one split, each asked for by what stands before it in its own sample
 (`pipelines.evaluation.questions`). For each question, with all three stages active as in `generate`:
 
 1. vision     towers and fusion run once, for both measures
-2. answer     greedy generation; right where it equals the expected answer but for case, spaces and a final full stop
-3. likelihood the prompt is prefilled through a cache that prunes it, the expected answer's tokens (its end token too)
+2. likelihood the prompt is prefilled through a cache that prunes it, the expected answer's tokens (its end token too)
               follow through that cache; the question's NLL is their mean
+3. answer     greedy generation, where answers are asked for; the suite's scorer says what it earns
 
 Legend: B questions, T prompt tokens, A answer tokens, C LLM width, V vocabulary.
 """
@@ -28,9 +28,11 @@ from meteor_model.decoder.cache import MeteorCache
 from meteor_model.flops import FlopReport, count_flops
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
-from pipelines.evaluation.intervals import mean, share
+from pipelines.evaluation.intervals import level
 from pipelines.evaluation.questions import BATCH, Question, Questions
-from pipelines.evaluation.scores import Record, Score, ScoringError, counted, normalise
+from pipelines.evaluation.scorers import Scorer, credit, normalise
+from pipelines.evaluation.scores import Record, Score, ScoringError, counted
+from pipelines.evaluation.suite import Suite
 
 LONGEST_ANSWER = 64
 """Tokens generated at most. A longer expected answer counts as answered wrongly; its likelihood counts whole."""
@@ -44,23 +46,25 @@ def score_model(
     model: MeteorForConditionalGeneration,
     processor: MeteorProcessor,
     questions: Questions,
-    suite_digest: str,
+    suite: Suite,
     batch: int = BATCH,
     report: Callable[[Sequence[Record]], None] | None = None,
     longest: int | None = None,
+    answers: bool = True,
 ) -> Score:
     """Ask a model; greedy answers count.
 
     Args:
         model: in eval mode; stage 3 prunes where its lambda is set.
         processor: the model's, with its `tokens_per_image`.
-        questions: `Suite.load`, or a part of them.
-        suite_digest: `Suite.digest`, which the score carries.
+        questions: `Suite.load`, or some of them.
+        suite: that they are of; its scorer says what an answer earns.
         batch: questions at a time. The batches change no result beyond rounding.
         report: hears the records of all questions so far after every batch (`score_of_records` makes a score of them);
             what it raises ends the scoring.
         longest: tokens that are generated at most; by default `longest_answer` of the questions. Give that of the whole
             suite where it is asked in portions: an answer that is cut earlier may come out right.
+        answers: whether the model answers, too; without, the score has likelihoods alone.
 
     Raises:
         ScoringError: for no question, a processor of another pruning, a training model, or stage 3 without its lambda.
@@ -70,31 +74,32 @@ def score_model(
     longest = longest_answer(asked) if longest is None else longest
     records: list[Record] = []
     for start in range(0, len(asked), batch):
-        records += _ask(model, processor, asked[start : start + batch], longest)
+        records += _ask(model, processor, asked[start : start + batch], suite.scorer, longest if answers else None)
         if report is not None:
             report(tuple(records))
-    return score_of_records(model.config, records, suite_digest, questions.left_out)
+    return score_of_records(model.config, records, suite, questions.left_out)
 
 
 def score_of_records(
-    config: MeteorConfig, records: Sequence[Record], suite_digest: str, left_out: Mapping[str, int]
+    config: MeteorConfig, records: Sequence[Record], suite: Suite, left_out: Mapping[str, int]
 ) -> Score:
     """The score of these questions under this configuration; `left_out` is what was not asked, by reason."""
-    right = np.array([record.right for record in records], dtype=np.float64)
+    earned = [record.credit for record in records if record.credit is not None]
     nll = np.array([record.nll for record in records], dtype=np.float64)
-    groups = [record.unit for record in records]
-    kept = sum(record.kept for record in records) / sum(record.images for record in records)
+    groups = [record.group for record in records]
+    whole = len(earned) == len(records)
+    kept = sum(record.kept_tokens for record in records) / sum(record.images for record in records)
     return Score(
-        suite=suite_digest,
+        suite=suite.digest,
         questions=len(records),
-        answered=sum(bool(normalise(record.answer)) for record in records),
+        answered=sum(bool(normalise(record.answer or "")) for record in records) if whole else None,
         left_out=dict(left_out),
-        accuracy=float(right.mean()),
-        accuracy_interval=share(right, groups),
+        accuracy=float(np.mean(earned)) if whole else None,
+        accuracy_interval=level(np.array(earned), groups) if whole else None,
         answer_nll=float(nll.mean()),
-        answer_nll_interval=mean(nll, groups),
-        visual_tokens=config.tokens_per_image,
-        visual_tokens_mean=kept,
+        answer_nll_interval=level(nll, groups),
+        tokens_per_image=config.tokens_per_image,
+        kept_per_image=kept,
         tflops=measured_cost(config, kept).total / 1e12,
         records=tuple(records),
     )
@@ -142,46 +147,68 @@ def _check(model: MeteorForConditionalGeneration, processor: MeteorProcessor, qu
 
 
 def _ask(
-    model: MeteorForConditionalGeneration, processor: MeteorProcessor, questions: Sequence[Question], longest: int
+    model: MeteorForConditionalGeneration,
+    processor: MeteorProcessor,
+    questions: Sequence[Question],
+    scorer: Scorer,
+    longest: int | None,
 ) -> list[Record]:
-    """The records of one batch."""
+    """The records of one batch; `longest` tokens are generated at most, None generates no answer."""
     inputs = processor.batch_prompts([q.prompt for q in questions], [q.images for q in questions])
     inputs = inputs.to(model.device)
     mask_BT = inputs["attention_mask"]
     embeds_BTC, is_image_BT = model.embed_prompts(inputs["input_ids"], inputs["pixel_values"])
     cache = model.new_cache() or DynamicCache(config=model.config.text_config)
     nll_B = answer_nll(model, embeds_BTC, mask_BT, is_image_BT, [q.answer_ids for q in questions], cache)
-    kept_B = is_image_BT.sum(dim=1)
+    kept = _kept_by_image(model.config, cache, [len(question.images) for question in questions])
+    answers: list[str | None] = [None] * len(questions)
+    if longest is not None:
+        ids_BA = model.generate(
+            inputs_embeds=embeds_BTC,
+            image_mask=is_image_BT,
+            attention_mask=mask_BT,
+            past_key_values=model.new_cache() or DynamicCache(config=model.config.text_config),
+            max_new_tokens=longest,
+            do_sample=False,
+            pad_token_id=processor.tokenizer.pad_token_id,
+            eos_token_id=processor.tokenizer.eos_token_id,
+        )
+        answers = [processor.decode(ids_A) for ids_A in ids_BA]
+    return [
+        Record(
+            key=question.key,
+            group=question.group,
+            prompt=question.prompt_digest(processor),
+            expected=question.expected,
+            answer=answer,
+            credit=None if answer is None else credit(scorer, answer, question.expected),
+            nll=float(nll),
+            kept=of_images,
+        )
+        for question, answer, nll, of_images in zip(questions, answers, nll_B, kept, strict=True)
+    ]
+
+
+def _kept_by_image(
+    config: MeteorConfig, cache: DynamicCache, images: Sequence[int]
+) -> list[tuple[tuple[int, int, int], ...]]:
+    """For each prompt and each of its images, visual tokens after stage 1, 2 and 3.
+
+    Args:
+        config: of the model.
+        cache: after prefill.
+        images: of each prompt.
+    """
+    encoded = sum(budget[-1] for budget in config.encode_budgets.values())
+    entering = config.tokens_per_image
+    counts = [[entering] * number for number in images]
     if isinstance(cache, MeteorCache):
         assert cache.decision is not None, "prefill decides"
-        kept_B = cache.decision.kept_counts_B
-    ids_BA = model.generate(
-        inputs_embeds=embeds_BTC,
-        image_mask=is_image_BT,
-        attention_mask=mask_BT,
-        past_key_values=model.new_cache() or DynamicCache(config=model.config.text_config),
-        max_new_tokens=longest,
-        do_sample=False,
-        pad_token_id=processor.tokenizer.pad_token_id,
-        eos_token_id=processor.tokenizer.eos_token_id,
-    )
-    records = []
-    for row, question in enumerate(questions):
-        answer = processor.decode(ids_BA[row])
-        right = normalise(answer) == normalise(question.expected)
-        records.append(
-            Record(
-                question.key,
-                question.expected,
-                answer,
-                right,
-                float(nll_B[row]),
-                int(kept_B[row]),
-                len(question.images),
-                question.group,
-            )
-        )
-    return records
+        counts = [
+            torch.bincount(places // entering, minlength=number).tolist()
+            for places, number in zip(cache.decision.kept_visual(), images, strict=True)
+        ]
+    return [tuple((encoded, entering, kept) for kept in of_prompt) for of_prompt in counts]
 
 
 def answer_nll(

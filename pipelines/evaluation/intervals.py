@@ -3,6 +3,9 @@
 Every function takes one value a question and the question's group, and treats the group as the sampled unit
 (E. Miller, "Adding Error Bars to Evals", arXiv 2411.00640). Without groups every question is its own.
 
+    level           one model's measure          `share` where all values are 0 or 1, else `mean`
+    difference      second - first, paired       `paired_share` where all values are 0 or 1, else `mean`
+
     share           one model's accuracy         Wilson's score interval at the effective sample size
     mean            one model's or a paired mean  studentised bootstrap over groups
     paired_share    accuracy, second - first     Tango's score interval at the effective sample size
@@ -31,6 +34,8 @@ RESAMPLES = 2000
 FEWEST_GROUPS = 8
 """A bootstrap over fewer groups that differ covers far less than it says; Student's t takes its place."""
 BISECTIONS = 60
+ROUNDING = 1e-12
+"""Relative spread that comes of rounding alone."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +59,29 @@ UNKNOWN = Interval(-sys.float_info.max, sys.float_info.max)
 class Verdict(StrEnum):
     """What an interval says of a margin that was stated before."""
 
+    BETTER = "better"
     NON_INFERIOR = "non-inferior"
     INFERIOR = "inferior"
     UNDECIDED = "undecided"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A paired difference, second minus first, over the questions of one suite.
+
+    Attributes:
+        mean: over questions.
+        interval: of it, 95 %.
+        p_value: two-sided, of "it is 0" (`sign_flip`).
+        differing: questions whose two values differ.
+        visible: smallest true difference that such a comparison finds in four of five cases.
+    """
+
+    mean: float
+    interval: Interval
+    p_value: float
+    differing: int
+    visible: float
 
 
 @dataclass(frozen=True)
@@ -122,6 +147,35 @@ class Groups:
         return float(min(asked, variance / self.error**2 * correction**2))
 
 
+def level(values: np.ndarray, groups: Sequence[Hashable]) -> Interval:
+    """Interval of one model's measure, one value a question."""
+    return share(values, groups) if _whole(values, (0.0, 1.0)) else mean(values, groups)
+
+
+def difference(first: np.ndarray, second: np.ndarray, groups: Sequence[Hashable]) -> Difference:
+    """A paired difference with all that is said of it.
+
+    Args:
+        first: [n], one value a question.
+        second: [n], of the same questions.
+        groups: [n] of the questions.
+    """
+    change = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
+    whole = _whole(first, (0.0, 1.0)) and _whole(second, (0.0, 1.0))
+    interval = paired_share(change, groups) if whole else mean(change, groups)
+    return Difference(
+        mean=float(change.mean()),
+        interval=interval,
+        p_value=sign_flip(change, groups),
+        differing=int(np.count_nonzero(change)),
+        visible=smallest_visible(interval),
+    )
+
+
+def _whole(values: np.ndarray, of: tuple[float, ...]) -> bool:
+    return bool(np.isin(np.asarray(values, dtype=np.float64), of).all())
+
+
 def share(right: np.ndarray, groups: Sequence[Hashable] | None = None) -> Interval:
     """Interval of a share: Wilson's (J. Am. Stat. Assoc. 22, 1927) at the effective sample size.
 
@@ -183,7 +237,7 @@ def mean(values: np.ndarray, groups: Sequence[Hashable] | None = None) -> Interv
     found = Groups.of(values, groups)
     if len(found.sums) < 2:
         return UNKNOWN
-    if found.error == 0:
+    if found.error <= ROUNDING * float(np.abs(values).max()):
         return Interval(found.mean, found.mean)
     differing = _differing(found)
     if differing < FEWEST_GROUPS:
@@ -250,12 +304,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def smallest_visible(values: np.ndarray, groups: Sequence[Hashable] | None = None) -> float:
-    """Smallest true mean difference that a repetition would call different from 0 in four of five cases.
+def smallest_visible(interval: Interval) -> float:
+    """Smallest true difference that a repetition would call different from 0 in four of five cases.
 
-    (z at 97.5 % + z at 80 %) standard errors.
+    (z at 97.5 % + z at 80 %) standard errors, as the interval's width has them: it has one where nothing flipped, too.
     """
-    return (Z + Z_POWER) * Groups.of(values, groups).error
+    if interval == UNKNOWN:
+        return UNKNOWN.high
+    return (Z + Z_POWER) / Z * (interval.high - interval.low) / 2
 
 
 def non_inferiority(interval: Interval, margin: float, *, larger_is_better: bool) -> Verdict:
@@ -272,6 +328,8 @@ def non_inferiority(interval: Interval, margin: float, *, larger_is_better: bool
     if not margin > 0:
         raise ValueError(f"the margin of a non-inferiority test is positive, got {margin}")
     worst, best = (interval.low, interval.high) if larger_is_better else (-interval.high, -interval.low)
+    if worst > 0:
+        return Verdict.BETTER
     if worst > -margin:
         return Verdict.NON_INFERIOR
     return Verdict.INFERIOR if best < -margin else Verdict.UNDECIDED

@@ -8,17 +8,19 @@ the ids that training has of the same sample.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from meteor_model.chat import IMAGE_PLACEHOLDER
 from meteor_model.processing_meteor import MeteorProcessor
 from meteor_model.turn_encoder import Encoded
 from pipelines.data import shards
-from pipelines.data.samples import SampleReader
+from pipelines.data.samples import SampleFault, try_sample
 from pipelines.data.schema import RawSample
+from pipelines.evaluation.groups import Part
+from pipelines.evaluation.sampling import Reply, drawn, find_replies, of_part, spread_shards
 from pipelines.evaluation.scores import TEXT_ONLY, Replies
-from pipelines.io.fingerprint import sha256
+from pipelines.io.fingerprint import sha256_of_json
 
 BATCH = 16
 TOO_LONG = "too_long"
@@ -38,7 +40,7 @@ class Question:
         answer_ids: those of the reply that training supervises, its end token too.
         images: encoded, those that stand in the prompt.
         turns: before the reply.
-        group: equal for the questions of a suite that share an image, directly or by others between them.
+        group: of the questions that are no independent draws (`pipelines.evaluation.groups`).
     """
 
     key: str
@@ -66,19 +68,31 @@ class Question:
         """Tokens of prompt and expected answer."""
         return len(self.prompt.input_ids) + len(self.answer_ids)
 
+    def prompt_digest(self, processor: MeteorProcessor) -> str:
+        """Short hash of the prompt's ids, an image counted as one of them: the same under every pruning."""
+        token, length = processor.image_token_id, processor.tokens_per_image
+        ids, shown = list[int](), 0
+        for number in self.prompt.input_ids:
+            if number != token or shown % length == 0:
+                ids.append(number)
+            shown += number == token
+        return sha256_of_json(ids)[:12]
+
 
 @dataclass(frozen=True)
 class Questions:
-    """Questions that can be asked, and what was left out on the way to the last of them.
+    """Questions that can be asked, and what was left out of those that were drawn.
 
     Attributes:
         asked: in manifest order, those of a sample in the order of its turns.
-        left_out: by reason, questions without an image or too long for the model; a sample that cannot be read counts
-            once.
+        left_out: by reason, questions too long for the model; a sample that cannot be read counts once. `TEXT_ONLY`
+            counts the replies of the split that have no image, none of which is ever drawn.
+        drawn: how many were drawn; 0 where they were put together by hand.
     """
 
     asked: tuple[Question, ...]
     left_out: Mapping[str, int] = field(default_factory=dict)
+    drawn: int = 0
 
 
 def questions_of(sample: RawSample, processor: MeteorProcessor, replies: Replies = "all") -> list[Question]:
@@ -107,63 +121,79 @@ def read_questions(
     *,
     positions: int,
     replies: Replies = "all",
+    part: Part = "all",
+    every: int | None = None,
 ) -> Questions:
-    """The first `count` questions of a split that can be asked; fewer where it has fewer.
+    """A stratified sample of a part of a split; fewer questions where the part has fewer.
+
+    The whole split is read once to find the part, for a group may lie in several shards; its drawn shards are read
+    again.
 
     Args:
         manifest: of the dataset.
         split: of it.
         processor: of the model that is asked.
-        count: of questions.
+        count: of questions that are drawn.
         positions: of the model; a prompt that does not fit them with its answer is left out.
         replies: every reply of a sample is a question, or the first alone.
+        part: of the split.
+        every: every so many-th question of the part from the first on; None spreads `count` over all.
 
     Raises:
         ShardError: a shard that is missing or damaged.
         StorageError: where it cannot be read.
     """
+    found = find_replies(manifest, split, replies)
+    chosen = drawn(of_part(found.found, part), count, every)
+    return _read(manifest, split, processor, chosen, positions, {TEXT_ONLY: found.text_only})
+
+
+def read_prompts(
+    manifest: shards.Manifest, split: str, processor: MeteorProcessor, count: int, *, positions: int
+) -> Questions:
+    """Questions of a split for what is calibrated on it: evenly spread over MOST_SHARDS of its shards at most.
+
+    Args and Raises: as `read_questions`.
+    """
+    only = spread_shards(len(manifest.split(split)))
+    found = find_replies(manifest, split, only=only)
+    return _read(manifest, split, processor, drawn(found.found, count, None), positions, {TEXT_ONLY: found.text_only})
+
+
+def _read(
+    manifest: shards.Manifest,
+    split: str,
+    processor: MeteorProcessor,
+    chosen: Sequence[Reply],
+    positions: int,
+    left_out: Mapping[str, int],
+) -> Questions:
+    """The questions of these replies, or why they cannot be asked; a faulty sample counts once."""
 
     def decoded(sample: RawSample) -> RawSample:
         for image in sample.images:
             processor.load_image(image)
         return sample
 
-    reader = SampleReader(manifest, split, decoded)
+    wanted: dict[int, dict[str, list[Reply]]] = {}
+    for reply in chosen:
+        wanted.setdefault(reply.shard, {}).setdefault(reply.key, []).append(reply)
+    infos = manifest.split(split)
     asked: list[Question] = []
-    left_out: Counter[str] = Counter()
-    for question in _all_questions(reader, processor, replies):
-        if not question.images:
-            left_out[TEXT_ONLY] += 1
-        elif question.length > positions:
-            left_out[TOO_LONG] += 1
-        else:
-            asked.append(question)
-            if len(asked) == count:
-                break
-    return Questions(grouped(asked), dict(sorted((left_out + reader.skipped).items())))
-
-
-def _all_questions(reader: SampleReader[RawSample], processor: MeteorProcessor, replies: Replies) -> Iterator[Question]:
-    for sample in reader:
-        yield from questions_of(sample, processor, replies)
-
-
-def grouped(questions: Sequence[Question]) -> tuple[Question, ...]:
-    """The questions with their groups: those of one image are no independent draws of a score."""
-    digests = [[sha256(image)[:12] for image in question.images] for question in questions]
-    parent = {digest: digest for shown in digests for digest in shown}
-
-    def root(digest: str) -> str:
-        while parent[digest] != digest:
-            parent[digest] = parent[parent[digest]]
-            digest = parent[digest]
-        return digest
-
-    for shown in digests:
-        for digest in shown[1:]:
-            low, high = sorted((root(shown[0]), root(digest)))
-            parent[high] = low
-    return tuple(
-        replace(question, group=root(shown[0]) if shown else "")
-        for question, shown in zip(questions, digests, strict=True)
-    )
+    counts = Counter({reason: number for reason, number in left_out.items() if number})
+    for shard, by_key in sorted(wanted.items()):
+        for key, members in shards.read_shard(manifest.url, infos[shard]):
+            if key not in by_key:
+                continue
+            sample = try_sample(key, members, decoded)
+            if isinstance(sample, SampleFault):
+                counts[sample.reason] += 1
+                continue
+            of_sample = questions_of(sample, processor)
+            for reply in by_key[key]:
+                question = replace(of_sample[reply.number], group=reply.group)
+                if question.length > positions:
+                    counts[TOO_LONG] += 1
+                else:
+                    asked.append(question)
+    return Questions(tuple(asked), dict(sorted(counts.items())), len(chosen))

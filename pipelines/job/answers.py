@@ -37,13 +37,13 @@ PICTURES_FOLDER = "pictures"
 
 @dataclass(frozen=True)
 class HeldoutAnswer:
-    """One held-out question, what the data says and what the model said; visual tokens kept after stage 3."""
+    """One held-out question, what the data says, what the model said, and what that earns (0 to 1)."""
 
     key: str
     question: str
     expected: str
     answer: str
-    visual_tokens_kept: int
+    credit: float
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ def answer_heldout(
         model, processor = load_model_and_processor(folder)
     model.to(device)
     split, positions = recipe.data.heldout_split, model.config.text_config.max_position_embeddings
-    questions = read_questions(manifest, split, processor, recipe.data.heldout_samples, positions=positions)
+    count = recipe.data.heldout_samples
+    questions = read_questions(manifest, split, processor, count, positions=positions, part="final")
     answers = _ask(model, processor, manifest, split, questions)
     with tempfile.TemporaryDirectory(prefix="meteor-pictures-") as name:
         pictures = Path(name)
@@ -160,17 +161,11 @@ def _ask(
     config, decode = model.config, model.config.pruning.decode
     if decode.enabled and not decode.acts:  # without a target there is no lambda: the model answers unpruned
         model.config = config.with_pruning(replace(config.pruning, decode=replace(decode, enabled=False)))
-    suite = Suite.of(manifest, split, len(questions.asked))
-    score = score_model(model, processor, questions, suite.digest)
+    suite = Suite.of(manifest, split, questions.drawn, part="final")
+    score = score_model(model, processor, questions, suite)
     model.config = config
     answers = [
-        HeldoutAnswer(
-            record.key,
-            question.text,
-            record.expected,
-            record.answer,
-            record.kept,
-        )
+        HeldoutAnswer(record.key, question.text, record.expected, record.answer or "", record.credit or 0.0)
         for question, record in zip(questions.asked, score.records, strict=True)
     ]
     return HeldoutAnswers(tuple(answers), left_out, suite, score)

@@ -25,7 +25,7 @@ from pipelines.checkpoint.state import PARITY_FILE, CheckpointError
 from pipelines.checkpoint.weight_sums import DTYPES, Precision
 from pipelines.config.recipe import Recipe
 from pipelines.data import shards
-from pipelines.evaluation.questions import Question, read_questions
+from pipelines.evaluation.questions import Question, read_prompts
 from pipelines.evaluation.scores import counted
 from pipelines.evaluation.target_mean import solve_for_target
 from pipelines.io import sealed, storage
@@ -125,7 +125,7 @@ def export_run(
     def prompts(model: MeteorForConditionalGeneration, processor: MeteorProcessor) -> Sequence[Question]:
         positions = model.config.text_config.max_position_embeddings
         count = recipe.calibration.decode_samples
-        found = read_questions(manifest, recipe.data.train_split, processor, count, positions=positions)
+        found = read_prompts(manifest, recipe.data.train_split, processor, count, positions=positions)
         say(f"  lambda is solved on {len(found.asked)} prompts, left out: {counted(found.left_out)}")
         return found.asked
 
@@ -148,7 +148,7 @@ def export_run(
         ) from error
     decode = exported.config.pruning.decode
     if decode.enabled and decode.lam is not None and decode.target_mean is not None:
-        say(f"  lambda {decode.lam:.4g} for a mean of {decode.target_mean:g} visual tokens")
+        say(f"  lambda {decode.lam:.4g} for a mean of {decode.target_mean:g} visual tokens per image")
     complete(run.exported, checkpoint, {"parity": exported.parity.to_dict()})
     return exported
 

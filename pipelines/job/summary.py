@@ -10,7 +10,7 @@ from typing import Any
 from meteor_model.configuration_meteor import MeteorConfig
 from pipelines.config.recipe import Recipe
 from pipelines.data.survey import report_lines
-from pipelines.evaluation.scores import counted, normalise
+from pipelines.evaluation.scores import counted
 from pipelines.io import sealed, storage
 from pipelines.io.run_folder import RunFolder
 from pipelines.job.answers import HeldoutAnswer, HeldoutAnswers
@@ -19,11 +19,11 @@ from pipelines.registry.versions import RegisteredVersion
 from pipelines.training.pace import slowest, spread
 
 
-def visual_tokens(config: MeteorConfig, answers: Sequence[HeldoutAnswer]) -> dict[str, Any]:
+def visual_tokens(config: MeteorConfig, answers: HeldoutAnswers) -> dict[str, Any]:
     """Visual tokens per image by stage.
 
-    Each encoder's in and kept per boundary, fusion in and kept, and the mean number kept per sample after stage 3 on
-    the held-out questions.
+    Each encoder's in and kept per boundary, fusion in and kept, and the mean number kept per image after stage 3 on the
+    held-out questions.
     """
     budgets = config.encode_budgets
     return {
@@ -32,7 +32,7 @@ def visual_tokens(config: MeteorConfig, answers: Sequence[HeldoutAnswer]) -> dic
             for name, budget in budgets.items()
         },
         "fuse": {"in": sum(budget[-1] for budget in budgets.values()), "kept": config.tokens_per_image},
-        "decode_kept_mean": sum(a.visual_tokens_kept for a in answers) / len(answers) if answers else None,
+        "decode_kept_per_image": None if answers.score is None else answers.score.kept_per_image,
     }
 
 
@@ -57,7 +57,7 @@ def build_summary(
     """
     training, given = trained.training, answers.answers
     state, exported = training.last.state, training.exported.state
-    right = sum(normalise(answer.answer) == normalise(answer.expected) for answer in given)
+    right = sum(answer.credit == 1 for answer in given)
     return {
         "run_name": trained.run_name,
         "run_id": trained.run_id,
@@ -79,7 +79,7 @@ def build_summary(
         "heldout_answers": len(given),
         "heldout_answers_right": right,
         "heldout_left_out": answers.left_out,
-        "visual_tokens": visual_tokens(config, given),
+        "visual_tokens": visual_tokens(config, answers),
         "ranks": {"estimator": ranks["estimator"], "images": ranks["images"]},
         "lambda": config.pruning.decode.lam,
         "parity_max_abs_diff": trained.parity.difference,
@@ -119,7 +119,6 @@ def summary_text(summary: Mapping[str, Any], answers: Sequence[HeldoutAnswer] = 
     truncated = summary.get("truncated", 0)  # none in a summary of before
     cut = f" ({truncated} of them truncated)" if truncated else ""
     gain = 1 - summary["heldout_loss"] / summary["heldout_loss_shuffled_images"]
-    kept = tokens["decode_kept_mean"]
     bf16 = ", in bf16" if summary.get("parity_precision") == "bf16" else ""
     lines = [
         ("run", f"{summary['run_name']} (MLflow run {summary['run_id']})"),
@@ -143,14 +142,7 @@ def summary_text(summary: Mapping[str, Any], answers: Sequence[HeldoutAnswer] = 
         ),
         ("encode", encoders),
         ("fuse", f"{tokens['fuse']['in']} -> {tokens['fuse']['kept']} visual tokens into the LLM"),
-        (
-            "decode",
-            "off"
-            if kept is None
-            else f"{kept:.1f} kept on average, lambda {summary['lambda']:.4g}"
-            if summary["lambda"] is not None
-            else f"{kept:.1f} kept on average",
-        ),
+        ("decode", _decode_text(tokens, summary["lambda"])),
         ("parity", f"largest logit difference to the training model {summary['parity_max_abs_diff']:.2g}" + bf16),
         ("model", f"{summary['model_uri']} = {summary['model_alias_uri']}"),
         ("seconds", ", ".join(f"{name} {seconds:.0f}" for name, seconds in summary["wall_s"].items())),
@@ -167,6 +159,16 @@ def summary_text(summary: Mapping[str, Any], answers: Sequence[HeldoutAnswer] = 
     for answer in list(answers)[:4]:
         text += f"\n  {'asked':<9} {answer.question!r}: {answer.answer!r} (expected {answer.expected!r})"
     return text + "\n" + what_next(summary)
+
+
+def _decode_text(tokens: Mapping[str, Any], lam: float | None) -> str:
+    """What stage 3 keeps."""
+    kept, unit = tokens.get("decode_kept_per_image"), "image"
+    if "decode_kept_mean" in tokens:  # a summary made before 2026-11-30
+        kept, unit = tokens["decode_kept_mean"], "prompt"
+    if kept is None:
+        return "off"
+    return f"{kept:.1f} kept per {unit} on average" + ("" if lam is None else f", lambda {lam:.4g}")
 
 
 def pace_text(summary: Mapping[str, Any]) -> str:

@@ -80,16 +80,16 @@ def scores_section(scores: Mapping[str, Score]) -> str:
     if not scores:
         return f"{SCORES_HEADING}\n\nNot scored on a suite yet (`jobs/evaluate.py`).\n"
     rows = "\n".join(
-        f"| {name} ({score.suite}) | {score.coverage} | {score.accuracy_interval.beside(score.accuracy)} | "
-        f"{score.answer_nll_interval.beside(score.answer_nll)} | {score.visual_tokens} > "
-        f"{score.visual_tokens_mean:.1f} | {score.tflops:.4g} |"
+        f"| {name} ({score.suite}) | {score.coverage} | {score.accuracy_text} | "
+        f"{score.answer_nll_interval.beside(score.answer_nll)} | {score.tokens_per_image} > "
+        f"{score.kept_per_image:.1f} | {score.tflops:.4g} |"
         for name, score in scores.items()
     )
     return (
-        f"{SCORES_HEADING}\n\nWith 95 % intervals over groups of questions that share an image: Wilson's for the "
-        "accuracy, a studentised bootstrap for the negative log-likelihood of the expected answers (nats per "
-        "token).\n\n"
-        "| suite | questions | accuracy | answer NLL | visual tokens an image, after stage 3 | TFLOPs |\n"
+        f"{SCORES_HEADING}\n\nWith 95 % intervals over groups of questions about the same thing: Wilson's for the "
+        "accuracy (studentised where an answer earns a part), a studentised bootstrap for the negative log-likelihood "
+        "of the expected answers (nats per token).\n\n"
+        "| suite | questions | accuracy | answer NLL | visual tokens per image, after stage 3 | TFLOPs |\n"
         f"|---|---|---|---|---|---|\n{rows}\n"
     )
 
@@ -101,13 +101,13 @@ def _cost(config: MeteorConfig, scores: Mapping[str, Score]) -> str:
 
     decode = config.pruning.decode
     if scores:
-        kept = [score.visual_tokens_mean for score in scores.values()][-1]
-        report, where = measured_cost(config, kept), f"stage 3 at its measured mean of {kept:.1f} tokens"
+        kept = [score.kept_per_image for score in scores.values()][-1]
+        report, where = measured_cost(config, kept), f"stage 3 at its measured mean of {kept:.1f} tokens per image"
     elif decode.enabled and decode.target_mean is None:
         return "## Cost\n\nNot counted: stage 3 has no target mean, and no suite has measured its mean yet.\n"
     else:
         report = count_flops(config)
-        where = f"stage 3 at its target mean of {decode.target_mean:g} tokens" if decode.enabled else "stage 3 off"
+        where = f"stage 3 at its target of {decode.target_mean:g} tokens per image" if decode.enabled else "stage 3 off"
     rows = "\n".join(
         f"| {name} | {flops / 1e12:.4g} |"
         for name, flops in (
@@ -136,11 +136,11 @@ def _calibration(config: MeteorConfig) -> str:
                 lines.append(f"- expected ranks of {name}: {', '.join(f'{rank:.4g}' for rank in ranks)}")
     if decode.enabled:
         lam = "not solved" if decode.lam is None else f"{decode.lam:.6g}"
-        goal = "none" if decode.target_mean is None else f"{decode.target_mean:g} tokens"
+        goal = "none" if decode.target_mean is None else f"{decode.target_mean:g} tokens per image"
         if decode.needs_lambda:
             lines.append(f"- lambda {lam} for a target mean of {goal}")
         else:
-            lines.append(f"- budget {decode.budget}: {goal} an image")
+            lines.append(f"- budget {decode.budget}: {goal}")
         lines.append(f"- scores of LLM layer {decode.layer}, {config.decode_heads} heads, query {decode.query}")
     return "## Calibration\n\n" + ("\n".join(lines) or "Nothing is pruned.") + "\n"
 

@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pipelines.data.shards import load_manifest
 from pipelines.evaluation.evaluate import score_model
-from pipelines.evaluation.questions import read_questions
-from pipelines.evaluation.scores import Replies, Score, ScoringError, counted
+from pipelines.evaluation.groups import Part
+from pipelines.evaluation.scorers import Scorer
+from pipelines.evaluation.scores import Replies, Score
 from pipelines.evaluation.suite import Suite
 from pipelines.io.console import say
 from pipelines.io.git import git_commit
-from pipelines.io.redact import redact
+from pipelines.io.redact import redact, redact_text
 from pipelines.registry.open import load_model
 from pipelines.registry.scores import store_score
 from pipelines.registry.versions import pin_model, training_manifest
 
 
-def evaluate(  # noqa: PLR0913 - the settings of an evaluation, by name
+@dataclass(frozen=True)
+class Wanted:
+    """Which questions of a dataset make the suite (`pipelines.evaluation.suite.Suite`), all there are where fewer."""
+
+    split: str = "heldout"
+    questions: int = 256
+    part: Part = "final"
+    every: int | None = None
+    replies: Replies = "all"
+    scorer: Scorer = "exact"
+
+
+def evaluate(
     model: str,
     manifest: str,
-    split: str,
-    questions: int,
+    wanted: Wanted,
     *,
-    replies: Replies = "all",
     batch: int,
     device: str,
     output: Path | None = None,
@@ -36,9 +47,7 @@ def evaluate(  # noqa: PLR0913 - the settings of an evaluation, by name
     Args:
         model: models:/NAME@ALIAS, models:/NAME/VERSION, or the folder of an exported model.
         manifest: of the dataset; empty: the one that the registered version was trained on.
-        split: of the dataset.
-        questions: most that are asked.
-        replies: which replies of a sample are questions.
+        wanted: which questions of it.
         batch: questions at a time.
         device: where the model runs.
         output: JSON file for the score with every question.
@@ -51,17 +60,11 @@ def evaluate(  # noqa: PLR0913 - the settings of an evaluation, by name
     address = manifest or training_manifest(pinned)
     if not address:
         raise ValueError(f"manifest is missing: {model} does not say what it was trained on")
-    shards = load_manifest(address)
+    suite = Suite.of(load_manifest(address), **asdict(wanted))
     loaded, processor = load_model(pinned, device)
-    positions = loaded.config.text_config.max_position_embeddings
-    found = read_questions(shards, split, processor, questions, positions=positions, replies=replies)
-    if not found.asked:
-        raise ScoringError(
-            f"split {split!r} of {shards.url} has no question about a readable image (left out: "
-            f"{counted(found.left_out)})"
-        )
-    suite = Suite.of(shards, split, len(found.asked), replies)
-    score = score_model(loaded, processor, found, suite.digest, batch)
+    found = suite.read(processor, loaded.config.text_config.max_position_embeddings)
+    suite = replace(suite, questions=found.drawn)
+    score = score_model(loaded, processor, found, suite, batch)
     if pinned.registry is not None:
         setting = {"git_commit": git_commit(Path(__file__).resolve().parents[2]), "device": device}
         store_score(pinned.registry, pinned.version, score, suite, setting)
@@ -78,13 +81,15 @@ def evaluate(  # noqa: PLR0913 - the settings of an evaluation, by name
 
 def score_text(model: str, suite: Suite, score: Score) -> str:
     """The score for people."""
+    groups = len({record.group for record in score.records})
+    which = f"part {suite.part} of split {suite.split} of {redact_text(suite.manifest)}"
     lines = [
         ("model", model),
-        ("suite", f"{suite.digest}: {suite.replies} replies, split {suite.split} of {suite.manifest}"),
-        ("questions", score.coverage),
-        ("accuracy", score.accuracy_interval.beside(score.accuracy)),
+        ("suite", f"{suite.digest}: {suite.replies} replies, {which}, scorer {suite.scorer}"),
+        ("questions", f"{score.coverage}; {groups} groups"),
+        ("accuracy", score.accuracy_text),
         ("answer NLL", f"{score.answer_nll_interval.beside(score.answer_nll)} nats per token"),
-        ("visual tokens", f"{score.visual_tokens} > {score.visual_tokens_mean:.1f} an image, after stage 3"),
+        ("visual tokens", f"{score.tokens_per_image} > {score.kept_per_image:.1f} per image, after stage 3"),
         ("TFLOPs", f"{score.tflops:.4g} an image and prompt"),
     ]
     return "\n".join(f"  {name:<14} {text}" for name, text in lines)

@@ -1,25 +1,28 @@
 """Scores of registered versions: filed with the version, read again, and compared in pairs on one suite.
 
 A score has two places. The whole, question by question, is an artifact of the version's run, in `scores/`; the numbers,
-with the path of the whole, are the version's tag `score.SUITE`, one per suite. The suite that was scored last stands in
-plain tags as well (`suite`, `accuracy`, ...), for people and for MLflow's search.
+with the suite and the path of the whole, are the version's tag `score.SUITE`, one per suite. The suite that was scored
+last stands in plain tags as well (`suite`, `accuracy`, ...), for people and for MLflow's search.
+
+Scores of code that drew or asked its questions in another way (`suite.ASKED_AS`) are void: they stay where they are,
+are never compared, and every refusal that meets them says how to make new ones.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlflow.entities.model_registry import ModelVersion
 
 from meteor_model.foreign import foreign
 from pipelines.evaluation.scores import Comparison, Score, ScoringError, compare_scores, counted
+from pipelines.evaluation.suite import ASKED_AS, Suite
 from pipelines.io import codec
 from pipelines.io.redact import redact_text
 from pipelines.registry.card import with_scores
@@ -36,29 +39,32 @@ from pipelines.registry.versions import Registry
 from pipelines.tracking.mlflow_run import MlflowRun
 from pipelines.tracking.server import TrackingError, call_mlflow
 
-if TYPE_CHECKING:
-    from pipelines.evaluation.suite import Suite
-
-_SUITE_NAME = re.compile(r"(?P<questions>\d+) x (?P<split>\S+) of (?P<manifest>\S+)(?P<first>, first replies)?")
-
 
 @dataclass(frozen=True)
 class StoredScore:
     """What a version's tag says of one suite.
 
     Attributes:
-        suite: name of the suite for people.
+        suite: which questions, its manifest without secrets; None where only their digest is known.
         score: without its questions.
         artifact: path of the whole among the artifacts of the version's run.
+        asked_as: how questions were drawn and asked (`pipelines.evaluation.suite.ASKED_AS`).
     """
 
-    suite: str
+    suite: Suite | None
     score: Score
     artifact: str
+    asked_as: int = ASKED_AS
+
+    @property
+    def name(self) -> str:
+        """Of the suite, for people."""
+        return suite_name(self.suite)
 
     def to_json(self) -> str:
         """The tag's value."""
-        return json.dumps({"suite": self.suite, "score": self.score.to_dict(), "artifact": self.artifact})
+        plain = {**asdict(self), "score": self.score.to_dict()}
+        return json.dumps(plain)
 
     @classmethod
     def from_json(cls, text: str, where: str) -> StoredScore:
@@ -74,25 +80,30 @@ def suite_name(suite: Suite | None) -> str:
     if suite is None:
         return "suite"
     which = "" if suite.replies == "all" else f", {suite.replies} replies"
-    return f"{suite.questions} x {suite.split} of {redact_text(suite.manifest)}{which}"
+    which += "" if suite.every is None else f", every {suite.every}"
+    which += "" if suite.scorer == "exact" else f", scorer {suite.scorer}"
+    part = "" if suite.part == "all" else f", part {suite.part}"
+    return f"{suite.questions} x {suite.split} of {redact_text(suite.manifest)}{part}{which}"
 
 
-_FORMATS = {"accuracy": ".4f", "answer_nll": ".4f", "visual_tokens_mean": ".2f", "tflops": ".6g"}
+_FORMATS = {"accuracy": ".4f", "answer_nll": ".4f", "kept_per_image": ".2f", "tflops": ".6g"}
 
 
 def score_tags(stored: StoredScore) -> dict[str, str]:
     """The tags of a version that hold a score."""
     numbers = stored.score.numbers()
+    answered = stored.score.answered
     return {
         SUITE_TAG: stored.score.suite,
-        SUITE_NAME_TAG: stored.suite,
+        SUITE_NAME_TAG: stored.name,
         ASKED_TAG: str(stored.score.questions),
-        ANSWERED_TAG: str(stored.score.answered),
+        ANSWERED_TAG: "not asked for" if answered is None else str(answered),
         LEFT_OUT_TAG: counted(stored.score.left_out),
-        **{name: f"{numbers[name]:{spec}}" for name, spec in _FORMATS.items()},
+        **{name: f"{numbers[name]:{spec}}" for name, spec in _FORMATS.items() if name in numbers},
         **{
             f"{name}_interval": f"{numbers[f'{name}_low']:.4f} {numbers[f'{name}_high']:.4f}"
             for name in ("accuracy", "answer_nll")
+            if name in numbers
         },
         SCORE_TAG + stored.score.suite: stored.to_json(),
     }
@@ -112,14 +123,14 @@ def stored_scores(version: ModelVersion) -> dict[str, StoredScore]:
 
 
 def void_scores(version: ModelVersion) -> list[str]:
-    """Suites of scores that say nothing: their questions were asked otherwise than trained, and losses not counted.
+    """Suites of scores that say nothing today: their questions were drawn or asked in another way.
 
-    That is what all code before 2026-11-30 did; its scores do not say how many questions were answered.
+    Those before 2026-11-30 do not say in which.
     """
     return [
         key.removeprefix(SCORE_TAG)
         for key, value in version.tags.items()
-        if key.startswith(SCORE_TAG) and '"score": {' in value and '"answered":' not in value
+        if key.startswith(SCORE_TAG) and '"score": {' in value and f'"asked_as": {ASKED_AS}' not in value
     ]
 
 
@@ -141,24 +152,25 @@ def store_score(
     """
     if len(score.records) != score.questions:
         raise ScoringError(f"a score is filed with its {score.questions} questions, this one has {len(score.records)}")
-    for measure in (score.accuracy, score.answer_nll, score.visual_tokens_mean, score.tflops):
-        if not math.isfinite(measure):
+    for measure in (score.accuracy, score.answer_nll, score.kept_per_image, score.tflops):
+        if measure is not None and not math.isfinite(measure):
             raise ScoringError(
                 f"{registry.name}/{version}: the score holds {measure}; a model whose answers have no likelihood"
             )
     found = registry.version(version)
     if not found.run_id:
         raise TrackingError(f"version {version} of {registry.name} belongs to no run, which would hold its score")
-    stored = StoredScore(suite_name(suite), score, f"scores/{registry.name}-{version}-{score.suite}.json")
+    shown = None if suite is None else replace(suite, manifest=redact_text(suite.manifest))
+    stored = StoredScore(shown, replace(score, records=()), f"scores/{registry.name}-{version}-{score.suite}.json")
     whole = {
         "model": registry.address(version),
-        "suite": None if suite is None else asdict(suite),
+        "suite": None if shown is None else asdict(shown),
         "score": score.to_dict(records=True),
         "settings": dict(settings or {}),
     }
     MlflowRun(registry.uri, found.run_id).log_documents({stored.artifact: whole})
     scores = {**stored_scores(found), score.suite: stored}
-    card = with_scores(found.description or "", {item.suite: item.score for item in scores.values()})
+    card = with_scores(found.description or "", {item.name: item.score for item in scores.values()})
     registry.describe_version(version, tags=score_tags(stored), description=card)
 
 
@@ -171,6 +183,8 @@ def load_score(registry: Registry, version: ModelVersion, digest: str) -> Score:
     """
     known = stored_scores(version)
     where = f"version {version.version} of {version.name}"
+    if digest in void_scores(version):
+        raise ScoringError(f"{where}: {void_text(digest)}; score it:\n  {evaluate_command(version)}")
     if digest not in known:
         raise ScoringError(f"{where} has no score on suite {digest}; it has: {', '.join(known) or 'none'}")
     stored, client = known[digest], registry.client
@@ -218,7 +232,7 @@ def compare_versions(
         wanted = "no suite in common" if digest is None else f"no score of both on suite {digest}"
         lines = [
             f"  version {version.version}: "
-            + ("; ".join(f"{suite} ({item.suite})" for suite, item in scores.items()) or "none")
+            + ("; ".join(f"{suite} ({item.name})" for suite, item in scores.items()) or _none_but_void(version))
             for version, scores in ((first, known), (second, others))
         ]
         raise ScoringError(
@@ -228,7 +242,17 @@ def compare_versions(
             + f"  {_command_for_both(first, second, digest)}"
         )
     a, b = load_score(registry, first, digest), load_score(registry, second, digest)
-    return VersionComparison(known[digest].suite, a, b, compare_scores(a, b))
+    return VersionComparison(known[digest].name, a, b, compare_scores(a, b))
+
+
+def void_text(digest: str) -> str:
+    """Why a void score is none."""
+    return f"its score on suite {digest} is void: earlier code drew or asked its questions otherwise than this does"
+
+
+def _none_but_void(version: ModelVersion) -> str:
+    void = void_scores(version)
+    return "none" + (f" (void, made by earlier code: {', '.join(void)})" if void else "")
 
 
 def _command_for_both(first: ModelVersion, second: ModelVersion, digest: str | None) -> str:
@@ -246,8 +270,6 @@ def _command_for_both(first: ModelVersion, second: ModelVersion, digest: str | N
 def evaluate_command(version: ModelVersion, on: StoredScore | None = None) -> str:
     """The command that scores a version: on the data that it was made with, or on the suite of another's score."""
     command = f"python jobs/evaluate.py --model models:/{version.name}/{version.version} --manifest "
-    suite = _SUITE_NAME.fullmatch(on.suite) if on is not None else None
-    if suite is None:
+    if on is None or on.suite is None:
         return command + version.tags.get(MANIFEST_TAG, "MANIFEST")
-    which = " --replies first" if suite["first"] else ""
-    return f"{command}{suite['manifest']} --split {suite['split']} --questions {suite['questions']}{which}"
+    return f"{command}{on.suite.manifest} {on.suite.options}"

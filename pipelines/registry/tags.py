@@ -26,6 +26,8 @@ TRAINING_COMMIT_TAG = "training_commit"
 STARTS_TAG = "training_starts"
 LIBRARIES_TAG = "training_libraries"
 MANIFEST_TAG = "manifest"
+PROMOTED_TAG = "promoted."
+FORCED_TAG = "forced."
 ROLLED_BACK_TAG = "rolled_back."
 HISTORY_TAG = "alias_history."
 
@@ -62,17 +64,19 @@ VERSION_TAGS = {
     SUITE_NAME_TAG: "that suite for people",
     ASKED_TAG: "questions of it that were asked",
     ANSWERED_TAG: "of those, how many got an answer with words in it",
-    LEFT_OUT_TAG: "what was not asked on the way to the last question, by reason",
-    "accuracy": "share of right answers",
+    LEFT_OUT_TAG: "what was drawn and not asked, by reason",
+    "accuracy": "mean credit of the answers by the suite's scorer: the share of right ones",
     "accuracy_interval": "its 95 % interval: low and high",
     "answer_nll": "negative log-likelihood of the expected answers, nats per token",
     "answer_nll_interval": "its 95 % interval: low and high",
-    "visual_tokens_mean": "visual tokens of an image after stage 3, mean over the suite",
+    "kept_per_image": "visual tokens of an image after stage 3, mean over the suite's images",
     "tflops": "TFLOPs of one image and prompt",
-    SCORE_TAG: "`score.SUITE`: a score in JSON, with the artifact that holds its questions; one for each suite",
+    SCORE_TAG: "`score.SUITE`: a score in JSON, with its suite and the artifact that holds its questions; one a suite",
     "calibration": "artifact of the run that holds the last calibration",
     "calibration.images": "images that it measured",
     "calibration.drift": "what it found against other data",
+    PROMOTED_TAG: "`promoted.ALIAS`: when, by whom, and on what comparison with the version before",
+    FORCED_TAG: "`forced.ALIAS`: when, by whom and why it was promoted although evidence was missing, and which",
     ROLLED_BACK_TAG: "`rolled_back.ALIAS`: when the alias was rolled back from this version, and to which",
 }
 """Tags of a version, and what they say."""

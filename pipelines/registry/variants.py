@@ -140,12 +140,12 @@ def _inherited(base: PinnedModel) -> dict[str, str]:
 
 def _check_score(score: Score, config: MeteorConfig) -> None:
     """Raise ScoringError where the score's tokens or cost are not those of this pruning: it is another variant's."""
-    expected = measured_cost(config, score.visual_tokens_mean).total / 1e12
-    same_tokens = score.visual_tokens == config.tokens_per_image
+    expected = measured_cost(config, score.kept_per_image).total / 1e12
+    same_tokens = score.tokens_per_image == config.tokens_per_image
     if not same_tokens or not math.isclose(score.tflops, expected, rel_tol=1e-9):
         raise ScoringError(
-            f"the score is of {score.visual_tokens} visual tokens and {score.tflops:.6g} TFLOPs an image, this pruning "
-            f"has {config.tokens_per_image} and {expected:.6g}: score the variant that is registered"
+            f"the score is of {score.tokens_per_image} visual tokens and {score.tflops:.6g} TFLOPs an image, this "
+            f"pruning has {config.tokens_per_image} and {expected:.6g}: score the variant that is registered"
         )
 
 

@@ -129,7 +129,7 @@ def test_waves_take_shards_until_there_may_be_enough(tmp_path: Path) -> None:
         ({"actors": 0}, "actors is 0"),
         ({"gpus": -1.0}, r"gpus is -1\.0"),
         ({"decode_samples": 1}, "decode_samples is 1"),
-        ({"decode_samples": 0, "target_mean": 9.0}, "target_mean is given"),
+        ({"decode_samples": 0, "target_per_image": 9.0}, "target_per_image is given"),
     ],
 )
 def test_bad_settings_are_named(change: dict[str, Any], message: str) -> None:
@@ -235,10 +235,10 @@ def _check_against_a_plain_loop(stack: Stack, manifest: shards.Manifest, found: 
 
 
 def _check_lambda(found: dict[str, Any]) -> None:
-    assert found["target_mean"] == 12.0
+    assert found["target_per_image"] == 12.0
     assert found["solved_on"] == found["checked_on"] == 8
-    assert found["solved_mean"] == pytest.approx(12.0, abs=0.5)
-    assert found["low"] <= found["checked_mean"] <= found["high"]
+    assert found["solved_per_image"] == pytest.approx(12.0, abs=0.5)
+    assert found["low"] <= found["checked_per_image"] <= found["high"]
 
 
 def _check_mlflow(stack: Stack, run_id: str, first: dict[str, Any]) -> None:

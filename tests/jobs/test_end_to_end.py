@@ -14,7 +14,7 @@ from PIL import Image
 
 from infra.services import Stack, full_env
 from pipelines.io import sealed, storage
-from pipelines.registry.promotion import missing_evidence
+from pipelines.registry.promotion import Terms, missing_evidence
 from pipelines.registry.scores import stored_scores
 from tests.stack_fixture import applied
 
@@ -58,7 +58,7 @@ def test_the_summary_says_what_happened(pretrained: dict[str, Any]) -> None:
     )
     assert sum(part["kept_per_boundary"][-1] for part in tokens["encode"].values()) == tokens["fuse"]["in"] == 64
     assert tokens["fuse"]["kept"] == 32
-    assert 1 <= tokens["decode_kept_mean"] <= 64
+    assert 1 <= tokens["decode_kept_per_image"] <= 32
     for phase in ("prepare", "calibrate", "train", "export", "answer", "register", "total"):
         assert pretrained["wall_s"][phase] > 0
     assert pretrained["heldout_loss"] > 0
@@ -67,6 +67,7 @@ def test_the_summary_says_what_happened(pretrained: dict[str, Any]) -> None:
     assert "step 16/16" in pretrained["printed"]
 
 
+LENIENT = Terms(max_unanswered=1.0, least_questions=1)
 NOISE = ("Loading weights", "Progress bars disabled", "View run", "warnings.warn", "INFO mlflow", "accelerator", "pid=")
 """What Ray, transformers, MLflow and DeepSpeed print; `pid=` stands before every line that Ray forwards."""
 
@@ -153,11 +154,18 @@ def test_mlflow_holds_parameters_metrics_and_documents(stack: Stack, pretrained:
     version = client.get_model_version_by_alias("meteor", "latest-pretrain")
     assert f"models:/meteor/{version.version}" == pretrained["model_uri"]
     assert version.tags["visual_tokens.fuse"] == "64 > 32"
-    assert missing_evidence(version, max_unanswered=1.0) == [], "in 16 steps it may learn to say nothing"
+    assert missing_evidence(version, LENIENT) == [], "in 16 steps it may learn to say nothing"
     (stored,) = stored_scores(version).values()
-    assert stored.score.questions == pretrained["heldout_answers"] == 32
-    assert round(stored.score.accuracy * 32) == pretrained["heldout_answers_right"]
-    for expected in (version.tags["manifest_sha256"], "CC BY-SA 4.0", f"| 32 x heldout of {version.tags['manifest']}"):
+    asked = stored.score.questions
+    assert asked == pretrained["heldout_answers"] > 8
+    assert stored.suite is not None
+    assert stored.suite.part == "final"
+    assert round((stored.score.accuracy or 0) * asked) == pretrained["heldout_answers_right"]
+    for expected in (
+        version.tags["manifest_sha256"],
+        "CC BY-SA 4.0",
+        f"| {asked} x heldout of {version.tags['manifest']}",
+    ):
         assert expected in version.description
 
 
@@ -256,6 +264,6 @@ def test_the_best_checkpoint_of_a_finished_run_is_exported_answers_and_is_regist
         for uri in (summary["model_uri"], pretrained["model_uri"])
     }
     assert [version.tags["checkpoint_step"] for version in versions.values()] == ["8", "16"]
-    assert missing_evidence(versions[summary["model_uri"]], max_unanswered=1.0) == []
+    assert missing_evidence(versions[summary["model_uri"]], LENIENT) == []
     registry = Registry(in_stack.mlflow_uri, "meteor")
     assert measure_parity(registry, int(versions[summary["model_uri"]].version)).difference < 1e-3

@@ -26,7 +26,7 @@ from pipelines.evaluation.evaluate import score_model
 from pipelines.evaluation.suite import Suite
 from pipelines.io import storage
 from pipelines.registry.open import load_registered
-from pipelines.registry.promotion import missing_evidence
+from pipelines.registry.promotion import Terms, missing_evidence
 from pipelines.registry.publish import register_model
 from pipelines.registry.variants import measure_parity
 from pipelines.registry.versions import Registry
@@ -147,9 +147,9 @@ def require_all_free() -> None:
 def test_what_is_found(swept: tuple[SweepSettings, dict[str, Any]]) -> None:
     settings, result = swept
     best = result["best_per_budget"]["8"]
-    assert best["visual_tokens_mean"] <= 8
+    assert best["kept_per_image"] <= 8
     assert best["answer_nll_interval"]["low"] <= best["answer_nll"] <= best["answer_nll_interval"]["high"]
-    within = [t for t in result["trials"] if t["status"] == "completed" and t["visual_tokens_mean"] <= 8]
+    within = [t for t in result["trials"] if t["status"] == "completed" and t["kept_per_image"] <= 8]
     assert best["objective"] == max(t["objective"] for t in within)
     front = result["fronts"]["tflops"]
     assert set(front["hypervolume"]) == {"front", "defaults"}
@@ -304,7 +304,8 @@ def test_trials_that_train_side_by_side(place: Place, bench: Bench) -> None:
 
     uri, scored = settings.tracking.uri, result["best_per_budget"]["64"]
     version = place.client.get_model_version_by_alias("meteor", "budget-64")
-    assert missing_evidence(version, max_unanswered=1.0) == []
+    lacking = missing_evidence(version, Terms(max_unanswered=1.0, least_questions=1))
+    assert ["part 'search'" in text for text in lacking] == [True], "nothing else is missing"
     base = place.client.get_model_version_by_alias("meteor", "base").version
     assert {name: version.tags[name] for name in ("trial", "run_name", "recipe", "manifest", "start")} == {
         "trial": "budget-64-000",
@@ -315,12 +316,12 @@ def test_trials_that_train_side_by_side(place: Place, bench: Bench) -> None:
     }
     assert measure_parity(Registry(uri, "meteor"), int(version.version)).difference < 1e-3
     model, processor = load_registered("models:/meteor@budget-64", uri)
-    suite = Suite.of(bench.manifest, "heldout", settings.questions)
-    assert score_model(model, processor, suite.load(processor, 512), suite.digest).answer_nll == pytest.approx(
+    suite = Suite.of(bench.manifest, "heldout", settings.questions, part="search")
+    assert score_model(model, processor, suite.load(processor, 512), suite).answer_nll == pytest.approx(
         scored["answer_nll"], rel=1e-4
     )
     before, _ = load_registered("models:/meteor@base", uri)
-    assert score_model(before, processor, suite.load(processor, 512), suite.digest).answer_nll > scored["answer_nll"]
+    assert score_model(before, processor, suite.load(processor, 512), suite).answer_nll > scored["answer_nll"]
 
 
 def test_what_cannot_be_swept(place: Place, swept: tuple[SweepSettings, dict[str, Any]]) -> None:
@@ -331,8 +332,8 @@ def test_what_cannot_be_swept(place: Place, swept: tuple[SweepSettings, dict[str
         run_sweep(replace(place.settings, cpus_per_trial=64.0))
     with pytest.raises(ValueError, match=r"has no alias 'latest-pretrain'; it has: base.*make pretrain"):
         run_sweep(replace(place.settings, model="models:/meteor@latest-pretrain"))
-    with pytest.raises(ValueError, match="the suite asks 9"):
-        run_sweep(replace(place.settings, questions=9))
+    with pytest.raises(ValueError, match="the suite asks 99"):
+        run_sweep(replace(place.settings, questions=99))
 
     class Hopeless(EvaluateTrial):
         def advance(self) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from pipelines.tracking.mlflow_run import RunRequest, open_run
 
 MODEL_NAME = "meteor-test"
 SUITE = Suite("s3://bucket/data/manifest.parquet", "ab" * 32, "heldout", 4)
+"""Four questions of the final part."""
 
 
 def tiny_pruning(fuse: int = 32, lam: float | None = None) -> PruningConfig:
@@ -53,7 +54,8 @@ def tiny_config(pruning: PruningConfig | None = None) -> MeteorConfig:
 
 def record(number: int, *, right: bool = True, nll: float = 0.5, kept: int = 12) -> Record:
     """One question."""
-    return Record(f"sample-{number}#0", "red", "red" if right else "blue", right, nll, kept, 1)
+    answer = "red" if right else "blue"
+    return Record(f"sample-{number}#0", f"image-{number}", "p", "red", answer, float(right), nll, ((64, 32, kept),))
 
 
 def score_of(
@@ -63,7 +65,7 @@ def score_of(
     left_out: dict[str, int] | None = None,
 ) -> Score:
     """The score of the tiny model under a pruning that gave these answers."""
-    return score_of_records(tiny_config(pruning), records, suite.digest, left_out or {})
+    return score_of_records(tiny_config(pruning), records, suite, left_out or {})
 
 
 @dataclass

@@ -41,7 +41,7 @@ class Bench:
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     folder = tmp_path_factory.mktemp("tune")
     data = str(folder / "data")
-    infos = [*shards.write_shards(pairs(16, 0), data, "train"), *shards.write_shards(pairs(8, 1), data, "heldout")]
+    infos = [*shards.write_shards(pairs(16, 0), data, "train"), *shards.write_shards(pairs(48, 1), data, "heldout")]
     base = export_model(model(), processor(), folder / "base")
     names = tuple(item.name for item in config().encoders)
     return Bench(base, shards.save_manifest(data, infos, {"source": {"name": "test"}}), names)

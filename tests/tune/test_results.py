@@ -50,7 +50,7 @@ def test_hypervolumes_are_of_one_corner() -> None:
         "random": [record("random", 0, 10, 1.5), record("random", 1, 6, 3.0, "failed")],
         "defaults": [],
     }
-    found = fronts(by_study)["visual_tokens_mean"]
+    found = fronts(by_study)["kept_per_image"]
     assert found["front"] == ["front-001", "front-000"]
     assert found["reference"] == {"cost": pytest.approx(10.8), "objective": pytest.approx(-2.1)}
     assert found["hypervolume"]["front"] == pytest.approx(8.8 * 0.1 + 0.8 * 1.0)

@@ -60,7 +60,7 @@ def test_every_ending_is_recorded_and_told(tmp_path: Path) -> None:
     found.on_trial_complete("c", {"objective": float("nan"), "failed": "lambda needs a target"})
     found.on_trial_complete("d", error=True)
     assert [r.status for r in heard] == ["completed", "stopped", "failed", "failed"]
-    assert heard[0].scored.visual_tokens_mean == 10.0
+    assert heard[0].scored.kept_per_image == 10.0
     assert heard[0].pruning == {"fuse": {"keep": 7}}, "with the lambda that was solved"
     assert (heard[2].error, heard[2].objective) == ("lambda needs a target", None)
     states = [t.state for t in found.study.trials]

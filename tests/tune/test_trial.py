@@ -39,7 +39,7 @@ def context(bench: Bench, tmp_path: Path) -> TrialContext:
     settings = SweepSettings(
         budgets=(8.0,), questions=8, portions=2, batch=4, calibration_samples=16, storage=str(tmp_path)
     )
-    suite = Suite.of(bench.manifest, "heldout", 8)
+    suite = Suite.of(bench.manifest, "heldout", 8, part="search")
     folder = SweepFolder(str(tmp_path / "sweep"))
     shutil.copytree(bench.base, folder.base)
     return TrialContext("sweep", folder, suite, bench.manifest.url, settings)
@@ -75,10 +75,10 @@ def test_a_trial_reports_in_portions_and_keeps_its_score(context: TrialContext, 
     built = MeteorForConditionalGeneration.from_pretrained(bench.base).eval()
     made = MeteorProcessor.from_pretrained(bench.base)
     apply_pruning(built, made, solved, None)
-    by_hand = score_model(built, made, context.suite.load(made, 512), context.suite.digest)
+    by_hand = score_model(built, made, context.suite.load(made, 512), context.suite)
     assert by_hand.left_out == kept.left_out
     assert by_hand.answer_nll == pytest.approx(kept.answer_nll, rel=1e-4)
-    assert by_hand.visual_tokens_mean == kept.visual_tokens_mean
+    assert by_hand.kept_per_image == kept.kept_per_image
 
 
 def test_the_next_trial_of_an_actor_is_as_on_a_fresh_one(context: TrialContext) -> None:
@@ -94,7 +94,7 @@ def test_the_next_trial_of_an_actor_is_as_on_a_fresh_one(context: TrialContext) 
     while not (alone := fresh.step()).get(DONE):
         pass
     assert after["objective"] == pytest.approx(alone["objective"], rel=1e-6)
-    assert json.loads(after["score"])["score"]["visual_tokens"] == 12
+    assert json.loads(after["score"])["score"]["tokens_per_image"] == 12
 
 
 def test_a_fault_of_the_configuration_is_a_failed_trial(context: TrialContext) -> None:

@@ -36,7 +36,7 @@ from pipelines.data.sources.scenes import (
 from pipelines.io.fingerprint import sha256_bytes
 from pipelines.io.validation import Share, ShareBelowOne, settings_class
 
-GENERATOR_VERSION = 1  # raise it when the same settings give other samples
+GENERATOR_VERSION = 2  # raise it when the same settings give other samples; those of 1 named no groups
 LICENSE = "drawings: OpenMoji 17.0.0, CC BY-SA 4.0, https://openmoji.org"
 
 _SKIN_TONES = frozenset({"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"})
@@ -217,14 +217,16 @@ class OpenMoji:
 
         kind = rng.random()
         scenes: list[Scene] = []
+        families = {family_of(drawing.code_point)}
         if kind < settings.text_only_share:
             turns = ask_none(settings.turns, rng)
         elif kind < settings.text_only_share + settings.two_image_share:
-            first = scene(drawing)
-            scenes = [first, scene(drawings[rng.randrange(len(drawings))], avoid=first.answers["background"])]
+            first, other = scene(drawing), drawings[rng.randrange(len(drawings))]
+            scenes = [first, scene(other, avoid=first.answers["background"])]
+            families.add(family_of(other.code_point))
             turns = ask_two(scenes[0], scenes[1], rng)
         else:
             scenes = [scene(drawing)]
             turns = ask_one(scenes[0], asdict(settings.questions), settings.turns, rng)
-        record = {"id": key, "conversations": turns}
+        record = {"id": key, "conversations": turns, "group": sorted(families)}
         return key, build_members(record, [(one.extension, one.image) for one in scenes])

@@ -76,17 +76,37 @@ def test_other_models_are_not_compared() -> None:
 def test_lambda_is_checked_on_prompts_that_it_was_not_solved_on() -> None:
     generator = torch.Generator().manual_seed(0)
     mass, visual = torch.rand(200, generator=generator), torch.full((200,), 32)
-    found = check_lambda(mass, visual, 12.0, 1)
+    single, alone = torch.ones(200, dtype=torch.int64), [str(number) for number in range(200)]
+    found = check_lambda(mass, visual, single, alone, 12.0, 1)
     counts = adaptive_counts(mass, found.lam, visual, 1).double()
-    assert found.solved_mean == pytest.approx(12.0, abs=0.02) == float(counts[::2].mean())
-    assert found.checked_mean == pytest.approx(float(counts[1::2].mean()))
-    assert (found.solved_on, found.checked_on, found.holds) == (100, 100, True)
-    assert found.low < found.checked_mean < found.high
+    assert found.solved_per_image == pytest.approx(12.0, abs=0.02) == float(counts[::2].mean())
+    assert found.checked_per_image == pytest.approx(float(counts[1::2].mean()))
+    assert (found.solved_on, found.checked_on, found.checked_groups) == (100, 100, 100)
+    assert found.low < found.checked_per_image < found.high
+    assert not found.holds, "a hundred prompts leave more than 5 % open: little data never makes it hold"
+    many = 4000
+    mass, visual = 0.5 + 0.1 * torch.rand(many, generator=generator), torch.full((many,), 32)
+    single, alone = torch.ones(many, dtype=torch.int64), [str(number) for number in range(many)]
+    assert check_lambda(mass, visual, single, alone, 12.0, 1).holds
     heavy = mass.clone()
     heavy[1::2] *= 0.2  # the others ask for less: the target does not carry over, and the report says so
-    assert not check_lambda(heavy, visual, 12.0, 1).holds
-    with pytest.raises(CalibrationError, match="3 prompts"):
-        check_lambda(mass[:3], visual[:3], 12.0, 1)
+    assert not check_lambda(heavy, visual, single, alone, 12.0, 1).holds
+    with pytest.raises(CalibrationError, match="3 prompts with images in 3 groups"):
+        check_lambda(mass[:3], visual[:3], single[:3], alone[:3], 12.0, 1)
+
+
+def test_lambda_is_checked_per_image_and_over_groups() -> None:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.tensor([1, 4] * 100)
+    mass, visual = torch.rand(200, generator=generator) * images, 32 * images
+    groups = [str(number // 4) for number in range(200)]
+    found = check_lambda(mass, visual, images, groups, 12.0, 1)
+    counts = adaptive_counts(mass, found.lam, visual, 1).double()
+    first = torch.tensor([int(group) % 2 == 0 for group in groups])
+    assert found.solved_per_image == pytest.approx(12.0, abs=0.02)
+    assert found.solved_per_image == pytest.approx(float(counts[first].sum() / images[first].sum()))
+    assert found.checked_per_image == pytest.approx(float(counts[~first].sum() / images[~first].sum()))
+    assert (found.solved_on, found.checked_on, found.checked_groups) == (100, 100, 25)
 
 
 def calibration() -> Calibration:
@@ -101,7 +121,7 @@ def calibration() -> Calibration:
         here,
         {"effective": budgets},
         compare_ranks(built, here, report({"clip": 2.0}), "there"),
-        check_lambda(torch.rand(20), torch.full((20,), 32), 12.0, 1),
+        check_lambda(torch.rand(20), torch.full((20,), 32), torch.ones(20).long(), list(range(20)), 12.0, 1),
         {"samples": 50, "api_key": "hidden"},
         "abc",
         calibration_file.now(),
@@ -114,7 +134,7 @@ def test_the_file_is_read_again_without_secrets(tmp_path: Path) -> None:
     text = Path(where).read_text()
     assert "secret" not in text
     assert "hidden" not in text
-    assert json.loads(text)["format_version"] == 1
+    assert json.loads(text)["format_version"] == 2
     again, digest = load_report(where)
     assert (again, digest) == (made.report, "0" * 64)
     assert (tmp_path / "out" / "calibration.png").read_bytes().startswith(b"\x89PNG")
@@ -125,8 +145,8 @@ def test_the_file_is_read_again_without_secrets(tmp_path: Path) -> None:
 
 def test_files_of_other_kinds_are_named(tmp_path: Path) -> None:
     later = tmp_path / "later.json"
-    later.write_text(json.dumps({**calibration().to_dict(), "format_version": 2}))
-    with pytest.raises(CalibrationError, match=r"later\.json has format 2"):
+    later.write_text(json.dumps({**calibration().to_dict(), "format_version": 3}))
+    with pytest.raises(CalibrationError, match=r"later\.json has format 3"):
         load_report(str(later))
     later.write_text("[]")
     with pytest.raises(CalibrationError, match="no calibration"):

@@ -125,7 +125,7 @@ SCORE = Score(
     32,
     15.5,
     0.004,
-    (Record("k", "a", "a", True, 0.25, 16, 1),),
+    (Record("k", "g", "p", "a", "a", 1.0, 0.25, ((64, 32, 16),)),),
 )
 
 
@@ -135,7 +135,7 @@ def test_what_earlier_versions_stored_is_read() -> None:
     plain["records"] = [dict(record) for record in plain["records"]]
     assert Score.from_dict(json.loads(json.dumps(plain))) == SCORE
     del plain["records"]
-    tag = json.dumps({"suite": "1 x heldout of s3://b", "score": plain, "artifact": "scores/a.json"})
+    tag = json.dumps({"suite": None, "score": plain, "artifact": "scores/a.json", "asked_as": 3})
     assert StoredScore.from_json(tag, "tag").score == Score.from_dict(plain)
     assert codec.encode(TrialRecord("front-1", "front", {"layer": 2}, {}, None)) == (
         '{"id": "front-1", "study": "front", "choices": {"layer": 2}, "pruning": {}, "ranks": null, '

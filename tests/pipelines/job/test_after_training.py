@@ -14,6 +14,7 @@ from meteor_model.configuration_meteor import MeteorConfig
 from pipelines.checkpoint.committed import CheckpointRef
 from pipelines.checkpoint.state import TrainState
 from pipelines.config.recipe import Recipe, TrackingSettings
+from pipelines.evaluation.suite import ASKED_AS
 from pipelines.io import storage
 from pipelines.io.run_folder import RunFolder
 from pipelines.io.sealed import DamagedFileError
@@ -57,11 +58,11 @@ def test_an_earlier_export_is_taken_whole_or_refused(exported: Path, tmp_path: P
 
 
 def test_earlier_answers_are_taken(tmp_path: Path, checkpoint: CheckpointRef) -> None:
-    answer = HeldoutAnswer("a", "q", "e", "e", 3)
+    answer = HeldoutAnswer("a", "q", "e", "e", 1.0)
     run_url = tmp_path / "run"
     answers = HeldoutAnswers((answer,), {}, SUITE, score_of([record(0), record(1, right=False, nll=1 / 3)]))
     stored = {"checkpoint": checkpoint.url, **answers.to_dict()}
-    storage.write_json(str(run_url / "answers.json"), {**stored, "asked_as": 2})
+    storage.write_json(str(run_url / "answers.json"), {**stored, "asked_as": ASKED_AS})
     found = answer_heldout(Recipe(), RunFolder(str(run_url)), UNUSED, ended(checkpoint), {})
     assert found == answers
     # Those of code that asked otherwise than training does are not taken.

@@ -12,7 +12,7 @@ from tests.pipelines.mlflow_fixture import SUITE, record, score_of
 
 
 def test_answers_come_back() -> None:
-    answer = HeldoutAnswer("k", "What?", "red", "blue", 3)
+    answer = HeldoutAnswer("k", "What?", "red", "blue", 0.0)
     whole = HeldoutAnswers((answer,), {"bad_json": 1}, SUITE, score_of([record(0), record(1, right=False, nll=1 / 3)]))
     for answers in (whole, HeldoutAnswers((), {}), HeldoutAnswers((answer,), {})):
         stored = json.loads(json.dumps({**answers.to_dict(), "checkpoint": "s3://b/step-4"}))

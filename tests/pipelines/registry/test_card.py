@@ -18,12 +18,13 @@ from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from pipelines.data import shards
 from pipelines.evaluation.evaluate import score_of_records
+from pipelines.evaluation.scores import Score
 from pipelines.evaluation.suite import Suite
 from pipelines.registry.aliases import alias_history
 from pipelines.registry.card import card, scores_section, with_scores
 from pipelines.registry.folder import ExportError, export_model, verify_checksums, write_card
 from pipelines.registry.parity import check_parity, write_parity_batch
-from pipelines.registry.promotion import missing_evidence
+from pipelines.registry.promotion import Terms, missing_evidence
 from pipelines.registry.provenance import licence_tags
 from pipelines.registry.scores import StoredScore, score_tags, stored_scores
 from pipelines.registry.tags import is_known
@@ -50,8 +51,9 @@ def test_the_card_says_score_cost_calibration_origin_and_licences() -> None:
         "licence.data.openmoji": "CC BY-SA 4.0",
         "accuracy": "not the card's business",
     }
-    score = score_of_records(config, RECORDS, SUITE.digest, {"bad_json": 1})
+    score = score_of_records(config, RECORDS, SUITE, {"bad_json": 1})
     text = card(config, tags, {"4 x heldout of data": score})
+    assert score.accuracy_interval is not None
     low, high = score.accuracy_interval.low, score.accuracy_interval.high
     for expected in (
         f"| 4 x heldout of data ({SUITE.digest}) | 4 asked, 4 answered, left out: 1 bad_json | "
@@ -60,7 +62,7 @@ def test_the_card_says_score_cost_calibration_origin_and_licences() -> None:
         f"| total | {score.tflops:.4g} |",
         "| visual_tokens.fuse | 64 > 32 |",
         "- expected ranks of clip: 20, 15, 10.5",
-        "- lambda 20 for a target mean of 16 tokens",
+        "- lambda 20 for a target mean of 16 tokens per image",
         "| variant of | models:/meteor/3 |",
         f"| sha256 of the manifest | {'ab' * 32} |",
         f"| commit | {'c' * 40} |",
@@ -113,17 +115,26 @@ def version(tags: dict[str, str], status: str = "READY") -> ModelVersion:
     )
 
 
-SCORED = score_tags(StoredScore("heldout", score_of(RECORDS), "scores/a.json"))
+def tags_of(score: Score, suite: Suite | None = SUITE) -> dict[str, str]:
+    """Tags of a version that has this score."""
+    return score_tags(StoredScore(suite, replace(score, records=()), "scores/a.json"))
+
+
+FEW = Terms(least_questions=4)
+SCORED = tags_of(score_of(RECORDS))
 LOSING, TEXT = (
-    score_tags(StoredScore("heldout", score_of(RECORDS, left_out=left_out), "scores/a.json"))
+    tags_of(score_of(RECORDS, left_out=left_out))
     for left_out in ({"bad_json": 3, "text_only": 5, "too_long": 1}, {"text_only": 100})
 )
 SPEECHLESS = [*RECORDS[:3], replace(RECORDS[3], answer=" ")]
-SILENT = score_tags(StoredScore("heldout", score_of(SPEECHLESS), "scores/a.json"))
-SCORED_ELSEWHERE = {"score.other": StoredScore("other", score_of(RECORDS), "scores/b.json").to_json()}
+SILENT = tags_of(score_of(SPEECHLESS))
+SCORED_ELSEWHERE = {"score.other": StoredScore(SUITE, score_of(RECORDS), "scores/b.json").to_json()}
+SEARCHED = tags_of(score_of(RECORDS), replace(SUITE, part="search"))
+UNKNOWN_PART = tags_of(score_of(RECORDS), None)
+UNANSWERED = tags_of(score_of([replace(one, answer=None, credit=None) for one in RECORDS]))
 PARITY = {"parity_max_abs_diff": "1e-6"}
 VOID = {
-    "score.0123": re.sub(r'"answered": 4, "left_out": {}, ', "", SCORED[f"score.{SUITE.digest}"]),
+    "score.0123": re.sub(r', "asked_as": \d+', "", SCORED[f"score.{SUITE.digest}"]),
 }
 EVALUATE = "python jobs/evaluate.py --model models:/meteor/7 --manifest s3://m"
 
@@ -149,13 +160,16 @@ EVALUATE = "python jobs/evaluate.py --model models:/meteor/7 --manifest s3://m"
         ({**PARITY, **LOSING, **SCORED_ELSEWHERE}, []),
         (
             {**PARITY, **VOID},
-            ["suite 0123 is void", "asked otherwise than training", EVALUATE[:40]],
+            ["suite 0123 is void", "drew or asked its questions otherwise", EVALUATE[:40]],
         ),
+        ({**PARITY, **SEARCHED}, ["part 'search' of its split", "--part final"]),
+        ({**PARITY, **UNKNOWN_PART}, ["is of an unknown part"]),
+        ({**PARITY, **UNANSWERED}, ["100.0% of the questions without an answer", "answers not asked for"]),
         ({"accuracy": "0.9"}, ["parity is missing", "no suite result", "--manifest MANIFEST"]),
     ],
 )
 def test_what_keeps_a_version_from_promotion(tags: dict[str, str], expected: list[str]) -> None:
-    lacking = "\n".join(missing_evidence(version(tags)))
+    lacking = "\n".join(missing_evidence(version(tags), FEW))
     assert bool(lacking) == bool(expected)
     for text in expected:
         assert text in lacking
@@ -163,8 +177,10 @@ def test_what_keeps_a_version_from_promotion(tags: dict[str, str], expected: lis
 
 def test_a_larger_loss_is_allowed_by_name() -> None:
     losing = version({"parity_max_abs_diff": "1e-6", **LOSING})
-    assert len(missing_evidence(losing, max_unanswered=0.499)) == 1
-    assert missing_evidence(losing, max_unanswered=0.5) == []
+    assert len(missing_evidence(losing, replace(FEW, max_unanswered=0.499))) == 1
+    assert missing_evidence(losing, replace(FEW, max_unanswered=0.5)) == []
+    (few,) = missing_evidence(version({**PARITY, **SCORED}))
+    assert "has 4 questions, 256 are the least" in few
     assert (LOSING["asked"], LOSING["answered"], LOSING["left_out"]) == (
         "4",
         "4",
@@ -179,20 +195,20 @@ def test_a_score_of_other_prompts_is_void_and_may_be_replaced() -> None:
 
 def test_a_version_without_files_and_a_wider_tolerance() -> None:
     whole = {"parity_max_abs_diff": "0.002", **SCORED}
-    assert missing_evidence(version(whole), tolerance=0.01) == []
-    assert "status FAILED_REGISTRATION" in missing_evidence(version(whole, "FAILED_REGISTRATION"), tolerance=0.01)[0]
+    wider = replace(FEW, tolerance=0.01)
+    assert missing_evidence(version(whole), wider) == []
+    assert "status FAILED_REGISTRATION" in missing_evidence(version(whole, "FAILED_REGISTRATION"), wider)[0]
 
 
 def test_a_score_in_tags_comes_back_without_its_questions() -> None:
     score = score_of([*RECORDS, record(4, nll=1 / 3)])
-    tags = score_tags(StoredScore("heldout", score, "scores/a.json"))
+    tags = tags_of(score)
     found = stored_scores(version(tags))
-    assert found == {SUITE.digest: StoredScore("heldout", replace(score, records=()), "scores/a.json")}
+    assert found == {SUITE.digest: StoredScore(SUITE, replace(score, records=()), "scores/a.json")}
     assert tags["accuracy"] == "0.8000"
     assert [name for name in tags if not is_known(name)] == []
     with pytest.raises(ValueError, match=r"tag score\.x of meteor/7 holds no stored score"):
         stored_scores(version({"score.x": "{}"}))
-    assert Suite("elsewhere", SUITE.sha256, "heldout", 4).digest == SUITE.digest
 
 
 @pytest.mark.parametrize(

@@ -21,11 +21,11 @@ from pipelines.checkpoint.state import TrainState
 from pipelines.config.recipe import ModelSettings, Recipe, TrackingSettings
 from pipelines.data import shards
 from pipelines.data.schema import build_members
-from pipelines.evaluation.scores import ScoringError
+from pipelines.evaluation.scores import Score, ScoringError
 from pipelines.evaluation.suite import Suite
 from pipelines.io import storage
 from pipelines.registry.aliases import alias_history, move_alias, roll_back
-from pipelines.registry.evaluate import evaluate
+from pipelines.registry.evaluate import Wanted, evaluate
 from pipelines.registry.folder import ExportError
 from pipelines.registry.open import load_registered
 from pipelines.registry.parity import ParityError
@@ -108,8 +108,9 @@ def test_a_variant_has_its_pruning_its_proofs_and_its_card(
     readme = (folder / "README.md").read_text()
     assert version.description == readme
     assert (
-        f"| {SUITE.questions} x heldout of {SUITE.manifest} ({SUITE.digest}) | {score_of(POORER).coverage} | 0.7500 ["
-        in readme
+        f"| {SUITE.questions} x heldout of {SUITE.manifest}, part final ({SUITE.digest}) | "
+        f"{score_of(POORER).coverage} | "
+        "0.7500 [" in readme
     )
     assert f"| variant of | {base.uri} |" in readme
     score = score_of(POORER, tiny_pruning(20))
@@ -184,12 +185,18 @@ def test_compare_shows_the_paired_difference_and_refuses_other_suites(
     assert "1.0000 [" in accuracy
     assert "0.7500 [" in accuracy
     assert "-0.2500 [" in accuracy
-    (tokens,) = (line for line in printed.splitlines() if line.startswith("visual tokens"))
+    assert "1 of 4 differ, p 1 (Holm), visible from " in accuracy
+    assert "undecided at a margin of 0.02" in accuracy
+    (likelihood,) = (line for line in printed.splitlines() if line.startswith("answer NLL"))
+    assert "4 of 4 differ" in likelihood
+    assert "undecided at a margin of 0.02" in likelihood, "four questions decide nothing"
+    (tokens,) = (line for line in printed.splitlines() if line.startswith("tokens per image"))
     assert "32 > 12.0" in tokens
     assert "-6.0 after stage 3" in tokens
     written = json.loads(output.read_text())
-    assert written["second_minus_first"]["accuracy"] == -0.25
-    assert written["second_minus_first"]["answer_nll"] == pytest.approx((0.5 + 3 * 0.1) / 4)
+    assert written["second_minus_first"]["accuracy"]["mean"] == -0.25
+    assert written["second_minus_first"]["answer_nll"]["mean"] == pytest.approx((0.5 + 3 * 0.1) / 4)
+    assert written["verdicts"]["accuracy"] == "undecided"
     assert written["first"]["version"] == variants[32].version
 
     status, printed = ask(
@@ -197,7 +204,7 @@ def test_compare_shows_the_paired_difference_and_refuses_other_suites(
     )
     assert status == 1
     assert "no suite in common" in printed
-    assert f"jobs/evaluate.py --model {base.uri} --manifest {SUITE.manifest} --split heldout --questions 4" in printed
+    assert f"jobs/evaluate.py --model {base.uri} --manifest {SUITE.manifest} {SUITE.options}" in printed
     status, printed = ask(monkeypatch, capfd, server, *arguments, "--suite", "0123")
     assert status == 1
     assert "no score of both on suite 0123" in printed
@@ -221,20 +228,35 @@ def test_promote_roll_back_and_list(
     assert f"python jobs/evaluate.py --model {base.uri} --manifest s3://data" in printed
     assert "champion" not in registry.registered_model().aliases
 
+    promotes = ("promote", "--tracking.registered-model", NAME, "--least-questions", "4")
+    status, printed = ask(monkeypatch, capfd, server, *promotes, "--version", str(wide), "--to", "other")
+    assert (status, f"version none -> {wide}" in printed) == (0, True), printed
+    assert "nothing stood before it" in registry.version(wide).tags["promoted.other"]
+    status, printed = ask(monkeypatch, capfd, server, *promotes, "--version", str(narrow), "--to", "other")
+    assert status == 1
+    assert f"answer_nll against version {wide} on suite {SUITE.digest}: +0.2000 [" in printed
+    assert "--force REASON" in printed
+    assert registry.target("other") == wide
+    status, printed = ask(monkeypatch, capfd, server, *promotes[:3], "--version", str(wide))
+    assert (status, "has 4 questions, 256 are the least" in printed) == (1, True), printed
+
     for arguments, expected in (
-        (("promote", "--tracking.registered-model", NAME, "--version", str(wide)), f"version none -> {wide}"),
+        ((*promotes, "--version", str(wide)), f"version none -> {wide}"),
         (
-            ("promote", "--tracking.registered-model", NAME, "--alias", "budget-20", "--to", "champion"),
+            (*promotes, "--alias", "budget-20", "--to", "champion", "--force", "cheap enough"),
             f"version {wide} -> {narrow}",
         ),
-        (
-            ("promote", "--tracking.registered-model", NAME, "--alias", "budget-20"),
-            f"points to version {narrow} already",
-        ),
+        ((*promotes, "--alias", "budget-20"), f"points to version {narrow} already"),
         (("rollback", "--tracking.registered-model", NAME, "--alias", "champion"), f"version {narrow} -> {wide}"),
     ):
         status, printed = ask(monkeypatch, capfd, server, *arguments)
         assert (status, expected in printed) == (0, True), printed
+    trace = registry.version(narrow).tags["forced.champion"]
+    assert trace.startswith("20")
+    assert "forced: cheap enough; without: whether it is worse than the version before is open: answer_nll against" in (
+        trace
+    )
+    assert "@" in trace
     registered = registry.registered_model()
     assert int(registered.aliases["champion"]) == wide
     assert f"to version {wide}" in registry.version(narrow).tags["rolled_back.champion"]
@@ -249,7 +271,7 @@ def test_promote_roll_back_and_list(
     assert status == 0
     rows = {line.split()[0]: line for line in printed.splitlines()}
     assert "budget-32, champion" in rows[str(wide)]
-    assert rows[str(wide)].endswith("yes")
+    assert rows[str(wide)].endswith("no"), "four questions are few"
     assert rows[str(base.version)].endswith("no")
     assert f"champion: {wide}" in printed.splitlines()
 
@@ -332,9 +354,10 @@ def test_evaluate_files_the_score_with_the_version(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
-    suite = Suite.of(manifest, "heldout", 6)
-    asked: dict[str, Any] = {"model": f"models:/{NAME}@latest-pretrain", "manifest": manifest.url, "split": "heldout"}
-    how: dict[str, Any] = {"questions": 256, "batch": 4, "device": "cpu"}
+    suite = Suite.of(manifest, "heldout", 6, part="all")
+    wanted = Wanted(part="all")
+    asked: dict[str, Any] = {"model": f"models:/{NAME}@latest-pretrain", "manifest": manifest.url, "wanted": wanted}
+    how: dict[str, Any] = {"batch": 4, "device": "cpu"}
     score = evaluate(**asked, **how)
     version = registry.version(base.version)
     assert version.tags["suite"] == suite.digest
@@ -349,11 +372,11 @@ def test_evaluate_files_the_score_with_the_version(
     alone = {**asked, "model": str(exported)}
     again = evaluate(**alone, **how, output=tmp_path / "score.json")
     assert [item.nll for item in again.records] == pytest.approx([item.nll for item in score.records], rel=1e-5)
-    assert json.loads((tmp_path / "score.json").read_text())["score"] == again.to_dict(records=True)
+    assert Score.from_dict(json.loads((tmp_path / "score.json").read_text())["score"]) == again
     with pytest.raises(ValueError, match="manifest is missing"):
         evaluate(**{**alone, "manifest": ""}, **how)
     with pytest.raises(ValueError, match="no split 'test'"):
-        evaluate(**{**asked, "split": "test"}, **how)
+        evaluate(**{**asked, "wanted": replace(wanted, split="test")}, **how)
 
 
 def test_a_spoilt_artifact_is_no_score(
