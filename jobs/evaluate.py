@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from jobs.command_line import Job
-from jobs.settings import Device, Tracking, check_device, check_manifest, check_model, torch_device
+from jobs.settings import Device, OtherPruner, Tracking, check_device, check_manifest, check_model, torch_device
 from pipelines.evaluation.groups import Part
 from pipelines.evaluation.scorers import Scorer
 from pipelines.evaluation.scores import Replies
@@ -44,6 +44,8 @@ class Evaluate:
     no (yesno), by the letter of a choice (letter), or by edit distance (anls)."""
     batch: int = 16
     """Questions at a time."""
+    pruner: OtherPruner = field(default_factory=OtherPruner)
+    """Another way to drop visual tokens than the model's own; the score is then shown and not filed."""
     output: Path | None = None
     """JSON file for the score with every question."""
     device: Device = "auto"
@@ -60,6 +62,7 @@ def check(settings: Evaluate) -> None:
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
+    settings.pruner.check()
     check_device(settings.device)
 
 
@@ -73,6 +76,7 @@ def run(settings: Evaluate) -> None:
         Wanted(settings.split, settings.questions, settings.part, settings.every, settings.replies, settings.scorer),
         batch=settings.batch,
         device=torch_device(settings.device),
+        pruner=settings.pruner.chosen,
         output=settings.output,
         uri=settings.tracking.uri,
     )

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tyro
 
 from jobs.command_line import Job
-from jobs.settings import Device, Tracking, check_device, check_files, check_model, torch_device
+from jobs.settings import Device, OtherPruner, Tracking, check_device, check_files, check_model, torch_device
 from meteor_model.chat import IMAGE_PLACEHOLDER
 from pipelines.io.console import say
 
@@ -32,6 +32,8 @@ class Predict:
     """An image file (JPEG, PNG, WebP, GIF); may be given several times, or not at all."""
     max_new_tokens: int = 32
     """Longest answer, in tokens."""
+    pruner: OtherPruner = field(default_factory=OtherPruner)
+    """Another way to drop visual tokens than the model's own."""
     device: Device = "auto"
     """Where the model runs; auto takes a GPU where there is one."""
     tracking: Tracking = field(default_factory=Tracking)
@@ -49,6 +51,7 @@ def check(settings: Predict) -> None:
         )
     if settings.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {settings.max_new_tokens}; it must be at least 1")
+    settings.pruner.check()
     check_device(settings.device)
 
 
@@ -57,7 +60,8 @@ def run(settings: Predict) -> None:
     from pipelines.inference.ask import ask  # here: it loads torch, which --help does not need
 
     device = torch_device(settings.device)
-    reply = ask(settings.model, settings.prompt, settings.image, settings.max_new_tokens, device, settings.tracking.uri)
+    asked = (settings.model, settings.prompt, settings.image, settings.max_new_tokens, device, settings.tracking.uri)
+    reply = ask(*asked, settings.pruner.chosen)
     say(f"answer: {reply.text}")
     for stage, counts in reply.visual_tokens.items():
         say(f"{stage}: {counts}")

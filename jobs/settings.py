@@ -39,6 +39,32 @@ class RegistryAddress(Tracking):
     """Name of the registered model."""
 
 
+@dataclass(frozen=True)
+class OtherPruner:
+    """Another pruner than the model's own (docs/pruners.md), for this command."""
+
+    name: str = ""
+    """Its name, e.g. fastv; empty: the model's own."""
+    keep: int = 0
+    """Visual tokens that an image keeps in the language model's last layer."""
+    options: dict[str, float] = field(default_factory=dict)
+    """The pruner's own numbers, by name."""
+
+    @property
+    def chosen(self) -> tuple[str, int, dict[str, float]]:
+        """As `pipelines.registry.open.apply_pruner` takes it."""
+        return self.name, self.keep, self.options
+
+    def check(self) -> None:
+        """What can be wrong before a model is there. Raises ValueError."""
+        if bool(self.name) != bool(self.keep):
+            raise ValueError(
+                "give pruner.name and pruner.keep together: the pruner, and the tokens that an image keeps"
+            )
+        if self.keep < 0:
+            raise ValueError(f"pruner.keep is {self.keep}; it must be at least 1")
+
+
 def check_model(model: str, tracking: Tracking, setting: str = "model") -> None:
     """Refuse an address that names no model. Raises ValueError that says which forms there are."""
     if model.startswith("models:"):

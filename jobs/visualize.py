@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tyro
 
 from jobs.command_line import Job
-from jobs.settings import Device, Tracking, check_device, check_files, check_model, torch_device
+from jobs.settings import Device, OtherPruner, Tracking, check_device, check_files, check_model, torch_device
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class Visualize:
     decode_mean: float | None = None
     """Solve stage 3's lambda on these prompts for this mean number of tokens, instead of the model's own; for a model
     that is not calibrated."""
+    pruner: OtherPruner = field(default_factory=OtherPruner)
+    """Another way to drop visual tokens than the model's own; the cells that it keeps are drawn."""
     device: Device = "auto"
     """Where the model runs; auto takes a GPU where there is one."""
     tracking: Tracking = field(default_factory=Tracking)
@@ -54,17 +56,23 @@ def check(settings: Visualize) -> None:
         raise ValueError("prompt is missing: stage 3 is drawn for a prompt, better for two different ones")
     if settings.output.exists() and not settings.output.is_dir():
         raise ValueError(f"output {settings.output} is not a folder")
+    settings.pruner.check()
+    if settings.pruner.name and settings.only != ("kept",):
+        raise ValueError("pruner.name is given: ranks and vav are those of the model's own stages; set only to kept")
     check_device(settings.device)
 
 
 def run(settings: Visualize) -> None:
     """Load, draw, write."""
     from pipelines.job.draw import calibrate_for, draw, load  # here: it loads torch, which --help does not need
+    from pipelines.registry.open import apply_pruner
 
     model, processor = load(settings.model, torch_device(settings.device), settings.tracking.uri)
+    apply_pruner(model, processor, *settings.pruner.chosen)
     if settings.decode_mean is not None and settings.prompt:
         calibrate_for(model, processor, settings.image, settings.prompt, settings.decode_mean)
-    draw(model, processor, settings.image, settings.prompt, settings.only, settings.rank_images, settings.output)
+    prompts = settings.prompt if model.config.pruning.decode.enabled or not settings.pruner.name else ()
+    draw(model, processor, settings.image, prompts, settings.only, settings.rank_images, settings.output)
 
 
 JOB = Job("visualize", Visualize, run, __doc__, check=check)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from meteor_model.images import ImageError
 from meteor_model.loading import load_model_and_processor
 from meteor_model.processing_meteor import MeteorProcessor
 from pipelines.registry.folder import tokens_by_stage
-from pipelines.registry.open import open_model
+from pipelines.registry.open import apply_pruner, open_model
 from pipelines.registry.versions import pin_model
 
 
@@ -30,7 +30,15 @@ class Reply:
     visual_tokens: dict[str, str]
 
 
-def ask(model: str, prompt: str, files: Sequence[Path], max_new_tokens: int, device: str, uri: str) -> Reply:
+def ask(
+    model: str,
+    prompt: str,
+    files: Sequence[Path],
+    max_new_tokens: int,
+    device: str,
+    uri: str,
+    pruner: tuple[str, int, Mapping[str, float]] = ("", 0, {}),
+) -> Reply:
     """Open a model, ask it, and count.
 
     Args:
@@ -40,12 +48,14 @@ def ask(model: str, prompt: str, files: Sequence[Path], max_new_tokens: int, dev
         max_new_tokens: longest answer.
         device: where the model runs.
         uri: of the tracking server, for a registered model.
+        pruner: name, tokens kept and numbers of another pruner than the model's own.
 
     Raises:
-        ValueError: a file that is no image, or a model that cannot be opened.
+        ValueError: a pruner that the model does not allow, a file that is no image, or a model that cannot be opened.
     """
     with open_model(pin_model(model, uri)) as folder:
         loaded, processor = load_model_and_processor(folder)
+    apply_pruner(loaded, processor, *pruner)
     images = load_images(files, processor)
     question = Question.of(prompt, processor, images)
     (answer,) = Answerer(loaded.to(device), processor).answer([question], Budget(max_new_tokens))

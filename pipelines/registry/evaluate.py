@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from pipelines.evaluation.suite import Suite
 from pipelines.io.console import say
 from pipelines.io.git import git_commit
 from pipelines.io.redact import redact, redact_text
-from pipelines.registry.open import load_model
+from pipelines.registry.open import apply_pruner, load_model
 from pipelines.registry.scores import store_score
 from pipelines.registry.versions import pin_model, training_manifest
 
@@ -39,6 +40,7 @@ def evaluate(
     *,
     batch: int,
     device: str,
+    pruner: tuple[str, int, Mapping[str, float]] = ("", 0, {}),
     output: Path | None = None,
     uri: str | None = None,
 ) -> Score:
@@ -50,6 +52,7 @@ def evaluate(
         wanted: which questions of it.
         batch: questions at a time.
         device: where the model runs.
+        pruner: name, tokens kept and numbers of another pruner than the model's own; its score is not filed.
         output: JSON file for the score with every question.
         uri: of the MLflow server; None takes MLFLOW_TRACKING_URI.
 
@@ -62,20 +65,24 @@ def evaluate(
         raise ValueError(f"manifest is missing: {model} does not say what it was trained on")
     suite = Suite.of(load_manifest(address), **asdict(wanted))
     loaded, processor = load_model(pinned, device)
+    apply_pruner(loaded, processor, *pruner)
     found = suite.read(processor, loaded.config.text_config.max_position_embeddings)
     suite = replace(suite, questions=found.drawn)
     score = score_model(loaded, processor, found, suite, batch)
-    if pinned.registry is not None:
+    registry = None if pruner[0] else pinned.registry
+    if registry is not None:
         setting = {"git_commit": git_commit(Path(__file__).resolve().parents[2]), "device": device}
-        store_score(pinned.registry, pinned.version, score, suite, setting)
+        store_score(registry, pinned.version, score, suite, setting)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        shown = redact({"model": pinned.address, "suite": asdict(suite)})
+        name, keep, options = pruner
+        other = {"pruner": {"name": name, "keep": keep, "options": dict(options)}} if name else {}
+        shown = redact({"model": pinned.address, "suite": asdict(suite), **other})
         document = {**shown, "score": score.to_dict(records=True)}
         output.write_text(json.dumps(document, indent=2) + "\n")
     say(score_text(pinned.address, suite, score))
-    if pinned.registry is not None:
-        say(f"  filed with version {pinned.version} of {pinned.registry.name}")
+    if registry is not None:
+        say(f"  filed with version {pinned.version} of {registry.name}")
     return score
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,6 +12,7 @@ import torch
 from meteor_model.loading import load_model_and_processor
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
+from meteor_model.pruners.named import with_pruner
 from pipelines.checkpoint.local import local_copy
 from pipelines.config.settings import SettingsError
 from pipelines.io import sealed, storage
@@ -61,6 +62,32 @@ def load_model(model: PinnedModel, device: str = "cpu") -> tuple[MeteorForCondit
     with open_model(model) as folder:
         loaded, processor = load_model_and_processor(folder)
     return loaded.to(device), processor
+
+
+def apply_pruner(
+    model: MeteorForConditionalGeneration,
+    processor: MeteorProcessor,
+    name: str,
+    keep: int,
+    options: Mapping[str, float],
+) -> None:
+    """Put a model and its processor under a named pruner (`meteor_model.pruners.named`), in place.
+
+    Args:
+        model: any; how it is pruned now is not looked at.
+        processor: the model's.
+        name: of the pruner; empty leaves both as they are.
+        keep: visual tokens that an image keeps at the end.
+        options: the pruner's own numbers; whole ones are passed as such.
+
+    Raises:
+        ValueError: for an unknown pruner, or what the model does not allow; nothing is changed then.
+    """
+    if not name:
+        return
+    whole = {key: int(value) if float(value).is_integer() else value for key, value in options.items()}
+    model.follow(with_pruner(model.config, name, keep, **whole))
+    processor.tokens_per_image = model.config.tokens_per_image
 
 
 def load_registered(

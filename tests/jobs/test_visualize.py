@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from jobs.settings import Tracking
+from jobs.settings import OtherPruner, Tracking
 from jobs.visualize import JOB, Visualize, check, run
+from pipelines.inference.ask import ask
 from pipelines.registry.folder import export_model
 from tests.meteor_model.builders import PRUNED, model, processor
 
@@ -36,6 +37,8 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Visualize:
         ({"rank_images": (Path("nowhere.png"),)}, "image nowhere.png does not exist"),
         ({"prompt": ()}, "prompt is missing"),
         ({"only": ()}, "only is empty"),
+        ({"pruner": OtherPruner("fastv")}, "give pruner.name and pruner.keep together"),
+        ({"pruner": OtherPruner("fastv", 8)}, "set only to kept"),
         ({"output": Path(__file__)}, "test_visualize.py is not a folder"),
         ({"model": "models:/meteor@latest", "tracking": Tracking("")}, "tracking.uri is not set"),
         ({"model": "models:/meteor"}, "models:/meteor is no address"),
@@ -57,6 +60,25 @@ def test_an_uncalibrated_model_says_so_and_takes_a_mean(asked: Visualize, capsys
     assert {file.stem for file in files} == {"overview", "encode", "fuse", "decode", "ranks", "vav"}
     assert all(Image.open(file).format == "PNG" and min(Image.open(file).size) > 400 for file in files)
     assert "keeps 9 tokens on average" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("pruner", "sheets"),
+    [
+        (OtherPruner("fastv", 8, {"layer": 1}), {"overview", "encode", "fuse", "decode"}),
+        (OtherPruner("divprune", 8), {"overview", "encode", "fuse"}),
+    ],
+)
+def test_another_pruner_is_drawn(asked: Visualize, tmp_path: Path, pruner: OtherPruner, sheets: set[str]) -> None:
+    run(replace(asked, only=("kept",), pruner=pruner, output=tmp_path))
+    assert {file.stem for file in tmp_path.iterdir()} == sheets
+
+
+def test_another_pruner_answers_and_says_what_it_keeps(asked: Visualize) -> None:
+    reply = ask(asked.model, "What colour?", [asked.image], 4, "cpu", "", ("fastv", 8, {"layer": 1}))
+    assert reply.visual_tokens["visual_tokens.decode"] == "192 > 8 (1 image(s))"
+    with pytest.raises(ValueError, match="pruner 'fasvt' is unknown"):
+        ask(asked.model, "What colour?", [asked.image], 4, "cpu", "", ("fasvt", 8, {}))
 
 
 def test_the_command_line(asked: Visualize, tmp_path: Path) -> None:
