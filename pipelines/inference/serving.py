@@ -22,11 +22,10 @@ from starlette.responses import JSONResponse, Response
 
 from meteor_model.answering import Answer, Answerer, RequestError
 from meteor_model.limits import MAX_BYTES
-from meteor_model.loading import load_model_and_processor
 from pipelines.inference.browser import is_foreign_page
 from pipelines.inference.reading import Item, ReadingTimeoutError, RequestReader
 from pipelines.inference.settings import ServeSettings
-from pipelines.registry.open import device_for, open_model
+from pipelines.registry.open import apply_pruner, device_for, load_model
 from pipelines.registry.versions import PinnedModel
 
 APP_NAME = "meteor"
@@ -52,14 +51,22 @@ def build_app(model: PinnedModel, settings: ServeSettings) -> Application:
     return application
 
 
+def answerer_of(model: PinnedModel, settings: ServeSettings) -> Answerer:
+    """The model that a replica answers with, on its device, under the pruner that is asked for.
+
+    Raises:
+        ValueError: a pruner that does not exist or that the model does not allow; or of `load_model`.
+    """
+    loaded, processor = load_model(model, device_for(settings.gpus))
+    apply_pruner(loaded, processor, settings.pruner, settings.pruner_keep, settings.pruner_options)
+    return Answerer(loaded, processor)
+
+
 class _Replica:
     """One copy of the model and its queue of rows."""
 
     def __init__(self, model: PinnedModel, settings: ServeSettings) -> None:
-        device = device_for(settings.gpus)
-        with open_model(model) as folder:
-            loaded, processor = load_model_and_processor(folder)
-        self._answerer = Answerer(loaded.to(device), processor)
+        self._answerer = answerer_of(model, settings)
         self._reader = RequestReader(self._answerer, settings.limits, settings.read_threads, settings.read_s)
         self._origins = settings.origins
         self._gather.set_max_batch_size(settings.batch_rows)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from dataclasses import field
+
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from meteor_model.limits import ImageLimits, RequestLimits
 from pipelines.io.validation import settings_class
@@ -48,6 +50,17 @@ class ServeSettings:
     """Origins (scheme://host:port) of web pages that may ask; requests of any other page get a 403."""
     request_characters: PositiveInt = RequestLimits.all_characters
     """Characters of all prompts of a request; more are refused."""
+
+    pruner: str = ""
+    """Another pruner than the model's own (docs/pruners.md), e.g. fastv; empty: the model's own."""
+    pruner_keep: NonNegativeInt = 0
+    """Visual tokens that an image keeps under it in the language model's last layer."""
+    pruner_options: dict[str, float] = field(default_factory=dict)
+    """Its own numbers, by name."""
+
+    def __post_init__(self) -> None:
+        if bool(self.pruner) != bool(self.pruner_keep):
+            raise ServingError("give serve.pruner and serve.pruner_keep together, or neither")
 
     @property
     def limits(self) -> RequestLimits:

@@ -17,9 +17,10 @@ import torch
 from benchmarks.serve import serving
 from meteor_model.answering import Answerer, Budget, Question, RequestError, read_rows
 from pipelines.inference.reading import read_request
-from pipelines.inference.serving import answer_items
+from pipelines.inference.serving import answer_items, answerer_of
 from pipelines.inference.settings import ServeSettings, ServingError
 from pipelines.registry.folder import export_model
+from pipelines.registry.versions import PinnedModel
 from tests.meteor_model.builders import counted_encodes, model, processor
 from tests.pipelines.registry.test_versions import in_base64, png
 
@@ -53,6 +54,20 @@ def answerer() -> Answerer:
 def test_what_is_no_request_is_named(answerer: Answerer, body: bytes, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         read_request(body, answerer)
+
+
+def test_a_replica_answers_under_another_pruner(tmp_path: Path) -> None:
+    pinned = PinnedModel(str(export_model(model(), processor(), tmp_path / "model")))
+    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    for settings, kept in (
+        (ServeSettings(pruner="fastv", pruner_keep=9), 9),
+        (ServeSettings(pruner="stride", pruner_keep=7), 7),
+    ):
+        served = answerer_of(pinned, settings)
+        (answer,) = served.answer([Question.of("what?", served.processor, [image])], Budget(2))
+        assert answer.visual_tokens == kept
+    with pytest.raises(ServingError, match=r"serve\.pruner and serve\.pruner_keep together"):
+        ServeSettings(pruner="fastv")
 
 
 def test_a_batch_of_several_budgets_answers_each_with_its_own(answerer: Answerer) -> None:
