@@ -13,6 +13,8 @@ from typing import Any
 from meteor_model.configuration_meteor import DecodePruning, MeteorConfig, PruningConfig
 from tune.space import LEAST_SHARE, Space
 
+OWN = {"encode": "meteor", "fuse": "mutual_redundancy", "decode": "top_heads"}
+"""The paper's criteria."""
 TARGET_SHARES = (0.75, 0.5, 0.25, 0.125)
 """Mean tokens after stage 3, as shares of those that enter the LLM; the published model keeps 242 of 576."""
 LAYER = 2
@@ -60,7 +62,13 @@ def paper_choices(space: Space, shares: Sequence[float]) -> list[dict[str, Any]]
         if config.pruning.encode.rank_estimator in space.ranks:
             choices["encode.rank_estimator"] = config.pruning.encode.rank_estimator
         choices["fuse.share"] = _share(config.tokens_per_image, present)
+    choices |= {
+        f"{stage}.criterion": OWN[stage]
+        for stage, names in space.criteria.items()
+        if len(names) > 1 and OWN[stage] in names
+    }
     if not space.can_decode:
+        choices.pop("decode.criterion", None)
         return [choices]
     choices |= {
         "decode.enabled": True,

@@ -44,6 +44,12 @@ class SweepSettings:
     """The score: likelihood of the expected answers (lower is better), or the share of right answers."""
     decode_by: DecodeBy = "target"
     """Choose stage 3 by a target mean, for which lambda is solved, or by lambda itself (not with token budgets)."""
+    encode_criteria: tuple[str, ...] = ()
+    """Criteria of stage 1 that are searched (docs/pruners.md); none: the model's own."""
+    fuse_criteria: tuple[str, ...] = ()
+    """Criteria of stage 2 that are searched."""
+    decode_criteria: tuple[str, ...] = ()
+    """Criteria of stage 3 that are searched."""
     questions: PositiveInt = 256
     """Questions of the suite, from the part `search` of the held-out split."""
     portions: PositiveInt = 4
@@ -101,11 +107,20 @@ class SweepSettings:
         if self.train_split == self.heldout_split:
             raise SettingsError(f"lambda would be solved on the questions: both splits are {self.train_split!r}")
 
+    @property
+    def criteria(self) -> dict[str, tuple[str, ...]]:
+        """By stage, those that are searched."""
+        named = {"encode": self.encode_criteria, "fuse": self.fuse_criteria, "decode": self.decode_criteria}
+        return {stage: names for stage, names in named.items() if names}
+
     def identity(self) -> dict[str, Any]:
         """The settings that decide the results: two starts of one sweep must agree in it."""
         plain: dict[str, Any] = redact(json.loads(json.dumps(asdict(self))))
         for key in ("name", "storage", "output", "register", "tracking", "max_concurrent", "pictures"):
             plain.pop(key)
+        for key in ("encode_criteria", "fuse_criteria", "decode_criteria"):
+            if not plain[key]:  # younger than sweeps that are stored
+                plain.pop(key)
         plain["train"] = self.train.identity() if self.kind == "finetune" else None
         return plain
 

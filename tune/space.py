@@ -16,14 +16,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, TypeVar
 
 from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, MeteorConfig, PruningConfig
 from meteor_model.decoder.families import plan_decoder
 from meteor_model.encoders import encoder_class
+from meteor_model.pruners.builtin import DECODE_CRITERIA, ENCODE_CRITERIA, FUSE_CRITERIA
+from meteor_model.pruners.registry import Registry
 
 T = TypeVar("T")
+StageT = TypeVar("StageT", EncodePruning, FusePruning, DecodePruning)
+CRITERIA: Mapping[str, Registry[Any]] = {"encode": ENCODE_CRITERIA, "fuse": FUSE_CRITERIA, "decode": DECODE_CRITERIA}
 #: estimator -> encoder -> expected rank at each boundary.
 Ranks = Mapping[str, Mapping[str, Sequence[float]]]
 DecodeBy = Literal["target", "lambda"]
@@ -84,6 +88,8 @@ class Space:
         cap: visual tokens after stage 3 that the calibrated mean must not exceed, per image; None for no bound.
         decode_by: whether stage 3 is chosen by a target mean, for which lambda is solved later, or by lambda itself. A
             lambda says nothing of the mean, so it goes with no cap.
+        criteria: for a stage ("encode", "fuse", "decode") the criteria that it may follow (`meteor_model.pruners`);
+            without, that of the model. Budgets stay those of the model.
 
     Raises:
         SpaceError: naming what does not fit.
@@ -93,8 +99,10 @@ class Space:
     ranks: Ranks
     cap: float | None = None
     decode_by: DecodeBy = "target"
+    criteria: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._check_criteria()
         if self.cap is not None and self.cap < 1:
             raise SpaceError(f"a budget of {self.cap:g} visual tokens is below one token an image")
         if self.cap is not None and self.decode_by == "lambda":
@@ -164,6 +172,21 @@ class Space:
     def _bound(self) -> float:
         return math.inf if self.cap is None else self.cap
 
+    def _check_criteria(self) -> None:
+        for stage, names in self.criteria.items():
+            for name in names:
+                try:
+                    facts = CRITERIA[stage][name].facts
+                except ValueError as error:
+                    raise SpaceError(str(error)) from None
+                if self.prunes_encoders and (facts.get("looks") or facts.get("grid")):
+                    raise SpaceError(
+                        f"pruning.{stage}.criterion {name!r} needs all tokens of the towers, which the search prunes: "
+                        "leave it out"
+                    )
+                if not self.prunes_encoders and not facts.get("joint", True):
+                    raise SpaceError(f"pruning.{stage}.criterion {name!r} compares encoders, which are joined here")
+
     # -------------------------------------------------------------------------------------------------------- choosing
 
     def sample(self, chooser: Chooser) -> MeteorConfig:
@@ -176,7 +199,16 @@ class Space:
         stage3 = self._choose_stage3(chooser)
         fuse, entering = self._fuse(chooser, encode, stage3)
         decode = self._decode(chooser, entering) if stage3 else DecodePruning(enabled=False)
+        encode = self._criterion(chooser, "encode", encode)
+        fuse, decode = self._criterion(chooser, "fuse", fuse), self._criterion(chooser, "decode", decode)
         return self.config.with_pruning(PruningConfig(encode, fuse, decode), ranks)
+
+    def _criterion(self, chooser: Chooser, stage: str, settings: StageT) -> StageT:
+        names = self.criteria.get(stage, ())
+        if not names or not settings.enabled:
+            return settings
+        name = names[0] if len(names) == 1 else chooser.suggest_categorical(f"{stage}.criterion", tuple(names))
+        return replace(settings, criterion=name, options={})
 
     def _encode(self, chooser: Chooser) -> tuple[EncodePruning, dict[str, list[float]] | None]:
         config, base = self.config, self.config.pruning.encode

@@ -73,7 +73,9 @@ def run_sweep(settings: SweepSettings) -> dict[str, Any]:
 def _search(settings: SweepSettings, prepared: Prepared, plan: StudyPlan) -> StudySearch:
     """Run what is left of one study."""
     in_tokens = plan.budget is not None and settings.budget_unit == "tokens"
-    space = Space(prepared.config, prepared.ranks, plan.budget if in_tokens else None, settings.decode_by)
+    space = Space(
+        prepared.config, prepared.ranks, plan.budget if in_tokens else None, settings.decode_by, settings.criteria
+    )
     search = StudySearch(
         plan,
         space,

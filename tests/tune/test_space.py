@@ -117,6 +117,35 @@ def test_choices_cover_what_the_paper_sets_by_hand() -> None:
     assert min(p.encode.rank_exponent for p in seen) < 0 < 1 < max(p.encode.rank_exponent for p in seen)
 
 
+def test_criteria_are_searched_where_their_stage_is_on_and_the_paper_s_come_first() -> None:
+    base = model_config("tiny")
+    criteria = {"encode": ("random",), "fuse": ("mutual_redundancy", "divprune"), "decode": ("all_heads", "top_heads")}
+    space = Space(base, {}, criteria=criteria)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    seen = [space.sample(study.ask()).pruning for _ in range(30)]
+    assert {p.encode.criterion for p in seen} == {"random"}
+    assert {p.fuse.criterion for p in seen} == {"mutual_redundancy", "divprune"}
+    assert {p.decode.criterion for p in seen if p.decode.enabled} == {"all_heads", "top_heads"}
+    begin = paper_choices(space, [0.5])[0]
+    assert begin["fuse.criterion"] == "mutual_redundancy"
+    assert begin["decode.criterion"] == "top_heads"
+    assert "encode.criterion" not in begin, "there is one"
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "model", "message"),
+    [
+        ("fuse", "divprun", "tiny", "pruning.fuse.criterion 'divprun' is unknown"),
+        ("fuse", "scope", "tiny", "'scope' needs all tokens of the towers"),
+        ("decode", "feather", "tiny", "'feather' needs all tokens of the towers"),
+        ("fuse", "mutual_redundancy", "eagle_x5_7b", "'mutual_redundancy' compares encoders"),
+    ],
+)
+def test_criteria_that_no_configuration_takes_are_refused(stage: str, name: str, model: str, message: str) -> None:
+    with pytest.raises(SpaceError, match=message):
+        Space(model_config(model, dense=model != "tiny"), {}, criteria={stage: (name,)})
+
+
 @pytest.mark.parametrize("name", ["tiny", "small", "meteor_x4_7b", "eagle_x5_7b"])
 def test_the_papers_settings_are_choices_of_the_space(name: str) -> None:
     """A search may begin with them: the choices give the very configurations, at whatever target."""
