@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help plan predict-shards serve setup lock up status down pretrain finetune sweep predict calibrate evaluate register shards parts visualize flops bench-prune bench-gpu bench-order bench-ranks bench-serve bench-limits bench-start rehearsal \
+.PHONY: help plan predict-shards serve setup lock up status down pretrain finetune sweep predict calibrate evaluate register shards parts visualize flops bench-prune bench-gpu bench-order bench-ranks bench-search bench-serve bench-limits bench-start rehearsal \
   chaos check docs docs-check format fuzz test test-slow test-versions clean
 
 PYTHON ?= python3.11
@@ -63,9 +63,9 @@ pretrain: up  ## Pre-train the tiny model end to end on the local stack (about 5
 finetune: up  ## Fine-tune what pretrain registered
 	@$(SUBMIT) python jobs/finetune.py --run.output "$(CURDIR)/runs/latest" $(ARGS)
 
-sweep: up  ## Search budgets and front of the registered model (about 5 minutes) and register the winners; writes benchmarks/results/sweep.json
-	@$(SUBMIT) python jobs/sweep.py --output "$(CURDIR)/benchmarks/results/sweep.json" --budgets 8 16 --pareto \
-	  --compare-random --trials 24 --max-concurrent 2 --register $(ARGS)
+sweep: up  ## Search a pruning that costs less and is no worse, and the best of two budgets; register them; writes benchmarks/results/sweep.json
+	@$(SUBMIT) python jobs/sweep.py --output "$(CURDIR)/benchmarks/results/sweep.json" --budgets 8 16 --trials 24 \
+	  --max-concurrent 2 --register $(ARGS)
 
 predict: up  ## Ask the registered model: make predict ARGS="--image FILE --prompt TEXT"
 	@$(STACK) run -- $(PY) jobs/predict.py --model models:/meteor@latest-pretrain $(ARGS)
@@ -111,6 +111,9 @@ bench-order: setup  ## Measure what plan and ledger cost at a billion samples (a
 
 bench-ranks: $(PARTS_STAMP)  ## Measure how ranks vary over images and kinds of images on the real towers (a few minutes); writes benchmarks/results/ranks.json
 	@$(PY) -m benchmarks.ranks $(ARGS)
+
+bench-search: setup  ## Compare samplers, starts and rules of a search on a surrogate of a real one (a minute); writes benchmarks/results/search.json
+	@$(PY) -m benchmarks.search $(ARGS)
 
 chaos: setup  ## Kill, cut and spoil everything on real servers and count the samples (about 40 minutes on two cores): make chaos ARGS="--only NAME"
 	@$(PY) -m benchmarks.chaos $(ARGS)

@@ -30,7 +30,7 @@ class Sweep:
 
 
 def defaults(arguments: Sequence[str]) -> Sweep:
-    """Neither budgets nor a front is chosen yet."""
+    """Those of the recipe that is named."""
     name = chosen(arguments, "--train-recipe", "tiny")
     return Sweep(SweepSettings(train=recipe("finetune", name)), cast(RecipeName, name))
 
@@ -38,7 +38,6 @@ def defaults(arguments: Sequence[str]) -> Sweep:
 def check(sweep: Sweep) -> None:
     """What can be wrong before anything is asked. Raises ValueError."""
     settings = sweep.settings
-    settings.studies()
     tracking = Tracking(settings.tracking.uri)
     tracking.require()
     check_model(settings.model, tracking)
@@ -55,7 +54,7 @@ def run(sweep: Sweep) -> None:
     run_sweep(sweep.settings)
 
 
-DESCRIPTION = "Search the best pruning of a registered model within budgets, or its front of score against cost."
+DESCRIPTION = "Search a pruning of a registered model that costs less and is no worse, and the best of each budget."
 JOB = Job("sweep", Sweep, run, DESCRIPTION, check=check, needs_ray=True, defaults=defaults)
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ ALLOWED: dict[str, str] = {
     "pipelines/training/trainer.py::_attempt::trainer.fit": "the watchdog ends what it waits for",
     "pipelines/training/validation.py::_result::ray.get": "of a task that is done",
     "jobs/serve.py::run::stopped.wait": "serves until it is told to stop",
-    "tune/sweep.py::_search::tuner.fit": "a person waits; a training inside has its own watchdog",
+    "tune/sweep.py::_run::tuner.fit": "a person waits; a training inside has its own watchdog",
 }
 """File, function and call -> why it may wait without a deadline of its own."""
 

@@ -1,67 +1,55 @@
-"""The paper's settings on a model at hand: what a search begins with, and must beat.
+"""The paper's settings on a model at hand, and the line of them at falling budgets: what a search begins with.
 
-METEOR (arXiv 2507.20842) shares budgets by rank to the power 1, asks the last text token of layer 2 through a quarter
-of the heads, and turns one knob, the mean number of tokens that stage 3 keeps.
+METEOR (arXiv 2507.20842) shares budgets by rank to the power 1 and asks the last text token of layer 2 through a
+quarter of the heads. Its budgets are the model's own. The line multiplies all of them, stage by stage, by one factor:
+it is the search that anybody would do by hand, and what another search must beat.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
-from meteor_model.configuration_meteor import DecodePruning, MeteorConfig, PruningConfig
-from tune.space import LEAST_SHARE, Space
+from tune.space import LEAST_SHARE, LEAST_TARGET, Space
 
 OWN = {"encode": "meteor", "fuse": "mutual_redundancy", "decode": "top_heads"}
 """The paper's criteria."""
-TARGET_SHARES = (0.75, 0.5, 0.25, 0.125)
-"""Mean tokens after stage 3, as shares of those that enter the LLM; the published model keeps 242 of 576."""
+LINE = (1.0, 0.85, 0.7, 0.55, 0.4, 0.3)
+"""Factors of the paper's budgets; the first are the paper's settings."""
+TARGET_SHARE = 242 / 576
+"""Share of the tokens that enter the LLM which stage 3 keeps in the published model, for a model without a target."""
 LAYER = 2
-BELOW_BUDGET = 0.9
-"""Target of the paper's settings in a token budget, as a share of it: the measured mean may miss it by a little."""
 
 
-def paper_settings(config: MeteorConfig) -> list[MeteorConfig]:
-    """The paper's settings of this model.
+def paper_line(space: Space) -> list[dict[str, Any]]:
+    """The paper's settings as choices of a space, at each factor of LINE; without repeats.
 
-    The model's own stages 1 and 2 with exponent 1; stage 3 off, then on with the paper's layer, heads and query at
-    falling targets. A model that stage 3 cannot run has the first alone.
-    """
-    base = config.pruning
-    encode = replace(base.encode, rank_exponent=1.0)
-    off = PruningConfig(encode, base.fuse, DecodePruning(enabled=False))
-    prunings = [off]
-    if Space(config, {}).can_decode:
-        layer = min(LAYER, config.text_config.num_hidden_layers - 1)
-        for share in TARGET_SHARES:
-            target = max(1.0, share * config.tokens_per_image)
-            prunings.append(replace(off, decode=DecodePruning(layer=layer, target_mean=target)))
-    return [config.with_pruning(pruning) for pruning in prunings]
-
-
-def paper_choices(space: Space, shares: Sequence[float]) -> list[dict[str, Any]]:
-    """The same settings as choices of a space, one for each share.
-
-    Of the tokens that enter the LLM, or of the space's cap, that stage 3 keeps on average. Empty where lambda itself is
-    chosen: the paper's is unknown.
-
-    What lies outside of the space is moved to its nearest end.
+    Empty where lambda itself is chosen: the paper's is unknown. What lies outside of the space is moved to its nearest
+    end.
     """
     if space.decode_by == "lambda":
         return []
+    line: list[dict[str, Any]] = []
+    for factor in LINE:
+        choices = _scaled(space, factor)
+        line += [] if choices in line else [choices]
+    return line
+
+
+def _scaled(space: Space, factor: float) -> dict[str, Any]:
     config, choices = space.config, dict[str, Any]()
+    left = factor  # later boundaries and stages keep shares of what is there: they shrink with the first that can
     if space.prunes_encoders:
         totals = config.pruning.encode.totals if config.pruning.encode.enabled else ()
         present = space.present
         for boundary in range(space.segments):
             total = totals[boundary] if totals else present
-            choices[f"encode.share.{boundary}"], present = _share(total, present), total
+            choices[f"encode.share.{boundary}"], left = _share(left * total / present, left)
+            present = total
         if space.ranks:
             choices["encode.rank_exponent"] = 1.0
         if config.pruning.encode.rank_estimator in space.ranks:
             choices["encode.rank_estimator"] = config.pruning.encode.rank_estimator
-        choices["fuse.share"] = _share(config.tokens_per_image, present)
+        choices["fuse.share"], left = _share(left * config.tokens_per_image / present, left)
     choices |= {
         f"{stage}.criterion": OWN[stage]
         for stage, names in space.criteria.items()
@@ -69,15 +57,20 @@ def paper_choices(space: Space, shares: Sequence[float]) -> list[dict[str, Any]]
     }
     if not space.can_decode:
         choices.pop("decode.criterion", None)
-        return [choices]
-    choices |= {
+        return choices
+    own = config.pruning.decode.target_mean if config.pruning.decode.enabled else None
+    kept = TARGET_SHARE if own is None else own / config.tokens_per_image
+    return {
+        **choices,
         "decode.enabled": True,
         "decode.layer": min(LAYER, max(1, config.text_config.num_hidden_layers // 2)),
-        "decode.num_heads": config.decode_heads,
+        "decode.num_heads": max(1, config.text_config.num_attention_heads // 4),
         "decode.query": "last",
+        "decode.target_share": min(1.0, max(LEAST_TARGET, left * kept)),
     }
-    return [{**choices, "decode.target_share": share} for share in shares]
 
 
-def _share(kept: int, present: int) -> float:
-    return min(1.0, max(LEAST_SHARE, kept / present))
+def _share(wanted: float, left: float) -> tuple[float, float]:
+    """A share within the space, and what of the factor is left for the next stage."""
+    share = min(1.0, max(LEAST_SHARE, wanted))
+    return share, 1.0 if left == 1.0 else min(1.0, wanted / share)

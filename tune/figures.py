@@ -1,9 +1,10 @@
-"""Pictures of a sweep: trials and front against each cost, the best of each budget, what mattered."""
+"""Pictures of a sweep: what was searched, the finalists against the paper's settings, what mattered."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -12,85 +13,62 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from meteor_model.visualize import COLOURS
-from tune.pareto import front
+from tune.choice import Answers
+from tune.pareto import Point, front
 from tune.records import TrialRecord
-from tune.results import completed, compute_unit, points
+from tune.results import completed, compute_unit
+from tune.settings import CostUnit
 
-LABELS = {
-    "tflops": "{unit} of one image and a short prompt",
-    "kept_per_image": "visual tokens per image after stage 3, mean",
-}
-NAMES = {"answer_nll": "NLL per token of the expected answer (nats)", "accuracy": "right answers (share)"}
-STUDIES = {"front": "search", "random": "random search", "defaults": "paper's settings"}
-MARKERS = {"front": "o", "random": "x", "defaults": "s"}
+NLL = "NLL per token of the expected answer (nats)"
 
 
-def draw_fronts(by_study: Mapping[str, Sequence[TrialRecord]], objective: str, path: Path) -> None:
-    """Every completed trial, and the front of each study, a panel for each cost.
-
-    Args:
-        by_study: trials of each study that is drawn.
-        objective: of the sweep: "answer_nll", which is drawn positive and falls, or "accuracy".
-        path: of the PNG file.
-    """
-    sign = -1.0 if objective == "answer_nll" else 1.0
-    dearest = max((p.cost for records in by_study.values() for p in points(records, "tflops")), default=0.0)
-    factor, unit = compute_unit(dearest)
-    scale = {"tflops": factor, "kept_per_image": 1.0}
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.4), dpi=150, sharey=True)
-    for axes, cost in zip(panels, LABELS, strict=True):
-        for index, (study, records) in enumerate(by_study.items()):
-            members = points(records, cost)
-            if not members:
-                continue
-            colour, name = COLOURS[index % len(COLOURS)], STUDIES.get(study, study)
-            axes.scatter(
-                [scale[cost] * p.cost for p in members],
-                [sign * p.score for p in members],
-                color=colour,
-                marker=MARKERS.get(study, "o"),
-                alpha=0.55,
-                s=26,
-                label=f"{name} ({len(members)})",
-            )
-            best = front(members)
-            edge = scale[cost] * max(p.cost for s in by_study.values() for p in points(s, cost))
-            costs, scores = [scale[cost] * p.cost for p in best], [sign * p.score for p in best]
-            axes.step([*costs, edge], [*scores, scores[-1]], where="post", color=colour, linewidth=1.6)
-        axes.set(xlabel=LABELS[cost].format(unit=unit))
-        _plain(axes)
-    panels[0].set(ylabel=NAMES[objective])
-    panels[1].legend(frameon=False)
-    figure.suptitle("What more compute buys: trials, and the best at each cost", x=0.01, ha="left")
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+def _scale(trials: Sequence[Answers], cost: CostUnit) -> tuple[float, str]:
+    """Factor and label of a cost axis."""
+    if cost == "ms":
+        return 1.0, "milliseconds per image"
+    factor, unit = compute_unit(max((trial.cost for trial in trials), default=0.0))
+    return factor, f"{unit} of one image and a short prompt"
 
 
-def draw_budgets(best: Mapping[float, TrialRecord | None], objective: str, unit: str, path: Path) -> None:
-    """The best score within each budget with its 95 % interval, and what the winner keeps."""
-    found = [(budget, record) for budget, record in sorted(best.items()) if record is not None]
-    factor, compute = compute_unit(max((record.scored.tflops for _, record in found), default=0.0))
-    figure, axes = plt.subplots(figsize=(7.5, 4.2), dpi=150)
-    for place, (_, record) in enumerate(found):
-        score = record.scored
-        value, interval = score.answer_nll, score.answer_nll_interval
-        if objective == "accuracy":
-            assert score.accuracy is not None
-            assert score.accuracy_interval is not None
-            value, interval = score.accuracy, score.accuracy_interval
-        axes.plot([place, place], [interval.low, interval.high], color=COLOURS[0], linewidth=2, alpha=0.5)
-        axes.plot(place, value, "o", color=COLOURS[0], markersize=8)
-        kept = f"{score.tokens_per_image} > {score.kept_per_image:.1f} tokens\n{factor * score.tflops:.3g} {compute}"
-        axes.annotate(kept, (place, value), xytext=(10, 0), textcoords="offset points", va="center", fontsize=8)
-    axes.set_xticks(range(len(found)), [f"{budget:g}" for budget, _ in found])
-    axes.set_xlim(-0.5, len(found) - 0.2)
-    unit_name = "visual tokens per image after stage 3" if unit == "tokens" else "TFLOPs"
-    axes.set(xlabel=f"budget ({unit_name})", ylabel=NAMES[objective], title="Best within each budget, 95 % intervals")
+def draw_search(trials: Sequence[Answers], paper: str, cost: CostUnit, path: Path) -> None:
+    """Every completed trial of the search, the front of them, and the paper's settings."""
+    factor, label = _scale(trials, cost)
+    figure, axes = plt.subplots(figsize=(7.5, 4.4), dpi=150)
+    axes.scatter([factor * t.cost for t in trials], [t.mean for t in trials], color=COLOURS[0], s=26, label="trials")
+    best = front(Point(trial.id, trial.cost, -trial.mean) for trial in trials)
+    edge = factor * max(trial.cost for trial in trials)
+    costs, scores = [factor * point.cost for point in best], [-point.score for point in best]
+    axes.step([*costs, edge], [*scores, scores[-1]], where="post", color=COLOURS[0], linewidth=1.6)
+    own = next(trial for trial in trials if trial.id == paper)
+    axes.plot(factor * own.cost, own.mean, "s", color=COLOURS[1], markersize=9, label="paper's settings")
+    axes.set(xlabel=label, ylabel=NLL, title="The search, on its own questions")
+    axes.legend(frameon=False)
     _plain(axes)
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+    _save(figure, path)
+
+
+def draw_finalists(
+    finalists: Sequence[Answers], decision: Mapping[str, Any], names: Mapping[str, str], cost: CostUnit, path: Path
+) -> None:
+    """NLL of each finalist minus that of the paper's settings with its 95 % interval, and the margin."""
+    factor, label = _scale(finalists, cost)
+    figure, axes = plt.subplots(figsize=(7.5, 4.4), dpi=150)
+    axes.axhline(0.0, color="black", linewidth=0.8)
+    axes.axhline(decision["margin"], color="black", linewidth=0.8, linestyle=":")
+    for judgement in decision["finalists"]:
+        place, nll = factor * judgement["cost"], judgement["nll"]
+        colour = COLOURS[1] if judgement["id"] == decision["cheapest"] else COLOURS[0]
+        axes.plot([place, place], [nll["interval"]["low"], nll["interval"]["high"]], color=colour, linewidth=2)
+        axes.plot(place, nll["mean"], "o", color=colour, markersize=7)
+        axes.annotate(
+            names[judgement["id"]], (place, nll["mean"]), xytext=(5, 4), textcoords="offset points", fontsize=7
+        )
+    own = next(one for one in finalists if one.id == decision["paper"])
+    axes.plot(factor * own.cost, 0.0, "s", color="black", markersize=7)
+    axes.set(xlabel=label, ylabel="NLL minus that of the paper's settings (nats)")
+    axes.set_title(f"Finalists on {decision['questions']} final questions (dotted: the margin)")
+    _plain(axes)
+    _save(figure, path)
 
 
 def draw_importances(found: Mapping[str, Mapping[str, float]], path: Path) -> None:
@@ -113,31 +91,26 @@ def draw_importances(found: Mapping[str, Mapping[str, float]], path: Path) -> No
     plt.close(figure)
 
 
-def draw_trials(records: Sequence[TrialRecord], objective: str, path: Path) -> None:
-    """Objective of each trial in the order of its study, and how many were stopped or failed."""
-    sign = -1.0 if objective == "answer_nll" else 1.0
-    studies = sorted({record.study for record in records}, key=lambda name: (len(name), name))
+def draw_trials(records: Sequence[TrialRecord], path: Path) -> None:
+    """NLL of each trial in the order of its phase, and how many were stopped or failed."""
+    phases = sorted({record.study for record in records}, reverse=True)
     figure, axes = plt.subplots(figsize=(9, 4.2), dpi=150)
-    for index, study in enumerate(studies):
-        members = [record for record in records if record.study == study]
-        done = [(place, r) for place, r in enumerate(members) if r.status == "completed"]
-        early = [(place, r) for place, r in enumerate(members) if r.status == "stopped" and r.objective is not None]
+    for index, phase in enumerate(phases):
+        members = [record for record in records if record.study == phase]
+        done = [(place, -(r.objective or 0)) for place, r in enumerate(members) if r.status == "completed"]
+        early = [(place, -r.objective) for place, r in enumerate(members) if r.status == "stopped" and r.objective]
         colour, failed = COLOURS[index % len(COLOURS)], sum(r.status == "failed" for r in members)
-        label = f"{study}: {len(completed(members))} scored, {len(early)} stopped" + (
-            f", {failed} failed" * bool(failed)
-        )
-        axes.plot([p for p, _ in done], [sign * (r.objective or 0) for _, r in done], "o", color=colour, label=label)
-        axes.plot(
-            [p for p, _ in early],
-            [sign * (r.objective or 0) for _, r in early],
-            "o",
-            markerfacecolor="none",
-            color=colour,
-            alpha=0.7,
-        )
-    axes.set(xlabel="trial of its study", ylabel=NAMES[objective], title="Trials (hollow: stopped early)")
+        label = f"{phase}: {len(completed(members))} scored, {len(early)} stopped" + f", {failed} failed" * bool(failed)
+        axes.plot([place for place, _ in done], [nll for _, nll in done], "o", color=colour, label=label)
+        hollow = {"markerfacecolor": "none", "alpha": 0.7}
+        axes.plot([place for place, _ in early], [nll for _, nll in early], "o", color=colour, **hollow)
+    axes.set(xlabel="trial of its phase", ylabel=NLL, title="Trials (hollow: stopped early)")
     _plain(axes)
     axes.legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -22,23 +22,6 @@ def front(points: Iterable[Point]) -> list[Point]:
         if not best or point.score > best[-1].score:
             best.append(point)
     return best
-
-
-def reference(points: Sequence[Point]) -> tuple[float, float]:
-    """A corner (cost, score) that is worse than all points in both, by a tenth of their range.
-
-    One corner for all sets whose hypervolumes are compared, over all of their points.
-
-    Raises:
-        ValueError: for no point.
-    """
-    if not points:
-        raise ValueError("there is no point to take a reference of")
-    costs, scores = [p.cost for p in points], [p.score for p in points]
-    return (
-        max(costs) + 0.1 * (max(costs) - min(costs)),
-        min(scores) - 0.1 * (max(scores) - min(scores)),
-    )
 
 
 def hypervolume(points: Iterable[Point], corner: tuple[float, float]) -> float:

@@ -31,9 +31,9 @@ from pipelines.registry.publish import pull_model
 from pipelines.registry.versions import PinnedModel, Registry, pin_model, training_manifest
 from pipelines.tracking.server import TrackingAwayError, TrackingError, require_tracking
 from tune.folder import SweepFolder, list_sweeps, sweep_folder
-from tune.records import Records
+from tune.records import Records, TrialRecord
 from tune.resources import bundles_of_trial, concurrent_trials
-from tune.settings import SweepSettings
+from tune.settings import SEARCH, SweepSettings
 from tune.space import Ranks, ranks_of_config, ranks_of_report
 from tune.sweep_tracker import SweepTracker
 from tune.trial import TrialContext
@@ -46,7 +46,8 @@ class SweepFacts:
     Attributes:
         settings: `SweepSettings.identity`.
         model: models:/NAME/VERSION.
-        suite: the questions.
+        suite: the questions of the search.
+        final: those of the finalists.
         mlflow_run_id: of its run; None until it is opened.
         finished: whether its results are complete.
     """
@@ -54,13 +55,14 @@ class SweepFacts:
     settings: dict[str, Any]
     model: str
     suite: dict[str, Any]
+    final: dict[str, Any]
     mlflow_run_id: str | None = None
     finished: bool = False
 
     @property
     def identity(self) -> dict[str, Any]:
         """What decides the results: two starts of one sweep must agree in it."""
-        return {"settings": self.settings, "model": self.model, "suite": self.suite}
+        return {"settings": self.settings, "model": self.model, "suite": self.suite, "final": self.final}
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Prepared:
         ranks: by estimator.
         context: of its trials.
         records: of its trials.
+        earlier: completed trials of earlier sweeps, named SWEEP/TRIAL.
         tracker: its runs in MLflow.
         concurrent: trials at a time.
         trained: data of finetune trials.
@@ -89,6 +92,7 @@ class Prepared:
     ranks: Ranks
     context: TrialContext
     records: Records
+    earlier: tuple[TrialRecord, ...]
     tracker: SweepTracker
     concurrent: int
     trained: tuple[shards.Manifest, ...]
@@ -101,7 +105,6 @@ class _Subject:
     model: PinnedModel
     rank_report: dict[str, Any] | None
     manifest: shards.Manifest
-    suite: Suite
 
 
 def prepare(settings: SweepSettings) -> Prepared:
@@ -120,14 +123,19 @@ def prepare(settings: SweepSettings) -> Prepared:
     model = subject.model.address
     # Made once, before trials that begin together would each make them.
     trained = ensure_shards(settings.trial_recipe) if settings.kind == "finetune" else ()
-    name, facts, continued = choose_sweep(settings, SweepFacts(settings.identity(), model, asdict(subject.suite)))
+    manifest, split = subject.manifest, settings.heldout_split
+    suite = Suite.of(manifest, split, settings.questions, part="search").fitted(manifest)
+    final = Suite.of(manifest, split, settings.final_questions, part="final", scorer=settings.scorer).fitted(manifest)
+    begun = SweepFacts(settings.identity(), model, asdict(suite), asdict(final))
+    name, facts, continued = choose_sweep(settings, begun)
     folder = sweep_folder(settings.storage, name)
     if not continued:
         with tempfile.TemporaryDirectory(prefix="meteor-sweep-") as scratch:
             upload_folder(pull_model(subject.model, Path(scratch) / "model"), folder.base)
         store_facts(folder, facts)
-    config = _require_questions(settings, subject, folder.base)
+    config = _require_questions(settings, subject, suite, folder.base)
     report = subject.rank_report
+    earlier = earlier_records(settings, facts)
     records = Records(folder)
     tracker = SweepTracker(
         settings,
@@ -137,8 +145,9 @@ def prepare(settings: SweepSettings) -> Prepared:
         run_id=facts.mlflow_run_id,
         tags={
             "base": model,
-            "suite": subject.suite.digest,
-            "manifest_sha256": subject.suite.sha256,
+            "suite": suite.digest,
+            "final_suite": final.digest,
+            "manifest_sha256": suite.sha256,
             "git_commit": git_commit(Path.cwd()),
         },
     )
@@ -146,12 +155,12 @@ def prepare(settings: SweepSettings) -> Prepared:
     store_facts(folder, facts)
     ranks = ranks_of_report(report) if report is not None else ranks_of_config(config)
     say(
-        f"sweep {name} ({'continued' if continued else 'new'}) on {model}, suite {subject.suite.digest} of "
-        f"{subject.suite.questions} questions, ranks by {', '.join(sorted(ranks)) or 'none'}, {concurrent} trials at a "
-        f"time, MLflow run {tracker.run_id}",
+        f"sweep {name} ({'continued' if continued else 'new'}) on {model}, {suite.questions} questions of suite "
+        f"{suite.digest}, for finalists {final.questions} of {final.digest}, {len(earlier)} trials of earlier sweeps, "
+        f"ranks by {', '.join(sorted(ranks)) or 'none'}, {concurrent} trials at a time, MLflow run {tracker.run_id}",
     )
-    context = TrialContext(name, folder, subject.suite, subject.manifest.url, settings)
-    return Prepared(name, folder, facts, model, config, ranks, context, records, tracker, concurrent, trained)
+    context = TrialContext(name, folder, suite, final, subject.manifest.url, settings)
+    return Prepared(name, folder, facts, model, config, ranks, context, records, earlier, tracker, concurrent, trained)
 
 
 def _find_subject(settings: SweepSettings) -> _Subject:
@@ -171,26 +180,53 @@ def _find_subject(settings: SweepSettings) -> _Subject:
         raise SettingsError(
             f"the run of {pinned.address} does not say which data it was trained on: give --manifest ADDRESS"
         )
-    manifest = shards.load_manifest(address)
-    suite = Suite.of(manifest, settings.heldout_split, settings.questions, part="search")
-    return _Subject(pinned, report, manifest, suite)
+    return _Subject(pinned, report, shards.load_manifest(address))
 
 
-def _require_questions(settings: SweepSettings, subject: _Subject, base: str) -> MeteorConfig:
+def _require_questions(settings: SweepSettings, subject: _Subject, suite: Suite, base: str) -> MeteorConfig:
     """The configuration of the base model.
 
     Raises:
-        ValueError: for what is lacking and would fail every trial: questions of the suite, or prompts for lambda.
+        ValueError: for what is lacking and would fail every trial: questions that can be asked, or prompts for lambda.
     """
     with local_copy(base, weights=False) as folder:
         config = MeteorConfig.from_pretrained(folder)
         processor = MeteorProcessor.from_pretrained(folder)
     positions = config.text_config.max_position_embeddings
-    subject.suite.load(processor, positions)
+    suite.load(processor, positions)
     manifest, split = subject.manifest, settings.train_split
     if not read_prompts(manifest, split, processor, 1, positions=positions).asked:
         raise SettingsError(f"split {split!r} of {manifest.url} has no prompt with images for lambda")
     return config
+
+
+def earlier_records(settings: SweepSettings, facts: SweepFacts) -> tuple[TrialRecord, ...]:
+    """Completed trials of the sweeps that this one begins with, named SWEEP/TRIAL.
+
+    Raises:
+        SettingsError: a sweep that is not there, or of another model, other questions or another kind.
+    """
+    found: list[TrialRecord] = []
+    for name in settings.warm_start:
+        folder = sweep_folder(settings.storage, name)
+        stored = load_facts(folder)
+        if stored is None:
+            known = ", ".join(list_sweeps(settings.storage)) or "none"
+            raise SettingsError(f"there is no sweep {name!r} to begin with in {settings.storage}; there are: {known}")
+        kinds = (stored.settings.get("kind"), stored.settings.get("train"))
+        wanted = (facts.settings["kind"], facts.settings["train"])
+        if (stored.model, stored.suite, kinds) != (facts.model, facts.suite, wanted):
+            changed = differences(
+                {"model": stored.model, "suite": stored.suite, "kind": kinds[0], "train": kinds[1]},
+                {"model": facts.model, "suite": facts.suite, "kind": wanted[0], "train": wanted[1]},
+            )
+            raise SettingsError(
+                f"sweep {name!r} cannot be begun with: its trials are of another model, other questions or another "
+                "training:\n  " + "\n  ".join(changed)
+            )
+        records = [record for record in Records(folder).of(SEARCH) if record.status == "completed"]
+        found += [replace(record, id=f"{name}/{record.id}") for record in records]
+    return tuple(found)
 
 
 def _rank_report(registry: Registry, version: int) -> dict[str, Any] | None:
@@ -252,7 +288,12 @@ def load_facts(folder: SweepFolder) -> SweepFacts | None:
         data = storage.read_bytes(folder.facts)
     except storage.ObjectMissingError:
         return None
-    return codec.decode(SweepFacts, data, folder.facts, SettingsError)
+    try:
+        return codec.decode(SweepFacts, data, folder.facts, SettingsError)
+    except SettingsError as error:
+        raise SettingsError(
+            f"{error}. A sweep that earlier code made neither goes on nor is begun with: take another --name"
+        ) from None
 
 
 def store_facts(folder: SweepFolder, facts: SweepFacts) -> None:

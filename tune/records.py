@@ -14,6 +14,8 @@ from pipelines.evaluation.scores import Score
 from pipelines.io import codec, storage
 from tune.folder import SweepFolder
 
+DENSE = "dense"
+"""The model without pruning, among the finalists."""
 Status = Literal["started", "completed", "stopped", "failed"]
 """completed: scored on the whole suite. stopped: ended early by the scheduler. failed: with an error."""
 
@@ -23,13 +25,15 @@ class TrialRecord:
     """One trial.
 
     Attributes:
-        id: STUDY-NUMBER.
-        study: it belongs to.
+        id: PHASE-NUMBER.
+        study: the phase that it belongs to: `tune.settings.SEARCH` or `FINAL`.
         choices: by name, as the sampler made them.
         pruning: what they come to (`PruningConfig` as a dictionary); after the trial with the lambda that was solved.
         ranks: of the estimator that was chosen, or None.
         status: see `Status`.
+        of: of a finalist, the trial of the search that it was, or `DENSE`.
         objective: higher is better; of a stopped trial the last one that it reported.
+        ms: per image, measured; None where it was not.
         score: `Score.to_dict`, of a completed trial.
         error: of a failed one.
         seconds: that it took.
@@ -42,8 +46,10 @@ class TrialRecord:
     pruning: dict[str, Any]
     ranks: dict[str, list[float]] | None
     status: Status = "started"
+    of: str = ""
     objective: float | None = None
     score: dict[str, Any] | None = None
+    ms: float | None = None
     error: str | None = None
     seconds: float | None = None
     run_id: str | None = None

@@ -1,75 +1,83 @@
-"""What a sweep found: the best of each budget, the fronts with their hypervolumes, what mattered."""
+"""What a sweep found, for JSON, tables and people: the decision as plain values, what mattered, one trial as a row."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import optuna
 
 from pipelines.evaluation.scores import MEASURED, Score
-from tune.pareto import Point, front, hypervolume, reference
+from tune.choice import Answers, Judgement, best_within, cheapest, front_of, judged
 from tune.records import TrialRecord
-from tune.settings import SweepSettings
 
-COSTS = ("tflops", "kept_per_image")
-"""Fields of a score that a front is drawn against."""
 LEAST_FOR_IMPORTANCE = 8
 """Completed trials below which importances are noise and are left out."""
 
 
-def cost_of(settings: SweepSettings, score: Score) -> float:
-    """A score's cost in the unit of the budgets."""
-    return score.tflops if settings.budget_unit == "tflops" else score.kept_per_image
+def decide(
+    finalists: Sequence[Answers], groups: Sequence[str], paper: str, budgets: Sequence[float], margin: float
+) -> dict[str, Any]:
+    """The decision on the final questions, as plain values.
+
+    Args:
+        finalists: on the final questions.
+        groups: of these.
+        paper: name of the finalist with the paper's settings.
+        budgets: per image.
+        margin: nats that count as no worse.
+    """
+    reference = next(one for one in finalists if one.id == paper)
+    judgements = judged(finalists, reference, groups, margin)
+    found = cheapest(judgements)
+    by_budget: dict[str, Any] = {}
+    for budget in budgets:
+        choice = best_within(finalists, groups, budget)
+        by_budget[f"{budget:g}"] = None if choice is None else _budget(*choice)
+    return {
+        "paper": paper,
+        "margin": margin,
+        "questions": len(reference.nll),
+        "groups": len(set(groups)),
+        "finalists": [asdict(judgement) for judgement in judgements],
+        "front": front_of(finalists),
+        "cheapest": None if found is None else found.id,
+        "saved": None if found is None else found.saved,
+        "text": _text(found, margin, len(reference.nll)),
+        "budgets": by_budget,
+    }
+
+
+def _text(found: Judgement | None, margin: float, questions: int) -> str:
+    if found is None:
+        return (
+            f"no setting was found that costs less than the paper's and is no worse by {margin:g} nats "
+            f"({questions} final questions)"
+        )
+    return (
+        f"{found.id} saves {found.saved:.1%} of the cost of the paper's settings and is no worse by {margin:g} nats: "
+        f"NLL {found.nll.interval.beside(found.nll.mean, '+')} on {questions} final questions, "
+        f"p {found.p_adjusted:.2g} (Holm over the finalists that cost less)"
+    )
+
+
+def _budget(chosen: Answers, best: Answers, nll: Any) -> dict[str, Any]:
+    told = (
+        "the best by NLL, too"
+        if chosen.id == best.id
+        else (f"cheaper than {best.id}, the best by NLL, which it may equal: {nll.interval.beside(nll.mean, '+')}")
+    )
+    return {"trial": chosen.id, "best": best.id, "nll": chosen.mean, "difference": asdict(nll), "text": told}
 
 
 def completed(records: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """Those with a score of the whole suite."""
+    """Those with a score of a whole suite."""
     return [record for record in records if record.status == "completed"]
 
 
-def best_within(settings: SweepSettings, records: Sequence[TrialRecord], budget: float) -> TrialRecord | None:
-    """The trial with the best objective whose measured cost is within the budget; None where there is none.
-
-    Trials of every study count: a trial of the front may be the best within a budget.
-    """
-    fitting = [record for record in completed(records) if cost_of(settings, record.scored) <= budget]
-    return max(fitting, key=lambda record: (record.objective or 0.0, -cost_of(settings, record.scored)), default=None)
-
-
-def points(records: Sequence[TrialRecord], cost: str) -> list[Point]:
-    """Completed trials as points: the cost, and the objective."""
-    return [Point(r.id, float(getattr(r.scored, cost)), float(r.objective or 0.0)) for r in completed(records)]
-
-
-def fronts(by_study: Mapping[str, Sequence[TrialRecord]]) -> dict[str, Any]:
-    """For each cost the front over all trials, and the hypervolume that each study reaches by itself.
-
-    One reference corner for all studies, a tenth of the range of all points beyond the worst of them; hypervolumes are
-    also given as a share of all studies' together.
-    """
-    found: dict[str, Any] = {}
-    for cost in COSTS:
-        sets = {study: points(records, cost) for study, records in by_study.items()}
-        everything = [point for members in sets.values() for point in members]
-        if not everything:
-            continue
-        corner = reference(everything)
-        whole = hypervolume(everything, corner)
-        areas = {study: hypervolume(members, corner) for study, members in sets.items() if members}
-        found[cost] = {
-            "front": [point.id for point in front(everything)],
-            "reference": {"cost": corner[0], "objective": corner[1]},
-            "hypervolume": areas,
-            "hypervolume_share": {study: area / whole if whole else None for study, area in areas.items()},
-            "front_by_study": {study: [p.id for p in front(members)] for study, members in sets.items() if members},
-            "trials_by_study": {study: len(members) for study, members in sets.items() if members},
-        }
-    return found
-
-
-def importances(study: optuna.Study, several: bool) -> dict[str, float]:
+def importances(study: optuna.Study) -> dict[str, float]:
     """Share of the objective's variance that each choice explains (fANOVA; Hutter, Hoos and Leyton-Brown, ICML 2014).
 
     Over the completed trials with stage 3 on, so that its own settings can be compared with the others; empty where
@@ -84,24 +92,26 @@ def importances(study: optuna.Study, several: bool) -> dict[str, float]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-        target = (lambda trial: float(trial.values[0])) if several else None
-        found = optuna.importance.get_param_importances(alike, evaluator=evaluator, target=target)
+        found = optuna.importance.get_param_importances(
+            alike, evaluator=evaluator, target=lambda trial: float(trial.values[0])
+        )
     return {name: float(value) for name, value in found.items() if name != "decode.enabled"}
 
 
 def row(record: TrialRecord) -> dict[str, Any]:
     """One trial for tables and JSON."""
-    pruning = record.pruning
     score = record.score or {}
     return {
         "trial": record.id,
+        "of": record.of,
         "status": record.status,
         "objective": record.objective,
         **{name: score.get(name) for name in MEASURED},
+        "ms": record.ms,
         "seconds": record.seconds,
         "error": record.error,
         "choices": record.choices,
-        "pruning": pruning,
+        "pruning": record.pruning,
     }
 
 
@@ -110,21 +120,30 @@ def compute_unit(largest: float) -> tuple[float, str]:
     return (1.0, "TFLOPs") if largest >= 0.1 else (1e3, "GFLOPs")
 
 
-def table(records: Sequence[TrialRecord]) -> str:
-    """Completed trials as a Markdown table, by rising cost."""
+def table(records: Sequence[TrialRecord], decision: Mapping[str, Any]) -> str:
+    """Finalists as a Markdown table, by rising cost."""
     shown = sorted(completed(records), key=lambda item: item.scored.tflops)
     factor, unit = compute_unit(max((record.scored.tflops for record in shown), default=0.0))
+    against = {one["id"]: one for one in decision["finalists"]}
     lines = [
-        f"| trial | {unit} | tokens per image into the LLM | per image after stage 3 | NLL (95 %) | right (95 %) |",
-        "|---|---|---|---|---|---|",
+        f"| finalist | was | {unit} | ms | tokens per image into the LLM, after stage 3 | NLL (95 %) | right (95 %) | "
+        "NLL against the paper's | verdict |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for record in shown:
-        score = record.scored
+        score, judgement = record.scored, against.get(record.id)
         nll = score.answer_nll_interval
+        ms = "-" if record.ms is None else f"{record.ms:.2f}"
+        difference, verdict = "", "the paper's settings"
+        if judgement is not None:
+            interval = judgement["nll"]["interval"]
+            low, high = interval["low"], interval["high"]
+            difference = f"{judgement['nll']['mean']:+.4f} ({low:+.4f} to {high:+.4f})"
+            verdict = f"{judgement['verdict']}, p {judgement['p_adjusted']:.2g}"
         lines.append(
-            f"| {record.id} | {factor * score.tflops:.4g} | {score.tokens_per_image} | {score.kept_per_image:.1f} | "
-            f"{score.answer_nll:.3f} ({nll.low:.3f} to {nll.high:.3f}) | "
-            f"{_right(score)} |"
+            f"| {record.id} | {record.of} | {factor * score.tflops:.4g} | {ms} | {score.tokens_per_image}, "
+            f"{score.kept_per_image:.1f} | {score.answer_nll:.3f} ({nll.low:.3f} to {nll.high:.3f}) | "
+            f"{_right(score)} | {difference} | {verdict} |"
         )
     return "\n".join(lines)
 

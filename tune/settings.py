@@ -1,22 +1,31 @@
-"""Settings of one sweep, and the studies that they ask for."""
+"""Settings of one sweep: one study, the finalists that it sends to the final questions, and the rule that chooses."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, field, replace
 from typing import Any, Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from pipelines.config.recipe import Recipe, TrackingSettings
 from pipelines.config.settings import SettingsError
+from pipelines.evaluation.scorers import Scorer
+from pipelines.evaluation.scores import MARGINS
 from pipelines.io.names import Name
 from pipelines.io.redact import redact
 from pipelines.io.validation import settings_class
 from tune.space import DecodeBy
 
 Kind = Literal["evaluate", "finetune"]
-Sampler = Literal["tpe", "nsga2", "random", "given"]
+Sampler = Literal["tpe", "nsga2", "random"]
+BudgetUnit = Literal["tokens", "tflops", "ms"]
+CostUnit = Literal["tflops", "ms"]
+
+SEARCH = "search"
+"""The study: the first part of its trials' names."""
+FINAL = "final"
+"""The finalists on the final questions."""
 
 
 @settings_class(error=SettingsError)
@@ -29,21 +38,24 @@ class SweepSettings:
     """evaluate: score the model as it is under another pruning. finetune: first train it under that pruning, a short
     run through Ray Train (settings under --train)."""
     budgets: tuple[PositiveFloat, ...] = ()
-    """Find the best pruning within each of these budgets, each per image (one study each)."""
-    budget_unit: Literal["tokens", "tflops"] = "tokens"
-    """What budgets count: visual tokens per image after stage 3 (mean), or TFLOPs of one image and a short prompt."""
-    pareto: bool = False
-    """Search the front of score against TFLOPs and visual tokens at once, too."""
-    trials: PositiveInt = 16
-    """Trials of each study."""
-    pareto_sampler: Literal["tpe", "nsga2"] = "tpe"
-    """Optuna's sampler of the front. NSGA-II needs a few generations of trials before it is more than random."""
-    compare_random: bool = False
-    """Beside the front, as many trials of random search, for the comparison of hypervolumes."""
-    objective: Literal["answer_nll", "accuracy"] = "answer_nll"
-    """The score: likelihood of the expected answers (lower is better), or the share of right answers."""
+    """Choose the best finalist within each of these budgets, each per image; with none, the cheapest that is no worse
+    than the paper's settings alone."""
+    budget_unit: BudgetUnit = "tokens"
+    """What budgets count: visual tokens per image after stage 3 (mean), TFLOPs of one image and a short prompt, or
+    milliseconds per image as measured."""
+    cost: CostUnit = "tflops"
+    """What the search lowers beside the NLL: TFLOPs of one image and a short prompt, or milliseconds per image, which
+    are only comparable where trials run alone on machines of one kind (--max-concurrent 1)."""
+    trials: PositiveInt = 24
+    """Trials of the search, those that it begins with among them."""
+    sampler: Sampler = "tpe"
+    """Optuna's sampler, after the paper's settings at falling budgets: TPE, NSGA-II, or random."""
+    early_stopping: bool = True
+    """Stop a trial where one that costs no more is better for certain on the questions that both were asked."""
+    warm_start: tuple[Name, ...] = ()
+    """Earlier sweeps of the same model and questions whose trials the search begins with."""
     decode_by: DecodeBy = "target"
-    """Choose stage 3 by a target mean, for which lambda is solved, or by lambda itself (not with token budgets)."""
+    """Choose stage 3 by a target mean per image, for which lambda is solved, or by lambda itself."""
     encode_criteria: tuple[str, ...] = ()
     """Criteria of stage 1 that are searched (docs/pruners.md); none: the model's own."""
     fuse_criteria: tuple[str, ...] = ()
@@ -51,14 +63,21 @@ class SweepSettings:
     decode_criteria: tuple[str, ...] = ()
     """Criteria of stage 3 that are searched."""
     questions: PositiveInt = 256
-    """Questions of the suite, from the part `search` of the held-out split."""
-    portions: PositiveInt = 4
-    """Portions in which a trial of `evaluate` is scored; after each, ASHA may stop it."""
-    early_stopping: bool = True
-    """Stop the weaker half of a budget's trials early (ASHA). Studies of the front always run to the end."""
+    """Questions of a trial, from the part `search` of the held-out split, by likelihood alone; all there are where the
+    part has fewer."""
+    portions: PositiveInt = 2
+    """Portions in which they are asked; after each a trial may be stopped."""
+    finalists: PositiveInt = 6
+    """Trials that are asked the final questions, beside the paper's settings and the model without pruning."""
+    final_questions: PositiveInt = 1024
+    """Questions of a finalist, from the part `final`, answered as well; all there are where the part has fewer."""
+    scorer: Scorer = "exact"
+    """How answers to the final questions are held against the expected ones (`jobs/evaluate.py`)."""
+    margin: PositiveFloat = MARGINS["answer_nll"]
+    """Nats per token by which a setting may be worse than the paper's and still counts as no worse."""
     batch: PositiveInt = 16
     """Questions at a time."""
-    calibration_samples: PositiveInt = 64
+    calibration_samples: PositiveInt = 256
     """Prompts of the training split on which lambda is solved."""
     manifest: str = ""
     """Address of the shards; by default those that the model was trained on."""
@@ -73,9 +92,9 @@ class SweepSettings:
     gpus_per_trial: NonNegativeFloat = 0.0
     """Ray GPUs that a trial reserves for itself, fractions of one too."""
     pictures: NonNegativeInt = 1
-    """Questions of each finished trial for which the kept tokens are drawn."""
+    """Questions of each finalist for which the kept tokens are drawn."""
     seed: int = 0
-    """Seed of the samplers."""
+    """Seed of the sampler."""
     name: Name | None = None
     """Name of the sweep. A name that exists goes on where it stopped; None continues the last unfinished sweep of these
     settings, or begins a new one."""
@@ -84,7 +103,8 @@ class SweepSettings:
     output: str | None = None
     """JSON file on the machine that runs the job where the results are written as well; pictures beside it."""
     register: bool = False
-    """Register the best of each budget as a version of the model, under the alias budget-NUMBER (12_5 for 12.5)."""
+    """Register the best of each budget as a version of the model, under the alias budget-NUMBER (12_5 for 12.5), and
+    the cheapest that is no worse than the paper's settings under `cheapest`."""
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
     """MLflow."""
     train: Recipe = field(default_factory=Recipe)
@@ -100,10 +120,6 @@ class SweepSettings:
                 f"a trial reserves {self.cpus_per_trial:g} CPUs and {self.gpus_per_trial:g} GPUs: reserve some of one, "
                 "or trials would run without bound"
             )
-        if self.budgets and self.budget_unit == "tflops" and self.decode_by == "lambda":
-            raise SettingsError("a budget in TFLOPs needs decode_by 'target': a lambda does not tell the cost")
-        if self.compare_random and not self.pareto:
-            raise SettingsError("compare_random compares fronts: it needs --pareto")
         if self.train_split == self.heldout_split:
             raise SettingsError(f"lambda would be solved on the questions: both splits are {self.train_split!r}")
 
@@ -141,41 +157,3 @@ class SweepSettings:
     def alias_of(budget: float) -> str:
         """Alias of the version that is best within a budget: budget-64, budget-12_5 (MLflow takes no full stop)."""
         return f"budget-{budget:g}".replace(".", "_").replace("+", "")
-
-    def studies(self) -> tuple[StudyPlan, ...]:
-        """One for each budget; for the front one that searches, one that draws at random, and the paper's defaults.
-
-        Raises:
-            SettingsError: neither is asked for.
-        """
-        if not self.budgets and not self.pareto:
-            raise SettingsError("there is nothing to search: give --budgets NUMBER ... or --pareto")
-        plans = [
-            StudyPlan(f"budget-{budget:g}", self.trials, "tpe", budget, early_stopping=self.early_stopping)
-            for budget in self.budgets
-        ]
-        if self.pareto:
-            plans.append(StudyPlan("front", self.trials, self.pareto_sampler))
-            if self.compare_random:
-                plans.append(StudyPlan("random", self.trials, "random"))
-            plans.append(StudyPlan("defaults", 0, "given"))
-        return tuple(plans)
-
-
-@dataclass(frozen=True)
-class StudyPlan:
-    """One study.
-
-    Attributes:
-        name: the first part of its trials' names.
-        trials: how many; of "given" configurations, as many as there are.
-        sampler: what chooses.
-        budget: the bound of its trials, or None where score and costs are searched together.
-        early_stopping: whether ASHA stops trials.
-    """
-
-    name: str
-    trials: int
-    sampler: Sampler
-    budget: float | None = None
-    early_stopping: bool = False

@@ -9,12 +9,11 @@ A choice is a share of what is there, not a number of tokens, so that every choi
 3. decode  on or off; where on, its layer, heads and query, and a share of what enters the LLM as target mean (or a
            lambda)
 
-A cap on the visual tokens after stage 3 bounds the target, or, with stage 3 off, the tokens that fusion keeps.
+Tokens are counted per image.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, TypeVar
@@ -35,14 +34,14 @@ DecodeBy = Literal["target", "lambda"]
 LEAST_SHARE = 0.25
 """Of the tokens at a boundary, or of the pool that fusion sees, at least this share stays."""
 LEAST_TARGET = 1 / 16
-"""Least target mean of stage 3, as a share of the tokens that enter the LLM; with a cap, half the cap."""
+"""Least target mean of stage 3, as a share of the tokens that enter the LLM."""
 EXPONENTS = (-1.0, 2.0)
 SEGMENTS = 3
 """Boundaries of a model that has neither totals nor ranks."""
 
 
 class SpaceError(ValueError):
-    """A model, its ranks and a cap leave nothing to choose; the message says why."""
+    """A model and its ranks leave nothing to choose; the message says why."""
 
 
 class Chooser(Protocol):
@@ -85,9 +84,8 @@ class Space:
     Attributes:
         config: of the model; what the choices do not name stays as it is there.
         ranks: by estimator; with none, encoders share by token count and exponents are not searched.
-        cap: visual tokens after stage 3 that the calibrated mean must not exceed, per image; None for no bound.
-        decode_by: whether stage 3 is chosen by a target mean, for which lambda is solved later, or by lambda itself. A
-            lambda says nothing of the mean, so it goes with no cap.
+        decode_by: whether stage 3 is chosen by a target mean per image, for which lambda is solved later, or by lambda
+            itself.
         criteria: for a stage ("encode", "fuse", "decode") the criteria that it may follow (`meteor_model.pruners`);
             without, that of the model. Budgets stay those of the model.
 
@@ -97,16 +95,11 @@ class Space:
 
     config: MeteorConfig
     ranks: Ranks
-    cap: float | None = None
     decode_by: DecodeBy = "target"
     criteria: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._check_criteria()
-        if self.cap is not None and self.cap < 1:
-            raise SpaceError(f"a budget of {self.cap:g} visual tokens is below one token an image")
-        if self.cap is not None and self.decode_by == "lambda":
-            raise SpaceError("a budget in visual tokens needs decode_by 'target': a lambda does not bound the mean")
         names = sorted(item.name for item in self.config.encoders)
         for estimator, by_encoder in self.ranks.items():
             if sorted(by_encoder) != names:
@@ -122,10 +115,10 @@ class Space:
                         f"{estimator} ranks of {name!r} are for {len(values)} boundaries, the model's stage 1 has "
                         f"{self.segments}: calibrate it with as many segments"
                     )
-        if self._always_enter is not None and not self.can_decode and self._always_enter > self._bound:
+        if self._always_enter is not None and not self.can_decode:
             raise SpaceError(
-                f"{self._always_enter} visual tokens enter the LLM whatever is chosen and stage 3 cannot run it: the "
-                f"budget of {self.cap:g} cannot be met"
+                f"{self._always_enter} visual tokens enter the LLM whatever is chosen and stage 3 cannot run it: there "
+                "is nothing to search"
             )
 
     # ------------------------------------------------------------------------------------------------ the model's facts
@@ -168,10 +161,6 @@ class Space:
         """Tokens that enter the LLM whatever is chosen; None where fusion decides."""
         return None if self.prunes_encoders else self.config.concat_grid**2
 
-    @property
-    def _bound(self) -> float:
-        return math.inf if self.cap is None else self.cap
-
     def _check_criteria(self) -> None:
         for stage, names in self.criteria.items():
             for name in names:
@@ -197,7 +186,7 @@ class Space:
         else:
             encode = EncodePruning(enabled=False)
         stage3 = self._choose_stage3(chooser)
-        fuse, entering = self._fuse(chooser, encode, stage3)
+        fuse, entering = self._fuse(chooser, encode)
         decode = self._decode(chooser, entering) if stage3 else DecodePruning(enabled=False)
         encode = self._criterion(chooser, "encode", encode)
         fuse, decode = self._criterion(chooser, "fuse", fuse), self._criterion(chooser, "decode", decode)
@@ -237,30 +226,24 @@ class Space:
     def _choose_stage3(self, chooser: Chooser) -> bool:
         if not self.can_decode:
             return False
-        if self._always_enter is not None and self._always_enter > self._bound:
-            return True
         return bool(chooser.suggest_categorical("decode.enabled", (True, False)))
 
-    def _fuse(self, chooser: Chooser, encode: EncodePruning, stage3: bool) -> tuple[FusePruning, int]:
+    def _fuse(self, chooser: Chooser, encode: EncodePruning) -> tuple[FusePruning, int]:
         """Stage 2, and the visual tokens of an image that enter the LLM."""
         if self._always_enter is not None:
             return replace(self.config.pruning.fuse, enabled=False), self._always_enter
-        pool = encode.totals[-1]
-        if not stage3:
-            pool = math.floor(min(pool, self._bound))
-        keep = max(1, round(chooser.suggest_float("fuse.share", LEAST_SHARE, 1.0) * pool))
+        keep = max(1, round(chooser.suggest_float("fuse.share", LEAST_SHARE, 1.0) * encode.totals[-1]))
         return replace(self.config.pruning.fuse, enabled=True, keep=keep), keep
 
     def _decode(self, chooser: Chooser, entering: int) -> DecodePruning:
         text, base = self.config.text_config, self.config.pruning.decode
-        most = min(float(entering), self._bound)
         settings = replace(
             base,
             enabled=True,
             layer=chooser.suggest_int("decode.layer", 1, max(1, text.num_hidden_layers // 2)),
             num_heads=chooser.suggest_int("decode.num_heads", 1, text.num_attention_heads),
             query=chooser.suggest_categorical("decode.query", ("last", "all_text")),
-            k_min=min(base.k_min, math.floor(most)),
+            k_min=min(base.k_min, entering),
             target_mean=None,
             lam=None,
             budget="attention_mass",
@@ -270,9 +253,8 @@ class Space:
         if self.decode_by == "lambda":
             tokens = float(sum(self.config.encoder_tokens.values()))
             return replace(settings, lam=chooser.suggest_float("decode.lam", tokens / 100, tokens * 10, log=True))
-        least = LEAST_TARGET if self.cap is None else 0.5
-        share = chooser.suggest_float("decode.target_share", least, 1.0, log=True)
-        return replace(settings, target_mean=max(share * most, float(settings.k_min)))
+        share = chooser.suggest_float("decode.target_share", LEAST_TARGET, 1.0, log=True)
+        return replace(settings, target_mean=max(share * entering, float(settings.k_min)))
 
 
 def _between(family: str) -> bool:

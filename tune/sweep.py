@@ -1,9 +1,11 @@
-"""One sweep from a registered model to the best pruning of each budget, with the evidence.
+"""One sweep from a registered model to a pruning that costs less and is no worse, with the evidence.
 
-1. prepare   the model is pulled and stored for the trials; its ranks, its data and the suite; the sweep has a name
-2. search    study by study: Tune runs the trials, Optuna chooses, ASHA stops the weaker ones of a budget early
-3. collect   best per budget, fronts and hypervolumes, importances; pictures; MLflow; the JSON
-4. register  where it is asked for, the best of each budget becomes a version of the model
+1. prepare   the model is pulled and stored for the trials; its ranks, its data and both suites; the sweep has a name
+2. search    one study of NLL and cost for all budgets: it begins with the paper's settings at falling budgets and with
+             earlier sweeps; Tune runs the trials, what is dominated for certain is stopped
+3. finals    the trials nearest to the front, the paper's settings and the dense model, on questions that none has seen
+4. collect   what is no worse than the paper's settings, the best of each budget; pictures; MLflow; the JSON
+5. register  where it is asked for, these become versions of the model
 
 Killed anywhere and started again, a sweep goes on: trials that ended are read from storage, those under way run again.
 """
@@ -18,23 +20,22 @@ from dataclasses import replace
 from typing import Any
 
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.schedulers import FIFOScheduler
 
-from meteor_model.configuration_meteor import MeteorConfig
-from meteor_model.flops import count_flops
 from pipelines.config.settings import SettingsError
 from pipelines.io import storage
 from pipelines.io.arrow import arrow_filesystem
 from pipelines.io.console import say
-from tune.defaults import BELOW_BUDGET, TARGET_SHARES, paper_choices, paper_settings
+from tune.defaults import paper_line
+from tune.finals import choose_finalists
 from tune.outcome import collect_results, register_winners, sweep_text, write_output
 from tune.prepare import Prepared, prepare, store_facts
 from tune.records import TrialRecord
-from tune.results import cost_of
-from tune.settings import StudyPlan, SweepSettings
+from tune.settings import FINAL, SEARCH, SweepSettings
 from tune.space import Space
-from tune.study import StudySearch
-from tune.trial import PROGRESS, TRIALS
+from tune.stopping import StopDominated
+from tune.study import GivenSearch, Recorded, StudySearch
+from tune.trial import TRIALS
 
 TRIAL_RETRIES = 2
 """How often a trial whose process ended is run again. A fault of its configuration is not tried twice."""
@@ -49,11 +50,13 @@ def run_sweep(settings: SweepSettings) -> dict[str, Any]:
     begun = time.monotonic()
     prepared = prepare(settings)
     try:
-        studies = {plan.name: _search(settings, prepared, plan) for plan in settings.studies()}
-        _require_completed(prepared)
-        result = collect_results(settings, prepared, studies)
+        search = _search(settings, prepared)
+        _require_completed(prepared, SEARCH)
+        _finals(settings, prepared)
+        _require_completed(prepared, FINAL)
+        result = collect_results(settings, prepared, search.study)
         if settings.register:
-            result["registered"] = register_winners(settings, prepared)
+            result["registered"] = register_winners(settings, prepared, result)
         result["wall_s"] = round(time.monotonic() - begun, 1)
         storage.write_json(prepared.folder.result, result)
         write_output(settings, prepared, result)
@@ -63,35 +66,46 @@ def run_sweep(settings: SweepSettings) -> dict[str, Any]:
         raise
     prepared.tracker.finish()
     store_facts(prepared.folder, replace(prepared.facts, finished=True))
-    say(f"\n{sweep_text(settings, prepared, result)}")
+    say(f"\n{sweep_text(prepared, result)}")
     return result
 
 
 # -------------------------------------------------------------------------------------------------------------- search
 
 
-def _search(settings: SweepSettings, prepared: Prepared, plan: StudyPlan) -> StudySearch:
-    """Run what is left of one study."""
-    in_tokens = plan.budget is not None and settings.budget_unit == "tokens"
-    space = Space(
-        prepared.config, prepared.ranks, plan.budget if in_tokens else None, settings.decode_by, settings.criteria
-    )
+def _search(settings: SweepSettings, prepared: Prepared) -> StudySearch:
+    """Run what is left of the study."""
+    space = Space(prepared.config, prepared.ranks, settings.decode_by, settings.criteria)
     search = StudySearch(
-        plan,
+        SEARCH,
         space,
         prepared.records,
-        given=paper_settings(prepared.config) if plan.sampler == "given" else (),
-        begin=_begin(plan, space),
-        seed=settings.seed + 1000 * settings.studies().index(plan),  # a study that goes on counts its seed up
-        expected_cost=None if in_tokens else _tflops,
-        measured_cost=lambda score: cost_of(settings, score),
+        settings.trials,
+        sampler=settings.sampler,
+        cost=settings.cost,
+        begin=paper_line(space),
+        earlier=prepared.earlier,
+        seed=settings.seed,
         ended=lambda record: _ended(prepared, record),
     )
+    _run(settings, prepared, search, settings.kind, early_stopping=settings.early_stopping)
+    return search
+
+
+def _finals(settings: SweepSettings, prepared: Prepared) -> None:
+    """Ask the finalists what is left of the final questions."""
+    given = choose_finalists(settings, prepared)
+    finals = GivenSearch(FINAL, prepared.records, given, ended=lambda record: _ended(prepared, record))
+    _run(settings, prepared, finals, FINAL, early_stopping=False)
+
+
+def _run(settings: SweepSettings, prepared: Prepared, search: Recorded, trial: str, *, early_stopping: bool) -> None:
+    """Run what is left of one phase."""
     if search.left == 0:
-        say(f"[{plan.name}] complete")
-        return search
-    say(f"[{plan.name}] {search.left} trials to run")
-    trainable = tune.with_parameters(TRIALS[settings.kind], context=prepared.context)
+        say(f"[{search.phase}] complete")
+        return
+    say(f"[{search.phase}] {search.left} trials to run")
+    trainable = tune.with_parameters(TRIALS[trial], context=prepared.context)
     reserved = {"CPU": settings.cpus_per_trial, "GPU": settings.gpus_per_trial}
     filesystem, path = arrow_filesystem(prepared.folder.tune)
     # No log of each trial on disk, no tables on the screen, no address of each run: the sweep says what happens itself.
@@ -107,7 +121,7 @@ def _search(settings: SweepSettings, prepared: Prepared, plan: StudyPlan) -> Stu
         tune.with_resources(trainable, {name: amount for name, amount in reserved.items() if amount}),
         tune_config=tune.TuneConfig(
             search_alg=search,
-            scheduler=_scheduler(settings, plan),
+            scheduler=StopDominated(spared=f"{SEARCH}-000") if early_stopping else FIFOScheduler(),
             num_samples=search.left,
             max_concurrent_trials=prepared.concurrent,
             # A model that is loaded serves the next trial; a training that is stopped ends with its process.
@@ -115,7 +129,7 @@ def _search(settings: SweepSettings, prepared: Prepared, plan: StudyPlan) -> Stu
             trial_dirname_creator=lambda trial: str(trial.trial_id),
         ),
         run_config=tune.RunConfig(
-            name=f"{plan.name}-{uuid.uuid4().hex[:8]}",
+            name=f"{search.phase}-{uuid.uuid4().hex[:8]}",
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=tune.FailureConfig(max_failures=TRIAL_RETRIES),
@@ -126,50 +140,22 @@ def _search(settings: SweepSettings, prepared: Prepared, plan: StudyPlan) -> Stu
     )
     tuner.fit()
     if search.left:
-        raise SettingsError(f"study {plan.name} ended with {search.left} trials that did not run: see Ray's log")
-    return search
+        raise SettingsError(f"phase {search.phase} ended with {search.left} trials that did not run: see Ray's log")
 
 
-def _require_completed(prepared: Prepared) -> None:
-    """Raise SettingsError where every trial failed: there are no results."""
-    everything = prepared.records.all()
-    if not any(record.status == "completed" for record in everything):
+def _require_completed(prepared: Prepared, phase: str) -> None:
+    """Raise SettingsError where every trial of a phase failed: there are no results."""
+    trials = prepared.records.of(phase)
+    if not any(record.status == "completed" for record in trials):
         prepared.tracker.deliver()
-        errors = [f"  {record.id}: {record.error}" for record in everything if record.error]
+        errors = [f"  {record.id}: {record.error}" for record in trials if record.error]
         raise SettingsError(
-            f"none of {len(everything)} trials of sweep {prepared.name} was completed; search again under another "
-            "--name when what they failed with is mended:\n" + "\n".join(errors[:5])
+            f"none of {len(trials)} trials of sweep {prepared.name} ({phase}) was completed; search again under "
+            "another --name when what they failed with is mended:\n" + "\n".join(errors[:5])
         )
-
-
-def _begin(plan: StudyPlan, space: Space) -> list[dict[str, Any]]:
-    """What a study that searches tries first: the paper's settings, at the knob that its budget suggests."""
-    if plan.sampler not in ("tpe", "nsga2"):
-        return []
-    if space.cap is not None:
-        return paper_choices(space, (BELOW_BUDGET,))
-    return paper_choices(space, TARGET_SHARES[-1:] if plan.budget is not None else TARGET_SHARES[1::2])
-
-
-def _tflops(config: MeteorConfig) -> float:
-    return count_flops(config).total / 1e12
-
-
-def _scheduler(settings: SweepSettings, plan: StudyPlan) -> TrialScheduler:
-    if not plan.early_stopping:
-        return FIFOScheduler()
-    first = 50 if settings.kind == "evaluate" else 25  # on fewer questions a weak trial may look like the best
-    return ASHAScheduler(
-        time_attr=PROGRESS,
-        metric="objective",
-        mode="max",
-        max_t=100,
-        grace_period=first,
-        reduction_factor=2,
-    )
 
 
 def _ended(prepared: Prepared, record: TrialRecord) -> None:
     what = f"{record.objective:.4f}" if record.objective is not None else record.error or ""
-    say(f"  {record.id}: {record.status} {what}")
+    say(f"  {record.id}: {record.status} {what}" + (f" (was {record.of})" if record.of else ""))
     prepared.tracker.ended(record)

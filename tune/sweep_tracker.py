@@ -102,6 +102,7 @@ class SweepTracker:
                 "job": "trial",
                 PARENT_TAG: self.run_id,
                 "study": record.study,
+                **({"of": record.of} if record.of else {}),
                 "status": record.status,
                 **({"error": record.error[:500]} if record.error else {}),
                 **self._training(record),
@@ -121,14 +122,19 @@ class SweepTracker:
         self._records.update(record.id, run_id=run.run_id)
 
     def _training(self, record: TrialRecord) -> dict[str, str]:
-        """Where the checkpoints of a trial that trained are."""
+        """Where the checkpoints of a trial that trained are; of a finalist those of its trial."""
         if self._settings.kind != "finetune":
             return {}
-        return {"run_url": run_folder(self._settings.storage, training_name(self._sweep, record.id)).url}
+        sweep, _, trial = (record.of or record.id).rpartition("/")
+        return {"run_url": run_folder(self._settings.storage, training_name(sweep or self._sweep, trial)).url}
 
 
 def _metrics(record: TrialRecord) -> dict[str, float]:
-    found: dict[str, float | None] = {"objective": record.objective, "seconds": record.seconds}
+    found: dict[str, float | None] = {
+        "objective": record.objective,
+        "seconds": record.seconds,
+        "ms_per_image": record.ms,
+    }
     if record.score is not None:
         found |= record.scored.numbers()
     return {name: value for name, value in found.items() if value is not None}

@@ -1,8 +1,9 @@
 """What a trial does, in an actor of its own on the cluster: the model under one pruning, scored.
 
-An `evaluate` trial is scored in portions of the suite, and reports after each, so that the scheduler may stop it. The
-actor keeps model and questions when Tune hands it the next trial. A `finetune` trial trains first: a run of its own
-(`runs/SWEEP-TRIAL`) that a killed sweep goes on with; it reports the training loss at every checkpoint, then its score.
+A trial of the search is asked the search questions by their likelihood alone, in portions, and reports after each, so
+that the scheduler may stop it. The actor keeps model and questions when Tune hands it the next trial. A `finetune`
+trial trains first: a run of its own (`runs/SWEEP-TRIAL`) that a killed sweep goes on with; it reports the losses of the
+last steps at every checkpoint, then its score. A finalist is asked the final questions, and answers them.
 
 A fault of the configuration (a target that no lambda reaches) is reported as a failed trial. Any other error is Tune's
 to repeat.
@@ -25,7 +26,8 @@ import torch
 from ray import tune
 from ray.tune.result import DONE
 
-from meteor_model.configuration_meteor import PruningConfig
+from meteor_model.configuration_meteor import MeteorConfig, PruningConfig
+from meteor_model.flops import count_flops
 from meteor_model.loading import load_model_and_processor
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
@@ -33,10 +35,10 @@ from pipelines.checkpoint.committed import CheckpointRef, latest_checkpoint
 from pipelines.checkpoint.local import local_copy
 from pipelines.config.recipe import Recipe
 from pipelines.data import shards
-from pipelines.evaluation.evaluate import longest_answer, score_model, score_of_records
+from pipelines.evaluation.evaluate import ask_records, longest_answer, score_of_records
 from pipelines.evaluation.pictures import draw_questions
 from pipelines.evaluation.questions import Question, Questions, read_prompts
-from pipelines.evaluation.scores import Record, Score
+from pipelines.evaluation.scores import Record
 from pipelines.evaluation.suite import Suite
 from pipelines.evaluation.target_mean import solve_for_target
 from pipelines.io import storage
@@ -49,13 +51,11 @@ from pipelines.job.start import prepare_start
 from pipelines.job.train import train
 from pipelines.registry.open import device_for
 from pipelines.registry.variants import apply_pruning
-from tune.folder import SweepFolder
+from tune.folder import SweepFolder, sweep_folder
 from tune.records import training_name
-from tune.settings import SweepSettings
-
-PROGRESS = "progress"
-"""Per cent of a trial that is done: what the scheduler compares trials at."""
-POLL_S = 2.0
+from tune.settings import FINAL, SweepSettings
+from tune.stopping import PROGRESS, REPORT, Report
+from tune.timing import ms_per_image
 
 
 @dataclass(frozen=True)
@@ -65,27 +65,30 @@ class TrialContext:
     Attributes:
         sweep: name of the sweep.
         folder: in storage, with the exported base model.
-        suite: the questions.
+        search: the questions of its trials.
+        final: the questions of its finalists.
         manifest: address of the shards that lambda is solved on.
         settings: of the sweep.
     """
 
     sweep: str
     folder: SweepFolder
-    suite: Suite
+    search: Suite
+    final: Suite
     manifest: str
     settings: SweepSettings
 
 
-def objective_of(settings: SweepSettings, records: Sequence[Record]) -> float:
-    """The objective of these answers; higher is better."""
-    if settings.objective == "accuracy":
-        return sum(record.credit or 0.0 for record in records) / len(records)
-    return -sum(record.nll for record in records) / len(records)
+def expected_cost(config: MeteorConfig) -> float:
+    """TFLOPs of one image and prompt, stage 3 at its target."""
+    decode = config.pruning.decode
+    if decode.enabled and decode.target_mean is None:  # lambda itself is chosen: what it keeps is not known yet
+        config = config.with_pruning(replace(config.pruning, decode=replace(decode, enabled=False)))
+    return count_flops(config).total / 1e12
 
 
 class Trial(tune.Trainable):
-    """What both kinds share: a pruning to score, faults of the configuration as results, actors that are kept."""
+    """What all kinds share: a pruning to score, faults of the configuration as results, actors that are kept."""
 
     context: TrialContext
 
@@ -94,7 +97,6 @@ class Trial(tune.Trainable):
         torch.set_num_threads(max(1, int(context.settings.cpus_per_trial)))
         self.context = context
         self._questions: Questions | None = None
-        self._longest = 0
         self._prompts: tuple[Question, ...] = ()
         self.begin(config)
 
@@ -109,6 +111,7 @@ class Trial(tune.Trainable):
         change = json.loads(config["change"])
         self.pruning = PruningConfig.from_dict(change["pruning"])
         self.ranks: dict[str, list[float]] | None = change["ranks"]
+        self.of: str = change["of"]
         self.answers: list[Record] = []
         self.ready = False
 
@@ -119,7 +122,7 @@ class Trial(tune.Trainable):
         except TransientError:
             raise
         except ValueError as error:
-            # Tune wants the objective in every result; its scheduler passes over what is not a number.
+            # Tune wants the objective in every result.
             return {"objective": math.nan, "failed": f"{type(error).__name__}: {error}", PROGRESS: 100, DONE: True}
 
     def advance(self) -> dict[str, Any]:
@@ -133,6 +136,16 @@ class Trial(tune.Trainable):
         """Where the trial computes."""
         return device_for(self.context.settings.gpus_per_trial)
 
+    @property
+    def is_final(self) -> bool:
+        """Whether this is a finalist: it answers."""
+        return self.id.startswith(f"{FINAL}-")
+
+    @property
+    def suite(self) -> Suite:
+        """The questions of the trial."""
+        return self.context.final if self.is_final else self.context.search
+
     def prompts(self, model: MeteorForConditionalGeneration, processor: MeteorProcessor) -> Sequence[Question]:
         """The questions that lambda is solved on, read once an actor and encoded for the trial's pruning."""
         if not self._prompts:
@@ -142,19 +155,17 @@ class Trial(tune.Trainable):
         return [question.encoded_by(processor) for question in self._prompts]
 
     def questions(self, model: MeteorForConditionalGeneration, processor: MeteorProcessor) -> Questions:
-        """The suite, read once an actor."""
+        """The suite, read once an actor: all trials of one are of one phase."""
         if self._questions is None:
             positions = model.config.text_config.max_position_embeddings
-            self._questions = self.context.suite.load(processor, positions)
-            self._longest = longest_answer(self._questions.asked)
+            self._questions = self.suite.load(processor, positions)
         return self._questions
 
     @property
     def order(self) -> list[int]:
         """The suite's places in the order in which they are asked, the same in every trial.
 
-        Shuffled, or the first portions would hold what lies together in the shards, and the scheduler compare trials on
-        that.
+        Shuffled, or the first portions would hold what lies together in the shards, and trials be compared on that.
         """
         assert self._questions is not None, "they are read before the first one is asked"
         places = list(range(len(self._questions.asked)))
@@ -165,36 +176,35 @@ class Trial(tune.Trainable):
         """Score the next `count` questions."""
         done, suite = len(self.answers), self.questions(model, processor)
         places = self.order[done : done + count]
-        score = score_model(
+        self.answers += ask_records(
             model,
             processor,
             Questions(tuple(suite.asked[place].encoded_by(processor) for place in places)),
-            self.context.suite,
+            self.suite,
             self.context.settings.batch,
-            longest=self._longest,
+            longest=longest_answer(suite.asked) if self.is_final else None,
         )
-        self.answers += score.records
 
     def end(self, model: MeteorForConditionalGeneration, processor: MeteorProcessor) -> dict[str, Any]:
-        """Keep the score with all questions and the pictures in storage; the last report."""
-        context = self.context
+        """Keep the score with all questions, and of a finalist the pictures, in storage; the last report."""
+        context, settings = self.context, self.context.settings
         by_place = dict(zip(self.order, self.answers, strict=True))
         suite = self.questions(model, processor)
         records = [by_place[place] for place in sorted(by_place)]
-        score = score_of_records(model.config, records, context.suite, suite.left_out)
-        if context.settings.pictures:
+        score = score_of_records(model.config, records, self.suite, suite.left_out)
+        if self.is_final and settings.pictures:
             with tempfile.TemporaryDirectory(prefix="meteor-trial-") as name:
-                for file, picture in draw_questions(model, processor, suite.asked, context.settings.pictures):
+                for file, picture in draw_questions(model, processor, suite.asked, settings.pictures):
                     picture.save(Path(name) / file)
                 upload_folder(Path(name), context.folder.trial_pictures(self.id))
         storage.write_json(context.folder.score(self.id), score.to_dict(records=True))
-        ended = {"score": score.to_dict(), "pruning": asdict(model.config.pruning)}  # with the lambda that was solved
-        return {
-            "objective": objective_of(context.settings, self.answers),
-            PROGRESS: 100,
-            "score": json.dumps(ended),
-            DONE: True,
+        timed = self.is_final or "ms" in (settings.cost, settings.budget_unit)
+        ended = {
+            "score": score.to_dict(),
+            "pruning": asdict(model.config.pruning),  # with the lambda that was solved
+            "ms": ms_per_image(model, processor, suite.asked, settings.batch) if timed else None,
         }
+        return {"objective": -score.answer_nll, PROGRESS: 100, "score": json.dumps(ended), DONE: True}
 
 
 class EvaluateTrial(Trial):
@@ -203,7 +213,11 @@ class EvaluateTrial(Trial):
     def setup(self, config: dict[str, Any], context: TrialContext) -> None:
         """Load the base model, once an actor."""
         super().setup(config, context)
-        with local_copy(context.folder.base) as folder:
+        self.load(self.context.folder.base)
+
+    def load(self, url: str) -> None:
+        """Take the model of a folder."""
+        with local_copy(url) as folder:
             self.model, self.processor = load_model_and_processor(folder)
         self.model.to(self.device)
 
@@ -212,21 +226,46 @@ class EvaluateTrial(Trial):
         settings = self.context.settings
         if not self.ready:
             apply_pruning(self.model, self.processor, self.pruning, self.ranks)
-            solve_for_target(self.model, self.processor, lambda: self.prompts(self.model, self.processor))
+            if self.pruning.decode.lam is None:
+                solve_for_target(self.model, self.processor, lambda: self.prompts(self.model, self.processor))
+            self.cost = expected_cost(self.model.config)
             self.ready = True
         total = len(self.questions(self.model, self.processor).asked)
         self.ask(self.model, self.processor, -(-total // settings.portions))
         if len(self.answers) >= total:
             return self.end(self.model, self.processor)
+        values = [record.nll for record in self.answers]
+        report = Report(self.cost, values, [record.group for record in self.answers])
         progress = 100 * len(self.answers) / total
-        return {"objective": objective_of(settings, self.answers), PROGRESS: progress}
+        return {"objective": -sum(values) / len(values), PROGRESS: progress, REPORT: report.to_json()}
+
+
+class FinalTrial(EvaluateTrial):
+    """A finalist: the model that its trial trained, or the registered one, under its pruning."""
+
+    def setup(self, config: dict[str, Any], context: TrialContext) -> None:
+        """As of the kind: of `finetune` every finalist brings a model of its own."""
+        Trial.setup(self, config, context)
+        if self.context.settings.kind == "evaluate":
+            self.load(self.context.folder.base)
+
+    def advance(self) -> dict[str, Any]:
+        """A portion of the final questions."""
+        if not self.ready and self.context.settings.kind == "finetune":
+            sweep, _, trial = self.of.rpartition("/")
+            folder = sweep_folder(self.context.settings.storage, sweep) if sweep else self.context.folder
+            self.load(folder.export(trial))
+            self.ranks = None  # those of the export were measured anew
+        return super().advance()
 
 
 class FinetuneTrial(Trial):
     """A short training under the pruning, from the registered model on; then the score.
 
-    Until it is scored, its objective is the mean loss of the last steps before a checkpoint (`TrainState.last_losses`).
+    Until it is scored, it reports the losses of the last steps before a checkpoint (`TrainState.last_losses`).
     """
+
+    poll_s = 2.0
 
     def begin(self, config: dict[str, Any]) -> None:
         """The training starts with the first step, in a thread: every checkpoint is a report."""
@@ -238,19 +277,26 @@ class FinetuneTrial(Trial):
     def advance(self) -> dict[str, Any]:
         """Until the next checkpoint; after the last one, the whole suite."""
         if self.thread is None:
+            self.cost = self._cost()
             self.thread = threading.Thread(target=self._train, name="training", daemon=True)
             self.thread.start()
         while self.outcome is None:
-            time.sleep(POLL_S)
+            time.sleep(self.poll_s)
             reached = latest_checkpoint(self.recipe.run.storage, self.run_name)
             if reached is not None and not reached.state.done and reached.state.step > self.reported:
                 self.reported = reached.state.step
                 progress = 90 * reached.state.step / reached.state.total_steps
-                recent = reached.state.last_losses
-                return {"objective": -sum(recent) / len(recent), PROGRESS: progress}
+                recent = list(reached.state.last_losses)
+                report = Report(self.cost, recent, [str(step) for step in range(len(recent))])
+                return {"objective": -sum(recent) / len(recent), PROGRESS: progress, REPORT: report.to_json()}
         if isinstance(self.outcome, Exception):
             raise self.outcome
         return self._score(self.outcome)
+
+    def _cost(self) -> float:
+        with local_copy(self.context.folder.base, weights=False) as folder:
+            config = MeteorConfig.from_pretrained(folder)
+        return expected_cost(config.with_pruning(self.pruning, "keep" if self.ranks is None else self.ranks))
 
     @property
     def run_name(self) -> str:
@@ -294,14 +340,9 @@ class FinetuneTrial(Trial):
             )
             model, processor = load_model_and_processor(Path(scratch) / "model")
         model.to(self.device)
-        self.ask(model, processor, self.context.settings.questions)
+        self.ask(model, processor, len(self.questions(model, processor).asked))
         return self.end(model, processor)
 
 
-TRIALS: dict[str, type[Trial]] = {"evaluate": EvaluateTrial, "finetune": FinetuneTrial}
-
-
-def load_score(folder: SweepFolder, trial_id: str) -> Score:
-    """The score of a completed trial with all its questions. Raises StorageError."""
-    url = folder.score(trial_id)
-    return Score.from_dict(storage.read_json(url), url)
+TRIALS: dict[str, type[Trial]] = {"evaluate": EvaluateTrial, "finetune": FinetuneTrial, FINAL: FinalTrial}
+"""By the kind of the sweep, and of its finalists."""

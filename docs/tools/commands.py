@@ -60,7 +60,10 @@ make register ARGS="promote --version 2 --to champion --force documentation"
 RUN = "docs"
 """Name of the run that `make pretrain` makes."""
 MIXED = f"--data.heldout-samples 8 {SHORT_TRAINING}"
-SWEEP = "--trials 2 --questions 8 --portions 1 --calibration-samples 8 --batch 8 --max-concurrent 1"
+SWEEP = (
+    "--trials 2 --questions 8 --final-questions 8 --finalists 1 --portions 1 --calibration-samples 8 --batch 8 "
+    "--max-concurrent 1"
+)
 
 
 @dataclass(frozen=True)
@@ -173,11 +176,13 @@ ROWS: tuple[Row, ...] = (
         also=SWEEP,
         replace={"64 128 256": "12 24"},
     ),
-    Row("ray job submit --working-dir . -- python jobs/sweep.py --pareto --compare-random", also=SWEEP),
+    Row("ray job submit --working-dir . -- python jobs/sweep.py --cost ms", also=SWEEP),
     Row(
         "ray job submit --working-dir . -- python jobs/sweep.py --budgets 12.5 --budget-unit tflops --register",
         also=SWEEP,
     ),
+    Row("python -m tune.redo sweep.json", by="tests/tune/test_choice.py"),
+    Row("make bench-search", by="tests/benchmarks/test_search.py"),
     Row("make register"),
     Row("make evaluate", also="--questions 8"),
     Row('make evaluate ARGS="--model models:/meteor@budget-16"', also="--questions 8"),

@@ -69,15 +69,34 @@ def score_model(
     Raises:
         ScoringError: for no question, a processor of another pruning, a training model, or stage 3 without its lambda.
     """
-    asked = questions.asked
+    if answers and longest is None and questions.asked:
+        longest = longest_answer(questions.asked)
+    records = ask_records(model, processor, questions, suite, batch, report, longest if answers else None)
+    return score_of_records(model.config, records, suite, questions.left_out)
+
+
+@torch.no_grad()
+def ask_records(
+    model: MeteorForConditionalGeneration,
+    processor: MeteorProcessor,
+    questions: Questions,
+    suite: Suite,
+    batch: int = BATCH,
+    report: Callable[[Sequence[Record]], None] | None = None,
+    longest: int | None = None,
+) -> list[Record]:
+    """The records of questions alone: no FLOPs are counted, no interval is made.
+
+    As `score_model`, but that `longest` None asks for likelihoods alone.
+    """
     _check(model, processor, questions)
-    longest = longest_answer(asked) if longest is None else longest
+    asked = questions.asked
     records: list[Record] = []
     for start in range(0, len(asked), batch):
-        records += _ask(model, processor, asked[start : start + batch], suite.scorer, longest if answers else None)
+        records += _ask(model, processor, asked[start : start + batch], suite.scorer, longest)
         if report is not None:
             report(tuple(records))
-    return score_of_records(model.config, records, suite, questions.left_out)
+    return records
 
 
 def score_of_records(

@@ -5,7 +5,7 @@ Imports no torch: the registry files and compares scores without a model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pipelines.data import shards
@@ -96,6 +96,19 @@ class Suite:
         options += [] if self.replies == "all" else [f"--replies {self.replies}"]
         options += [] if self.scorer == "exact" else [f"--scorer {self.scorer}"]
         return " ".join(options)
+
+    def fitted(self, manifest: shards.Manifest) -> Suite:
+        """The suite of what the part has, where these are fewer questions. Raises ScoringError where it has none."""
+        from pipelines.evaluation.sampling import drawn, find_replies, of_part
+
+        found = find_replies(manifest, self.split, self.replies).found
+        there = len(drawn(of_part(found, self.part), self.questions, self.every))
+        if not there:
+            raise ScoringError(
+                f"part {self.part!r} of split {self.split!r} of {manifest.url} has no question about an image: take "
+                "another split, or one with more groups"
+            )
+        return replace(self, questions=there)
 
     def read(self, processor: MeteorProcessor, positions: int) -> Questions:
         """The questions that are there, checked against the manifest; fewer than the suite's where the part has fewer.

@@ -26,6 +26,7 @@ TRAINING_COMMIT_TAG = "training_commit"
 STARTS_TAG = "training_starts"
 LIBRARIES_TAG = "training_libraries"
 MANIFEST_TAG = "manifest"
+SELECTED_TAG = "selected_on"
 PROMOTED_TAG = "promoted."
 FORCED_TAG = "forced."
 ROLLED_BACK_TAG = "rolled_back."
@@ -58,6 +59,7 @@ VERSION_TAGS = {
     BASE_TAG: "the version whose weights it has, where it is a variant",
     "sweep": "the search that found it",
     "trial": "the trial of that search",
+    SELECTED_TAG: "digests of the suites that a search chose it on",
     LICENCE_TAG: "licence of a part: `licence.code`, `licence.data.NAME`, `licence.weights.PART`",
     TOKENS_TAG: "visual tokens of an image through a stage: `visual_tokens.ENCODER`, `.fuse`, `.decode`",
     SUITE_TAG: "digest of the suite that was scored last; the plain numbers below are of it",

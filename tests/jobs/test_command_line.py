@@ -54,7 +54,7 @@ LINES = (
         wrong=(*STORAGE, "--model.start", "models:/x"),
         message="models:/x is no address",
     ),
-    Line("sweep", ("--budget", "8"), "--budgets", wrong=(), message="nothing to search"),
+    Line("sweep", ("--budget", "8"), "--budgets", wrong=("--trials", "0"), message="trials is 0"),
     Line("calibrate", ("--modl", "x"), "--model", (*REGISTERED, "--samples", "1"), "samples is 1"),
     Line("evaluate", ("--modl", "x"), "--model", (*REGISTERED, "--questions", "0"), "questions is 0", REGISTERED),
     Line(

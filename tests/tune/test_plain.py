@@ -6,7 +6,6 @@ import itertools
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,8 +13,8 @@ from mlflow.utils.validation import _validate_model_alias_name
 
 from pipelines.config.settings import SettingsError, TrainingSettings
 from tune.folder import SweepFolder, sweep_folder
-from tune.pareto import Point, front, hypervolume, reference
-from tune.prepare import SweepFacts, choose_sweep, store_facts
+from tune.pareto import Point, front, hypervolume
+from tune.prepare import SweepFacts, choose_sweep, earlier_records, store_facts
 from tune.records import Records, TrialRecord
 from tune.resources import bundles_of_trial, concurrent_trials
 from tune.settings import SweepSettings
@@ -32,27 +31,14 @@ BASE = SweepSettings(budgets=(8.0, 16.0), storage="unused")
         ({"portions": 300}, "only 256 questions"),
         ({"max_concurrent": 0}, "max_concurrent is 0"),
         ({"cpus_per_trial": 0.0}, "without bound"),
-        ({"budget_unit": "tflops", "decode_by": "lambda"}, "does not tell the cost"),
-        ({"compare_random": True}, "needs --pareto"),
+        ({"margin": 0.0}, "margin is 0"),
+        ({"finalists": 0}, "finalists is 0"),
         ({"heldout_split": "train"}, "solved on the questions"),
     ],
 )
 def test_contradictions_are_named(changes: dict[str, object], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         replace(BASE, **changes)  # type: ignore[arg-type]
-
-
-def test_studies() -> None:
-    with pytest.raises(SettingsError, match="nothing to search"):
-        replace(BASE, budgets=()).studies()
-    both = replace(BASE, pareto=True, compare_random=True, trials=5)
-    assert [(s.name, s.trials, s.sampler, s.budget, s.early_stopping) for s in both.studies()] == [
-        ("budget-8", 5, "tpe", 8.0, True),
-        ("budget-16", 5, "tpe", 16.0, True),
-        ("front", 5, "tpe", None, False),
-        ("random", 5, "random", None, False),
-        ("defaults", 0, "given", None, False),
-    ]
 
 
 def test_places_and_room_are_no_part_of_the_identity() -> None:
@@ -106,13 +92,13 @@ def test_records_come_back_from_storage(tmp_path: Path) -> None:
     records = Records(SweepFolder(str(tmp_path)))
     assert records.all() == []
     for number in (1, 0):
-        records.save(TrialRecord(f"front-{number:03d}", "front", {"a": 1}, {}, None))
-    records.update("front-000", status="failed", error="no")
-    (tmp_path / "trials" / "front-001").mkdir()
-    (tmp_path / "trials" / "front-001" / "score.json").write_text("{}")
+        records.save(TrialRecord(f"search-{number:03d}", "search", {"a": 1}, {}, None))
+    records.update("search-000", status="failed", error="no")
+    (tmp_path / "trials" / "search-001").mkdir()
+    (tmp_path / "trials" / "search-001" / "score.json").write_text("{}")
     again = Records(SweepFolder(str(tmp_path)))
-    assert [(r.id, r.status) for r in again.of("front")] == [("front-000", "failed"), ("front-001", "started")]
-    assert again.get("front-000").error == "no"
+    assert [(r.id, r.status) for r in again.of("search")] == [("search-000", "failed"), ("search-001", "started")]
+    assert again.get("search-000").error == "no"
     assert again.of("other") == []
 
 
@@ -147,17 +133,6 @@ def test_hypervolume_is_the_area_counted_cell_by_cell(given_points: list[Point])
     assert hypervolume(given_points, corner) == pytest.approx(covered)
 
 
-def test_a_reference_is_worse_than_everything() -> None:
-    rng = np.random.default_rng(0)
-    drawn = [Point(str(i), *rng.normal(size=2)) for i in range(20)]
-    cost, score = reference(drawn)
-    assert all(p.cost < cost and p.score > score for p in drawn)
-    assert hypervolume(drawn, (cost, score)) > 0
-    assert hypervolume(drawn, (min(p.cost for p in drawn), score)) == 0
-    with pytest.raises(ValueError, match="no point"):
-        reference([])
-
-
 # ------------------------------------------------------------------------------------------------------------- its name
 
 
@@ -165,7 +140,7 @@ def test_the_last_sweep_goes_on_until_it_is_finished(tmp_path: Path) -> None:
     settings = replace(BASE, storage=str(tmp_path))
 
     def facts(model: str) -> SweepFacts:
-        return SweepFacts(settings.identity(), model, {"sha256": "0", "questions": 8})
+        return SweepFacts(settings.identity(), model, {"sha256": "0", "questions": 8}, {"questions": 9})
 
     def store(name: str, facts: SweepFacts) -> None:
         store_facts(sweep_folder(str(tmp_path), name), facts)
@@ -181,3 +156,21 @@ def test_the_last_sweep_goes_on_until_it_is_finished(tmp_path: Path) -> None:
     assert choose_sweep(settings, facts("models:/m/1"))[0] == first.replace("-001", "-002")
     with pytest.raises(SettingsError, match="model: 'models:/m/1' -> 'models:/m/2'"):
         choose_sweep(replace(settings, name=first), facts("models:/m/2"))
+
+
+def test_a_sweep_begins_with_earlier_ones_of_its_model_and_questions(tmp_path: Path) -> None:
+    settings = replace(BASE, storage=str(tmp_path), warm_start=("first",))
+    facts = SweepFacts(settings.identity(), "models:/m/1", {"questions": 8}, {"questions": 9})
+    with pytest.raises(SettingsError, match=r"there is no sweep 'first' to begin with in .*; there are: none"):
+        earlier_records(settings, facts)
+    folder = sweep_folder(str(tmp_path), "first")
+    store_facts(folder, replace(facts, final={"questions": 20}, finished=True))
+    records = Records(folder)
+    for number, status in enumerate(("completed", "stopped", "failed")):
+        records.save(TrialRecord(f"search-{number:03d}", "search", {}, {}, None, status))  # type: ignore[arg-type]
+    records.save(TrialRecord("final-000", "final", {}, {}, None, "completed"))
+    assert [record.id for record in earlier_records(settings, facts)] == ["first/search-000"]
+    with pytest.raises(SettingsError, match=r"(?s)cannot be begun with.*questions: 8 -> 16"):
+        earlier_records(settings, replace(facts, suite={"questions": 16}))
+    with pytest.raises(SettingsError, match=r"(?s)cannot be begun with.*model: 'models:/m/1' -> 'models:/m/2'"):
+        earlier_records(settings, replace(facts, model="models:/m/2"))

@@ -1,7 +1,8 @@
-"""The space: whatever is chosen, on whatever model, the configuration is valid and within its cap."""
+"""The space: whatever is chosen, on whatever model, the configuration is valid."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -16,7 +17,7 @@ from optuna.trial import FixedTrial
 from meteor_model.architectures import build_config
 from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, MeteorConfig, PruningConfig
 from meteor_model.pruners.spectra import RANK_ESTIMATORS
-from tune.defaults import TARGET_SHARES, paper_choices, paper_settings
+from tune.defaults import TARGET_SHARE, paper_line
 from tune.space import DecodeBy, Ranks, Space, SpaceError, ranks_of_config, ranks_of_report
 
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -79,21 +80,16 @@ def test_every_choice_is_a_valid_configuration(name: str, dense: bool, data: st.
     """MeteorConfig itself raises where anything contradicts; what it does not know of is looked at here."""
     base = model_config(name, dense)
     decode_by: DecodeBy = data.draw(st.sampled_from(get_args(DecodeBy)))
-    most = sum(base.encoder_tokens.values())
-    cap = None if decode_by == "lambda" else data.draw(st.one_of(st.none(), st.floats(1.0, 2.0 * most)))
     ranks = data.draw(ranks_for(base, len(base.pruning.encode.totals) or 3))
-    space = Space(base, ranks, cap, decode_by)
+    space = Space(base, ranks, decode_by)
     chooser = Drawn(data)
     config = space.sample(chooser)
     pruning = config.pruning
     assert len(set(chooser.names)) == len(chooser.names), "a choice is made once"
-    after = float(config.tokens_per_image)
     if pruning.decode.enabled and decode_by == "target":
         assert pruning.decode.target_mean is not None
         assert pruning.decode.lam is None, "a lambda of another configuration would be wrong"
-        after = min(after, pruning.decode.target_mean)
-    if cap is not None:
-        assert after <= cap
+        assert pruning.decode.target_mean <= config.tokens_per_image
     if pruning.encode.enabled and ranks:
         assert config.ranks == {k: list(v) for k, v in ranks[pruning.encode.rank_estimator].items()}
     if not pruning.decode.enabled:
@@ -126,7 +122,7 @@ def test_criteria_are_searched_where_their_stage_is_on_and_the_paper_s_come_firs
     assert {p.encode.criterion for p in seen} == {"random"}
     assert {p.fuse.criterion for p in seen} == {"mutual_redundancy", "divprune"}
     assert {p.decode.criterion for p in seen if p.decode.enabled} == {"all_heads", "top_heads"}
-    begin = paper_choices(space, [0.5])[0]
+    begin = paper_line(space)[0]
     assert begin["fuse.criterion"] == "mutual_redundancy"
     assert begin["decode.criterion"] == "top_heads"
     assert "encode.criterion" not in begin, "there is one"
@@ -147,26 +143,28 @@ def test_criteria_that_no_configuration_takes_are_refused(stage: str, name: str,
 
 
 @pytest.mark.parametrize("name", ["tiny", "small", "meteor_x4_7b", "eagle_x5_7b"])
-def test_the_papers_settings_are_choices_of_the_space(name: str) -> None:
-    """A search may begin with them: the choices give the very configurations, at whatever target."""
+def test_a_search_begins_with_the_papers_settings_at_falling_budgets(name: str) -> None:
     base = model_config(name, dense=name == "eagle_x5_7b")
     ranks = {e.name: [3.0, 2.0, 1.0] for e in base.encoders}
     own = base if name == "eagle_x5_7b" else MeteorConfig(**{**base.to_dict(), "ranks": ranks})
     space = Space(own, ranks_of_config(own))
-    wanted = [config.pruning for config in paper_settings(own)[1:]]
-    choices = paper_choices(space, TARGET_SHARES)
-    assert len(choices) == len(wanted) == 4
-    for chosen, paper in zip(choices, wanted, strict=True):
-        made = space.sample(FixedTrial(chosen)).pruning
-        assert made.encode == (paper.encode if own.ranks else made.encode)
-        assert made.fuse == paper.fuse
-        assert made.decode.target_mean == pytest.approx(paper.decode.target_mean)
-        assert (made.decode.layer, made.decode.query) == (paper.decode.layer, paper.decode.query)
-        assert made.decode.num_heads == own.decode_heads
-    capped = replace(space, cap=8.0)
-    (chosen,) = paper_choices(capped, (0.9,))
-    assert capped.sample(FixedTrial(chosen)).pruning.decode.target_mean == pytest.approx(7.2)
-    assert paper_choices(replace(space, decode_by="lambda"), (0.5,)) == []
+    line = [space.sample(FixedTrial(choices)).pruning for choices in paper_line(space)]
+    paper, decode = line[0], own.pruning.decode
+    if own.ranks:
+        assert (paper.encode, paper.fuse) == (own.pruning.encode, own.pruning.fuse)
+        assert paper.decode.target_mean == pytest.approx(decode.target_mean)
+        sizes = [(*p.encode.totals, p.fuse.keep, p.decode.target_mean or 0) for p in line]
+    else:
+        sizes = [(p.decode.target_mean or 0,) for p in line]
+        assert sizes[0][0] == pytest.approx(TARGET_SHARE * own.tokens_per_image)
+    assert {(p.decode.layer, p.decode.query, p.decode.num_heads) for p in line} == {
+        (min(2, own.text_config.num_hidden_layers // 2), "last", own.decode_heads)
+    }
+    for larger, smaller in itertools.pairwise(sizes):
+        assert all(a >= b for a, b in zip(larger, smaller, strict=True))
+        assert larger[-1] > smaller[-1]
+    assert len(line) >= 5
+    assert paper_line(replace(space, decode_by="lambda")) == []
 
 
 def test_without_ranks_estimators_and_exponents_are_not_searched() -> None:
@@ -190,10 +188,6 @@ def test_ranks_come_from_a_report_or_from_the_model() -> None:
 def test_what_leaves_nothing_to_choose_is_refused() -> None:
     base = model_config("tiny")
     names = [e.name for e in base.encoders]
-    with pytest.raises(SpaceError, match="below one token"):
-        Space(base, {}, cap=0.5)
-    with pytest.raises(SpaceError, match="does not bound the mean"):
-        Space(base, {}, cap=8, decode_by="lambda")
     with pytest.raises(SpaceError, match="ranks are of encoders"):
         Space(base, {"energy": {"clip": [1.0]}})
     with pytest.raises(SpaceError, match="a map of rank 0"):
@@ -207,5 +201,4 @@ def test_what_leaves_nothing_to_choose_is_refused() -> None:
         }
     )
     with pytest.raises(SpaceError, match="1024 visual tokens enter the LLM whatever is chosen"):
-        Space(one_layer, {}, cap=64)
-    assert replace(Space(one_layer, {}), cap=2000).sample(optuna.create_study().ask()).tokens_per_image == 1024
+        Space(one_layer, {})

@@ -139,5 +139,6 @@ def test_what_earlier_versions_stored_is_read() -> None:
     assert StoredScore.from_json(tag, "tag").score == Score.from_dict(plain)
     assert codec.encode(TrialRecord("front-1", "front", {"layer": 2}, {}, None)) == (
         '{"id": "front-1", "study": "front", "choices": {"layer": 2}, "pruning": {}, "ranks": null, '
-        '"status": "started", "objective": null, "score": null, "error": null, "seconds": null, "run_id": null}'
+        '"status": "started", "of": "", "objective": null, "score": null, "ms": null, "error": null, "seconds": null, '
+        '"run_id": null}'
     )

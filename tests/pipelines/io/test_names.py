@@ -35,7 +35,7 @@ GIVEN: dict[str, Callable[[str], Any]] = {
     "run.name": lambda name: RunSettings(name=name),
     "recipe": lambda name: Recipe(name=name),
     "tracking.registered_model": lambda name: TrackingSettings(registered_model=name),
-    "sweep": lambda name: SweepSettings(name=name, pareto=True, storage="s3://x"),
+    "sweep": lambda name: SweepSettings(name=name, storage="s3://x"),
     "registry": lambda name: Registry("http://127.0.0.1:9", name),
     "folder of a run": lambda name: run_folder("s3://bucket", name if len(name) <= LONGEST else name * 2),
     "folder of a sweep": lambda name: sweep_folder("s3://bucket", name if len(name) <= LONGEST else name * 2),
