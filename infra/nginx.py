@@ -75,7 +75,7 @@ class Nginx:
         if NGINX is None:
             raise StackError("nginx is not installed: on Debian, apt-get install nginx-light")
         hashed = subprocess.run(
-            ["openssl", "passwd", "-apr1", PASSWORD], check=True, capture_output=True, text=True
+            ["openssl", "passwd", "-apr1", PASSWORD], check=True, capture_output=True, text=True, timeout=10
         ).stdout.strip()
         (self.folder / "users").write_text(f"{USER}:{hashed}\n")
         user = "user root;" if os.getuid() == 0 else ""  # or its workers could not write to the folder

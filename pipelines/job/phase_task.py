@@ -140,7 +140,7 @@ def _follow(call: Callable[[], T], name: str, needs: Reservation, node: str | No
     try:
         _await_begin(items, name, needs)
         for item in items:
-            kind, value = ray.get(item)
+            kind, value = ray.get(item, timeout=TELL_S)  # it is there
             if kind == "said":
                 show(value)
             elif kind == "result":
@@ -191,7 +191,7 @@ def _work(call: Callable[[], Any]) -> Iterator[tuple[str, Any]]:
     worker.start()
     while (text := said.get()) is not None:
         yield "said", text
-    worker.join()
+    worker.join(TELL_S)  # it has said its last
     if errors:
         raise errors[0]
     yield "result", results[0]
