@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
         key: statistics.median(run[key] for run in runs)
         for key in ("submit_to_first_step_s", "train_phase_to_first_step_s", "worker_killed_to_next_step_s")
     }
-    write_results(arguments.output, {"machine": machine, "median": medians, "runs": runs})
+    write_results(arguments.output, {"machine": machine, "median": medians, "trainings": runs})
     return 0
 
 
