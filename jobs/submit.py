@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 AGENT_S = 120.0
 """Seconds that a cluster has, after its dashboard answers, until a node can take a job."""
 NO_AGENT = "No available agent"
-"""How Ray's dashboard says that nobody can take the job yet; nothing is submitted then."""
+"""How Ray's dashboard says that nobody can take the job yet, or ever, where the agent's port is another's; nothing is
+submitted then."""
 AWAY_S = 600.0
 """Seconds for which the cluster may be away while its job is followed."""
 POLL_S = 2.0

@@ -40,9 +40,9 @@ def environment(tmp_path: Path) -> dict[str, str]:
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
     taken: set[int] = set()
-    for _ in range(2):
+    for _ in range(3):
         taken.add(choose_port(taken))
-    port, dashboard = sorted(taken)
+    port, dashboard, agent = sorted(taken)
     kept = {name: os.environ[name] for name in ("HOME", "LANG") if name in os.environ}
     return kept | {
         "PATH": os.pathsep.join([str(tools), str(Path(sys.executable).parent), "/usr/bin", "/bin"]),
@@ -52,6 +52,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
         "SLURM_CPUS_PER_TASK": "2",
         "METEOR_RAY_PORT": str(port),
         "METEOR_DASHBOARD_PORT": str(dashboard),
+        "METEOR_AGENT_PORT": str(agent),
         "METEOR_GRACE_S": "3",
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # keeps Ray on 127.0.0.1
     }
