@@ -88,15 +88,17 @@ def workers(stack: Stack) -> list[psutil.Process]:
 
 
 def _processes(stack: Stack) -> Iterator[psutil.Process]:
-    """Every process that belongs to the stack's Ray, the job included."""
+    """Every process of the stack's Ray: those with its temp folder in their command, and what they have started."""
+    seen: set[int] = set()
     for process in psutil.process_iter():
         try:
-            if str(stack.ray_temp_dir) in " ".join(process.cmdline()) or (
-                process.environ().get("RAY_ADDRESS") == stack.ray_gcs_address
-            ):
-                yield process
-        except (psutil.Error, OSError):
+            if str(stack.ray_temp_dir) not in " ".join(process.cmdline()):
+                continue
+            family = [process, *process.children(recursive=True)]
+        except psutil.Error:
             continue
+        yield from (one for one in family if one.pid not in seen)
+        seen.update(one.pid for one in family)
 
 
 def _title(process: psutil.Process) -> str:
