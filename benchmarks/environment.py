@@ -1,10 +1,12 @@
-"""The environment that a benchmark starts servers in."""
+"""What a benchmark that starts servers needs: their environment, and an end that stops them."""
 
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import FrameType
 
 
 @contextmanager
@@ -18,3 +20,12 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+def end_on_sigterm() -> None:
+    """From now on SIGTERM raises KeyboardInterrupt, as an interrupt does: what was started is stopped then, too."""
+    signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

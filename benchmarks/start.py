@@ -17,15 +17,16 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from benchmarks.environment import end_on_sigterm
 from benchmarks.results_file import RESULTS, hardware, write_results
 from infra.local import Stack, down, up
 from infra.services import full_env
+from infra.stack import service_processes
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = (
@@ -84,21 +85,7 @@ class Log:
 
 def workers(stack: Stack) -> list[psutil.Process]:
     """The workers of the training on this stack."""
-    return [process for process in _processes(stack) if _title(process).startswith(WORKER)]
-
-
-def _processes(stack: Stack) -> Iterator[psutil.Process]:
-    """Every process of the stack's Ray: those with its temp folder in their command, and what they have started."""
-    seen: set[int] = set()
-    for process in psutil.process_iter():
-        try:
-            if str(stack.ray_temp_dir) not in " ".join(process.cmdline()):
-                continue
-            family = [process, *process.children(recursive=True)]
-        except psutil.Error:
-            continue
-        yield from (one for one in family if one.pid not in seen)
-        seen.update(one.pid for one in family)
+    return [process for process in service_processes(stack.state_dir, "ray") if _title(process).startswith(WORKER)]
 
 
 def _title(process: psutil.Process) -> str:
@@ -112,7 +99,7 @@ def _title(process: psutil.Process) -> str:
 def cpu_seconds(stack: Stack) -> dict[str, float]:
     """CPU seconds so far of the stack's processes by their kind."""
     found: Counter[str] = Counter()
-    for process in _processes(stack):
+    for process in service_processes(stack.state_dir, "ray"):
         try:
             times = process.cpu_times()
         except psutil.Error:
@@ -172,6 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=3, help="runs that are measured (%(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS / "start.json", help="the results (%(default)s)")
     arguments = parser.parse_args(argv)
+    end_on_sigterm()
     machine = hardware()
     with tempfile.TemporaryDirectory(prefix="meteor-start-") as name:
         folder = Path(name)

@@ -414,6 +414,11 @@ def _service_status(stack: Stack, name: str) -> ServiceStatus:
     return ServiceStatus(name, TITLES[name], now.address(name), head.pid, uptime, services.problem(now, name) or "ok")
 
 
+def service_processes(state_dir: Path, name: str) -> list[psutil.Process]:
+    """Every live process of a service; none where it does not run."""
+    return members(_record(state_dir, name))
+
+
 def running_stack(state_dir: Path | str | None = None) -> Stack:
     """The stack of `state_dir`, every service of it answering. Raises StackError that names what is not."""
     folder = Path(state_dir or default_state_dir()).resolve()

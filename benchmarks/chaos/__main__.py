@@ -6,20 +6,15 @@ Writes benchmarks/results/chaos.json and chaos.png; with --only it prints alone,
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 
 from benchmarks.chaos.bench import choose, line_of, open_bench, show
 from benchmarks.chaos.report import draw, failed_in, replace_rows, write
 from benchmarks.chaos.scenarios import SCENARIOS, UNDISTURBED
+from benchmarks.environment import end_on_sigterm
 from benchmarks.results_file import RESULTS
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         chosen = choose(failed_in(results / "chaos.json") if arguments.again else arguments.only)
     except ValueError as error:
         parser.error(str(error))
-    signal.signal(signal.SIGTERM, _interrupt)  # what was started is stopped then, too
+    end_on_sigterm()
     started = time.monotonic()
     rows = []
     try:

@@ -186,8 +186,9 @@ class Cluster:
 
     def add_node(self, num_cpus: int, settings: Mapping[str, str] | None = None) -> Node:
         """One more raylet on this machine; `settings` are variables of its environment and of its workers'."""
-        with environment({**os.environ, **(settings or {}), "AWS_ENDPOINT_URL": self.proxy.endpoint}):
-            node = start_node(self.ray, f"node-{len(self.nodes)}-{time.time_ns():x}", num_cpus)
+        name = f"node-{len(self.nodes)}-{time.time_ns():x}"
+        variables = {**(settings or {}), "AWS_ENDPOINT_URL": self.proxy.endpoint}
+        node = start_node(self.ray, name, num_cpus, environment=variables)
         self.nodes.append(node)
         return node
 

@@ -8,23 +8,18 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import signal
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
+from benchmarks.environment import end_on_sigterm
 from benchmarks.rehearsal.expected import compared, expected
 from benchmarks.rehearsal.plays import BY_NAME, PLAYS, Play
 from benchmarks.rehearsal.report import draw, line_of
 from benchmarks.rehearsal.stage import RehearsalError, machine, open_stage
 from benchmarks.results_file import RESULTS, write_results
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=RESULTS / "rehearsal.json", help="the results (%(default)s)")
     parser.add_argument("--keep", action="store_true", help="keep logs and temporary files, and say where they are")
     arguments = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, _interrupt)  # what was started is stopped then, too
+    end_on_sigterm()
     plays = [BY_NAME[name] for name in arguments.only] or list(PLAYS)
     rows: dict[str, Any] = {}
     failed = False

@@ -22,7 +22,6 @@ from pipelines.io.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from meteor_model.processing_meteor import MeteorProcessor
-    from meteor_model.sample_encoder import SampleEncoder
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 """Ends of the names of files of weights."""
@@ -69,7 +68,7 @@ def load_processor(url: str) -> MeteorProcessor:
         return MeteorProcessor.from_pretrained(folder)
 
 
-def load_sample_encoder(url: str) -> SampleEncoder | MeteorProcessor:
+def load_sample_encoder(url: str) -> sample_encoder.SampleEncoder | MeteorProcessor:
     """What encodes the samples of the run at `url`: without transformers, or its processor, where a run has no other.
 
     Raises:

@@ -108,8 +108,7 @@ def handing_over(put: Callable[[str], None]) -> Iterator[None]:
             yield
     finally:
         _open = before
-        for name in LOGGERS:
-            logging.getLogger(name).removeHandler(handler)
+        _hide_warnings(handler)
 
 
 def show(marked: str) -> None:
@@ -183,6 +182,12 @@ def _show_warnings(tell: Any) -> logging.Handler:
         logger = logging.getLogger(name)
         logger.handlers = [known for known in logger.handlers if not isinstance(known, _Warnings)] + [handler]
     return handler
+
+
+def _hide_warnings(handler: logging.Handler) -> None:
+    """Take back what `_show_warnings` gave."""
+    for name in LOGGERS:
+        logging.getLogger(name).removeHandler(handler)
 
 
 @dataclass
@@ -361,8 +366,7 @@ def quiet(log: Path) -> Iterator[Console]:
                 os.dup2(copy, descriptor)
                 os.close(copy)
             _open = before
-            for name in LOGGERS:
-                logging.getLogger(name).removeHandler(handler)
+            _hide_warnings(handler)
 
 
 def _line_by_line(descriptor: int) -> TextIO:

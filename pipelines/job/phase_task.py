@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipelines.config.recipe import Recipe
 from pipelines.io.console import handing_over, say, show
 from pipelines.recovery.room import NoRoomError, waiting_line
+from pipelines.sizing.inputs import task_cpus
 from pipelines.sizing.table import size_text
 from pipelines.sizing.terms import Estimate, Phase
 
@@ -75,13 +76,11 @@ class Reservation:
 def reserve(recipe: Recipe, found: Estimate, *phases: Phase) -> Reservation:
     """What a task reserves that goes through some phases one after the other.
 
-    The memory is the estimate's. Without GPUs it takes the CPUs that the workers have while they run, else those of one
-    of them, and a GPU where they have one.
+    The memory is the estimate's; a GPU goes with them where the workers have one.
     """
     training = recipe.training
-    cpus = training.cpus_per_worker * (1 if training.uses_gpu else training.workers)
     memory = max(found.total(phase, "task", "ram") for phase in phases)
-    return Reservation(max(1.0, float(round(cpus))), float(training.uses_gpu), int(memory), training.room_wait_s)
+    return Reservation(float(task_cpus(recipe)), float(training.uses_gpu), int(memory), training.room_wait_s)
 
 
 def on_device(call: Callable[..., T], *arguments: Any) -> T:

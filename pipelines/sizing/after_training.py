@@ -5,10 +5,11 @@ Each is a task in a process of its own, which holds one model at a time. Letters
 
 from __future__ import annotations
 
-from pipelines.sizing.baseline import CUDA_CONTEXT
 from pipelines.sizing.inputs import Inputs
-from pipelines.sizing.terms import Term, Use, use
-from pipelines.sizing.training import process
+from pipelines.sizing.terms import Phase, Term, Use, use
+from pipelines.sizing.training import on_gpu, process
+
+ON_GPU: tuple[Phase, ...] = ("export", "parity", "answer")
 
 
 def after_training(given: Inputs) -> list[Use]:
@@ -25,7 +26,8 @@ def after_training(given: Inputs) -> list[Use]:
     )
     on_host = None if given.on_gpu else batch
     return [
-        *(_on_gpu(model, batch) if given.on_gpu else ()),
+        # The task has a GPU of its own: lambda is solved, logits are compared and questions are answered there.
+        *(on_gpu(given, phase, model, batch) for phase in ON_GPU),
         use("export", "task", "ram", *process(1, given.on_gpu), model, tensor),
         use("export", "task", "temp", checkpoint, start, model),
         use("export", "store", "down", checkpoint, start),
@@ -38,14 +40,4 @@ def after_training(given: Inputs) -> list[Use]:
         use("register", "task", "ram", *process(), model),  # it answers its own example first
         use("register", "task", "temp", model, packed),
         use("register", "store", "up", Term("the exported model, to MLflow", "e P", given.exported)),
-    ]
-
-
-def _on_gpu(model: Term, batch: Term | None) -> list[Use]:
-    """The task has a GPU of its own: lambda is solved, logits are compared and questions are answered there."""
-    context = Term("CUDA context", "1 GB (assumed)", CUDA_CONTEXT)
-    return [
-        use("export", "gpu", "gpu", context, model, batch),
-        use("parity", "gpu", "gpu", context, model, batch),
-        use("answer", "gpu", "gpu", context, model, batch),
     ]

@@ -11,6 +11,15 @@ from pipelines.sizing.model_size import ModelSize
 from pipelines.sizing.work import Work
 
 
+def task_cpus(recipe: Recipe) -> int:
+    """CPUs of a task that holds a whole model: those of one worker where it has a GPU, else those of all of them.
+
+    The workers have ended by then, or not begun.
+    """
+    training = recipe.training
+    return max(1, round(training.cpus_per_worker * (1 if training.uses_gpu else training.workers)))
+
+
 @dataclass(frozen=True)
 class Inputs:
     """Everything that is known of a run before it begins."""
@@ -30,6 +39,11 @@ class Inputs:
     def on_node(self) -> int:
         """w: the most workers of one node."""
         return self.layout.workers_per_node(self.recipe)
+
+    @property
+    def task_cpus(self) -> int:
+        """CPUs that a phase's task reserves."""
+        return task_cpus(self.recipe)
 
     @property
     def weight_bytes(self) -> int:

@@ -21,8 +21,7 @@ def times(given: Inputs) -> list[Use]:
         recipe.calibration.samples * work.unpruned / (one_gpu if given.on_gpu else one_cpu * recipe.data.data_task_cpus)
     )
     held = recipe.data.heldout_samples
-    cores = max(1, round(recipe.training.cpus_per_worker * recipe.training.workers))  # those that the task reserves
-    answering = one_gpu if given.on_gpu else one_cpu * cores
+    answering = one_gpu if given.on_gpu else one_cpu * given.task_cpus
     answers = held * (work.answer + given.layout.answer_tokens * work.step) / answering
     return [
         use(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pipelines.data.shards import SAMPLES_PER_SHARD
 from pipelines.sizing.baseline import CUDA_CONTEXT, CUDA_HOST, DATA_TASK, LIBRARIES, PROCESS
 from pipelines.sizing.inputs import Inputs
-from pipelines.sizing.terms import ONCE, Place, Term, Use, use
+from pipelines.sizing.terms import ONCE, Phase, Place, Term, Use, use
 
 SUB_GROUP = 1e9
 """Elements that DeepSpeed's optimizer steps over at a time (`sub_group_size`, its default)."""
@@ -45,7 +45,7 @@ def before_training(given: Inputs) -> list[Use]:
             Term("the start model, fp32", "4 P", whole),
             Term("two batches of images", "2 batch 3 S^2", 2.0 * batch),
         ),
-        _on_gpu(given, "calibrate", Term("the start model, fp32", "4 P", whole)),
+        on_gpu(given, "calibrate", Term("the start model, fp32", "4 P", whole)),
     ]
 
 
@@ -77,7 +77,7 @@ def _train(given: Inputs) -> list[Use]:
         use("train", "head", "ram", *process(2)),  # the driver and Ray's controller
         use("train", "node", "ram", *node),
         use("train", "node", "temp", Term("the start model, one copy", "4 P", whole)),
-        _on_gpu(given, "train", *states),
+        on_gpu(given, "train", *states),
         use(
             "train",
             "store",
@@ -161,9 +161,10 @@ def validates_on_gpu(given: Inputs) -> bool:
     return given.recipe.training.gpus_per_validation > 0
 
 
-def _on_gpu(given: Inputs, phase: str, *terms: Term) -> Use:
+def on_gpu(given: Inputs, phase: Phase, *terms: Term | None) -> Use:
+    """What a phase takes of a GPU: nothing without one, else a context and these terms."""
     shown = (Term("CUDA context", "1 GB (assumed)", CUDA_CONTEXT), *terms) if given.on_gpu else ()
-    return use(phase, "gpu", "gpu", *shown)  # type: ignore[arg-type]
+    return use(phase, "gpu", "gpu", *shown)
 
 
 def _side(given: Inputs) -> int:
