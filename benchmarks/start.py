@@ -39,6 +39,8 @@ KILLED_AFTER = 6
 """The step after which a worker is ended; the checkpoint of step 4 is there."""
 LIMIT_S = 300.0
 POLL_S = 0.05
+SHOWN = 3000
+"""Characters of a log that an error shows."""
 WORKER = "ray::RayTrainWorker"
 _STEP = re.compile(r"\[meteor (\d+)/\d+\] step ")
 _PHASE = re.compile(r"\[meteor\] \[(\w+)\] ")
@@ -47,8 +49,8 @@ _PHASE = re.compile(r"\[meteor\] \[(\w+)\] ")
 class Log:
     """The job's log as it grows: when each phase was said, and when each step."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.read = path, 0
+    def __init__(self, path: Path, printed: Path) -> None:
+        self.path, self.printed, self.read = path, printed, 0
         self.phases: dict[str, float] = {}
         self.steps: list[tuple[int, float]] = []
 
@@ -79,7 +81,8 @@ class Log:
                 if number >= step:
                     return at
             if job.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the job did not come to step {step}; its log is {self.path}")
+                said = self.printed.read_text(errors="replace")[-SHOWN:]
+                raise RuntimeError(f"the job did not come to step {step}; it printed:\n{said}")
             time.sleep(POLL_S)
 
 
@@ -115,9 +118,10 @@ def one_run(stack: Stack, folder: Path, name: str) -> dict[str, Any]:
     output = folder / name
     ray = str(Path(sys.executable).with_name("ray"))
     words = ["python", "jobs/pretrain.py", *SETTINGS, "--run.name", name, "--run.output", str(output)]
-    log, before = Log(output / "pretrain.log"), cpu_seconds(stack)
+    printed = folder / f"{name}.out"
+    log, before = Log(output / "pretrain.log", printed), cpu_seconds(stack)
     began = time.monotonic()
-    with (folder / f"{name}.out").open("wb") as out:
+    with printed.open("wb") as out:
         job = subprocess.Popen(
             [ray, "job", "submit", "--working-dir", ".", "--", *words],
             cwd=ROOT,
@@ -139,7 +143,7 @@ def one_run(stack: Stack, folder: Path, name: str) -> dict[str, Any]:
                 job.kill()
                 job.wait()
     if job.returncode:
-        raise RuntimeError(f"the job failed:\n{(folder / f'{name}.out').read_text()[-3000:]}")
+        raise RuntimeError(f"the job failed:\n{printed.read_text(errors='replace')[-SHOWN:]}")
     return {
         "submit_to_first_step_s": round(first - began, 2),
         "train_phase_to_first_step_s": round(first - log.phases["train"], 2),
