@@ -194,7 +194,7 @@ PARTS = {
 
 
 def count_work(setup: Setup) -> dict[str, dict[str, int]]:
-    """FLOPs per image of every workload and the variants that take part, from meteor_model/flops.py."""
+    """FLOPs per image of every workload and the variants that take part, from meteor_model/flops/."""
     dense, meteor, text = setup.dense(), setup.pruned(), setup.text_tokens
     configs = {"dense": dense, "meteor": meteor, "stage3": setup.stage3_only(), "fastv": setup.fastv()}
     reports = {name: count_flops(config, text) for name, config in configs.items()}

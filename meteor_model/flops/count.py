@@ -1,0 +1,59 @@
+"""FLOPs of a model: one image and one prompt to the first token, or one step of training.
+
+Legend: T tokens of a sequence, C language model width.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from meteor_model.configuration_meteor import MeteorConfig
+from meteor_model.flops.counter import counted
+from meteor_model.flops.language import count_layers, count_stage3, full_mask, schedule_of
+from meteor_model.flops.on_meta import META, meta_model
+from meteor_model.flops.report import FlopReport
+from meteor_model.flops.vision import count_vision, encode, fuse, towers_of
+
+TEXT_TOKENS = 40
+
+
+def count_flops(config: MeteorConfig, text_tokens: int = TEXT_TOKENS) -> FlopReport:
+    """FLOPs of one image and a prompt of `text_tokens`, by stage and part.
+
+    Args:
+        config: any model.
+        text_tokens: text tokens of the prompt.
+
+    Stage 3 is counted at its `target_mean` and `later_keep`, with its scores.
+
+    Raises:
+        ValueError: where stage 3 is on without a target_mean.
+    """
+    schedule = schedule_of(config)
+    model = meta_model(config)
+    with torch.no_grad():
+        encoders, joint_projector, fusion = count_vision(model)
+        layers = count_layers(model, text_tokens, schedule)
+        decode_selection = count_stage3(model, text_tokens, schedule)
+        _, lm_head = counted(model.lm_head, torch.empty(1, 1, config.text_config.hidden_size, device=META))
+    return FlopReport(encoders, joint_projector, fusion, text_tokens, layers, decode_selection, lm_head)
+
+
+def count_training_flops(config: MeteorConfig, text_tokens: int = TEXT_TOKENS) -> int:
+    """FLOPs of forward and backward of one image and `text_tokens`, everything trainable, head on every token.
+
+    Stage 3 never trains, so the LLM sees every token that survives fusion.
+    """
+    model = meta_model(config).requires_grad_(True)
+    length, width = text_tokens + config.tokens_per_image, config.text_config.hidden_size
+
+    def vision() -> None:
+        features = [encode(encoder, config) for encoder in towers_of(model)]
+        fuse(model, features).sum().backward()
+
+    def llm() -> None:
+        embeds_1TC = torch.empty(1, length, width, device=META, requires_grad=True)
+        hidden_1TC = model.language_model(inputs_embeds=embeds_1TC, attention_mask=full_mask(length), use_cache=False)
+        model.lm_head(hidden_1TC.last_hidden_state).sum().backward()
+
+    return counted(vision)[1] + counted(llm)[1]
