@@ -3,7 +3,8 @@
 1. the worker writes its shards, rank 0 the small files beside them
 2. Ray Train uploads the folder in a thread; a checkpoint counts once every worker's upload is reported, so half of one
    is never resumed from
-3. a new checkpoint waits for the upload of the one before, so that at most one folder lies on the local disk
+3. a new checkpoint waits for the upload of the one before, so that at most one folder lies on the local disk, and the
+   second of a run for the commit of the first, so that two whole ones without a record of either mean a lost record
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ from pipelines.training.validation_turn import ValidationTurn
 from pipelines.training.worker import Worker
 
 TOGETHER_S = 10.0
+FIRST_COMMIT_S = 60.0
+"""So long the second checkpoint waits for the commit of the first, which takes a second; then it goes on."""
 Upload = Callable[[Checkpoint, str], Checkpoint]
 """A local checkpoint and the name of its folder -> the uploaded one."""
 
@@ -87,6 +90,8 @@ class CheckpointSaver:
     _trained: list[SampleId] = field(default_factory=list)
     _dropped: list[SampleId] = field(default_factory=list)
     _loss_file: tuple[LossFile, bytes] | None = None
+    _first: str | None = None
+    """The run's first checkpoint, until it is known to be committed."""
 
     def __post_init__(self) -> None:
         self._uploaded.set()
@@ -118,6 +123,7 @@ class CheckpointSaver:
         self._gather()
         mark(Phase.UPLOAD)
         self._await_upload()
+        self._await_first_commit()
         mark(Phase.CHECKPOINT)
         folder = new_folder(self.run_url)
         self._loss_file = self.losses.take()
@@ -128,13 +134,14 @@ class CheckpointSaver:
                 self._write_common(folder, state, pending, parity)
         if state.done and self.worker.rank == 0:
             self.validation.conclude()
-        self.saved += 1
         mark(Phase.UPLOAD)
         self._uploaded.clear()
         # Unique, so that files of an upload that was cut short never mix with those of its repetition; the clock of
         # rank 0 counts.
         names = [f"{CHECKPOINT_PREFIX}{state.step:07d}-{time.time_ns():x}"]
         torch.distributed.broadcast_object_list(names, src=0)
+        self._first = names[0] if self.saved == 0 else None
+        self.saved += 1
         ray.train.report(
             {"step": state.step, "loss": state.last_losses[-1], DONE: state.done, **state.final},
             checkpoint=Checkpoint.from_directory(str(folder)),
@@ -175,6 +182,14 @@ class CheckpointSaver:
             torch.distributed.all_reduce(waiting)
             if not waiting.item():
                 break
+
+    def _await_first_commit(self) -> None:
+        """Let Ray's record of the run begin before there is a second checkpoint.
+
+        A start that finds two checkpoints and no record would have to take the record for lost.
+        """
+        if self._first is not None and self.wait_committed(self._first, FIRST_COMMIT_S):
+            self._first = None
 
     def _gather(self) -> None:
         """What all workers consumed since the last checkpoint goes into rank 0's ledger."""
