@@ -38,15 +38,20 @@ def test_the_second_checkpoint_of_a_run_waits_for_the_commit_of_the_first(
 ) -> None:
     """Else a worker that dies before Ray's first record leaves two whole checkpoints that nothing names."""
     order: list[str] = []
-    state = TrainState("abc", 2, 9, step=4, last_losses=[0.5])
+    state = TrainState("abc", 2, 9, step=4, last_losses=(0.5,))
     saver = saver_of(tmp_path, 1, state, lambda checkpoint, name: checkpoint, saved)
+
+    def committed(name: str, timeout_s: float) -> bool:
+        order.append(f"wait {name}")
+        return True
+
     for name in ("_gather", "_await_upload"):
         monkeypatch.setattr(saver, name, lambda: None)
     monkeypatch.setattr(checkpoint_saver, "save_shards", lambda *_: order.append("write"))
     monkeypatch.setattr(checkpoint_saver, "checkpoint_bytes", lambda _: 1)
     monkeypatch.setattr(checkpoint_saver.torch.distributed, "broadcast_object_list", lambda names, src: None)
     monkeypatch.setattr(checkpoint_saver.ray.train, "report", lambda *_, **__: order.append("report"))
-    monkeypatch.setattr(checkpoint_saver, "wait_committed", lambda name, _: order.append(f"wait {name}") or True)
+    monkeypatch.setattr(checkpoint_saver, "wait_committed", committed)
     first = saver.save(state, [])
     saver.save(state, [])
     saver.save(state, [])
