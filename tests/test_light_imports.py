@@ -48,6 +48,11 @@ LIGHT: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 """Module, and the libraries that its import must not bring along; lightest first, since all are imported in turn."""
 
+COMPOSER: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("pipelines.data.sources.scenes", (*SERVICES, "pyarrow", "pydantic", "annotated_types", "emoji", "matplotlib")),
+)
+"""What composes scenes where the model alone is installed."""
+
 NO_IMAGE = ("torchvision", "transformers", "timm")
 DATA_TASK: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("meteor_model.sample_encoder", SERVICES),
@@ -83,6 +88,10 @@ def test_light_modules_load_no_heavy_library() -> None:
 
 def test_data_tasks_load_no_model_library() -> None:
     assert heavy_imports(DATA_TASK) == []
+
+
+def test_scenes_are_composed_without_the_libraries_of_training() -> None:
+    assert heavy_imports(COMPOSER) == []
 
 
 def test_a_heavy_module_is_named() -> None:

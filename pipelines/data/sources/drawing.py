@@ -1,6 +1,6 @@
-"""Scenes with exact answers: one drawing on a plain background, and questions that its making answers.
+"""Pictures with exact answers: one drawing on a plain background, and questions that its making answers.
 
-Every choice is drawn from a `random.Random` that the caller seeds, so a scene is a pure function of (seed, drawing,
+Every choice is drawn from a `random.Random` that the caller seeds, so a picture is a pure function of (seed, drawing,
 variant). Answers are one or two words of a small vocabulary: a model of a few million parameters can learn them from
 scratch in minutes.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from pipelines.data.schema import IMAGE_PLACEHOLDER
+from meteor_model.chat import IMAGE_PLACEHOLDER
 
 PALETTE: dict[str, tuple[int, int, int]] = {
     "red": (214, 40, 40),
@@ -74,7 +74,7 @@ class Drawing:
 
 
 @dataclass(frozen=True)
-class Scene:
+class Picture:
     """An encoded image and the truth about it, by kind of question."""
 
     extension: str
@@ -101,16 +101,7 @@ def main_color(rgba: np.ndarray) -> str | None:
     return names[best] if votes[best] >= 0.7 * votes.sum() else None
 
 
-def cut_to_visible(rgba: np.ndarray) -> np.ndarray | None:
-    """The smallest box of (H, W, 4) that holds every visible pixel; None for a blank drawing."""
-    visible = rgba[:, :, 3] > 16
-    rows, columns = np.flatnonzero(visible.any(1)), np.flatnonzero(visible.any(0))
-    if len(rows) == 0:
-        return None
-    return rgba[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-
-
-def compose(drawing: Drawing, size: int, rng: random.Random, as_png: bool, avoid: str | None = None) -> Scene:
+def compose(drawing: Drawing, size: int, rng: random.Random, as_png: bool, avoid: str | None = None) -> Picture:
     """Put `drawing` on a plain background of (size, size), as JPEG or as PNG with alpha.
 
     The background is not of the colour `avoid` nor of the drawing's own, so that the drawing can be seen. A PNG's
@@ -140,12 +131,12 @@ def compose(drawing: Drawing, size: int, rng: random.Random, as_png: bool, avoid
         canvas = Image.new("RGBA", (size, size), (255, 255, 255, 0))
         canvas.paste(stamp, (left, top))
         canvas.save(buffer, "PNG", compress_level=6)
-        return Scene("png", buffer.getvalue(), answers)
+        return Picture("png", buffer.getvalue(), answers)
     red, green, blue = (min(max(c + n, 0), 255) for c, n in zip(PALETTE[background], noise, strict=True))
     canvas = Image.new("RGB", (size, size), (red, green, blue))
     canvas.paste(stamp, (left, top), stamp)
     canvas.save(buffer, "JPEG", quality=90, subsampling=0)
-    return Scene("jpg", buffer.getvalue(), answers)
+    return Picture("jpg", buffer.getvalue(), answers)
 
 
 def _turns(pairs: Sequence[tuple[str, str]], num_images: int) -> list[dict[str, str]]:
@@ -168,14 +159,14 @@ def _pick_kinds(weights: Mapping[str, float], count: int, rng: random.Random) ->
     return picked
 
 
-def ask_one(scene: Scene, weights: Mapping[str, float], turns: int, rng: random.Random) -> list[dict[str, str]]:
+def ask_one(picture: Picture, weights: Mapping[str, float], turns: int, rng: random.Random) -> list[dict[str, str]]:
     """A conversation of up to `turns` questions about one image, of different kinds, by weight."""
-    open_kinds = {kind: weights[kind] for kind in ASKED if kind in scene.answers}
+    open_kinds = {kind: weights[kind] for kind in ASKED if kind in picture.answers}
     kinds = _pick_kinds(open_kinds, turns, rng)
-    return _turns([(rng.choice(ASKED[kind]), scene.answers[kind]) for kind in kinds], 1)
+    return _turns([(rng.choice(ASKED[kind]), picture.answers[kind]) for kind in kinds], 1)
 
 
-def ask_two(first: Scene, second: Scene, rng: random.Random) -> list[dict[str, str]]:
+def ask_two(first: Picture, second: Picture, rng: random.Random) -> list[dict[str, str]]:
     """A conversation about two images with different backgrounds: which has the colour, and where the drawing is."""
     order = ("first", "second")
     which = rng.randrange(2)
