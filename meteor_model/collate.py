@@ -24,13 +24,18 @@ def collate(examples: Sequence[Mapping[str, Any]], pad_token_id: int, image_size
     """
     input_ids, attention_mask = pad([example["input_ids"] for example in examples], pad_token_id, "right")
     labels, _ = pad([example["labels"] for example in examples], IGNORE_INDEX, "right")
-    images = [example["images"] for example in examples if len(example["images"])]
-    pixels = torch.cat(images) if images else torch.empty(0, 3, image_size, image_size, dtype=torch.uint8)
+    pixels = cat_images([example["images"] for example in examples], image_size)
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "pixel_values": pixels}
 
 
+def cat_images(images: Sequence[torch.Tensor], image_size: int) -> torch.Tensor:
+    """The images of all samples in order, (M, 3, S, S) uint8, M >= 0."""
+    some = [own for own in images if len(own)]
+    return torch.cat(some) if some else torch.empty(0, 3, image_size, image_size, dtype=torch.uint8)
+
+
 def pad(
-    rows: Sequence[Sequence[int]], value: int, side: str, length: int | None = None
+    rows: Sequence[Sequence[int] | np.ndarray], value: int, side: str, length: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of ids -> (B, T) int64 filled with `value`, and the attention mask; T: the longest row's by default."""
     length = length or max(len(row) for row in rows)

@@ -30,6 +30,7 @@ from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.decoder.cache import MeteorCache, RecordingCache
 from meteor_model.decoder.families import softcap_logits
 from meteor_model.decoder.loop import decode_pruned
+from meteor_model.decoder.packed import Packed, check_packed_images, read_packed
 from meteor_model.decoder.prompt import check_not_empty
 from meteor_model.encoders import build_encoder
 from meteor_model.fusion import MeteorProjector, concat_width
@@ -117,6 +118,8 @@ class MeteorForConditionalGeneration(MeteorVisionMixin, MeteorPreTrainedModel, M
         inputs_embeds: torch.Tensor | None = None,
         image_mask: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
+        branch_ids: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: LogitsToKeep = 0,
         num_items_in_batch: torch.Tensor | float | None = None,
@@ -134,6 +137,9 @@ class MeteorForConditionalGeneration(MeteorVisionMixin, MeteorPreTrainedModel, M
             inputs_embeds: (B, T, C) instead of `input_ids`; `image_mask` then says where visual tokens are.
             image_mask: (B, T) bool, see above; with `pixel_values` by default where the placeholder's embedding is.
             prompt_embeds: (B, P, C) embeddings of the first P of `input_ids`, with the visual tokens in place.
+            document_ids: (B, T), instead of an attention mask, for packed rows: which sample each token is of, counting
+                up along a row, -1 on padding (`meteor_model/packing.py`).
+            branch_ids: (B, T), which branch of it: 0 for what all its branches see, then 1, 2, ...; None: no branches.
             use_cache: as in transformers; by default not in training.
             logits_to_keep: compute only the last so many logits (0: all), or those of these columns, (n,). Columns are
                 those of the call, also where stage 3 has dropped some: of all, dropped ones are NaN.
@@ -144,7 +150,9 @@ class MeteorForConditionalGeneration(MeteorVisionMixin, MeteorPreTrainedModel, M
             ValueError: where placeholders and visual tokens differ, naming the sample and both counts, also for ids of
                 images that did not come; for a mask, positions or labels of another shape than the tokens; for labels,
                 hidden states or attentions of a decoder that stage 3 prunes; for labels with `logits_to_keep`, and
-                columns of it that were dropped; for an argument that other models have and this one does not.
+                columns of it that were dropped; for packed rows out of order, with a cache, with a stage 2 that reads
+                the text, or in a decoder that cannot keep them apart; for an argument that other models have and this
+                one does not.
         """
         check_arguments(input_ids, inputs_embeds, labels, logits_to_keep, past_key_values, kwargs)
         check_image_mask(image_mask, input_ids, prompt_embeds, past_key_values)
@@ -152,10 +160,15 @@ class MeteorForConditionalGeneration(MeteorVisionMixin, MeteorPreTrainedModel, M
         marked_BT = None if inputs_embeds is None else image_mask
         check_tokens(embeds_BTC, attention_mask, past_key_values, position_ids, labels, marked_BT)
         check_logits_to_keep(logits_to_keep, embeds_BTC.shape[1])
+        instead: dict[str, Any] = {"attention_mask": attention_mask, "position_ids": position_ids}
+        instead |= {CACHE: past_key_values, "use_cache": use_cache, "prompt_embeds": prompt_embeds}
+        packed = read_packed(document_ids, branch_ids, labels, embeds_BTC.shape[:2], instead)
         visual_MKC, stats = None, None
         if pixel_values is not None:
             is_image_BT = self._placeholders(embeds_BTC) if is_image_BT is None else is_image_BT
             check_images(pixel_values, is_image_BT, self.config.tokens_per_image)
+            if packed is not None:
+                check_packed_images(packed, is_image_BT, self.config)
             # 1. encode, 2. project, 3. fuse, 4. scatter
             pixels = at_least_one(pixel_values, self.config.image_size)
             text_MC = self.text_of_images(embeds_BTC, is_image_BT, attention_mask, labels, len(pixels))
@@ -167,12 +180,14 @@ class MeteorForConditionalGeneration(MeteorVisionMixin, MeteorPreTrainedModel, M
             is_image_BT = None  # a placeholder that came without its image is text
         # 5. decode
         decoded = self._decode(
-            embeds_BTC, attention_mask, position_ids, is_image_BT, past_key_values, use_cache, kwargs
+            embeds_BTC, attention_mask, position_ids, is_image_BT, past_key_values, use_cache, packed, kwargs
         )
         logits = self._logits(decoded, embeds_BTC.shape[1], logits_to_keep, past_key_values)
         stats = with_decision(stats, decoded)
         if isinstance(past_key_values, MeteorCache | RecordingCache) and stats is not None:
             past_key_values.pruning_stats = stats
+        if packed is not None and labels is not None:
+            labels = packed.learned_labels(labels)
         return MeteorOutput(
             loss=None if labels is None else token_loss(logits, labels, num_items_in_batch),
             logits=logits,
@@ -233,10 +248,14 @@ class MeteorForConditionalGeneration(MeteorVisionMixin, MeteorPreTrainedModel, M
         is_image_BT: torch.Tensor | None,
         cache: Any,
         use_cache: bool | None,
+        packed: Packed | None,
         options: Mapping[str, Any],
     ) -> ModelOutput:
         """5. decode: the LLM; with stage 3 where the cache carries it."""
         config = self.config.text_config
+        if packed is not None:
+            own = packed.decoder_arguments(config, embeds_BTC.dtype)
+            return self.language_model(inputs_embeds=embeds_BTC, **own, **options)
         if position_ids is None and isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
             position_ids = position_ids_of(attention_mask)[:, -embeds_BTC.shape[1] :]
         if isinstance(cache, MeteorCache):

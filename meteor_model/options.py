@@ -31,7 +31,7 @@ ELSEWHERE: dict[str, str] = {
     "vision_feature_layer": "each encoder gives its last layer",
     "vision_feature_select_strategy": "an encoder's prefix tokens never go on into the LLM",
 }
-#: Packed sequences: flash attention would keep their texts apart, images are not dealt to them.
+#: Packed rows: flash attention's own arguments and another model's name for them.
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
@@ -41,7 +41,7 @@ def refuse_options(where: str, given: Mapping[str, Any], known: Collection[str] 
         if name in known or value is None or value is False:
             continue
         if name in PACKED:
-            hint = ": packed sequences are not supported, give one sample a row"
+            hint = ": packed rows come with document_ids, of which these are made"
         elif name in ELSEWHERE:
             hint = f": {ELSEWHERE[name]}"
         else:

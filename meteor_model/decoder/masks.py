@@ -110,7 +110,7 @@ def build_masks(
         )
     sliding = full if near_B1QL is None else near_B1QL & _causal(past, hidden_BQC, seen_BL)
     if kernel == "eager":
-        full, sliding = (_additive(mask, hidden_BQC.dtype) for mask in (full, sliding))
+        full, sliding = (None if mask is None else additive(mask, hidden_BQC.dtype) for mask in (full, sliding))
     return Masks(full, sliding)
 
 
@@ -125,8 +125,7 @@ def _causal(past: int, hidden_BQC: Tensor, seen_BL: Tensor | None) -> Tensor:
     return causal_QL[None, None] if seen_BL is None else causal_QL & seen_BL[:, None, None, :]
 
 
-def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if mask is None:
-        return None
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What eager attention adds to its logits for a bool mask."""
     zero = torch.zeros((), dtype=dtype, device=mask.device)
     return torch.where(mask, zero, torch.finfo(dtype).min)
