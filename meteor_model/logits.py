@@ -58,7 +58,7 @@ def logits_of_kept(
     Raises:
         ValueError: naming the sample and its columns, where one that is asked for was dropped.
     """
-    row_BT, attended_BT = _row_of_column(decision), decision.attended_BT
+    row_BT, attended_BT = decision.row_of_column(), decision.attended_BT
     if isinstance(logits_to_keep, int) and logits_to_keep == 0:
         logits_BWV = head(hidden_BWC)
         row_BT, attended_BT = row_BT.to(logits_BWV.device), attended_BT.to(logits_BWV.device)
@@ -76,14 +76,6 @@ def logits_of_kept(
     row_Bn = row_Bn.to(hidden_BWC.device)
     logits_BnV = head(hidden_BWC.gather(1, row_Bn.clamp(min=0)[..., None].expand(-1, -1, hidden_BWC.shape[2])))
     return logits_BnV.masked_fill((row_Bn < 0)[..., None].to(logits_BnV.device), 0.0)
-
-
-def _row_of_column(decision: Decision) -> torch.Tensor:
-    """For each column of the prompt its row among the kept ones, (B, T) int64; -1: it was dropped or is padding."""
-    kept_BW, length = decision.kept_index_BW, decision.prompt_length
-    rows_BW = torch.arange(kept_BW.shape[1], device=kept_BW.device).expand_as(kept_BW)
-    row_BT = torch.full((len(kept_BW), length + 1), -1, device=kept_BW.device)
-    return row_BT.scatter(1, kept_BW.where(kept_BW >= 0, length), rows_BW)[:, :length]  # the last place: what pads
 
 
 def _refuse_dropped(dropped_Bn: torch.Tensor, columns_n: torch.Tensor) -> None:

@@ -128,6 +128,9 @@ class PlannedCut(NamedTuple):
     budget: DecodeBudget
 
 
+QUERIES, LATER_TURNS = ("last", "all_text", "answer"), ("kept", "anew", "union")
+
+
 @dataclass(frozen=True)
 class DecodePruning:
     """Stage 3 (generation only): how many visual tokens stay after one early LLM layer, sample by sample."""
@@ -138,8 +141,9 @@ class DecodePruning:
     """LLM layers that see every visual token; the scores are the attention of the last of them."""
     num_heads: int | None = None
     """Heads that count, those with the most attention on visual tokens; None is a quarter of the heads."""
-    query: Literal["last", "all_text"] = "last"
-    """Which text token asks: the last of the prompt, or the mean of all text tokens after the images."""
+    query: Literal["last", "all_text", "answer"] = "last"
+    """Which text token asks: the last one, the mean of all text tokens after the images, or the mean of the first
+    answer_tokens of the answer. Until those are there every visual token stays."""
     target_mean: float | None = None
     """Mean number of visual tokens to keep; lambda is solved for it on calibration samples. With a budget that needs no
     lambda: what every image keeps."""
@@ -160,6 +164,14 @@ class DecodePruning:
     """Visual tokens an image kept after each of later_layers."""
     equal_layers: bool = False
     """Drop from the cache of the layers below, too, so that all layers hold equally many tokens."""
+    answer_tokens: int = 4
+    """Tokens of the answer that ask where query is answer."""
+    reselect_every: int = 0
+    """Choose anew from all visual tokens each time the answer has grown by so many tokens: dropped ones wait below the
+    layer, and the layers above run again on what is kept. 0 chooses once."""
+    later_turn: Literal["kept", "anew", "union"] = "kept"
+    """What a later turn of a conversation sees: what the first one kept, what it chooses anew from all visual tokens,
+    or the union of that and of what earlier turns chose."""
 
     def __post_init__(self) -> None:
         where = "pruning.decode"
@@ -168,8 +180,11 @@ class DecodePruning:
         whole_number(f"{where}.k_min", self.k_min, least=1)
         if self.num_heads is not None:
             whole_number(f"{where}.num_heads", self.num_heads, least=1)
-        if self.query not in ("last", "all_text"):
-            raise ValueError(f"{where}.query must be 'last' or 'all_text', got {self.query!r}")
+        for name, known in (("query", QUERIES), ("later_turn", LATER_TURNS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{where}.{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        whole_number(f"{where}.answer_tokens", self.answer_tokens, least=1)
+        whole_number(f"{where}.reselect_every", self.reselect_every, least=0)
         if self.lam is not None and finite_number(f"{where}.lam", self.lam) <= 0:
             raise ValueError(f"{where}.lam must be positive, got {self.lam}")
         if self.target_mean is not None and finite_number(f"{where}.target_mean", self.target_mean) < self.k_min:
@@ -184,6 +199,24 @@ class DecodePruning:
                 f"{where}.budget {self.budget!r} needs {where}.target_mean, the tokens that an image keeps"
             )
         self._check_later(where)
+        self._check_anew(where)
+
+    def _check_anew(self, where: str) -> None:
+        if self.equal_layers and self.selects_later:
+            raise ValueError(
+                f"{where}.equal_layers drops tokens everywhere, so none waits to be chosen later: it goes with query "
+                "'last' or 'all_text', reselect_every 0 and later_turn 'kept'"
+            )
+        if self.enabled and self.query == "answer" and self.needs_lambda:
+            raise ValueError(
+                f"{where}.query 'answer' does not go with budget {self.budget!r}, whose lambda is solved on prompts, "
+                f"which have no answer yet: set {where}.budget to 'fixed' and {where}.target_mean"
+            )
+        if self.reselect_every and self.later_turn == "union":
+            raise ValueError(
+                f"{where}.reselect_every chooses anew within an answer, and later_turn 'union' would keep all of it: "
+                "set later_turn to 'kept' or 'anew', or reselect_every to 0"
+            )
 
     def _check_later(self, where: str) -> None:
         switch(f"{where}.equal_layers", self.equal_layers)
@@ -205,6 +238,11 @@ class DecodePruning:
             raise ValueError(f"{where}.later_keep must not grow, got {self.later_keep}")
         if self.equal_layers and self.later_layers:
             raise ValueError(f"{where}.equal_layers goes with one pruning: set {where}.later_layers to none")
+
+    @property
+    def selects_later(self) -> bool:
+        """Whether visual tokens may be chosen after prefill, so that all of them have to wait."""
+        return self.query == "answer" or self.reselect_every > 0 or self.later_turn != "kept"
 
     @property
     def needs_lambda(self) -> bool:
@@ -271,7 +309,10 @@ class PruningConfig:
 
 #: Settings that came after configurations, runs and sweeps were stored: at their defaults they are left out of what
 #: identifies one, so that what is stored is found again.
-LATER_SETTINGS = ("criterion", "budget", "options", "later_layers", "later_keep", "equal_layers")
+LATER_SETTINGS = (
+    *("criterion", "budget", "options", "later_layers", "later_keep", "equal_layers"),
+    *("answer_tokens", "reselect_every", "later_turn"),
+)
 
 
 def _as_stored(stage: Any) -> dict[str, Any]:

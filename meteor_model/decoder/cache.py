@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicLayer
 
 from meteor_model.configuration_meteor import DecodePruning
 from meteor_model.decoder.families import check_decode_settings, plan_decoder
+from meteor_model.decoder.waiting import Due, Waiting
 from meteor_model.pruners.select import gather_tokens
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Decision:
-    """What stage 3 decided at prefill.
+    """What stage 3 decided at prefill, or anew: then all tokens so far are what is called the prompt here.
 
     Attributes:
         attended_BT: bool, the prompt's attention mask.
@@ -92,6 +93,22 @@ class Decision:
     def upper_padded(self) -> bool:
         """Whether any column of the last layer is padding."""
         return self.cuts[-1].padded
+
+    def row_of_column(self) -> Tensor:
+        """For each column its row among those that the last layer keeps, (B, T) int64; -1: dropped, or padding."""
+        kept_BW, length = self.kept_index_BW, self.prompt_length
+        rows_BW = torch.arange(kept_BW.shape[1], device=kept_BW.device).expand_as(kept_BW)
+        row_BT = torch.full((len(kept_BW), length + 1), -1, device=kept_BW.device)
+        return row_BT.scatter(1, kept_BW.where(kept_BW >= 0, length), rows_BW)[:, :length]  # the last place: padding
+
+    def kept_columns(self) -> tuple[Tensor, ...]:
+        """For each cut, which visual columns it keeps, (B, T) bool."""
+        found, samples = [], len(self.visual_BT)
+        for cut in self.cuts:
+            place_BW = cut.kept_index_BW.where(cut.mask_BW, self.prompt_length)  # the last place: padding
+            kept_BT = self.visual_BT.new_zeros(samples, self.prompt_length + 1).scatter(1, place_BW, True)
+            found.append(kept_BT[:, :-1] & self.visual_BT)
+        return tuple(found)
 
     def runs(self, num_layers: int) -> list[tuple[range, Cut | None]]:
         """Layers that hold the same columns, and the cut that made them; None where they hold the whole prompt."""
@@ -199,6 +216,12 @@ class MeteorCache(DynamicCache):
         #: Whether a mask that came after prefill hides any column of its own.
         self.masked_since = False
         self._appends = False
+        #: All tokens below the first cut, where the settings may choose anew from them.
+        self.waiting: Waiting | None = None
+        #: Tokens that came since what is kept was decided.
+        self.grown = 0
+        self._chosen = False
+        self._held: tuple[Tensor, ...] = ()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen so far; of a layer other than the first, its columns."""
@@ -206,6 +229,37 @@ class MeteorCache(DynamicCache):
             return self.attended_BL.shape[1]
         length: int = super().get_seq_length(layer_idx)
         return length
+
+    def begin(self, waiting: Waiting) -> None:
+        """After prefill: its tokens wait where they may be chosen anew."""
+        self.waiting = waiting if self.settings.selects_later else None
+        self.selected(chosen=self.settings.query != "answer")
+
+    def due(self, new: int) -> Due:
+        """What a pass over `new` more tokens does to the choice."""
+        settings, asked_by_answer = self.settings, self.settings.query == "answer"
+        if self.waiting is None:
+            return ""
+        if new > 1 and settings.later_turn != "kept":
+            return "keep" if asked_by_answer else "choose"
+        every = settings.answer_tokens if asked_by_answer and not self._chosen else settings.reselect_every
+        return "choose" if every and self.grown + new >= every else ""
+
+    def selected(self, *, chosen: bool) -> None:
+        """What is kept was decided on all tokens so far: `chosen`, or everything until the answer asks."""
+        self.grown, self._chosen = 0, chosen
+        if chosen and self.settings.later_turn == "union" and self.decision is not None:
+            self._held = self.decision.kept_columns()
+        if chosen and not (self.settings.reselect_every or self.settings.later_turn != "kept"):
+            self.waiting = None  # nothing is chosen after this
+
+    def held_of(self, length: int) -> tuple[Tensor, ...]:
+        """For each cut, the visual columns (B, length) that stay since an earlier turn chose them; none without."""
+        return tuple(F.pad(held_BT, (0, length - held_BT.shape[1])) for held_BT in self._held)
+
+    def empty_from(self, layer: int) -> None:
+        """Forget what this layer and those above it have cached."""
+        self.layers[layer:] = [DynamicLayer() for _ in self.layers[layer:]]
 
     def keep_columns(self, cut: Cut) -> None:
         """Drop from the layers below a cut the columns that it drops."""
@@ -244,24 +298,28 @@ class MeteorCache(DynamicCache):
         if self.decision is not None and self.attended_BL is not None:
             self.decision = self.decision.select(rows)
             self.attended_BL = self.attended_BL[rows.to(self.attended_BL.device)]
+            self.waiting = None if self.waiting is None else self.waiting.rows(rows)
+            self._held = tuple(held_BT[rows.to(held_BT.device)] for held_BT in self._held)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last `-tokens_to_remove` tokens of every layer; 0 drops none.
 
-        Raises ValueError for a positive number and where the prompt itself would be cut: above the layer its tokens are
-        not the ones that a shorter prompt would have kept.
+        Raises ValueError for a positive number and where the prompt itself would be cut, or tokens that were there when
+        it was chosen anew: above the layer its tokens are not the ones that a shorter prompt would have kept.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
         prompt_length = self.decision.prompt_length if self.decision is not None else 0
         if tokens_to_remove < 0 and self.get_seq_length() + tokens_to_remove < prompt_length:
             raise ValueError(
-                f"cannot remove {-tokens_to_remove} of {self.get_seq_length()} tokens: the prompt's {prompt_length} "
+                f"cannot remove {-tokens_to_remove} of {self.get_seq_length()} tokens: the first {prompt_length} "
                 "were pruned together and cannot be cut; start a new cache"
             )
         super().crop(tokens_to_remove)
         if tokens_to_remove < 0 and self.attended_BL is not None:
             self.attended_BL = self.attended_BL[:, :tokens_to_remove]
+            self.grown += tokens_to_remove
+            self.waiting = None if self.waiting is None else self.waiting.without_last(-tokens_to_remove)
 
     @contextmanager
     def appending(self) -> Iterator[None]:

@@ -8,11 +8,13 @@
     4. upper    the layers above run on the kept tokens: gathered, left-padded to the longest sample, masked, at their
                 original positions; further prunings repeat steps 1 to 3 on what is left
     5. decode   new tokens run through all layers; the cache is full below the first pruning and shorter above each
+    6. anew     where the settings say so (`query="answer"`, `reselect_every`, `later_turn`), steps 2 to 4 again on all
+                tokens so far, from the hidden states that wait below the first cut: what a pass without a cache gives
 
 What was decided at prefill lives in the cache (`MeteorCache`). The loop owns the calls to the decoder's layers and
 changes none of them. A prefill reads values back to the host twice (is anything padded; how wide is the result), and
-once more for each further pruning; a later pass with a mask of its own once (does it hide anything), a step of
-`generate` never.
+once more for each further pruning, and so does a selection anew; a later pass with a mask of its own once (does it hide
+anything), any other step of `generate` never.
 
 Shape legend: B samples, T tokens of the whole prompt, W kept tokens of the longest sample, Q new tokens of this call,
 L all tokens so far (cached and new), R rows that ask, H heads, G key/value heads, C language model width, d head width.
@@ -20,24 +22,24 @@ L all tokens so far (cached and new), R rows that ask, H heads, G key/value head
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch.nn import functional as F
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from meteor_model.decoder.cache import Cut, Decision, MeteorCache
-from meteor_model.decoder.families import DecoderPlan, Rotary, plan_decoder, rotary_embeddings
-from meteor_model.decoder.masks import Masks, build_masks, check_kernel
+from meteor_model.decoder.families import DecoderPlan, plan_decoder, rotary_embeddings
+from meteor_model.decoder.masks import build_masks, check_kernel
 from meteor_model.decoder.prompt import Prompt, check_mask, places, positions, read_prompt
-from meteor_model.decoder.scores import refuse_nan, run_layers
-from meteor_model.decoder.view import KeyTap, LayerView, cached_states, score_layer, view_layer
-from meteor_model.pruners.decode_criteria import Asked
-from meteor_model.pruners.select import best_visual, gather_tokens
-from meteor_model.pruners.text_scores import VisualScores
-from meteor_model.pruning_config import PlannedCut
+from meteor_model.decoder.scores import run_layers
+from meteor_model.decoder.steps import Reached, decision_of, keep_all, prune, reach, run_upper, whole_columns
+from meteor_model.decoder.view import cached_states
+from meteor_model.decoder.waiting import Due, Waiting
+from meteor_model.pruners.select import gather_tokens
 
 
 @dataclass
@@ -49,7 +51,7 @@ class DecodedOutput(BaseModelOutputWithPast):
             positions have no hidden state, hence no logits; `decision.kept_index_BW` says which prompt columns the
             rows of a prefill are.
         past_key_values: the `MeteorCache`, or None without a cache; named `cache` from transformers 5.24 on.
-        decision: what stage 3 decided on the prompt.
+        decision: what stage 3 has decided last.
         prefill: whether this pass was the prompt, so that rows of the hidden state are its kept columns.
     """
 
@@ -69,8 +71,9 @@ def decode_pruned(
     """One pass of a decoder with stage 3: the prefill on an empty cache, decode steps after it.
 
     At prefill the whole prompt must come in one call. Padding may be on either side; from the layer on it is on the
-    left. Tokens that come later are never pruned, visual or not. When nothing is dropped the result equals the
-    decoder's own forward bit for bit (for left-padded input; later steps up to rounding where a sliding window binds).
+    left. Tokens that come later are never pruned, visual or not; a pass that brings several is a later turn. When
+    nothing is dropped the result equals the decoder's own forward bit for bit (for left-padded input; later steps up to
+    rounding where a sliding window binds).
 
     Args:
         language_model: a bare decoder (`LlamaModel`, ...) of one of `DECODER_FAMILIES`.
@@ -98,102 +101,24 @@ def decode_pruned(
 # ------------------------------------------------------------------------------------------------------------ the steps
 
 
-@dataclass(frozen=True)
-class _Columns:
-    """What the next layers of a prefill are given.
-
-    Attributes:
-        hidden_BWC: hidden states of the columns.
-        prompt: what is known of them.
-        rotary: the decoder's (cos, sin) at their original positions.
-        position_ids_BW: these positions for the layers themselves. None above a cut: positions then reach the layers
-            through the rotary embedding only, for as position_ids their gaps would look like packed sequences to flash
-            attention.
-        first: the first of these layers.
-    """
-
-    hidden_BWC: Tensor
-    prompt: Prompt
-    rotary: Rotary
-    position_ids_BW: Tensor | None
-    first: int = 0
-
-    def masks(self, config: PreTrainedConfig, plan: DecoderPlan, end: int, cache: MeteorCache | None) -> Masks:
-        """For layers [first, end)."""
-        slides = plan.slides[self.first : end]
-        prompt = self.prompt
-        return build_masks(
-            config, plan.window, slides, self.hidden_BWC, prompt.seen_BT, prompt.places_BT, cache, self.first
-        )
-
-    def shortened(self, hidden_BTC: Tensor, order_BW: Tensor, cut: Cut) -> _Columns:
-        """What a cut leaves."""
-        hidden_BWC = gather_tokens(hidden_BTC, order_BW.to(hidden_BTC.device))
-        rotary = {
-            kind: (gather_tokens(cos, order_BW), gather_tokens(sin, order_BW))
-            for kind, (cos, sin) in self.rotary.items()
-        }
-        prompt = self.prompt.shortened(hidden_BWC, order_BW, cut.mask_BW, cut.padded)
-        return _Columns(hidden_BWC, prompt, rotary, None, cut.layer)
-
-
 def _prefill(
     language_model: PreTrainedModel, plan: DecoderPlan, prompt: Prompt, cache: MeteorCache, use_cache: bool
 ) -> DecodedOutput:
-    settings, length = cache.settings, prompt.embeds_BTC.shape[1]
-    config, kept_cache = language_model.config, cache if use_cache else None
-    if plan.window is not None and length >= plan.window:
-        prompt = replace(prompt, places_BT=places(prompt.seen_BT, length, prompt.embeds_BTC))
-    rotary = rotary_embeddings(language_model, plan, prompt.embeds_BTC, prompt.position_ids_BT)
-    columns = _Columns(prompt.embeds_BTC, prompt, rotary, prompt.position_ids_BT)
-    images_B = _images(prompt.visual_BT, cache.per_image)
-    cuts, found = [], []
-    for planned in settings.cuts():
-        # 1. lower, pausing before the layer that is asked
-        layer = planned.layer
-        masks = columns.masks(config, plan, layer, kept_cache)
-        shared: dict[str, Any] = {"rotary": columns.rotary, "position_ids_BQ": columns.position_ids_BW, "masks": masks}
-        below = range(columns.first, layer - 1)
-        asked_BTC = run_layers(language_model, plan, columns.hidden_BWC, below, **shared, cache=kept_cache)
-        tap = KeyTap() if kept_cache is None else kept_cache
-        hidden_BTC = run_layers(language_model, plan, asked_BTC, range(layer - 1, layer), **shared, cache=tap)
-
-        # 2. score, 3. keep
-        made = (tap.keys, tap.values) if isinstance(tap, KeyTap) else cached_states(tap, layer - 1)
-        asked = (columns.rotary, columns.prompt, cache.num_heads, cache.cells_n2)
-        view = view_layer(language_model, plan, layer - 1, asked_BTC, made, *asked)
-        scores = score_layer(view, settings.scorer())
-        cut, order_BW, hidden_BTC = _decide(scores, view, hidden_BTC, planned, cache, images_B)
-        cuts.append(cut)
-        found.append(scores)
-        columns = columns.shortened(hidden_BTC, order_BW, cut)
-
-    # 4. upper
-    masks = columns.masks(config, plan, config.num_hidden_layers, kept_cache)
-    hidden_BWC = run_layers(
-        language_model,
-        plan,
-        columns.hidden_BWC,
-        range(columns.first, config.num_hidden_layers),
-        masks=masks,
-        rotary=columns.rotary,
-        position_ids_BQ=None,
-        cache=kept_cache,
-    )
-    decision = Decision(
-        attended_BT=prompt.attended_BT,
-        visual_BT=prompt.visual_BT,
-        cuts=tuple(cuts),
-        mass_B=found[0].mass_B.to(prompt.visual_BT.device),
-        heads_Bk=found[0].heads_Bk,
-        lower_padded=prompt.padded,
-        everywhere=settings.equal_layers,
-    )
+    settings, kept_cache = cache.settings, cache if use_cache else None
+    columns = whole_columns(language_model, plan, prompt, prompt.seen_BT)
+    reached = reach(language_model, plan, columns, settings.layer, kept_cache)
+    if settings.query == "answer":  # nobody asks yet
+        pruned = keep_all(columns, reached.hidden_BTC, settings.layer)
+    else:
+        pruned = prune(language_model, plan, columns, reached, cache, kept_cache)
+    hidden_BWC = run_upper(language_model, plan, pruned.columns, kept_cache)
+    decision = decision_of(prompt, pruned, everywhere=settings.equal_layers)
     if kept_cache is not None:
         if decision.everywhere:
             kept_cache.keep_columns(decision.cuts[0])
         kept_cache.decision, kept_cache.attended_BL = decision, decision.attended_BT
-    return DecodedOutput(language_model.norm(hidden_BWC), kept_cache, decision=decision, prefill=True)
+        kept_cache.begin(Waiting(prompt.embeds_BTC, *reached[:2], prompt.position_ids_BT))
+    return DecodedOutput(hidden_BWC, kept_cache, decision=decision, prefill=True)
 
 
 def _continue(
@@ -203,7 +128,7 @@ def _continue(
     position_ids_BQ: Tensor | None,
     cache: MeteorCache,
 ) -> DecodedOutput:
-    """5. decode: new tokens through all layers. Nothing is read back to the host for a step of `generate`."""
+    """5. decode: new tokens through all layers. Only a selection anew reads anything back for a step of `generate`."""
     decision, plan, config = cache.decision, cache.plan, language_model.config
     assert decision is not None
     if len(embeds_BQC) != len(decision.kept_counts_B):
@@ -229,27 +154,64 @@ def _continue(
 
     rotary = rotary_embeddings(language_model, plan, embeds_BQC, position_ids_BQ)
     hidden_BQC = embeds_BQC
+    due = cache.due(embeds_BQC.shape[1])
     for layers, cut in decision.runs(config.num_hidden_layers):
         padded = (decision.lower_padded if cut is None else cut.padded) or cache.masked_since
         seen_BL = _of_columns(attended_BL, cut, decision.prompt_length, masked=True) if padded else None
         there_BL = None
         if places_BL is not None:
-            shared = cut is None
-            everywhere_BL = places_BL if shared else places_BL.expand(len(embeds_BQC), -1)
+            everywhere_BL = places_BL if cut is None else places_BL.expand(len(embeds_BQC), -1)
             there_BL = _of_columns(everywhere_BL, cut, decision.prompt_length, masked=False)
         slides = plan.slides[layers.start : layers.stop]
         masks = build_masks(config, plan.window, slides, hidden_BQC, seen_BL, there_BL, cache, layers.start)
-        hidden_BQC = run_layers(
-            language_model,
-            plan,
-            hidden_BQC,
-            layers,
-            masks=masks,
-            rotary=rotary,
-            position_ids_BQ=position_ids_BQ if cut is None else None,
-            cache=cache,
-        )
+        shared: dict[str, Any] = {
+            "masks": masks,
+            "rotary": rotary,
+            "position_ids_BQ": position_ids_BQ if cut is None else None,
+            "cache": cache,
+        }
+        if layers.start > 0 or cache.waiting is None:
+            hidden_BQC = run_layers(language_model, plan, hidden_BQC, layers, **shared)
+            continue
+        asked_BQC = run_layers(language_model, plan, hidden_BQC, layers[:-1], **shared)
+        hidden_BQC = run_layers(language_model, plan, asked_BQC, layers[-1:], **shared)
+        cache.waiting = cache.waiting.grown(Waiting(embeds_BQC, asked_BQC, hidden_BQC, position_ids_BQ))
+        if due:
+            return _select_anew(language_model, attended_BL, embeds_BQC.shape[1], cache, due)
+    cache.grown += embeds_BQC.shape[1]
     return DecodedOutput(language_model.norm(hidden_BQC), cache, decision=decision)
+
+
+def _select_anew(
+    language_model: PreTrainedModel, attended_BL: Tensor, new: int, cache: MeteorCache, due: Due
+) -> DecodedOutput:
+    """The upper layers anew on all tokens so far, of whose visual ones some are chosen from all there were.
+
+    What a pass without a cache over the same tokens would give. Hidden states of the `new` last columns.
+    """
+    waiting, settings, plan, before = cache.waiting, cache.settings, cache.plan, cache.decision
+    assert waiting is not None
+    assert before is not None
+    assert cache.attended_BL is not None
+    length = attended_BL.shape[1]
+    visual_BL = F.pad(before.visual_BT, (0, length - before.prompt_length))
+    answer = settings.answer_tokens if settings.query == "answer" else 0
+    prompt = read_prompt(
+        waiting.embeds_BLC, attended_BL.long(), waiting.position_ids_BL, visual_BL, settings.query, answer
+    )
+    columns = whole_columns(language_model, plan, prompt, cache.attended_BL)
+    reached = Reached(waiting.asked_BLC, waiting.hidden_BLC, cached_states(cache, settings.layer - 1))
+    cache.empty_from(settings.layer)
+    if due == "keep":
+        pruned = keep_all(columns, reached.hidden_BTC, settings.layer)
+    else:
+        pruned = prune(language_model, plan, columns, reached, cache, cache, cache.held_of(length))
+    hidden_BWC = run_upper(language_model, plan, pruned.columns, cache)
+    decision = decision_of(prompt, pruned)
+    cache.decision = decision
+    cache.selected(chosen=due == "choose")
+    row_BQ = decision.row_of_column()[:, -new:].clamp(min=0).to(hidden_BWC.device)
+    return DecodedOutput(gather_tokens(hidden_BWC, row_BQ), cache, decision=decision)
 
 
 def _of_columns(values_BL: Tensor, cut: Cut | None, prompt_length: int, *, masked: bool) -> Tensor:
@@ -260,54 +222,6 @@ def _of_columns(values_BL: Tensor, cut: Cut | None, prompt_length: int, *, maske
     if masked:
         kept_BW = cut.mask_BW & kept_BW
     return torch.cat([kept_BW, values_BL[:, prompt_length:]], dim=1)
-
-
-def _images(visual_BT: Tensor, per_image: int | None) -> Tensor:
-    """Images of each sample, (B,) float64; without `per_image` one where there are visual tokens."""
-    visual_B = visual_BT.sum(dim=1)
-    return visual_B.double() / per_image if per_image else (visual_B > 0).double()
-
-
-def _decide(
-    scores: VisualScores,
-    view: LayerView,
-    hidden_BTC: Tensor,
-    planned: PlannedCut,
-    cache: MeteorCache,
-    images_B: Tensor,
-) -> tuple[Cut, Tensor, Tensor]:
-    """The cut; the gather order (B, W): columns of the kept tokens, after those that pad the row; and hidden states."""
-    attended_BT, visual_BT = view.prompt.attended_BT, view.prompt.visual_BT
-    scores_BT, mass_B = scores.scores_BT.to(visual_BT.device), scores.mass_B.to(visual_BT.device)
-    # The next token is read off the last one: where a prompt ends in an image, that is the first to be kept.
-    columns_T = torch.arange(attended_BT.shape[1], device=attended_BT.device)
-    last_B1 = torch.where(attended_BT, columns_T, 0).amax(dim=1, keepdim=True)
-    scores_BT = scores_BT.masked_fill(columns_T == last_B1, torch.inf)
-    settings = cache.settings
-    asked = Asked(mass_B, visual_BT.sum(dim=-1), images_B, planned.keep, settings.lam, settings.k_min, view)
-    counts_B = planned.budget(asked)
-    if cache.k_max is not None:
-        counts_B = counts_B.clamp(max=cache.k_max)
-    select = settings.selector()
-    if select is None:
-        visual_kept_BT = best_visual(scores_BT, visual_BT, counts_B)
-    else:
-        visual_kept_BT, hidden_BTC = select(view, hidden_BTC, scores_BT, counts_B)
-    keep_BT = (attended_BT & ~visual_BT) | visual_kept_BT
-    totals_B = keep_BT.sum(dim=1)
-    found = torch.stack([torch.isnan(mass_B).sum(), (keep_BT != attended_BT).sum(), totals_B.min(), totals_B.max()])
-    # On the meta device there are shapes only: as if nothing were dropped.
-    num_nan, num_dropped, fewest, most = (0, 0, *keep_BT.shape[1:] * 2) if found.is_meta else found.tolist()
-    refuse_nan(num_nan, len(mass_B))
-    # Nothing dropped: keep the prompt's width, so that this is the decoder's own forward to the last bit.
-    width = most if num_dropped else keep_BT.shape[1]
-    # A stable sort of 0 (not kept) before 1 (kept) is the left-padded gather; what pads is masked, whatever it is.
-    order_BW = torch.sort(keep_BT.to(torch.uint8), dim=1, stable=True).indices[:, -width:]
-    mask_BW = gather_tokens(keep_BT, order_BW)
-    index_BT = view.prompt.index_BT
-    index_BW = order_BW if index_BT is None else gather_tokens(index_BT, order_BW)
-    cut = Cut(planned.layer, mask_BW, index_BW.masked_fill(~mask_BW, -1), counts_B, fewest < width)
-    return cut, order_BW, hidden_BTC
 
 
 # ------------------------------------------------------------------------------------------------- arguments and checks

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from meteor_model.pruners.select import gather_tokens
 
+#: Who asks: see `DecodePruning.query`.
+Query = Literal["last", "all_text", "answer"]
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -65,9 +68,14 @@ def read_prompt(
     attention_mask_BT: Tensor | None,
     position_ids_BT: Tensor | None,
     visual_mask_BT: Tensor | None,
-    query: Literal["last", "all_text"],
+    query: Query,
+    answer_tokens: int = 0,
 ) -> Prompt:
-    """A prompt's masks, checked. Values are read back once, and not at all where nothing needs them."""
+    """A prompt's masks, checked. Values are read back once, and not at all where nothing needs them.
+
+    With `answer_tokens` its last so many columns are an answer's, and ask; without them a query of the answer is the
+    prompt's last token.
+    """
     shape, device = embeds_BTC.shape[:2], embeds_BTC.device
     check_not_empty(embeds_BTC)
     visual_BT = torch.zeros(shape, dtype=torch.bool, device=device)
@@ -88,10 +96,13 @@ def read_prompt(
         # token asks: nobody asking would read as nobody looking.
         after_BT = attended_BT & ~visual_BT & (visual_BT.cumsum(dim=1) > 0)
         asks_BT = after_BT | (asks_BT & ~after_BT.any(dim=1, keepdim=True))
+    if answer_tokens:
+        answer_BT = attended_BT & (columns_T >= shape[1] - answer_tokens)
+        asks_BT = answer_BT | (asks_BT & ~answer_BT.any(dim=1, keepdim=True))
 
     num_empty = num_padded = 0
     rows = 1
-    if attention_mask_BT is not None or query == "all_text":
+    if attention_mask_BT is not None or query == "all_text" or answer_tokens:
         found = torch.stack([(~attended_BT.any(dim=1)).sum(), (~attended_BT).sum(), asks_BT.sum(dim=1).max()])
         # On the meta device there are shapes only: the most rows that can ask.
         num_empty, num_padded, rows = (0, 0, shape[1]) if found.is_meta else found.tolist()

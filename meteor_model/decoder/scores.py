@@ -6,7 +6,6 @@ Shape legend: B samples, T tokens of the whole prompt, Q tokens of one call, H h
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from meteor_model.configuration_meteor import DecodePruning
 from meteor_model.decoder.cache import MeteorCache
 from meteor_model.decoder.families import DecoderPlan, Rotary, check_decode_settings, plan_decoder, rotary_embeddings
 from meteor_model.decoder.masks import Masks, build_masks, check_kernel
-from meteor_model.decoder.prompt import Prompt, places, read_prompt
+from meteor_model.decoder.prompt import Prompt, Query, places, read_prompt
 from meteor_model.decoder.view import KeyTap, LayerView, score_layer, view_layer
 
 
@@ -50,7 +49,7 @@ def visual_attention_by_head(
     attention_mask_BT: Tensor | None,
     position_ids_BT: Tensor | None,
     visual_mask_BT: Tensor,
-    query: Literal["last", "all_text"] = "last",
+    query: Query = "last",
     layers: Sequence[int] | None = None,
 ) -> Tensor:
     """The visual attention value (VAV) of every head: its attention mass on visual tokens, nothing pruned.

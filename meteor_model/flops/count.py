@@ -24,7 +24,9 @@ def count_flops(config: MeteorConfig, text_tokens: int = TEXT_TOKENS) -> FlopRep
         config: any model.
         text_tokens: text tokens of the prompt.
 
-    Stage 3 is counted at its `target_mean` and `later_keep`, with its scores.
+    Stage 3 is counted at its `target_mean` and `later_keep`, with its scores. Where the answer asks
+    (`query="answer"`), nothing is dropped up to the first token, and a step is one after the choice; what choosing anew
+    runs again within an answer is in neither number.
 
     Raises:
         ValueError: where stage 3 is on without a target_mean.

@@ -82,7 +82,7 @@ def count_layers(
     model: MeteorForConditionalGeneration, text_tokens: int, schedule: Sequence[tuple[int, int]]
 ) -> tuple[LayersFlops, ...]:
     """The LLM run by run: between two prunings every layer sees the same tokens."""
-    equal = model.config.pruning.decode.equal_layers
+    equal, later = model.config.pruning.decode.equal_layers, model.config.pruning.decode.query == "answer"
     firsts = [0, *(layer for layer, _ in schedule)]
     ends = [*firsts[1:], model.config.text_config.num_hidden_layers]
     kept = [model.config.tokens_per_image, *(tokens for _, tokens in schedule)]
@@ -91,13 +91,20 @@ def count_layers(
         prefill, step = _per_layer(model, text_tokens + visual)
         if equal:
             _, step = _per_layer(model, text_tokens + kept[-1])
+        if later:
+            prefill, _ = _per_layer(model, text_tokens + kept[0])
         runs.append(LayersFlops(first, end, visual, sum(prefill[first:end]), sum(step[first:end])))
     return tuple(runs)
 
 
 def count_stage3(model: MeteorForConditionalGeneration, text_tokens: int, schedule: Sequence[tuple[int, int]]) -> int:
-    """What stage 3 adds to the layers: the scores of the layers that are asked, each on the tokens it sees."""
+    """What stage 3 adds to the layers: the scores of the layers that are asked, each on the tokens it sees.
+
+    Nothing up to the first token where the answer asks.
+    """
     config, total = model.config, 0
+    if config.pruning.decode.query == "answer":
+        return 0
     heads, width = config.decode_heads, config.text_config.hidden_size
     present = [config.tokens_per_image, *(kept for _, kept in schedule)]
     for (layer, _), visual in zip(schedule, present[:-1], strict=True):

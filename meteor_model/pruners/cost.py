@@ -37,7 +37,7 @@ def mean_over_layers(config: MeteorConfig) -> float:
     """Visual tokens of an image that a layer of the language model sees, on average over its layers, at prefill."""
     layers, decode = config.text_config.num_hidden_layers, config.pruning.decode
     present, first, seen = float(config.tokens_per_image), 0, 0.0
-    for cut in decode.cuts() if decode.enabled else ():
+    for cut in decode.cuts() if decode.enabled and decode.query != "answer" else ():
         seen += (cut.layer - first) * present
         present, first = min(present, float(cut.keep or 0)), cut.layer
     return (seen + (layers - first) * present) / layers

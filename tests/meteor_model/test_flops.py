@@ -182,3 +182,11 @@ def test_reports_are_tables_and_plain_dictionaries() -> None:
 def test_stage_3_is_counted_at_its_target_mean() -> None:
     with pytest.raises(ValueError, match=r"pruning\.decode\.target_mean"):
         count_flops(config(replace(PRUNED, decode=DecodePruning(layer=2, lam=3.0))), TEXT)
+
+
+def test_where_the_answer_asks_nothing_is_dropped_before_it() -> None:
+    asked = DecodePruning(layer=2, query="answer", budget="fixed", target_mean=12.0)
+    report = count_flops(config(replace(PRUNED, decode=asked)), TEXT)
+    whole, short = TEXT + 24, TEXT + 12
+    assert report.llm == LAYERS * llm_layer(whole, whole)
+    assert report.step == 2 * llm_layer(1, whole + 1) + 2 * llm_layer(1, short + 1) + report.lm_head

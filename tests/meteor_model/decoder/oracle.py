@@ -112,14 +112,21 @@ class LiteralDecision:
 
 
 def decide_literally(
-    model: Any, embeds_1TC: Tensor, visual_T: Tensor, settings: DecodePruning, num_heads: int = LISTENING
+    model: Any,
+    embeds_1TC: Tensor,
+    visual_T: Tensor,
+    settings: DecodePruning,
+    num_heads: int = LISTENING,
+    answer: int = 0,
 ) -> LiteralDecision:
-    """What stage 3 decides on one unpadded prompt."""
+    """What stage 3 decides on one unpadded prompt, whose last `answer` tokens are an answer's that asks."""
     attention_HTT = library_attention(model, embeds_1TC)[settings.layer - 1][0]
     heads = range(attention_HTT.shape[0])
     visual = [int(i) for i in visual_T.nonzero().flatten()]
     length = embeds_1TC.shape[1]
-    if settings.query == "last":
+    if answer:
+        rows = list(range(length - answer, length))
+    elif settings.query in ("last", "answer"):
         rows = [length - 1]
     else:
         rows = [i for i in range(length) if i not in visual and any(j < i for j in visual)] or [length - 1]
@@ -128,8 +135,11 @@ def decide_literally(
     listening = sorted(heads, key=lambda h: (-mass_H[h], h))[:num_heads]
     score = {t: sum(row_HT[h][t] for h in listening) for t in visual}
     mass = sum(score.values())
-    assert settings.lam is not None
-    count = min(max(math.floor(settings.lam * mass + 0.5), min(settings.k_min, len(visual))), len(visual))
+    wanted = (
+        settings.target_mean if settings.budget == "fixed" else None if settings.lam is None else settings.lam * mass
+    )
+    assert wanted is not None
+    count = min(max(math.floor(wanted + 0.5), min(settings.k_min, len(visual))), len(visual))
     chosen = sorted(visual, key=lambda t: (-score[t], t))[:count]
     kept = {i for i in range(length) if i not in visual} | set(chosen)
     return LiteralDecision(kept, count, mass, sorted(listening), mass_H)
