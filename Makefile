@@ -15,7 +15,7 @@ PARTS_STAMP := $(VENV)/.installed-parts
 GPU_PYTHON ?= python3
 # Settings of a job, as on its own command line: make pretrain ARGS="--training.epochs 2"
 ARGS ?=
-# All tests run as two processes side by side; a part of them, named by ARGS, as one.
+# All tests run as processes side by side; a part of them, named by ARGS, as one.
 PYTEST = METEOR_REQUIRE_PARTS=1 $(PY) -m $(if $(ARGS),pytest,tests.run)
 # Cache of the pretrained parts.
 PARTS_DIR := $(abspath $(or $(METEOR_PARTS_DIR),$(or $(METEOR_STATE_DIR),$(CURDIR)/.meteor)/parts))

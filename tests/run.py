@@ -1,6 +1,7 @@
-"""The test suite as two pytest processes side by side: `python -m tests.run`, `make test`.
+"""The test suite as pytest processes side by side: `python -m tests.run`, `make test`.
 
-Both wait much for servers and workers, so together they need little longer than the longer one. Arguments go to both.
+Tests wait much for servers and workers, so LANES processes keep two cores busy. When one has ended, the next group
+begins, the dearest first; fixtures of a session (servers, models) are shared within a group. Arguments go to all.
 """
 
 from __future__ import annotations
@@ -10,63 +11,106 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
-from types import FrameType
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import IO
 
 ROOT = Path(__file__).resolve().parents[1]
-BESIDE = ("tests/meteor_model", "tests/benchmarks", "tests/infra", "tests/jobs")
-"""Folders that are tested beside all others, which follow from it: a new folder belongs to a half by itself."""
-NO_TESTS = 5
-"""pytest's exit status where nothing was selected, as `-k` may leave of one half."""
+LANES = 3
+GROUPS: tuple[tuple[str, ...], ...] = (
+    ("tests/jobs",),
+    ("tests/pipelines/training", "tests/pipelines/recovery"),
+    ("tests/jobs/test_sweep.py", "tests/tune"),
+    ("tests/meteor_model",),
+    ("tests/benchmarks", "tests/infra"),
+    ("tests/pipelines/registry", "tests/pipelines/tracking", "tests/pipelines/job", "tests/pipelines/inference"),
+    (),
+    ("tests/pipelines/checkpoint",),
+)
+"""Files and folders that are tested by one process, less what another group names below them; () is all the rest, so a
+new folder belongs to a group by itself."""
+INTERRUPTED, NO_TESTS = 2, 5
+"""pytest's exit statuses: told to end, and nothing selected, as `-k` may leave of a group."""
+POLL_S = 0.1
 
 
-def halves(beside: Sequence[str] = BESIDE) -> tuple[list[str], list[str]]:
-    """The arguments that select each half."""
-    return [f"--ignore={folder}" for folder in beside], list(beside)
+def selection(group: Sequence[str], groups: Iterable[Sequence[str]] = GROUPS) -> list[str]:
+    """The arguments that select a group."""
+    others = [PurePosixPath(path) for other in groups if other != group for path in other]
+    below = [path for path in others if not group or any(path.is_relative_to(mine) for mine in group)]
+    return [*group, *(f"--ignore={path}" for path in below)]
 
 
 def verdict(statuses: Sequence[int]) -> int:
-    """The exit status of the whole: that of a half that failed, if any did."""
+    """The exit status of the whole: that of a group that failed, if any did."""
     failed = [status for status in statuses if status not in (0, NO_TESTS)]
     return failed[0] if failed else min(statuses)
 
 
-def run_halves(commands: Sequence[Sequence[str]]) -> int:
-    """Run two commands at once; print the first as it goes and the second after it. Returns the exit status.
+@dataclass
+class Running:
+    """A command under way; what it prints is held, or lines of several would mix."""
 
-    An interrupt goes to both as one SIGTERM, and both are waited for: they stop the servers that they started.
+    command: Sequence[str]
+    held: IO[str]
+    begun: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        # A group of its own: an interrupt of the terminal would reach it a second time and cut its cleaning up.
+        self.process = subprocess.Popen(
+            self.command, cwd=ROOT, stdout=self.held, stderr=subprocess.STDOUT, process_group=0
+        )
+
+    def show(self) -> None:
+        """Print what it printed, and what it came to."""
+        self.held.seek(0)
+        took = f"{time.monotonic() - self.begun:.0f} s, exit status {self.process.returncode}"
+        print(f"\n{' '.join(self.command)}\n{self.held.read()}{took}", flush=True)
+
+
+def run_side_by_side(commands: Sequence[Sequence[str]], lanes: int = LANES) -> int:
+    """Run commands, at most `lanes` at once; each is printed when it has ended. Returns the exit status.
+
+    An interrupt goes to those that run as one SIGTERM, and they are waited for: they stop the servers that they
+    started. None is begun after it.
     """
-    with tempfile.TemporaryFile("w+") as held:
-        outputs = (None, held)
-        # Groups of their own: an interrupt of the terminal would reach them a second time and cut their cleaning up.
-        started = [
-            subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output and subprocess.STDOUT, process_group=0)
-            for command, output in zip(commands, outputs, strict=True)
-        ]
-
-        def forward(number: int, frame: FrameType | None) -> None:
-            for process in started:
-                with suppress(ProcessLookupError):
-                    process.terminate()
-
-        before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    waiting, running, statuses = list(commands), list[Running](), list[int]()
+    interrupts, told = list[int](), False
+    before = {
+        number: signal.signal(number, lambda number, _: interrupts.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    with ExitStack() as files:
         try:
-            statuses = [process.wait() for process in started]
+            while waiting or running:
+                while waiting and len(running) < lanes:
+                    running.append(Running(waiting.pop(0), files.enter_context(tempfile.TemporaryFile("w+"))))
+                time.sleep(POLL_S)
+                if interrupts and not told:
+                    told = True
+                    waiting.clear()
+                    statuses.append(INTERRUPTED)
+                    for one in running:
+                        one.process.terminate()
+                for one in [one for one in running if one.process.poll() is not None]:
+                    running.remove(one)
+                    statuses.append(one.process.returncode)
+                    one.show()
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        held.seek(0)
-        print(f"\n{' '.join(commands[1])}\n{held.read()}", flush=True)
     return verdict(statuses)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run both halves with further arguments of pytest. Returns the exit status."""
+    """Run all groups with further arguments of pytest. Returns the exit status."""
     begun = time.monotonic()
-    status = run_halves([[sys.executable, "-m", "pytest", *half, *arguments] for half in halves()])
-    print(f"both halves: {time.monotonic() - begun:.0f} s, exit status {status}")
+    commands = [[sys.executable, "-m", "pytest", *selection(group), *arguments] for group in GROUPS]
+    print(f"{len(commands)} groups of tests, {LANES} at a time; each is shown when it has ended", flush=True)
+    status = run_side_by_side(commands)
+    print(f"\nall groups: {time.monotonic() - begun:.0f} s, exit status {status}")
     return status
 
 

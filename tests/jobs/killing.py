@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from infra.services import OF_EVERY_NODE
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def own_environment() -> dict[str, str]:
-    """This process's environment without the Ray that it uses."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    """This process's environment without the Ray that it uses, and with what every Ray of the tests gets."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | OF_EVERY_NODE
 
 
 def kill_when(reached: Callable[[], bool], command: Sequence[str], environment: dict[str, str], log: Path) -> None:

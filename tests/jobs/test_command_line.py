@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -162,14 +163,20 @@ def test_what_fails_exits_with_1_and_hides_passwords(
     assert "Traceback" in log.read_text()
 
 
-@pytest.mark.parametrize("job", sorted(FILES - HEAVY))
-def test_help_takes_no_ray_and_says_what_the_job_does(job: str) -> None:
+@cache
+def help_of(job: str) -> str:
+    """What `--help` prints, and after it which heavy libraries it loaded."""
     code = (
         f"import sys; sys.argv = ['{job}.py', '--help']; from jobs.{job} import JOB\n"
         "try: JOB.main()\n"
         "finally: print('loaded', *sorted({'ray', 'mlflow', 'deepspeed'} & set(sys.modules)))"
     )
-    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("job", sorted(FILES - HEAVY))
+def test_help_takes_no_ray_and_says_what_the_job_does(job: str) -> None:
+    shown = help_of(job)
     assert shown.startswith(f"usage: {job}.py [-h]")
     assert "--verbose, --no-verbose" in shown
     assert shown.splitlines()[-1].split() == ["loaded"]
@@ -333,9 +340,7 @@ def test_identity_ignores_places_and_resources_only() -> None:
 
 @pytest.mark.parametrize("job", ["pretrain", "finetune"])
 def test_help_shows_every_setting_with_doc_and_default(job: str) -> None:
-    command = [sys.executable, f"jobs/{job}.py", "--help"]
-    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    text = " ".join(shown.replace("│", " ").split())
+    text = " ".join(help_of(job).replace("│", " ").split())
     for flag in (
         "--recipe {eagle_x4_7b,",
         "--data.manifest",

@@ -1,10 +1,13 @@
 """ZeRO-3 on two processes without Ray: sharded loading of the real model, frozen parts, bf16, consolidation."""
 
 import json
+import multiprocessing
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +50,9 @@ MISSING = "projectors.{}.input.bias"
 READERS = ("eva02_det", "eva02_fused", "sam_padded", "dinov2_registers")
 NO_LORA = LoraSettings()
 LORA = LoraSettings(rank=4, alpha=8, targets=("q_proj", "down_proj"))
+WORLD = 2
+PATIENCE_S = 60.0
+"""How long a worker waits for the other."""
 PRUNING = PruningConfig(EncodePruning(totals=(96, 64, 64)), FusePruning(keep=VISUAL), DecodePruning(enabled=False))
 
 
@@ -76,14 +82,55 @@ def count(batch: dict[str, Tensor]) -> int:
 TOKENS = count(make_batch(0)) + count(make_batch(1))
 
 
+def join(rank: int, group: Path) -> None:
+    """A worker's process begins: it is one of the group, and has what all trainings import."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{group}", rank=rank, world_size=WORLD, timeout=timedelta(seconds=PATIENCE_S)
+    )
+    import_deepspeed(uses_gpu=False).init_distributed(dist_backend="gloo", verbose=False)
+
+
+@dataclass
+class Workers:
+    """A process for each rank, for one training after the other: most of what one costs is the imports before it."""
+
+    folder: Path
+    started: int = 0
+    pools: list[ProcessPoolExecutor] = field(default_factory=list)
+
+    def do(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Run it on every rank; what the first of them to fail raises is raised here, and the next call starts anew."""
+        if not self.pools:
+            self.started += 1
+            group, spawn = self.folder / f"group-{self.started}", multiprocessing.get_context("spawn")
+            self.pools = [ProcessPoolExecutor(1, spawn, join, (rank, group)) for rank in range(WORLD)]
+        running = [pool.submit(work, rank, *arguments) for rank, pool in enumerate(self.pools)]
+        ended, others = wait(running, return_when=FIRST_EXCEPTION)
+        if others or any(one.exception() for one in ended):
+            self.stop()  # a rank that waits for one that failed gives up after PATIENCE_S
+        for one in (*ended, *others):
+            one.result()
+
+    def stop(self) -> None:
+        """End the processes once they are done."""
+        for pool in self.pools:
+            pool.shutdown()
+        self.pools = []
+
+
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
+    started = Workers(tmp_path_factory.mktemp("workers"))
+    yield started
+    started.stop()
+
+
 def work(rank: int, folder: Path, precision: Any, rates: LearningRates, recompute: bool, lora: LoraSettings) -> None:
     """One worker: load, two steps, save; and a folder that lacks a weight."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
-    torch.set_num_threads(1)
-    group = f"file://{folder}/group"
-    torch.distributed.init_process_group("gloo", init_method=group, rank=rank, world_size=2)
     settings = TrainingSettings(
-        workers=2,
+        workers=WORLD,
         micro_batch=2,
         global_batch=4,
         precision=precision,
@@ -92,7 +139,6 @@ def work(rank: int, folder: Path, precision: Any, rates: LearningRates, recomput
         lora=lora,
     )
     deepspeed = import_deepspeed(uses_gpu=False)
-    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     config = deepspeed_config(settings)
     arguments = (config, weight_dtype(settings), False)
     with pytest.raises(WeightsError, match=r"holds no weights for projectors\.\w+\.input\.bias"):
@@ -120,7 +166,7 @@ def work(rank: int, folder: Path, precision: Any, rates: LearningRates, recomput
     target = folder / "checkpoint" if rank == 0 else folder / f"checkpoint-{rank}"
     save_shards(engine, target, StartWeights(folder / "init").digest, lora.scale)
     (folder / f"losses-{rank}.json").write_text(json.dumps(losses))
-    torch.distributed.destroy_process_group()
+    engine.destroy()
 
 
 def tiny(towers: Sequence[str] = ()) -> MeteorConfig:
@@ -133,6 +179,7 @@ def tiny(towers: Sequence[str] = ()) -> MeteorConfig:
 
 
 def run(
+    workers: Workers,
     folder: Path,
     precision: str,
     rates: LearningRates = RATES,
@@ -140,14 +187,14 @@ def run(
     towers: Sequence[str] = (),
     lora: LoraSettings = NO_LORA,
 ) -> tuple[list[float], Path]:
-    """Both workers; returns the losses and the checkpoint, in which both workers' files are together."""
+    """On both workers; returns the losses and the checkpoint, in which both workers' files are together."""
     torch.manual_seed(0)
     save_for_sharding(MeteorForConditionalGeneration(tiny(towers)), folder / "init")
     shutil.copytree(folder / "init", folder / "incomplete")
     weights = load_file(folder / "init" / "model.safetensors")
     del weights[MISSING.format(towers[0] if towers else "clip")]
     save_file(weights, folder / "incomplete" / "model.safetensors", metadata={"format": "pt"})
-    torch.multiprocessing.spawn(work, args=(folder, precision, rates, recompute, lora), nprocs=2)
+    workers.do(work, folder, precision, rates, recompute, lora)
     shutil.copytree(folder / "checkpoint-1" / ZERO3_TAG, folder / "checkpoint" / ZERO3_TAG, dirs_exist_ok=True)
     losses = [json.loads((folder / f"losses-{rank}.json").read_text()) for rank in range(2)]
     assert losses[0] == losses[1]
@@ -174,8 +221,8 @@ def plain(
     return losses, model
 
 
-def test_real_model_in_fp32_equals_one_process(tmp_path: Path) -> None:
-    losses, checkpoint = run(tmp_path, "fp32")
+def test_real_model_in_fp32_equals_one_process(workers: Workers, tmp_path: Path) -> None:
+    losses, checkpoint = run(workers, tmp_path, "fp32")
     expected, model = plain(tmp_path / "init")
     assert losses == pytest.approx(expected, rel=1e-5)
     whole = consolidate(checkpoint, MeteorForConditionalGeneration, tmp_path / "init")
@@ -197,10 +244,12 @@ def test_real_model_in_fp32_equals_one_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("towers", [(), READERS], ids=["tiny", "readers"])
-def test_recomputed_activations_train_the_same_weights_in_every_part(tmp_path: Path, towers: tuple[str, ...]) -> None:
+def test_recomputed_activations_train_the_same_weights_in_every_part(
+    workers: Workers, tmp_path: Path, towers: tuple[str, ...]
+) -> None:
     """Towers train too, one rank has no image, and every block is recomputed in the backward pass."""
     rates = LearningRates(projector=1e-2, towers=1e-3, llm=1e-3)
-    losses, checkpoint = run(tmp_path, "fp32", rates, recompute=True, towers=towers)
+    losses, checkpoint = run(workers, tmp_path, "fp32", rates, recompute=True, towers=towers)
     expected, model = plain(tmp_path / "init", rates)
     assert losses == pytest.approx(expected, rel=1e-5)
     whole = consolidate(checkpoint, MeteorForConditionalGeneration, tmp_path / "init")
@@ -215,8 +264,8 @@ def test_recomputed_activations_train_the_same_weights_in_every_part(tmp_path: P
     assert moved == set(model.encoders), "every tower trains"
 
 
-def test_real_model_in_bf16_keeps_fp32_masters(tmp_path: Path) -> None:
-    losses, checkpoint = run(tmp_path, "bf16")
+def test_real_model_in_bf16_keeps_fp32_masters(workers: Workers, tmp_path: Path) -> None:
+    losses, checkpoint = run(workers, tmp_path, "bf16")
     expected, _ = plain(tmp_path / "init")
     assert losses == pytest.approx(expected, rel=2e-2)
     whole = consolidate(checkpoint, MeteorForConditionalGeneration, tmp_path / "init")
@@ -232,10 +281,10 @@ def test_real_model_in_bf16_keeps_fp32_masters(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 2e-2)])
 def test_adapters_learn_as_in_one_process_and_answer_the_same_once_merged(
-    tmp_path: Path, precision: Precision, tolerance: float
+    workers: Workers, tmp_path: Path, precision: Precision, tolerance: float
 ) -> None:
     """With every block recomputed, beside frozen towers and a frozen language model."""
-    losses, checkpoint = run(tmp_path, precision, recompute=True, lora=LORA)
+    losses, checkpoint = run(workers, tmp_path, precision, recompute=True, lora=LORA)
     expected, _ = plain(tmp_path / "init", lora=LORA)
     assert losses == pytest.approx(expected, rel=tolerance)
     merged = consolidate(checkpoint, MeteorForConditionalGeneration, tmp_path / "init")

@@ -1,5 +1,6 @@
 """One small Ray and one undisturbed training for the tests of this folder."""
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import ray
 
 from pipelines.training.trainer import TrainingResult, fit
-from tests.pipelines.training.stand_in import make_job, write_init
+from tests.pipelines.training.stand_in import SETTINGS, make_job, write_init
 
 
 @pytest.fixture(scope="package")
@@ -20,7 +21,7 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture(scope="package")
 def trained(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> tuple[Path, TrainingResult]:
-    """A storage root and the uninterrupted run `whole` in it."""
+    """A storage root and the uninterrupted run `whole` in it, the only one that is validated on the way."""
     root = tmp_path_factory.mktemp("storage")
     write_init(root, "whole")
-    return root, fit(make_job(root, "whole"))
+    return root, fit(make_job(root, "whole", dataclasses.replace(SETTINGS, validate_every_checkpoints=1)))
