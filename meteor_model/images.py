@@ -58,11 +58,11 @@ class OpenedImage:
         """Of the whole picture; what decoding costs goes by them."""
         return self.image.width * self.image.height
 
-    def decode(self, size: int) -> torch.Tensor:
+    def decode(self, size: int, out_3SS: torch.Tensor | None = None) -> torch.Tensor:
         """Uint8 (3, size, size), as `decode_image`. Raises ImageError `undecodable_image`."""
         with foreign(_undecodable, keep=(ImageError,)):
             image_3HW = _decode_jpeg(self.file.data) if self.image.format == "JPEG" else _to_rgb(self.image)
-            return fit_square(_upright(image_3HW, self.file.orientation), size)
+            return fit_square(_upright(image_3HW, self.file.orientation), size, out_3SS)
 
 
 def open_image(data: bytes, limits: ImageLimits = ImageLimits()) -> OpenedImage:  # noqa: B008 - frozen
@@ -82,15 +82,22 @@ def open_image(data: bytes, limits: ImageLimits = ImageLimits()) -> OpenedImage:
         return OpenedImage(image, file)
 
 
-def decode_image(data: bytes, size: int, limits: ImageLimits = ImageLimits()) -> torch.Tensor:  # noqa: B008 - frozen
+def decode_image(
+    data: bytes,
+    size: int,
+    limits: ImageLimits = ImageLimits(),  # noqa: B008 - frozen
+    out_3SS: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Decode one JPEG, PNG, WebP or GIF file to uint8 (3, size, size), RGB, aspect kept, padded with grey.
+
+    `out_3SS` is where to write it, contiguous uint8 (3, size, size); None: memory of its own.
 
     Raises ImageError with reason `image_too_large` (above one of the limits; the pixels are then never decoded) or
     `undecodable_image`; ValueError for a size below 1.
     """
     if size < 1:
         raise ValueError(f"size must be at least 1 pixel, got {size}")
-    return open_image(data, limits).decode(size)
+    return open_image(data, limits).decode(size, out_3SS)
 
 
 def _undecodable(what: str) -> ImageError:
@@ -116,8 +123,10 @@ def _check_size(width: int, height: int, limits: ImageLimits) -> None:
         raise ImageError("image_too_large", f"{width} x {height} pixels, the limit is {limits.aspect} to 1")
 
 
-def fit_square(image_3HW: torch.Tensor, size: int) -> torch.Tensor:
+def fit_square(image_3HW: torch.Tensor, size: int, out_3SS: torch.Tensor | None = None) -> torch.Tensor:
     """Resize uint8 (3, H, W) so that its longer side is `size`, and pad with grey to uint8 (3, size, size), centred.
+
+    The result is contiguous; it is `out_3SS` where that is given.
 
     Raises ValueError for an image without pixels.
     """
@@ -130,11 +139,16 @@ def fit_square(image_3HW: torch.Tensor, size: int) -> torch.Tensor:
         # Native uint8, what torchvision's own resize calls (its import alone costs a data worker more than a second).
         resized = functional.interpolate(image_3HW[None], (new_height, new_width), mode="bilinear", antialias=True)
         image_3HW = resized[0]
+    square_3SS = torch.empty((3, size, size), dtype=torch.uint8) if out_3SS is None else out_3SS
     top, left = (size - new_height) // 2, (size - new_width) // 2
-    if (new_height, new_width) != (size, size):
-        margins = (left, size - new_width - left, top, size - new_height - top)
-        image_3HW = functional.pad(image_3HW, margins, value=PADDING_GREY)
-    return image_3HW.contiguous()
+    bottom, right = top + new_height, left + new_width
+    # The margins alone: whatever is written twice is paid twice.
+    square_3SS[:, :top] = PADDING_GREY
+    square_3SS[:, bottom:] = PADDING_GREY
+    square_3SS[:, top:bottom, :left] = PADDING_GREY
+    square_3SS[:, top:bottom, right:] = PADDING_GREY
+    square_3SS[:, top:bottom, left:right] = image_3HW
+    return square_3SS
 
 
 def _decode_jpeg(data: bytes) -> torch.Tensor:

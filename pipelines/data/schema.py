@@ -11,11 +11,10 @@ Shape legend: n images of one sample, S their size (the processor's travelling s
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import numpy as np
 import pyarrow as pa
 
 from meteor_model.chat import IMAGE_PLACEHOLDER
@@ -368,29 +367,3 @@ class Row:
         """The row that `to_columns` gave."""
         rest = {name: columns[name] for name in ROW_SCHEMA.names[len(PLACE_FIELDS) :]}
         return cls(columns["row"], sample_of(columns), **rest)
-
-
-def rows_to_table(rows: Iterable[Row]) -> pa.Table:
-    """Rows as a table of ROW_SCHEMA. Pixels are copied once, into the memory that the table keeps."""
-    columns = [row.to_columns() for row in rows]
-    arrays = [
-        _one_buffer([row["images"] for row in columns])
-        if field.name == "images"
-        else pa.array([row[field.name] for row in columns], type=field.type)
-        for field in ROW_SCHEMA
-    ]
-    return pa.Table.from_arrays(arrays, schema=ROW_SCHEMA)
-
-
-def _one_buffer(values: Sequence[bytes | memoryview]) -> pa.Array:
-    """Values of a column of large_binary, one behind the other."""
-    ends = np.cumsum([0, *(memoryview(value).nbytes for value in values)], dtype=np.int64)
-    data = np.empty(ends[-1], dtype=np.uint8)
-    for begin, end, value in zip(ends, ends[1:], values, strict=False):
-        data[begin:end] = np.frombuffer(value, dtype=np.uint8)
-    return pa.Array.from_buffers(pa.large_binary(), len(values), [None, pa.py_buffer(ends), pa.py_buffer(data)])
-
-
-def rows_from_table(table: pa.Table) -> list[Row]:
-    """The rows of a table of ROW_SCHEMA."""
-    return [Row.from_columns(columns) for columns in table.to_pylist()]

@@ -4,6 +4,7 @@
    first row is due, and emits raw members in plan order;
 2. encode: parse -> tokenise -> decode images to uint8; a faulty sample keeps its row and carries its reason;
 3. strict repartition: every block is one micro-batch, so with W workers micro-batch j of the plan goes to worker j % W;
+   it is one row (`pipelines.data.blocks`), which is never cut;
 
 `pipelines.training.batches` takes over on the worker, and refuses a micro-batch that is not the one the plan says.
 
@@ -11,7 +12,8 @@ Read tasks reserve half of what encode tasks do (they mostly wait), and their nu
 members of a window are in memory while it is emitted, one window of every dataset of a mixture. Unequal reservations
 also keep Ray from fusing the two, which would bundle whole windows into one task.
 
-Between 1 and 2 travel tables of RAW_SCHEMA, from 2 on those of `pipelines.data.schema.ROW_SCHEMA`.
+Between 1 and 2 travel tables of RAW_SCHEMA, each the members of one micro-batch where its bytes allow it, from 2 on
+those of `pipelines.data.blocks.BLOCK_SCHEMA`.
 """
 
 import itertools
@@ -22,7 +24,6 @@ from functools import partial
 from typing import Any, Protocol
 from uuid import uuid4
 
-import numpy as np
 import pyarrow as pa
 import ray.data
 import ray.train
@@ -31,6 +32,7 @@ from ray.data.block import BlockMetadata
 
 from meteor_model.chat import IGNORE_INDEX
 from meteor_model.limits import MAX_CHARACTERS, ImageLimits
+from pipelines.data.blocks import PixelMemory, block_of, rows_to_table
 from pipelines.data.length import SampleTooLongError, TooLong, fit
 from pipelines.data.mixture import Item, Plan
 from pipelines.data.order import WorkItem, void_item
@@ -43,14 +45,16 @@ from pipelines.data.schema import (
     RawSample,
     Row,
     SampleError,
+    image_members,
     place_columns,
-    rows_to_table,
     sample_of,
 )
 from pipelines.data.shards import Manifest, ShardInfo, read_shard
 from pipelines.io.pulse import Phase, begin_data_task, doing, mark
 
-RAW_BLOCK_BYTES = 2**20  # raw members in a block: the grain of the encode tasks
+RAW_BLOCK_BYTES = 2**20  # raw members in a block at least, unless the micro-batch ends before
+MOST_RAW_BLOCK_BYTES = 2**25  # and about at most, however large a micro-batch is
+RAW_BLOCK_SHARE = 0.75  # of the bytes of a mean micro-batch; Ray cuts what is above 1.5 times the size that it is given
 MAX_READ_TASKS = 4096  # a task costs the driver about 2 ms before the first row; beyond this, items share a task
 SHARD_FETCHES = 4  # shards of one window that are fetched at a time
 
@@ -102,8 +106,27 @@ def _samples(
         del contents
 
 
-def read_item(manifest_urls: Sequence[str], work: ReadWork, fetch: Fetch) -> Iterator[pa.Table]:
-    """The rows of one work item in plan order, as tables of RAW_SCHEMA of about RAW_BLOCK_BYTES.
+@dataclass(frozen=True)
+class Cut:
+    """Where the tables of raw members end: behind every micro-batch, and where they have enough bytes.
+
+    Attributes:
+        first_row: of the stream, where its first micro-batch begins.
+        rows: of a micro-batch.
+        bytes: of members; a table that has them ends.
+    """
+
+    first_row: int
+    rows: int
+    bytes: int
+
+    def behind(self, row: int, size: int) -> bool:
+        """Whether a table ends behind this row, with which it has `size` bytes."""
+        return size >= self.bytes or (row + 1 - self.first_row) % self.rows == 0
+
+
+def read_item(manifest_urls: Sequence[str], work: ReadWork, fetch: Fetch, cut: Cut) -> Iterator[pa.Table]:
+    """The rows of one work item in plan order, as tables of RAW_SCHEMA.
 
     `manifest_urls` are by dataset. Void rows have no members. Raises ShardError, StorageError.
     """
@@ -120,7 +143,7 @@ def read_item(manifest_urls: Sequence[str], work: ReadWork, fetch: Fetch) -> Ite
         sample, members = next(samples[dataset])
         rows.append({**place_columns(row, sample), "names": list(members), "data": list(members.values())})
         size += sum(map(len, members.values()))
-        if size >= RAW_BLOCK_BYTES:
+        if cut.behind(row, size):
             yield pa.Table.from_pylist(rows, schema=RAW_SCHEMA)
             rows, size = [], 0
     if rows:
@@ -128,18 +151,18 @@ def read_item(manifest_urls: Sequence[str], work: ReadWork, fetch: Fetch) -> Ite
 
 
 def _read_task(
-    manifest_urls: Sequence[str], works: Sequence[ReadWork], fetch: Fetch, mailbox: str
+    manifest_urls: Sequence[str], works: Sequence[ReadWork], fetch: Fetch, cut: Cut, mailbox: str
 ) -> Iterator[pa.Table]:
     begin_data_task(mailbox)
     for work in works:
-        yield from read_item(manifest_urls, work, fetch)
+        yield from read_item(manifest_urls, work, fetch, cut)
 
 
 class PlannedShards(Datasource):
     """Ray's view of the rows [start_row, stop_row) of a plan and of `spare_rows` void ones behind them.
 
     One read task a work item, each self-contained. `sources` are the address of the manifest and its shards, by
-    dataset.
+    dataset; None for `cut` ends a table behind every row.
     """
 
     def __init__(
@@ -151,6 +174,7 @@ class PlannedShards(Datasource):
         spare_rows: int = 0,
         fetch: Fetch = read_shard,
         mailbox: str = "",
+        cut: Cut | None = None,
     ) -> None:
         super().__init__()
         items: list[Item] = list(plan.work(start_row, stop_row))
@@ -162,7 +186,13 @@ class PlannedShards(Datasource):
         ]
         per_task = -(-len(works) // MAX_READ_TASKS)
         self._tasks = [works[first : first + per_task] for first in range(0, len(works), per_task)]
-        self._read = partial(_read_task, tuple(url for url, _ in sources), fetch=fetch, mailbox=mailbox)
+        self._read = partial(
+            _read_task,
+            tuple(url for url, _ in sources),
+            fetch=fetch,
+            cut=cut or Cut(start_row, 1, RAW_BLOCK_BYTES),
+            mailbox=mailbox,
+        )
 
     @property
     def num_tasks(self) -> int:
@@ -239,12 +269,16 @@ class RowEncoder:
             _PROCESSORS[self.identity] = self.factory()
         return _PROCESSORS[self.identity]
 
-    def __call__(self, row: int, sample: SampleId, members: Mapping[str, bytes]) -> Row:
+    def __call__(
+        self, row: int, sample: SampleId, members: Mapping[str, bytes], memory: PixelMemory | None = None
+    ) -> Row:
         """Row number `row`. Faults of the sample end in `reason` and `detail`, nothing else is caught.
+
+        `memory` is where its images are decoded to, of the processor's size; None: memory of their own.
 
         Raises SampleTooLongError, naming the sample, where `too_long` is fail.
         """
-        found = try_sample(sample.key, members, partial(self._encode, row, sample))
+        found = try_sample(sample.key, members, partial(self._encode, row, sample, memory))
         if isinstance(found, SampleFault):
             return self.without_sample(row, sample, found.reason, found.detail)
         return found
@@ -253,9 +287,7 @@ class RowEncoder:
         """A row that trains nothing: one pad token, no supervised label, no image."""
         return Row(row, sample, reason, detail, [self.pad_token_id], [IGNORE_INDEX])
 
-    def _encode(self, row: int, sample: SampleId, raw: RawSample) -> Row:
-        from meteor_model.images import ImageError, decode_image
-
+    def _encode(self, row: int, sample: SampleId, memory: PixelMemory | None, raw: RawSample) -> Row:
         characters = sum(len(turn.text) for turn in raw.turns)
         if characters > self.max_characters:
             raise SampleError("bad_conversation", f"{characters} characters, the limit is {self.max_characters}")
@@ -267,17 +299,30 @@ class RowEncoder:
             raise
         except ValueError as error:  # no fault that a sample may have: the processor and the schema disagree
             raise ValueError(f"sample {sample.key!r} is well-formed but cannot be encoded: {error}") from error
+        count = fitted.num_images
+        if not count:
+            return Row(row, sample, "", "", fitted.input_ids, fitted.labels, cut=fitted.cut)
         size = self.processor.image_size
-        pixels = []
-        for position, data in enumerate(raw.images[: fitted.num_images]):
-            try:
-                pixels.append(decode_image(data, size, self.limits).numpy().reshape(-1))
-            except ImageError as fault:
-                raise ImageError(fault.reason, f"image {position}: {fault.detail}") from fault
-        count = len(pixels)
-        images = (pixels[0] if count == 1 else np.concatenate(pixels)).data if pixels else b""
-        size = size if count else 0
+        images = self._decode(raw.images[:count], memory or PixelMemory(count, size))
         return Row(row, sample, "", "", fitted.input_ids, fitted.labels, images, count, size, fitted.cut)
+
+    def _decode(self, images: Sequence[bytes], memory: PixelMemory) -> memoryview:
+        """The pixels of the images of a sample, one image behind the other; those of a faulty one leave no trace."""
+        import torch
+
+        from meteor_model.images import ImageError, decode_image
+
+        room_n3SS = memory.take(len(images))
+        try:
+            for position, (data, out_3SS) in enumerate(zip(images, torch.from_numpy(room_n3SS), strict=True)):
+                try:
+                    decode_image(data, memory.size, self.limits, out_3SS)
+                except ImageError as fault:
+                    raise ImageError(fault.reason, f"image {position}: {fault.detail}") from fault
+        except BaseException:
+            memory.give_back(len(images))
+            raise
+        return room_n3SS.reshape(-1).data
 
 
 def encode_table(raw: pa.Table, encoder: RowEncoder, mailbox: str = "") -> pa.Table:
@@ -287,15 +332,22 @@ def encode_table(raw: pa.Table, encoder: RowEncoder, mailbox: str = "") -> pa.Ta
         return _encode_rows(raw, encoder)
 
 
+def encode_micro_batch(raw: pa.Table, encoder: RowEncoder, mailbox: str = "") -> pa.Table:
+    """`encode_table`, as a block of BLOCK_SCHEMA."""
+    return block_of(encode_table(raw, encoder, mailbox))
+
+
 def _encode_rows(raw: pa.Table, encoder: RowEncoder) -> pa.Table:
     rows = []
+    images = sum(len(image_members(tuple(name.lower() for name in names))) for names in raw["names"].to_pylist())
+    memory = PixelMemory(images, encoder.processor.image_size) if images else None
     for columns in raw.to_pylist():
         row, sample = columns["row"], sample_of(columns)
         mark(Phase.ENCODING, detail=f"row {row}, sample {sample.key} ({sample})")
         if sample.epoch == VOID_EPOCH:
             rows.append(encoder.without_sample(row, sample, VOID, "fills up the last step"))
         else:
-            rows.append(encoder(row, sample, dict(zip(columns["names"], columns["data"], strict=True))))
+            rows.append(encoder(row, sample, dict(zip(columns["names"], columns["data"], strict=True)), memory))
     return rows_to_table(rows)
 
 
@@ -317,6 +369,16 @@ def _planned_sources(manifests: Sequence[Manifest], split: str, plan: Plan) -> l
     return sources
 
 
+def raw_block_bytes(datasets: Sequence[Sequence[ShardInfo]], micro_batch: int) -> int:
+    """The size at which Ray ends a block of raw members: below that of most micro-batches, above half of it.
+
+    So a block is mostly one micro-batch, and an encode task is given one block.
+    """
+    shards = [info for of_dataset in datasets for info in of_dataset]
+    mean = sum(info.bytes for info in shards) / max(1, sum(info.samples for info in shards))
+    return int(min(max(mean * micro_batch * RAW_BLOCK_SHARE, RAW_BLOCK_BYTES), MOST_RAW_BLOCK_BYTES))
+
+
 def build_stream(  # noqa: PLR0913 - the settings of a stream, by name
     manifest: Manifest,
     split: str,
@@ -334,14 +396,14 @@ def build_stream(  # noqa: PLR0913 - the settings of a stream, by name
     encode_concurrency: int | None = None,
     mailbox: str = "",
 ) -> Dataset:
-    """The rows [start_row, stop_row) of the plan as a Ray dataset of ROW_SCHEMA, one micro-batch a block.
+    """The rows [start_row, stop_row) of the plan as a Ray dataset of BLOCK_SCHEMA, one micro-batch a block of one row.
 
     Args:
         manifest: of dataset 0.
         split: names the shards that the plan was made from.
         plan: the order of the rows.
         encoder: makes a row's tokens and pixels of a sample.
-        micro_batch: rows of a block.
+        micro_batch: rows of a micro-batch.
         others: of datasets 1, 2, ... of a mixture; the same split of each.
         start_row: first row; a resume after optimizer step g starts at `g * plan.global_batch`.
         stop_row: row behind the last one; None: the plan's end.
@@ -361,23 +423,27 @@ def build_stream(  # noqa: PLR0913 - the settings of a stream, by name
     stop = plan.total_rows if stop_row is None else stop_row
     if start_row == stop:
         raise ValueError(f"no row is left from row {start_row} to row {stop}; this plan has {plan.steps} steps")
-    source = PlannedShards(sources, plan, start_row, stop, spare_rows, fetch, mailbox)
+    block_bytes = raw_block_bytes([shards for _, shards in sources], micro_batch)
+    cut = Cut(start_row, micro_batch, MOST_RAW_BLOCK_BYTES)
+    source = PlannedShards(sources, plan, start_row, stop, spare_rows, fetch, mailbox, cut)
     raw = ray.data.read_datasource(
         source,
         override_num_blocks=source.num_tasks,
         compute=TaskPoolStrategy(read_concurrency),
         num_cpus=cpus_per_task / 2,
     )
-    configure(raw, ordered=True, block_bytes=RAW_BLOCK_BYTES)
+    configure(raw, ordered=True, block_bytes=block_bytes)
     encoded = raw.map_batches(
-        encode_table,
-        batch_size=micro_batch,  # a multiple of the block below lets Ray fuse the two
+        encode_micro_batch,
+        batch_size=micro_batch,
         batch_format="pyarrow",
         fn_kwargs={"encoder": encoder, "mailbox": mailbox},
         num_cpus=cpus_per_task,
         compute=TaskPoolStrategy(encode_concurrency or read_concurrency),
     )
-    stream = encoded.repartition(target_num_rows_per_block=micro_batch, strict=True)
+    # Fused with the encode tasks, it gives them whole multiples of `batch_size` rows, and ends a block behind each of
+    # the rows that they make.
+    stream = encoded.repartition(target_num_rows_per_block=1, strict=True)
     # `repartition` takes no reservation and would ask for a whole CPU; with that of the encode tasks Ray fuses the two
     # into one operator, and neither starves where less than a CPU is free.
     repartition = stream._logical_plan.dag

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
 import ray.data
 import torch
 from torch import Tensor
@@ -20,8 +21,9 @@ from torch import Tensor
 from meteor_model.chat import IGNORE_INDEX
 from pipelines.checkpoint.state import DroppedSample
 from pipelines.config.settings import SettingsError
+from pipelines.data.blocks import rows_from_table, table_of
 from pipelines.data.sample_id import SampleId
-from pipelines.data.schema import REASONS, Row, rows_from_table
+from pipelines.data.schema import REASONS, Row
 
 Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
 """Examples (`input_ids`, `labels`, `images` uint8 (n, 3, S, S)) to a batch for the model's forward."""
@@ -58,8 +60,10 @@ class MicroBatch:
 
 def iterate_rows(share: ray.data.DataIterator, micro_batch: int) -> Iterator[Sequence[Row]]:
     """The rows of one worker's share of a stream, `micro_batch` at a time."""
-    for table in share.iter_batches(batch_size=micro_batch, batch_format="pyarrow", prefetch_batches=2):
-        yield rows_from_table(table)
+    for block in share.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=2):
+        rows = rows_from_table(table_of(block))
+        assert len(rows) == micro_batch, f"a block of {len(rows)} rows in a stream of micro-batches of {micro_batch}"
+        yield rows
 
 
 def first_ahead(items: Iterator[T]) -> Iterator[T]:
@@ -198,8 +202,9 @@ def _empty_example(pad_token_id: int) -> dict[str, Any]:
 def _example(row: Row) -> dict[str, Any]:
     images = torch.empty(0, dtype=torch.uint8)
     if row.num_images:
-        flat = torch.frombuffer(bytearray(row.images), dtype=torch.uint8)
-        images = flat.view(row.num_images, 3, row.image_size, row.image_size)
+        # A view, which nothing writes to: the batch is a copy.
+        flat = pa.Array.from_buffers(pa.uint8(), len(row.images), [None, pa.py_buffer(row.images)])
+        images = torch.from_dlpack(flat).view(row.num_images, 3, row.image_size, row.image_size)
     return {"input_ids": row.input_ids, "labels": row.labels, "images": images}
 
 

@@ -29,8 +29,9 @@ from pipelines.checkpoint.parity_file import ParityBatch, read_parity
 from pipelines.checkpoint.state import CheckpointError, TrainState
 from pipelines.checkpoint.weight_sums import Precision, WeightSums
 from pipelines.compat.ray import parse_snapshot
+from pipelines.data.blocks import rows_to_table
 from pipelines.data.sample_id import NO_SAMPLE
-from pipelines.data.schema import Row, SampleError, parse_sample, rows_to_table
+from pipelines.data.schema import Row, SampleError, parse_sample
 from pipelines.data.shards import MANIFEST_SCHEMA, SPEC_KEY, ShardError, load_manifest
 from pipelines.data.sources import SourceError
 from pipelines.data.sources.llava import Llava, LlavaSettings

@@ -16,8 +16,9 @@ from meteor_model.foreign import SHOWN, SHOWN_DETAIL, JsonError, described, fore
 from meteor_model.weights.checkpoints import WeightsError, parse_source, read_checkpoint, read_config
 from pipelines.checkpoint.state import CheckpointError, TrainState
 from pipelines.compat.ray import parse_snapshot
+from pipelines.data.blocks import rows_to_table
 from pipelines.data.sample_id import NO_SAMPLE
-from pipelines.data.schema import Row, SampleError, bad_shard_members, parse_sample, rows_to_table
+from pipelines.data.schema import Row, SampleError, bad_shard_members, parse_sample
 from pipelines.data.shards import MANIFEST_SCHEMA, SPEC_KEY, ShardError, load_manifest
 from pipelines.data.sources import SourceError
 from pipelines.data.sources.llava import Llava, LlavaSettings, parse_records

@@ -3,10 +3,13 @@
 import json
 import pickle
 
+import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipelines.data.blocks import BLOCK_SCHEMA, PixelMemory, block_of, rows_from_table, rows_to_table, table_of
 from pipelines.data.sample_id import NO_SAMPLE, SampleId, SampleIds
 from pipelines.data.schema import (
     REASONS,
@@ -19,8 +22,6 @@ from pipelines.data.schema import (
     build_members,
     image_members,
     parse_sample,
-    rows_from_table,
-    rows_to_table,
 )
 
 HUMAN, GPT = {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "red"}
@@ -125,7 +126,19 @@ def test_rows_travel_as_tables() -> None:
     ]
     table = rows_to_table(rows)
     assert table.schema.equals(ROW_SCHEMA)
-    assert rows_from_table(table) == rows
+    assert table.to_pylist() == [row.to_columns() for row in rows]
+    block = block_of(table)
+    assert (block.schema.equals(BLOCK_SCHEMA), len(block)) == (True, 1)
+    assert table_of(block).equals(table)
+    twice = pa.concat_tables([block, block_of(table.slice(1, 2))])
+    assert table_of(twice).to_pylist() == table.to_pylist() + table.slice(1, 2).to_pylist()
+    for found, row in zip(rows_from_table(table), rows, strict=True):
+        columns = found.to_columns()
+        assert {name: list(columns.pop(name)) for name in ("input_ids", "labels")} == {
+            "input_ids": row.input_ids,
+            "labels": row.labels,
+        }
+        assert {**columns, "input_ids": row.input_ids, "labels": row.labels} == row.to_columns()
     assert [row.sample.key for row in rows_from_table(table)] == ["k", "l", ""]
     assert [(row.usable, row.void) for row in rows] == [(True, False), (False, False), (False, True)]
 
@@ -137,3 +150,22 @@ def test_sample_ids_are_samples_in_columns() -> None:
     assert list(ids.take(slice(1, 2))) == [samples[1]]
     assert [len(ids), len(SampleIds.of([])), len(SampleIds.void(4))] == [3, 0, 4]
     assert list(SampleIds.void(1)) == [NO_SAMPLE]
+
+
+def test_pixels_that_lie_one_behind_the_other_are_not_copied() -> None:
+    memory = PixelMemory(5, 2)
+    made = []
+    for row, count in enumerate((2, 0, 1)):
+        room = memory.take(count)
+        room[:] = row + 1
+        if row == 0:
+            memory.take(2)
+            memory.give_back(2)  # a faulty sample between them
+        images = room.reshape(-1).data if count else b""
+        made.append(Row(row, SampleId(0, 0, 0, row, "k"), "", "", [1], [1], images, count, 2 if count else 0))
+    first = np.frombuffer(made[0].images, dtype=np.uint8)
+    table = block_of(rows_to_table(made))
+    assert table["images"].chunk(0).buffers()[2].address == first.ctypes.data
+    assert [bytes(row.images) for row in rows_from_table(table_of(table))] == [b"\1" * 24, b"", b"\3" * 12]
+    apart = rows_to_table([made[2], made[0]])
+    assert apart["images"].to_pylist() == [b"\3" * 12, b"\1" * 24]

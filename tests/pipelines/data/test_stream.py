@@ -28,11 +28,12 @@ import ray
 from PIL import Image
 
 from pipelines.data import mixture, stream
+from pipelines.data.blocks import rows_from_table, table_of
 from pipelines.data.ledger import Ledger
 from pipelines.data.mixture import MixturePlan, Plan
 from pipelines.data.order import StreamPlan
 from pipelines.data.sample_id import SampleId, SampleIds
-from pipelines.data.schema import REASONS, ROW_SCHEMA, rows_from_table, sample_of
+from pipelines.data.schema import REASONS, ROW_SCHEMA, sample_of
 from pipelines.data.shards import Manifest, ShardError, ShardInfo, load_manifest, read_shard, save_manifest
 from pipelines.data.stream import PlannedShards, RowEncoder, build_stream, data_config, encode_table
 
@@ -184,9 +185,9 @@ def consume(dataset: ray.data.Dataset, world: int) -> list[list[list[Row]]]:
 
     def work(rank: int) -> None:
         try:
-            for table in shards[rank]["train"].iter_batches(batch_size=MICRO, batch_format="pyarrow"):
+            for block in shards[rank]["train"].iter_batches(batch_size=1, batch_format="pyarrow"):
                 time.sleep(random.random() * 0.005 * (rank + 1))
-                taken[rank].append(table.to_pylist())
+                taken[rank].append(table_of(block).to_pylist())
         except BaseException as error:
             errors.append(error)
 
@@ -360,7 +361,6 @@ def test_one_window_of_every_dataset_is_in_memory_at_a_time(
         alive.add(contents)
         return contents
 
-    monkeypatch.setattr(stream, "RAW_BLOCK_BYTES", 1)  # a table a row
     monkeypatch.setattr(mixture, "BLOCK", 8)
     plan = mixed_plan()
     (task, *rest) = PlannedShards(sources(manifest, other), plan, 0, plan.total_samples, 0, watched).get_read_tasks(1)

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray.data
 
+from pipelines.data.blocks import block_of
 from pipelines.data.ledger import Ledger
 from pipelines.data.sample_id import NO_SAMPLE, SampleId, SampleIds
-from pipelines.data.schema import VOID, Row
+from pipelines.data.schema import ROW_SCHEMA, VOID, Row
 from pipelines.io.pulse import Phase, begin_data_task, doing, pulse
 
 IMAGE_SIZE = 4
@@ -104,4 +106,9 @@ def make_stream(
     rows = ray.data.from_items(list(range(start, total + spare)), override_num_blocks=3)
     rows.context.execution_options.preserve_order = True
     rows.context.raise_original_map_exception = True
-    return rows.map(read, num_cpus=0.5, concurrency=2).repartition(target_num_rows_per_block=micro, strict=True)
+    made = rows.map(read, num_cpus=0.5, concurrency=2).repartition(target_num_rows_per_block=micro, strict=True)
+    return made.map_batches(_block, batch_size=micro, batch_format="pyarrow", num_cpus=0.5)
+
+
+def _block(table: pa.Table) -> pa.Table:
+    return block_of(table.select(ROW_SCHEMA.names).cast(ROW_SCHEMA))
