@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from meteor_model.pruners.fuse_criteria import FUSE_CRITERIA, Pool, floored
+from meteor_model.pruners.builtin import FUSE_CRITERIA
+from meteor_model.pruners.fuse_criteria import Pool, floored
 from meteor_model.pruners.fuse_published import merge_into_nearest
 from meteor_model.pruners.select import gather_tokens, refuse_nan
 from meteor_model.pruning_config import FusePruning
