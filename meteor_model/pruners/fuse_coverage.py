@@ -61,6 +61,7 @@ def _weights(pool: Pool, saliency: float, novelty: float) -> Tensor:
 def _covering(pool: Pool, weights_MN: Tensor) -> Tensor:
     sizes = [tokens.shape[1] for tokens in pool.tokens]
     floors = pool.floors or tuple(int(size > 0) for size in sizes)
-    owner_N = torch.repeat_interleave(torch.tensor(sizes, device=weights_MN.device))
+    owners = [index for index, size in enumerate(sizes) for _ in range(size)]  # (the meta device repeats nothing)
+    owner_N = torch.tensor(owners, device=weights_MN.device)
     picks_MK = cover(pool.tokens_MNC, weights_MN, pool.keep, owner_N, floors)
     return picks_as_scores(picks_MK, weights_MN.shape[1])

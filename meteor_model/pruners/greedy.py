@@ -151,8 +151,8 @@ def cover(
             barred_MN = taken_MN | (bound_M1 & (owed_ME[:, owner_N] == 0))
         pick_M = gain_MN.masked_fill(barred_MN, -torch.inf).argmax(dim=1)
         if owed_ME is not None and owner_N is not None:
-            paid_ME = torch.nn.functional.one_hot(owner_N[pick_M], owed_ME.shape[1])
-            owed_ME = (owed_ME - paid_ME).clamp_min(0)
+            paid_ME = owner_N[pick_M][:, None] == torch.arange(owed_ME.shape[1], device=owner_N.device)
+            owed_ME = (owed_ME - paid_ME.long()).clamp_min(0)
         picks.append(pick_M)
         taken_MN = taken_MN.scatter(1, pick_M[:, None], True)
         covered_MN = torch.maximum(covered_MN, gather_tokens(similar_MNN, pick_M[:, None]).squeeze(1))  # symmetric
