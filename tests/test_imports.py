@@ -25,8 +25,8 @@ ALLOWED = {
 }
 LEVELS: tuple[dict[str, set[str]], ...] = (
     {"compat": set(), "io": set()},
-    {"data": {"io"}, "parts": {"io"}, "recovery": {"compat", "io"}, "tracking": {"io"}},
-    {"config": {"data", "io"}, "evaluation": {"data", "io"}},
+    {"data": {"io"}, "recovery": {"compat", "io"}, "tracking": {"io"}},
+    {"config": {"data", "io"}, "evaluation": {"data", "io"}, "parts": {"data", "io"}},
     {"checkpoint": {"compat", "config", "data", "io"}},
     {
         "training": {"checkpoint", "compat", "config", "data", "io", "recovery", "tracking"},

