@@ -50,23 +50,30 @@ def draw_search(trials: Sequence[Answers], paper: str, cost: CostUnit, path: Pat
 def draw_finalists(
     finalists: Sequence[Answers], decision: Mapping[str, Any], names: Mapping[str, str], cost: CostUnit, path: Path
 ) -> None:
-    """NLL of each finalist minus that of the paper's settings with its 95 % interval, and the margin."""
+    """NLL of each finalist minus that of the paper's settings with its 95 % interval, a row each by rising cost."""
     factor, label = _scale(finalists, cost)
-    figure, axes = plt.subplots(figsize=(7.5, 4.4), dpi=150)
-    axes.axhline(0.0, color="black", linewidth=0.8)
-    axes.axhline(decision["margin"], color="black", linewidth=0.8, linestyle=":")
-    for judgement in decision["finalists"]:
-        place, nll = factor * judgement["cost"], judgement["nll"]
-        colour = COLOURS[1] if judgement["id"] == decision["cheapest"] else COLOURS[0]
-        axes.plot([place, place], [nll["interval"]["low"], nll["interval"]["high"]], color=colour, linewidth=2)
-        axes.plot(place, nll["mean"], "o", color=colour, markersize=7)
-        axes.annotate(
-            names[judgement["id"]], (place, nll["mean"]), xytext=(5, 4), textcoords="offset points", fontsize=7
-        )
+    rows = sorted(finalists, key=lambda one: one.cost)
+    against = {judgement["id"]: judgement for judgement in decision["finalists"]}
     own = next(one for one in finalists if one.id == decision["paper"])
-    axes.plot(factor * own.cost, 0.0, "s", color="black", markersize=7)
-    axes.set(xlabel=label, ylabel="NLL minus that of the paper's settings (nats)")
-    axes.set_title(f"Finalists on {decision['questions']} final questions (dotted: the margin)")
+    figure, axes = plt.subplots(figsize=(7.5, 1.5 + 0.42 * len(rows)), dpi=150)
+    axes.axvline(0.0, color="black", linewidth=0.8)
+    axes.axvline(decision["margin"], color="black", linewidth=0.8, linestyle=":")
+    told = []
+    for place, one in enumerate(rows):
+        saved = 1 - one.cost / own.cost
+        told.append(f"{names[one.id]}   {factor * one.cost:.3g}" + f" ({-saved:+.0%})" * (one is not own))
+        if one is own:
+            axes.plot(0.0, place, "s", color="black", markersize=7)
+            told[-1] = f"the paper's settings   {factor * one.cost:.3g}"
+            continue
+        nll = against[one.id]["nll"]
+        colour = COLOURS[1] if one.id == decision["cheapest"] else COLOURS[0]
+        axes.plot([nll["interval"]["low"], nll["interval"]["high"]], [place, place], color=colour, linewidth=2)
+        axes.plot(nll["mean"], place, "o", color=colour, markersize=7)
+    axes.set_yticks(range(len(rows)), told)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set(xlabel="NLL minus that of the paper's settings (nats; dotted: the margin)", ylabel=label)
+    axes.set_title(f"Finalists on {decision['questions']} final questions")
     _plain(axes)
     _save(figure, path)
 

@@ -67,7 +67,7 @@ def collect_results(settings: SweepSettings, prepared: Prepared, study: optuna.S
         )
         names = {record.id: record.of for record in prepared.records.of(FINAL)}
         draw_finalists(judged_on[0], decision, names, settings.cost, folder / "sweep-finalists.png")
-        (folder / "sweep-finalists.md").write_text(table(prepared.records.of(FINAL), decision) + "\n")
+        (folder / "sweep-finalists.md").write_text(table(_final_rows(prepared), decision) + "\n")
         if mattered:
             draw_importances({SEARCH: mattered}, folder / "sweep-importances.png")
         metrics = {"saved_share": decision["saved"] or 0.0}
@@ -177,4 +177,8 @@ def sweep_text(prepared: Prepared, result: dict[str, Any]) -> str:
     dense = next((trial for trial, of in names.items() if of == DENSE), None)
     if dense is not None and (found := next((j for j in decision["finalists"] if j["id"] == dense), None)):
         lines.append(f"  without pruning: NLL {found['nll']['mean']:+.4f} against the paper's settings")
-    return "\n".join([*lines, "", table(prepared.records.of(FINAL), decision)])
+    return "\n".join([*lines, "", table(_final_rows(prepared), decision)])
+
+
+def _final_rows(prepared: Prepared) -> list[dict[str, Any]]:
+    return [row(record) for record in prepared.records.of(FINAL)]

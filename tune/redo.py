@@ -1,7 +1,8 @@
 """Make the decision of a sweep again from its records: `python -m tune.redo benchmarks/results/sweep.json`.
 
 Every interval, p-value and choice comes from the numbers of the questions that the file holds. The exit status is 1
-where one of them is not the file's.
+where one of them is not the file's. With `--write` they take the place of the file's, as after a change of a method:
+its intervals too, and the picture and the table of the finalists beside it.
 """
 
 from __future__ import annotations
@@ -9,12 +10,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from pipelines.evaluation.intervals import level
 from pipelines.io.console import say
 from tune.choice import Answers, nearest_to_front
-from tune.results import decide
+from tune.figures import draw_finalists
+from tune.results import decide, table
 from tune.settings import FINAL, SEARCH
 
 
@@ -44,11 +50,30 @@ def redo(result: dict[str, Any]) -> dict[str, Any]:
     return decide(answers_of(final), final["groups"], paper, settings["budgets"], settings["margin"])
 
 
+def rewrite(result: dict[str, Any], path: Path) -> None:
+    """Put the decision and all intervals that its records give into a sweep's file, and draw its finalists anew."""
+    result["decision"] = decision = json.loads(json.dumps(redo(result)))
+    for phase in result["records"].values():
+        for trial in result["trials"]:
+            if (held := phase["trials"].get(trial["trial"])) is not None:
+                trial["answer_nll_interval"] = asdict(level(np.array(held["nll"]), phase["groups"]))
+    path.write_text(json.dumps(result, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    final = result["records"][FINAL]["trials"]
+    names, cost = {name: trial["of"] for name, trial in final.items()}, result["settings"]["cost"]
+    draw_finalists(answers_of(result["records"][FINAL]), decision, names, cost, path.with_name("sweep-finalists.png"))
+    rows = [trial for trial in result["trials"] if trial["trial"] in final]
+    path.with_name("sweep-finalists.md").write_text(table(rows, decision) + "\n")
+
+
 def main(arguments: list[str]) -> int:
     """Say the decision, and whether it is the file's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("result", type=Path, help="sweep.json")
-    result = json.loads(parser.parse_args(arguments).result.read_text())
+    parser.add_argument("--write", action="store_true", help="replace the file's decision by what its records give")
+    given = parser.parse_args(arguments)
+    result = json.loads(given.result.read_text())
+    if given.write:
+        rewrite(result, given.result)
     decision = json.loads(json.dumps(redo(result)))
     say(decision["text"])
     same = decision == result["decision"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import optuna
 
-from pipelines.evaluation.scores import MEASURED, Score
+from pipelines.evaluation.scores import MEASURED
 from tune.choice import Answers, Judgement, best_within, cheapest, front_of, judged
 from tune.records import TrialRecord
 
@@ -120,20 +120,19 @@ def compute_unit(largest: float) -> tuple[float, str]:
     return (1.0, "TFLOPs") if largest >= 0.1 else (1e3, "GFLOPs")
 
 
-def table(records: Sequence[TrialRecord], decision: Mapping[str, Any]) -> str:
-    """Finalists as a Markdown table, by rising cost."""
-    shown = sorted(completed(records), key=lambda item: item.scored.tflops)
-    factor, unit = compute_unit(max((record.scored.tflops for record in shown), default=0.0))
+def table(rows: Sequence[Mapping[str, Any]], decision: Mapping[str, Any]) -> str:
+    """Finalists as a Markdown table, by rising cost, from their rows."""
+    shown = sorted((one for one in rows if one["status"] == "completed"), key=lambda one: float(one["tflops"]))
+    factor, unit = compute_unit(max((one["tflops"] for one in shown), default=0.0))
     against = {one["id"]: one for one in decision["finalists"]}
     lines = [
         f"| finalist | was | {unit} | ms | tokens per image into the LLM, after stage 3 | NLL (95 %) | right (95 %) | "
         "NLL against the paper's | verdict |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for record in shown:
-        score, judgement = record.scored, against.get(record.id)
-        nll = score.answer_nll_interval
-        ms = "-" if record.ms is None else f"{record.ms:.2f}"
+    for one in shown:
+        judgement, nll = against.get(one["trial"]), one["answer_nll_interval"]
+        ms = "-" if one["ms"] is None else f"{one['ms']:.2f}"
         difference, verdict = "", "the paper's settings"
         if judgement is not None:
             interval = judgement["nll"]["interval"]
@@ -141,14 +140,15 @@ def table(records: Sequence[TrialRecord], decision: Mapping[str, Any]) -> str:
             difference = f"{judgement['nll']['mean']:+.4f} ({low:+.4f} to {high:+.4f})"
             verdict = f"{judgement['verdict']}, p {judgement['p_adjusted']:.2g}"
         lines.append(
-            f"| {record.id} | {record.of} | {factor * score.tflops:.4g} | {ms} | {score.tokens_per_image}, "
-            f"{score.kept_per_image:.1f} | {score.answer_nll:.3f} ({nll.low:.3f} to {nll.high:.3f}) | "
-            f"{_right(score)} | {difference} | {verdict} |"
+            f"| {one['trial']} | {one['of']} | {factor * one['tflops']:.4g} | {ms} | {one['tokens_per_image']}, "
+            f"{one['kept_per_image']:.1f} | {one['answer_nll']:.3f} ({nll['low']:.3f} to {nll['high']:.3f}) | "
+            f"{_right(one)} | {difference} | {verdict} |"
         )
     return "\n".join(lines)
 
 
-def _right(score: Score) -> str:
-    if score.accuracy is None or score.accuracy_interval is None:
+def _right(one: Mapping[str, Any]) -> str:
+    if one["accuracy"] is None or one["accuracy_interval"] is None:
         return "not asked for"
-    return f"{score.accuracy:.1%} ({score.accuracy_interval.low:.1%} to {score.accuracy_interval.high:.1%})"
+    interval = one["accuracy_interval"]
+    return f"{one['accuracy']:.1%} ({interval['low']:.1%} to {interval['high']:.1%})"

@@ -194,8 +194,11 @@ def result_of(finalists: Sequence[Answers], searched: Sequence[Answers]) -> dict
         )
     }
     decision = decide(finalists, GROUPS, "final-000", [8.0, 0.1], MARGIN)
-    chosen = {"finalists": 2, "margin": MARGIN, "budgets": [8.0, 0.1]}
-    return {"settings": chosen, "paper": "search-000", "records": phases, "decision": decision}
+    chosen = {"finalists": 2, "margin": MARGIN, "budgets": [8.0, 0.1], "cost": "tflops"}
+    rows = [row(record(i, 10.0 - 3 * i, 0.5, of=f"search-{i:03d}")) for i in range(3)]
+    plain = {"settings": chosen, "paper": "search-000", "records": phases, "decision": decision, "trials": rows}
+    made: dict[str, Any] = json.loads(json.dumps(plain))
+    return made
 
 
 def test_the_stored_records_give_the_decision_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -212,6 +215,13 @@ def test_the_stored_records_give_the_decision_again(tmp_path: Path, capfd: pytes
     result["decision"]["cheapest"] = "final-001"
     path.write_text(json.dumps(result))
     assert main([str(path)]) == 1
+    assert main([str(path), "--write"]) == 0
+    written = json.loads(path.read_text())
+    assert written["decision"]["cheapest"] == "final-002"
+    level = written["trials"][0]["answer_nll_interval"]
+    assert level["low"] < finalists[0].mean < level["high"]
+    assert (tmp_path / "sweep-finalists.png").stat().st_size > 1000
+    assert "non-inferior, p " in (tmp_path / "sweep-finalists.md").read_text()
     result["records"]["final"]["trials"]["final-002"]["of"] = "search-009"
     with pytest.raises(ValueError, match="search-002 should have been finalists"):
         redo(result)
@@ -249,7 +259,8 @@ def test_pictures_and_tables(tmp_path: Path) -> None:
         with Image.open(path) as picture:
             colours = len(picture.convert("RGB").getcolors(1 << 24) or [])
         assert colours > 20, f"{path.name} shows nothing"
-    lines = table([*finals, record(4, 1, 1, "failed", of="search-004")], decision).splitlines()
+    rows = json.loads(json.dumps([row(one) for one in [*finals, record(4, 1, 1, "failed", of="search-004")]]))
+    lines = table(rows, decision).splitlines()
     assert len(lines) == 2 + 3
     assert "the paper's settings" in lines[-1]
     assert "non-inferior, p " in lines[2]
