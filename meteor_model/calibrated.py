@@ -53,6 +53,7 @@ def settings_of_lam(config: MeteorConfig) -> dict[str, Any]:
             "pruning.fuse.criterion": fuse.criterion if fuse.enabled else None,
             "pruning.fuse.options": fuse.options if fuse.enabled else None,
             **_stage1(config),
+            **later_settings(config),
             "budgets of stage 1": config.encode_budgets,
             "fusion": config.fusion,
             "concat_grid": config.concat_grid if config.fusion == "channel_concat" else None,
@@ -60,6 +61,17 @@ def settings_of_lam(config: MeteorConfig) -> dict[str, Any]:
             **{f"text_config.{name}": getattr(config.text_config, name) for name in _LLM},
         }
     )
+
+
+#: Settings that came after lambdas were stored with theirs, and what they were then.
+_LATER = {"pruning.fuse.floor": 0.0, "pruning.fuse.merge": "none"}
+
+
+def later_settings(config: MeteorConfig) -> dict[str, Any]:
+    """Those that are not what they were."""
+    fuse = config.pruning.fuse
+    now = {name: getattr(fuse, name.rpartition(".")[2]) if fuse.enabled else was for name, was in _LATER.items()}
+    return {name: value for name, value in now.items() if value != _LATER[name]}
 
 
 def settings_of_ranks(config: MeteorConfig) -> dict[str, Any]:
@@ -97,9 +109,9 @@ def settled(config: MeteorConfig) -> Record:
 def _settle(name: str, value: Any, now: dict[str, Any], known: Mapping[str, Any] | None) -> dict[str, Any]:
     if known is not None and known.get("value") == value:
         changed = [
-            f"{setting} {_shown(before)}, now it is {_shown(now.get(setting))}"
-            for setting, before in known.get("settings", {}).items()
-            if now.get(setting) != before
+            f"{setting} {_shown(before)}, now it is {_shown(now.get(setting, _LATER.get(setting)))}"
+            for setting, before in {**_LATER, **known.get("settings", {})}.items()
+            if now.get(setting, _LATER.get(setting)) != before
         ]
         if changed:
             which = f"pruning.decode.lam {value:.6g} was solved" if name == "lam" else "ranks were measured"

@@ -17,7 +17,7 @@ from meteor_model.decoder.families import plan_decoder
 from meteor_model.encoders import EncoderConfig, encoder_class
 from meteor_model.pruners.budgets import allocate_budgets
 from meteor_model.pruners.encode_criteria import ENCODE_BUDGETS
-from meteor_model.pruners.fuse_criteria import FUSE_CRITERIA
+from meteor_model.pruners.fuse_criteria import FUSE_CRITERIA, floors_of
 from meteor_model.pruning_config import DecodePruning, EncodePruning, FusePruning, PruningConfig
 
 __all__ = ["FUSIONS", "DecodePruning", "EncodePruning", "FusePruning", "MeteorConfig", "PruningConfig"]
@@ -160,6 +160,8 @@ class MeteorConfig(PreTrainedConfig):
         pool = sum(self.encode_budgets[name][-1] for name in names)  # raises where totals exceed the tokens there are
         if self.fusion == "channel_concat":
             pool = self.concat_grid**2
+        if fuse.enabled and self.fusion == "post_projection":
+            floors_of([self.encode_budgets[name][-1] for name in names], fuse.keep, fuse.floor)
         if fuse.enabled and fuse.keep > pool:
             raise ValueError(f"pruning.fuse.keep {fuse.keep} exceeds the {pool} tokens that are projected")
         self._check_decoder()
@@ -250,6 +252,11 @@ class MeteorConfig(PreTrainedConfig):
                 "set it to false, or fusion to 'post_projection'"
             )
         fuse = self.pruning.fuse
+        if fuse.enabled and fuse.floor:
+            raise ValueError(
+                f"pruning.fuse.floor {fuse.floor:g} sets tokens of each encoder aside, which fusion='channel_concat' "
+                "joins into one: set it to 0"
+            )
         if fuse.enabled and not FUSE_CRITERIA[fuse.criterion].facts["joint"]:
             raise ValueError(
                 f"pruning.fuse.criterion {fuse.criterion!r} compares the tokens of different encoders, which "

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from meteor_model.pruners.fuse_criteria import FUSE_CRITERIA, Pool
+from meteor_model.pruners.builtin import FUSE_CRITERIA
+from meteor_model.pruners.fuse_criteria import Pool, floored
+from meteor_model.pruners.fuse_published import merge_into_nearest
 from meteor_model.pruners.select import gather_tokens, refuse_nan
 from meteor_model.pruning_config import FusePruning
 from meteor_model.replay import Choose, best_scored
@@ -63,8 +65,10 @@ def prune_pool(pool: Pool, settings: FusePruning, choose: Choose = best_scored) 
     with torch.no_grad():  # selection has no gradient; what is kept carries its own
         scores_MN = criterion.run(pool, **settings.options)
         refuse_nan(scores_MN)
+        if pool.floors and not criterion.facts["floors"]:
+            scores_MN = floored(scores_MN, [tokens.shape[1] for tokens in pool.tokens], pool.floors)
         keep_MK = choose(0, scores_MN, places_MN, pool.keep)
-    merge = criterion.facts["merge"]
+    merge = merge_into_nearest if settings.merge == "nearest" else criterion.facts["merge"]
     if merge is not None:
         return merge(pool, keep_MK, **settings.options), keep_MK
     return gather_tokens(pool_MNC, keep_MK), keep_MK

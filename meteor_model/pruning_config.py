@@ -82,6 +82,9 @@ class EncodePruning:
         object.__setattr__(self, "options", options)
 
 
+MERGES = ("none", "nearest")
+
+
 @dataclass(frozen=True)
 class FusePruning:
     """Stage 2: how many of the projected tokens of all encoders go on into the LLM."""
@@ -94,12 +97,26 @@ class FusePruning:
     """Which of the projected tokens stay: a name of meteor_model.pruners.fuse_criteria."""
     options: dict[str, float] = field(default_factory=dict)
     """Numbers of the criterion, by name."""
+    floor: float = 0.0
+    """Share of keep, 0 to 1, that is set aside for every encoder in proportion to its tokens, at least one each, so
+    that none is run and then dropped whole. 0 sets nothing aside."""
+    merge: Literal["none", "nearest"] = "none"
+    """What becomes of dropped tokens: nothing, or each is averaged into the kept token most similar to it."""
 
     def __post_init__(self) -> None:
         switch("pruning.fuse.enabled", self.enabled)
         whole_number("pruning.fuse.keep", self.keep, least=1)
         options = FUSE_CRITERIA[self.criterion].checked("pruning.fuse.options", self.options)
         object.__setattr__(self, "options", options)
+        if not 0 <= finite_number("pruning.fuse.floor", self.floor) <= 1:
+            raise ValueError(f"pruning.fuse.floor must be between 0 and 1, got {self.floor}")
+        if self.merge not in MERGES:
+            raise ValueError(f"pruning.fuse.merge must be one of {', '.join(MERGES)}, got {self.merge!r}")
+        if FUSE_CRITERIA[self.criterion].facts["merge"] is not None and (self.floor or self.merge != "none"):
+            raise ValueError(
+                f"pruning.fuse.criterion {self.criterion!r} merges by a rule of its own: set pruning.fuse.merge to "
+                "'none' and pruning.fuse.floor to 0, or choose another criterion"
+            )
 
     @property
     def looks(self) -> tuple[float, ...]:
@@ -311,7 +328,7 @@ class PruningConfig:
 #: identifies one, so that what is stored is found again.
 LATER_SETTINGS = (
     *("criterion", "budget", "options", "later_layers", "later_keep", "equal_layers"),
-    *("answer_tokens", "reselect_every", "later_turn"),
+    *("answer_tokens", "reselect_every", "later_turn", "floor", "merge"),
 )
 
 

@@ -21,7 +21,7 @@ from meteor_model.fusion import concat_channels, pooled_attention, prune_pool
 from meteor_model.inputs import check_pixels
 from meteor_model.options import refuse_options
 from meteor_model.outputs import MeteorImageFeatures, PruningStats
-from meteor_model.pruners.fuse_criteria import Pool
+from meteor_model.pruners.fuse_criteria import Pool, floors_of
 from meteor_model.pruners.spectra import singular_values, spectrum_rank
 from meteor_model.replay import GivenTokens, best_scored
 
@@ -178,7 +178,9 @@ class MeteorVisionMixin:
             cells_MN = torch.arange(side * side, device=projected[0].device).expand(len(projected[0]), -1)
             grids, positions = [(side, side)], [cells_MN]
         text_MC = None if text_MC is None else text_MC.to(projected[0].device)
-        return Pool(tuple(projected), tuple(grids), tuple(positions), config.tokens_per_image, looked, text_MC)
+        keep = config.tokens_per_image
+        floors = floors_of([tokens.shape[1] for tokens in projected], keep, fuse.floor) if fuse.enabled else ()
+        return Pool(tuple(projected), tuple(grids), tuple(positions), keep, looked, text_MC, floors)
 
     @torch.no_grad()
     def measure_ranks(self, pixel_values: torch.Tensor, estimators: tuple[str, ...]) -> dict[str, dict[str, Any]]:

@@ -140,11 +140,12 @@ class LayerView:
             allowed_BRT = allowed_BRT & asks_BR.to(allowed_BRT.device)[:, :, None]
         return attention_rows(query_BHRd, self.key_BGTd, allowed_BRT, self.scaling, self.softcap)
 
-    def listen(self, num_heads: int) -> VisualScores:
+    def listen(self, num_heads: int, *, rotary: bool = True) -> VisualScores:
         """How the text looks at each visual token, by the `num_heads` heads that look at the image most."""
-        query_BHRd, allowed_BRT = self.asking()
+        query_BHRd, allowed_BRT = self.asking() if rotary else self.asking_without_rotary()
+        key_BGTd = self.key_BGTd if rotary else self.keys_without_rotary()
         return text_guided_scores(
-            query_BHRd, self.key_BGTd, self.visual_BT, allowed_BRT, self.scaling, num_heads, self.softcap
+            query_BHRd, key_BGTd, self.visual_BT, allowed_BRT, self.scaling, num_heads, self.softcap
         )
 
 

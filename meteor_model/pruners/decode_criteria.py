@@ -11,6 +11,7 @@ Legend: B samples, T tokens present, C language model width.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -31,10 +32,25 @@ Select = Callable[..., tuple[Tensor, Tensor]]
 DECODE_CRITERIA: Registry[DecodeCriterion] = Registry("pruning.decode.criterion", select=None, grid=False)
 
 
+FIRST_IN_SCORES = 1e6
+
+
 @DECODE_CRITERIA.register("top_heads")
-def top_heads(view: LayerView) -> VisualScores:
-    """METEOR (arXiv 2507.20842): attention of the asking text, summed over the heads that look at the image most."""
-    return view.listen(view.num_heads)
+def top_heads(view: LayerView, *, rotary: float = 1, stride: float = 0) -> VisualScores:
+    """METEOR (arXiv 2507.20842): attention of the asking text, summed over the heads that look at the image most.
+
+    With `rotary` 0 queries and keys are taken without their rotary positions, whose early scores favour the end of an
+    image; with a `stride` n every n-th of the sample's visual tokens comes before any other at the first pruning (both
+    FEATHER, ICCV 2025). Ours: the n-th in their order, for stages 1 and 2 leave no rows and columns; they count into
+    the number that stays, which still goes by the attention.
+    """
+    found = view.listen(view.num_heads, rotary=bool(rotary))
+    if stride > 0 and view.prompt.whole is None:
+        visual_BT = view.visual_BT
+        rank_BT = visual_BT.cumsum(dim=1) - visual_BT.long()
+        first_BT = visual_BT & (rank_BT % int(stride) == 0)
+        found = replace(found, scores_BT=found.scores_BT + first_BT * FIRST_IN_SCORES)
+    return found
 
 
 @DECODE_CRITERIA.register("all_heads")

@@ -13,16 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from meteor_model.pruners.decode_criteria import DECODE_BUDGETS, DECODE_CRITERIA, Asked
+from meteor_model.pruners.decode_criteria import DECODE_BUDGETS, DECODE_CRITERIA, FIRST_IN_SCORES, Asked
 from meteor_model.pruners.select import best_visual, gather_tokens, in_full_precision, unit
 from meteor_model.pruners.spectra import energy_rank, singular_values
 from meteor_model.pruners.text_scores import attention_rows
 
 if TYPE_CHECKING:
     from meteor_model.decoder.view import LayerView
-
-FIRST_IN_SCORES = 1e6
-
 
 # ------------------------------------------------------------------------------------------------------------ FEATHER
 

@@ -19,6 +19,7 @@ from meteor_model.pruners.budgets import allocate_budgets
 from meteor_model.pruners.places import even_scores, grid_cells, random_scores
 from meteor_model.pruners.redundancy import mutual_redundancy
 from meteor_model.pruners.registry import Registry
+from meteor_model.pruners.select import top_indices
 
 
 class Pool(NamedTuple):
@@ -32,6 +33,7 @@ class Pool(NamedTuple):
         attention: of the towers to the pool's tokens, (M, N) fp32 with mean 1, by the `looks` of the criterion.
         text_MC: the mean of the unit embeddings of each image's prompt (its text alone), for a criterion that asks for
             `text`; a prompt without text gives 0.
+        floors: tokens that each map keeps at least; empty without any.
     """
 
     tokens: tuple[Tensor, ...]
@@ -40,6 +42,7 @@ class Pool(NamedTuple):
     keep: int
     attention: Mapping[float, Tensor] | None = None
     text_MC: Tensor | None = None
+    floors: tuple[int, ...] = ()
 
     @property
     def tokens_MNC(self) -> Tensor:
@@ -57,9 +60,10 @@ class Pool(NamedTuple):
 FuseCriterion = Callable[..., Tensor]
 #: `merge`: what the kept tokens become, (pool, keep_MK, **options) -> (M, K, C); `joint`: whether the criterion tells
 #: tokens of one joint map apart, so that it may follow fusion="channel_concat"; `looks`: the blocks of the towers whose
-#: attention it wants (`meteor_model.encode.encode_looking`); `text`: whether it wants the prompt's text.
+#: attention it wants (`meteor_model.encode.encode_looking`); `text`: whether it wants the prompt's text; `floors`: it
+#: minds the pool's floors itself, where the best-scored of each map would else be taken first.
 FUSE_CRITERIA: Registry[FuseCriterion] = Registry(
-    "pruning.fuse.criterion", merge=None, joint=True, looks=(), text=False
+    "pruning.fuse.criterion", merge=None, joint=True, looks=(), text=False, floors=False
 )
 
 
@@ -121,6 +125,39 @@ def pool_windows(pool: Pool, keep_MK: Tensor) -> Tensor:
 def average_pooling(pool: Pool) -> Tensor:
     """The mean of each of K near equal rectangles of the grid, in the place of its middle token."""
     return stride(pool)
+
+
+def floors_of(sizes: Sequence[int], keep: int, share: float) -> tuple[int, ...]:
+    """Tokens that each map keeps at least: `share` of `keep`, by the maps' tokens, one or more each.
+
+    Args:
+        sizes: tokens of each map; one without any has no floor.
+        keep: tokens that stay of all.
+        share: between 0 (no floors) and 1.
+
+    Raises:
+        ValueError: where fewer tokens stay than there are maps.
+    """
+    there = [size for size in sizes if size]
+    if not share or len(there) < 2:
+        return ()
+    if keep < len(there):
+        raise ValueError(
+            f"pruning.fuse.keep {keep} is below one token for each of {len(there)} encoders, which pruning.fuse.floor "
+            f"{share:g} asks for"
+        )
+    shared = iter(allocate_budgets([float(size) for size in there], max(len(there), int(share * keep)), there))
+    return tuple(next(shared) if size else 0 for size in sizes)
+
+
+def floored(scores_MN: Tensor, sizes: Sequence[int], floors: Sequence[int]) -> Tensor:
+    """Scores in which the best `floors` of each map come before all others."""
+    parts = []
+    for part_MN, floor in zip(scores_MN.split(list(sizes), dim=1), floors, strict=True):
+        if floor:
+            part_MN = part_MN.scatter(1, top_indices(part_MN, floor), torch.inf)
+        parts.append(part_MN)
+    return torch.cat(parts, dim=1)
 
 
 def picks_as_scores(picks_MK: Tensor, count: int) -> Tensor:

@@ -9,7 +9,7 @@ Legend: M images, N tokens, K tokens picked, C width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -117,15 +117,42 @@ def transport(tokens_MNC: Tensor, gamma: float, keep: int) -> Tensor:
 
 
 @in_full_precision
-def cover(tokens_MNC: Tensor, saliency_MN: Tensor, keep: int) -> Tensor:
-    """Each pick gains most of the sum over tokens of max(0, cosine to it - best cosine to those picked) * saliency."""
+def cover(
+    tokens_MNC: Tensor,
+    saliency_MN: Tensor,
+    keep: int,
+    owner_N: Tensor | None = None,
+    floors: Sequence[int] = (),
+) -> Tensor:
+    """Each pick gains most of the sum over tokens of max(0, cosine to it - best cosine to those picked) * saliency.
+
+    With `floors` at least so many picks are of each owner: where no more picks are left than are still owed, only
+    tokens of owners below their floor may be picked.
+
+    Args:
+        tokens_MNC: the tokens.
+        saliency_MN: their weights, fp32.
+        keep: K.
+        owner_N: whose each token is, counted from 0.
+        floors: least picks of each owner; their sum is at most K, each at most the owner's tokens.
+    """
+    owed_ME: Tensor | None = None
+    if owner_N is not None and any(floors):
+        owed_ME = torch.tensor(floors, device=saliency_MN.device).expand(len(saliency_MN), -1)
     units_MNC = unit(tokens_MNC)
     similar_MNN = torch.bmm(units_MNC, units_MNC.transpose(1, 2))
     covered_MN = torch.zeros_like(saliency_MN)
     picks, taken_MN = [], torch.zeros_like(saliency_MN, dtype=torch.bool)
-    for _ in range(keep):
+    for number in range(keep):
         gain_MN = (similar_MNN - covered_MN[:, :, None]).clamp_min(0).sum(dim=1) * saliency_MN
-        pick_M = gain_MN.masked_fill(taken_MN, -torch.inf).argmax(dim=1)
+        barred_MN = taken_MN
+        if owed_ME is not None and owner_N is not None:
+            bound_M1 = owed_ME.sum(dim=1, keepdim=True) >= keep - number
+            barred_MN = taken_MN | (bound_M1 & (owed_ME[:, owner_N] == 0))
+        pick_M = gain_MN.masked_fill(barred_MN, -torch.inf).argmax(dim=1)
+        if owed_ME is not None and owner_N is not None:
+            paid_ME = owner_N[pick_M][:, None] == torch.arange(owed_ME.shape[1], device=owner_N.device)
+            owed_ME = (owed_ME - paid_ME.long()).clamp_min(0)
         picks.append(pick_M)
         taken_MN = taken_MN.scatter(1, pick_M[:, None], True)
         covered_MN = torch.maximum(covered_MN, gather_tokens(similar_MNN, pick_M[:, None]).squeeze(1))  # symmetric

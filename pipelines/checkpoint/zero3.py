@@ -90,6 +90,8 @@ def load_sharded(
     """
     deepspeed = import_deepspeed(uses_gpu)
     model_config = model_class.config_class.from_pretrained(directory)
+    if (text_config := getattr(model_config, "text_config", None)) is not None:
+        text_config.dtype = dtype  # transformers builds it in the one of its config, which an exported model has
     # Without tensor overrides the buffers (positions, normalisation) keep the dtype that the model gives them.
     with (
         no_init_weights(),

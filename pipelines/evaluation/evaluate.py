@@ -240,6 +240,9 @@ def answer_nll(
 ) -> Tensor:
     """Mean negative log-likelihood of each answer's tokens after its prompt, (B,) fp32 in nats.
 
+    The answer follows in one pass; token by token where stage 3 chooses while it grows, so that no choice sees tokens
+    that come later.
+
     Args:
         model: in eval mode.
         embeds_BTC: left-padded prompts with their visual tokens in place.
@@ -262,8 +265,11 @@ def answer_nll(
     if max(lengths) > 1:
         fed_BA = ids_BA[:, :-1]
         mask_BL = torch.cat([mask_BT, there_BA[:, :-1].to(mask_BT.dtype)], dim=1)
-        embeds_BAC = model.get_input_embeddings()(fed_BA)
-        logits.append(model(inputs_embeds=embeds_BAC, attention_mask=mask_BL, **options).logits)
+        step = 1 if model.config.pruning.decode.selects_later else fed_BA.shape[1]
+        for start in range(0, fed_BA.shape[1], step):
+            embeds_BAC = model.get_input_embeddings()(fed_BA[:, start : start + step])
+            seen_BL = mask_BL[:, : mask_BT.shape[1] + start + step]
+            logits.append(model(inputs_embeds=embeds_BAC, attention_mask=seen_BL, **options).logits)
     logits_BAV = torch.cat(logits, dim=1).float()
     nll_BA = F.cross_entropy(logits_BAV.flatten(0, 1), ids_BA.flatten(), reduction="none").view_as(ids_BA)
     return (nll_BA * there_BA).sum(dim=1) / there_BA.sum(dim=1)

@@ -33,12 +33,13 @@ DECODE = {
     "layer": 1, "num_heads": 2, "query": "all_text", "target_mean": 24.0, "k_min": 2, "criterion": "all_heads",
     "budget": "fixed",
 }  # fmt: skip
-FUSE = {"keep": 40, "enabled": False, "criterion": "random"}
+FUSE = {"keep": 40, "enabled": False, "criterion": "random", "floor": 0.5, "merge": "nearest"}
 ENCODE_FOR_LAM = {
     "totals": (96, 70, 64), "first_deep_segment": 3, "rank_exponent": 0.0, "score_queries": 16, "enabled": False,
     "criterion": "random", "budget": "tokens",
 }  # fmt: skip
-#: Later prunings count tokens for themselves, and a choice after prefill has that of the prompt's; no default criterion has a number (test_options_are_settings_too).
+#: Later prunings count tokens for themselves, and a choice after prefill goes by the prompt's lambda; numbers of
+#: criteria: test_options_are_settings_too.
 FREE = {("decode", "enabled"), ("decode", "lam"), ("decode", "later_layers"), ("decode", "later_keep")}
 FREE |= {("decode", "equal_layers"), ("decode", "options"), ("fuse", "options"), ("encode", "options")}
 FREE |= {("decode", "answer_tokens"), ("decode", "reselect_every"), ("decode", "later_turn")}

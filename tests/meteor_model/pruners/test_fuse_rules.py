@@ -266,7 +266,7 @@ def test_attention_of_towers_is_comparable_and_follows_the_joint_grid() -> None:
 # --------------------------------------------------------------------------------------------------------------- memory
 
 #: They hold the similarities, or the singular vectors, of all tokens of an image.
-WHOLE_MAP = {"scope", "svd_prune"}
+WHOLE_MAP = {"scope", "svd_prune", "coverage", "coverage_text"}
 
 
 @pytest.mark.parametrize("name", sorted(set(FUSE_CRITERIA) - WHOLE_MAP))

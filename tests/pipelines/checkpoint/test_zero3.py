@@ -189,7 +189,9 @@ def run(
 ) -> tuple[list[float], Path]:
     """On both workers; returns the losses and the checkpoint, in which both workers' files are together."""
     torch.manual_seed(0)
-    save_for_sharding(MeteorForConditionalGeneration(tiny(towers)), folder / "init")
+    start = MeteorForConditionalGeneration(tiny(towers))
+    start.config.text_config.dtype = torch.float32  # as in every model that was exported, and is trained further
+    save_for_sharding(start, folder / "init")
     shutil.copytree(folder / "init", folder / "incomplete")
     weights = load_file(folder / "init" / "model.safetensors")
     del weights[MISSING.format(towers[0] if towers else "clip")]
