@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help plan predict-shards serve setup lock up status down pretrain finetune sweep predict calibrate evaluate register shards parts visualize flops bench-prune bench-gpu bench-order bench-ranks bench-search bench-serve bench-limits bench-start bench-data bench-quality train-scenes rehearsal \
+.PHONY: help plan predict-shards serve setup lock up status down pretrain finetune sweep predict calibrate evaluate register shards parts visualize flops bench-prune bench-gpu bench-order bench-ranks bench-search bench-serve bench-limits bench-start bench-data bench-packing bench-quality train-scenes rehearsal \
   chaos check docs docs-check format fuzz test test-slow test-versions clean
 
 PYTHON ?= python3.11
@@ -148,6 +148,9 @@ bench-quality: $(PARTS_STAMP)  ## Ask the trained models of benchmarks/models un
 train-scenes: $(PARTS_STAMP)  ## Train a dense model and METEOR on composed scenes and ask both (hours; resumable): make train-scenes ARGS="--quick"
 	@$(PY) jobs/make_parts.py dinov2-small efficientnet-lite0
 	@$(PY) -m benchmarks.quality all $(ARGS)
+
+bench-packing: setup  ## Measure padding and tokens a second of packed steps (about 2 minutes); writes benchmarks/results/packing.json
+	@$(PY) -m benchmarks.packing $(ARGS)
 
 check: setup  ## Lint, format, types, import direction
 	@$(BIN)/ruff check .

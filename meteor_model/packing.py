@@ -9,7 +9,7 @@ and gradients are those of separate rows up to rounding. The model's side is `me
 Three steps, each of them pure:
 
     1. share    samples that begin alike become one document with branches (`share_beginning`)
-    2. fit      documents are dealt to rows (`first_fit_decreasing`)
+    2. fit      documents are dealt to rows (`first_fit_decreasing`, `pack_evenly`)
     3. collate  rows become one batch for the model's forward (`collate_packed`)
 
 Legend: B rows, T tokens of the longest row, M images of all rows in order, S travelling image size.
@@ -17,6 +17,7 @@ Legend: B rows, T tokens of the longest row, M images of all rows in order, S tr
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,8 @@ from meteor_model.collate import cat_images, pad
 
 PADDING = -1
 """In `document_ids`, where a row holds no token."""
+TOLERANCE = 1.01
+"""Places that shorter rows may take over the fewest."""
 
 
 def share_beginning(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -103,6 +106,61 @@ def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int
         rows[row].append(index)
         room[row] -= length
     return sorted(sorted(row) for row in rows)
+
+
+def pack_evenly(lengths: Sequence[int], capacity: int, groups: int) -> list[list[list[int]]]:
+    """Deal documents to the rows of `groups` batches so that little is padded: a batch is as wide as its longest row.
+
+    For every number of rows from the fewest that `first_fit_decreasing` needs to one a document, the longest document
+    first goes to the emptiest row, and rows of like length share a batch. Of these, and first fit decreasing itself,
+    the one with the fewest places counts; within `TOLERANCE` of it the most rows, since attention pays for a row's
+    length twice. A function of the lengths alone.
+
+    Args:
+        lengths: tokens of each document.
+        capacity: tokens that a row may hold.
+        groups: batches; each gets as many rows, or the last ones fewer.
+
+    Returns:
+        for each batch its rows, each with its documents, ascending; the longest rows first. Batches may be empty.
+
+    Raises:
+        ValueError: for a document that is longer than a row, naming it.
+    """
+    fewest = first_fit_decreasing(lengths, capacity)
+    found = [_grouped(fewest, lengths, groups)]
+    for each in range(-(-len(fewest) // groups), -(-len(lengths) // groups) + 1):
+        rows = _fill_evenly(lengths, min(each * groups, len(lengths)))
+        if all(_tokens(row, lengths) <= capacity for row in rows):
+            found.append(_grouped(rows, lengths, groups))
+    places = [_places(batches, lengths) for batches in found]
+    return next(found[index] for index in reversed(range(len(found))) if places[index] <= TOLERANCE * min(places))
+
+
+def _grouped(rows: Sequence[list[int]], lengths: Sequence[int], groups: int) -> list[list[list[int]]]:
+    each = -(-len(rows) // groups)
+    ordered = sorted(rows, key=lambda row: (-_tokens(row, lengths), row))
+    return [ordered[group * each : (group + 1) * each] for group in range(groups)]
+
+
+def _places(batches: Sequence[Sequence[Sequence[int]]], lengths: Sequence[int]) -> int:
+    """Tokens and padding of batches whose longest row comes first."""
+    return sum(len(batch) * _tokens(batch[0], lengths) for batch in batches if batch)
+
+
+def _fill_evenly(lengths: Sequence[int], count: int) -> list[list[int]]:
+    """`count` rows, at most as many as documents: the longest first, each to the emptiest row."""
+    rows: list[list[int]] = [[] for _ in range(count)]
+    emptiest = [(0, row) for row in range(count)]
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        tokens, row = heapq.heappop(emptiest)
+        rows[row].append(index)
+        heapq.heappush(emptiest, (tokens + lengths[index], row))
+    return [sorted(row) for row in rows]
+
+
+def _tokens(row: Sequence[int], lengths: Sequence[int]) -> int:
+    return sum(lengths[index] for index in row)
 
 
 def collate_packed(

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 from transformers.utils.generic import is_flash_attention_requested
 
 from meteor_model.chat import IGNORE_INDEX
-from meteor_model.configuration_meteor import MeteorConfig
+from meteor_model.configuration_meteor import FusePruning, MeteorConfig
 from meteor_model.decoder.families import DecoderPlan, plan_decoder
 from meteor_model.decoder.masks import additive
 
@@ -85,7 +85,7 @@ class Packed:
         Raises:
             ValueError: for a decoder or an attention kernel that cannot tell documents, or branches, apart.
         """
-        plan, kernel = _plan(config), config._attn_implementation
+        plan, kernel = plan_packed(config), config._attn_implementation
         positions_BT = self.positions_BT()
         shared = {"position_ids": positions_BT, "use_cache": False}
         if is_flash_attention_requested(config):
@@ -176,12 +176,8 @@ def check_packed_images(packed: Packed, is_image_BT: Tensor, config: MeteorConfi
         ValueError: naming row, document and count (a compiled graph checks whole rows only); for a criterion of stage 2
             that reads the text.
     """
-    per_image, fuse = config.tokens_per_image, config.pruning.fuse
-    if fuse.enabled and fuse.wants_text:
-        raise ValueError(
-            f"pruning.fuse.criterion {fuse.criterion!r} reads the text of an image's prompt, and packed rows hold "
-            "several: give one sample a row, or choose a criterion that looks at images alone"
-        )
+    per_image = config.tokens_per_image
+    check_fusion(config.pruning.fuse)
     if torch.compiler.is_compiling():
         return
     rows_n, columns_n = is_image_BT.nonzero(as_tuple=True)
@@ -195,7 +191,17 @@ def check_packed_images(packed: Packed, is_image_BT: Tensor, config: MeteorConfi
             )
 
 
-def _plan(config: PreTrainedConfig) -> DecoderPlan:
+def check_fusion(fuse: FusePruning) -> None:
+    """ValueError for a criterion of stage 2 that reads the text: what it keeps of an image would hang on the row."""
+    if fuse.enabled and fuse.wants_text:
+        raise ValueError(
+            f"pruning.fuse.criterion {fuse.criterion!r} reads the text of an image's prompt, and packed rows hold "
+            "several: give one sample a row, or choose a criterion that looks at images alone"
+        )
+
+
+def plan_packed(config: PreTrainedConfig) -> DecoderPlan:
+    """How the decoder of this configuration runs packed rows. ValueError for one of an unknown family."""
     try:
         return plan_decoder(config)
     except ValueError as error:

@@ -12,6 +12,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from meteor_model.architectures import Architecture, architecture, build_config
 from meteor_model.chat import chat_template
 from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, PruningConfig
+from meteor_model.decoder.packed import check_fusion, plan_packed
 from pipelines.config.settings import DataSettings, SampleLimits, SettingsError, TrainingSettings
 from pipelines.data.sources.openmoji import OpenMojiSettings
 from pipelines.io.fingerprint import sha256
@@ -161,8 +162,13 @@ class Recipe:
                 "run.export is best, but training.validate_every_checkpoints is 0, so none would be validated: set it "
                 "to 1 or more, or run.export to last"
             )
+        packed = self.training.batching == "packed"
+        if packed:
+            check_fusion(self.pruning.fuse)
         if self.model.start is None:  # a pulled model is checked when it is there
-            build_config(self.model.architecture, self.pruning, self.model.vocab_size, {}, image_token_id=0)
+            built = build_config(self.model.architecture, self.pruning, self.model.vocab_size, {}, image_token_id=0)
+            if packed:
+                plan_packed(built.text_config)
 
     @property
     def export_precision(self) -> Literal["fp32", "bf16"]:

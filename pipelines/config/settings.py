@@ -148,8 +148,10 @@ class TrainingSettings:
     """Samples that one worker runs through the model at a time."""
     global_batch: PositiveInt = 32
     """Samples of one optimizer step over all workers; a multiple of micro_batch."""
-    batching: Literal["length", "plan"] = "length"
-    """How a worker groups its samples of a step into micro-batches: by length, which pads less, or as they come."""
+    batching: Literal["length", "plan", "packed"] = "length"
+    """How a worker groups its samples of a step into micro-batches. length: by length, which pads less. plan: as they
+    come. packed: several in a row of up to data.max_length tokens, none of which sees another; hardly any padding, the
+    same loss."""
     epochs: PositiveInt = 1
     """How often the data is passed."""
     seed: int = 0

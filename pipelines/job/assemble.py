@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from meteor_model.collate import collate
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
+from meteor_model.packing import collate_packed
 from pipelines.checkpoint.local import load_processor, load_sample_encoder
 from pipelines.config.recipe import Recipe
 from pipelines.data import shards
@@ -19,7 +20,7 @@ from pipelines.io.pulse import mailbox_name
 from pipelines.io.run_folder import run_folder
 from pipelines.sizing.limits import validation_limit_s
 from pipelines.tracking.metric_logger import MetricLogger
-from pipelines.training.batches import iterate_rows
+from pipelines.training.batches import Packing, iterate_rows
 from pipelines.training.job import TrainingJob
 
 
@@ -74,13 +75,15 @@ def assemble_training(
         mailbox=mailbox_name(url),
         fetch=partial(shards.fetch_shard, retry_s=data.read_patience_s, bad_shards=data.bad_shards),
     )
+    made = {"pad_token_id": processor.tokenizer.pad_token_id, "image_size": processor.image_size}
+    packed = training.batching == "packed"
     train_stream = partial(stream, others=manifests[1:], spare_rows=training.spare_rows)
     return TrainingJob(
         storage=recipe.run.storage,
         run_name=run_name,
         settings=training,
         model_class=MeteorForConditionalGeneration,
-        collate=partial(collate, pad_token_id=processor.tokenizer.pad_token_id, image_size=processor.image_size),
+        collate=partial(collate, **made),
         pad_token_id=processor.tokenizer.pad_token_id,
         plan=plan,
         train_data=partial(rows_from, train_stream, data.train_split, plan),
@@ -97,6 +100,7 @@ def assemble_training(
         make_logger=partial(MetricLogger, metrics_run.run_id, metrics_run.uri, url) if metrics_run else None,
         validation_limit_s=validation_limit_s(recipe) if training.validate_every_checkpoints else 0.0,
         log_validation=partial(_log_validation, metrics_run, url) if metrics_run else None,
+        packing=Packing(partial(collate_packed, **made), data.max_length) if packed else None,
     )
 
 

@@ -1,5 +1,8 @@
 """From rows of the stream to batches of the model, and what a micro-batch counts.
 
+A worker deals its samples of a step to micro-batches: as they come, by length, or packed, several in a row of a batch
+(`meteor_model.packing`). Which samples a step trains does not hang on it, nor do its loss and its ledger.
+
 A row (`pipelines.data.schema.Row`) with a `reason` takes part in no batch: VOID fills up the last step, any other
 reason is a faulty sample, which is counted.
 
@@ -10,6 +13,8 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, chain
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,6 +24,7 @@ import torch
 from torch import Tensor
 
 from meteor_model.chat import IGNORE_INDEX
+from meteor_model.packing import pack_evenly
 from pipelines.checkpoint.state import DroppedSample
 from pipelines.config.settings import SettingsError
 from pipelines.data.blocks import rows_from_table, table_of
@@ -27,6 +33,8 @@ from pipelines.data.schema import REASONS, Row
 
 Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
 """Examples (`input_ids`, `labels`, `images` uint8 (n, 3, S, S)) to a batch for the model's forward."""
+CollatePacked = Callable[[Sequence[Sequence[Mapping[str, Any]]]], dict[str, Tensor]]
+"""The same for rows of several examples each."""
 T = TypeVar("T")
 
 
@@ -56,6 +64,21 @@ class MicroBatch:
     """Samples among the rows that train nothing: faulty ones, and those that are too long."""
     truncated: int
     """Samples in the batch of which a part was left out, because they are too long."""
+    one_a_row: Callable[[], dict[str, Tensor]]
+    """Makes the inputs of its first samples, one a row, as many as take no more places: of all unless it is packed."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Samples share rows.
+
+    Attributes:
+        collate: rows of samples to a batch.
+        capacity: tokens that a row may hold; no sample has more.
+    """
+
+    collate: CollatePacked
+    capacity: int
 
 
 def iterate_rows(share: ray.data.DataIterator, micro_batch: int) -> Iterator[Sequence[Row]]:
@@ -129,6 +152,7 @@ class BatchReader:
         micro_batch: rows of a micro-batch in the stream, and at most as many samples in a batch.
         by_length: group the worker's samples of a step by their length, the longest first, instead of taking them as
             they come: less padding, and workers that wait less for each other. The set of a step stays the same.
+        packing: deal them to rows that they share instead, with hardly any padding; None: one sample a row.
     """
 
     collate: Collate
@@ -136,6 +160,7 @@ class BatchReader:
     micro_batch: int
     share: Share
     by_length: bool = False
+    packing: Packing | None = None
 
     def read(self, rows: Iterator[Sequence[Row]], first_row: int, stop_row: int) -> Iterator[list[MicroBatch]]:
         """The micro-batches of each step from `rows`, this worker's part of a stream of rows [first_row, stop_row).
@@ -168,6 +193,8 @@ class BatchReader:
 
     def batches(self, members: Sequence[Row]) -> list[MicroBatch]:
         """`share.forwards` micro-batches of the rows of a step, each row in one; the last ones may be empty."""
+        if self.packing is not None:
+            return pack_micro_batches(members, self.packing, self.share.forwards, self.collate, self.pad_token_id)
         if self.by_length:
             members = sorted(members, key=_length, reverse=True)  # stable: ties stay in the order of the plan
         cuts = [number * self.micro_batch for number in range(self.share.forwards)]
@@ -182,17 +209,52 @@ def _length(row: Row) -> int:
 
 def make_micro_batch(rows: Sequence[Row], collate: Collate, pad_token_id: int) -> MicroBatch:
     """Collate the rows that are samples; without any, a batch of one padding token that no loss counts."""
+    inputs = collate([_example(row) for row in rows if row.usable] or [_empty_example(pad_token_id)])
+    return _counted(rows, inputs, lambda: inputs)
+
+
+def pack_micro_batches(
+    members: Sequence[Row], packing: Packing, count: int, collate: Collate, pad_token_id: int
+) -> list[MicroBatch]:
+    """`count` micro-batches of the rows of a step, several samples in a row of a batch; the last ones may be empty.
+
+    Rows that are no samples are counted by the first.
+    """
+    samples = [row for row in members if row.usable]
+    others = [row for row in members if not row.usable]
+    dealt = pack_evenly([len(row.input_ids) for row in samples], packing.capacity, count)
+    batches = []
+    for places in dealt:
+        packed = [[samples[place] for place in row] for row in places]
+        examples = [[_example(sample) for sample in row] for row in packed] or [[_empty_example(pad_token_id)]]
+        inputs = packing.collate(examples)
+        one_a_row = partial(_one_a_row, list(chain.from_iterable(examples)), inputs["input_ids"].numel(), collate)
+        batches.append(_counted([*chain.from_iterable(packed), *others], inputs, one_a_row))
+        others = []
+    return batches
+
+
+def _one_a_row(examples: Sequence[Mapping[str, Any]], cells: int, collate: Collate) -> dict[str, Tensor]:
+    lengths = [len(example["input_ids"]) for example in examples]
+    fits = [number * longest <= cells for number, longest in enumerate(accumulate(lengths, max), start=1)]
+    return collate(examples[: max(1, sum(fits))])  # (once they fit no more, they never do)
+
+
+def _counted(rows: Sequence[Row], inputs: dict[str, Tensor], one_a_row: Callable[[], dict[str, Tensor]]) -> MicroBatch:
+    """A batch of the samples among `rows`, in their order, and what it counts."""
     samples = [row for row in rows if row.usable]
-    dropped = tuple(_dropped(row) for row in rows if not (row.usable or row.void))
-    supervised = sum(int((np.asarray(row.labels)[1:] != IGNORE_INDEX).sum()) for row in samples)
-    tokens = sum(len(row.input_ids) for row in samples)
-    examples = [_example(row) for row in samples] or [_empty_example(pad_token_id)]
-    num_images = tuple(len(example["images"]) for example in examples)
-    inputs = collate(examples)
-    cells = inputs["input_ids"].numel() if samples else 0
-    ids = tuple(row.sample for row in samples)
-    truncated = sum(row.cut > 0 for row in samples)
-    return MicroBatch(inputs, num_images, supervised, tokens, cells, len(samples), ids, dropped, truncated)
+    return MicroBatch(
+        inputs,
+        num_images=tuple(row.num_images for row in samples) or (0,),
+        supervised=sum(int((np.asarray(row.labels)[1:] != IGNORE_INDEX).sum()) for row in samples),
+        tokens=sum(len(row.input_ids) for row in samples),
+        cells=inputs["input_ids"].numel() if samples else 0,
+        seen=len(samples),
+        samples=tuple(row.sample for row in samples),
+        dropped=tuple(_dropped(row) for row in rows if not (row.usable or row.void)),
+        truncated=sum(row.cut > 0 for row in samples),
+        one_a_row=one_a_row,
+    )
 
 
 def _empty_example(pad_token_id: int) -> dict[str, Any]:

@@ -124,11 +124,11 @@ def shuffle_images(pixel_values: Tensor, num_images: Sequence[int]) -> tuple[Ten
 
 @torch.no_grad()
 def parity_batch(engine: Any, batch: MicroBatch, precision: Precision) -> ParityBatch:
-    """The inputs of worker 0's `batch`, what the model says to them and keeps, and what it consists of.
+    """The inputs of worker 0's `batch`, one sample a row, what the model says to and keeps of them, and what it holds.
 
     The inputs are sent to all, so that every worker runs the same forward; every worker must call it.
     """
-    shared: list[Any] = [{name: tensor.cpu() for name, tensor in batch.inputs.items()}]
+    shared: list[Any] = [{name: tensor.cpu() for name, tensor in batch.one_a_row().items()}]
     torch.distributed.broadcast_object_list(shared, src=0)
     inputs: dict[str, Tensor] = shared[0]
     engine.eval()

@@ -15,7 +15,7 @@ from pipelines.data.sample_id import Int64s
 from pipelines.data.schema import Row
 from pipelines.io.run_folder import run_folder
 from pipelines.tracking.metric_points import MetricPoint
-from pipelines.training.batches import Collate
+from pipelines.training.batches import Collate, Packing
 from pipelines.training.loop import MetricLogger, Observer
 from pipelines.training.validation import Log
 
@@ -83,9 +83,12 @@ class TrainingJob:
     """Gets the metrics of every validation during training (picklable)."""
     observe: Observer | None = None
     """Told of every step on every worker (picklable); for audits."""
+    packing: Packing | None = None
+    """How samples share rows where `settings.batching` is "packed", else None."""
 
     def __post_init__(self) -> None:
         settings = self.settings
+        assert (self.packing is not None) == (settings.batching == "packed"), "one says what the other does"
         if self.heldout_rows < 1 or self.heldout_rows % settings.micro_batch:
             raise SettingsError(
                 f"heldout_rows {self.heldout_rows} is no multiple of micro_batch {settings.micro_batch}"

@@ -125,7 +125,8 @@ def _steps(job: TrainingJob, loop: Loop, rows: Iterator[Sequence[Row]]) -> None:
     settings, rank, world = job.settings, loop.worker.rank, loop.worker.world
     # 5. step
     share = Share(rank, world, settings.micro_batches_per_step)
-    reader = BatchReader(job.collate, job.pad_token_id, settings.micro_batch, share, settings.batching == "length")
+    by_length = settings.batching == "length"
+    reader = BatchReader(job.collate, job.pad_token_id, settings.micro_batch, share, by_length, job.packing)
     loop.run(reader.read(rows, loop.state.rows, job.plan.total_rows))
     # 6. hold out
     # Not split: each worker streams all held-out rows and takes its own, so no worker can make the others wait.

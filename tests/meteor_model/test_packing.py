@@ -16,7 +16,7 @@ from meteor_model.collate import collate
 from meteor_model.configuration_meteor import FusePruning
 from meteor_model.decoder.packed import Packed
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
-from meteor_model.packing import collate_packed, first_fit_decreasing, share_beginning
+from meteor_model.packing import collate_packed, first_fit_decreasing, pack_evenly, share_beginning
 from meteor_model.pruners.fuse_criteria import FUSE_CRITERIA
 from tests.meteor_model.builders import DENSE, PRUNED, model, pixels, processor
 from tests.meteor_model.decoder.oracle import DECODERS, WIDTH, WINDOW, build_model
@@ -181,6 +181,34 @@ def test_every_document_is_in_one_row_that_has_room(lengths: list[int], capacity
     filled = [sum(lengths[index] for index in row) for row in rows]
     assert all(0 < tokens <= capacity for tokens in filled)
     assert sum(2 * tokens <= capacity for tokens in filled) <= 1, "two half-empty rows would be one"
+
+
+@given(st.lists(st.integers(1, 100), max_size=60), st.integers(100, 300), st.integers(1, 6))
+def test_batches_hold_every_document_and_pad_no_more_than_one_a_row(
+    lengths: list[int], capacity: int, groups: int
+) -> None:
+    batches = pack_evenly(lengths, capacity, groups)
+    rows = [row for batch in batches for row in batch]
+    assert len(batches) == groups
+    assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
+    filled = [[sum(lengths[index] for index in row) for row in batch] for batch in batches]
+    assert all(0 < tokens <= capacity for batch in filled for tokens in batch)
+    longest = [tokens for batch in filled for tokens in batch]
+    assert longest == sorted(longest, reverse=True)
+    each = -(-len(lengths) // groups)
+    assert max(map(len, batches)) <= each, "no batch has more rows than with one document a row"
+    ordered = sorted(lengths, reverse=True)
+    singles = [ordered[cut : cut + each] for cut in range(0, len(lengths), max(1, each))]
+    places, before = (sum(len(batch) * max(batch) for batch in some if batch) for some in (filled, singles))
+    assert places <= 1.01 * before
+
+
+def test_rows_of_one_length_leave_no_padding() -> None:
+    assert pack_evenly([6, 5, 4, 3, 2, 2], 16, 2) == [[[0], [2, 5]], [[1], [3, 4]]], "the most rows of no padding"
+    assert pack_evenly([8] * 16, 23, 1) == [[[index] for index in range(16)]], "equal documents are not packed"
+    assert pack_evenly([7, 1, 7, 1], 16, 1) == [[[0, 1], [2, 3]]]
+    assert pack_evenly([3], 16, 2) == [[[0]], []]
+    assert pack_evenly([], 16, 2) == [[], []]
 
 
 def test_the_longest_come_first_and_ties_in_their_order() -> None:

@@ -72,7 +72,7 @@ def micro_batch(rank: int) -> MicroBatch:
     inputs = make_batch(rank)
     images = (1, 1) if rank == 0 else (0,)
     cells = inputs["input_ids"].numel()
-    return MicroBatch(inputs, images, count(inputs), cells, cells, len(images), (), (), 0)
+    return MicroBatch(inputs, images, count(inputs), cells, cells, len(images), (), (), 0, lambda: inputs)
 
 
 def count(batch: dict[str, Tensor]) -> int:

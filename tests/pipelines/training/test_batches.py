@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,13 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from meteor_model.collate import collate
+from meteor_model.packing import collate_packed
 from pipelines.config.settings import SettingsError
 from pipelines.data.schema import Row
-from pipelines.training.batches import BatchReader, Counts, Share, StreamOrderError, make_micro_batch
+from pipelines.training.batches import BatchReader, Counts, Packing, Share, StreamOrderError, make_micro_batch
 from tests.pipelines.training.rows import FAULTY_ROW, IMAGE_SIZE, PAD, make_row
 from tests.pipelines.training.stand_in import SAMPLES, TOTAL
 
 COLLATE = partial(collate, pad_token_id=PAD, image_size=IMAGE_SIZE)
+PACKING = Packing(partial(collate_packed, pad_token_id=PAD, image_size=IMAGE_SIZE), 40)
 
 
 def rows(first: int, count: int) -> list[Row]:
@@ -67,12 +70,12 @@ def micro_rows(world: int, rank: int, first_row: int, stop_row: int) -> Iterator
     return iter([rows(first, 4) for first in range(first_row, stop_row, 4)][rank::world])
 
 
-@pytest.mark.parametrize("by_length", [False, True])
+@pytest.mark.parametrize("batching", [{}, {"by_length": True}, {"packing": PACKING}])
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_every_world_reads_the_same_samples_in_a_step(world: int, by_length: bool) -> None:
+def test_every_world_reads_the_same_samples_in_a_step(world: int, batching: dict[str, Any]) -> None:
     found: list[set[str]] = [set() for _ in range(5)]
     for rank in range(world):
-        reader = BatchReader(COLLATE, PAD, 4, Share(rank, world, 4), by_length)
+        reader = BatchReader(COLLATE, PAD, 4, Share(rank, world, 4), **batching)
         steps = list(reader.read(micro_rows(world, rank, 16, TOTAL), 16, TOTAL))
         assert [len(batches) for batches in steps] == [-(-4 // world)] * 5
         for keys, batches in zip(found, steps, strict=True):
