@@ -61,22 +61,30 @@ def realised(spent: Mapping[str, Sequence[float]], flops: Mapping[str, int], den
 
 #: Functions whose time is selection: scores, sorting, gathering, joining kept tokens to their prefix.
 SELECTION = {
-    "encode": {"importance", "mean_similarity", "top_indices", "refuse_nan", "gather_tokens", "cat"},
+    "encode": {"importance", "mean_similarity", "surprise", "top_indices", "refuse_nan", "gather_tokens", "cat"},
     "fuse": {"prune_pool"},
-    "decode": {"score_layer", "_decide", "gather_tokens"},
+    "decode": {"score_layer", "_decide", "gather_tokens", "keep_columns"},
 }
-_ENTRY = {"encode_pruned": "encode", "encode_images": "fuse", "decode_pruned": "decode"}
+#: Those that METEOR's own three stages call.
+OF_METEOR = set().union(*SELECTION.values()) - {"surprise", "keep_columns"}
+_ENTRY = {
+    "encode_pruned": "encode",
+    "encode_looking": "encode",
+    "_prune_input": "encode",
+    "encode_images": "fuse",
+    "decode_pruned": "decode",
+}
 
 
 class SelectionClock:
     """Time that selection takes within the real forward: entry and exit of its functions, by Python's profile hook.
 
     Only the outermost call counts. The hook costs some microseconds a call, on the side of more overhead. On a GPU the
-    device is waited for at both ends, which again counts against selection.
+    device is waited for at both ends, which again counts against selection. `needed` are functions that have to run.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, needed: set[str] = OF_METEOR) -> None:
+        self.device, self.needed = device, needed
         self.seconds = dict.fromkeys(SELECTION, 0.0)
         self.seen: set[str] = set()
         self._stages: list[str] = []
@@ -87,6 +95,12 @@ class SelectionClock:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+    def _open(self) -> None:
+        self._start = self._now()
+
+    def _close(self, stage: str) -> None:
+        self.seconds[stage] += self._now() - self._start
 
     def _hook(self, frame: FrameType, event: str, argument: Any) -> None:
         if not frame.f_globals.get("__name__", "").startswith("meteor_model"):
@@ -99,9 +113,10 @@ class SelectionClock:
         if not self._stages or name not in SELECTION[self._stages[-1]]:
             return
         if event in ("call", "c_call") and self._inside is None:
-            self._inside, self._start = frame, self._now()
+            self._inside = frame
+            self._open()
         elif event in ("return", "c_return", "c_exception") and frame is self._inside:
-            self.seconds[self._stages[-1]] += self._now() - self._start
+            self._close(self._stages[-1])
             self._inside = None
             self.seen.add(name)
 
@@ -113,7 +128,7 @@ class SelectionClock:
             call()
         finally:
             sys.setprofile(None)
-        missing = set().union(*SELECTION.values()) - self.seen
+        missing = self.needed - self.seen
         assert not missing, f"selection functions that never ran, so their time is not in: {sorted(missing)}"
         return self._now() - start
 

@@ -60,6 +60,40 @@ def gpu_setup() -> Setup:
     )
 
 
+def pool_setup() -> Setup:
+    """Four towers of 256 tokens each, so 1,024 visual tokens in one pool, and a Llama 512 wide and 8 layers deep.
+
+    All of them run at any image size, so that a smaller image can be had; `doubled` has 4,096 visual tokens.
+    """
+    tower = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6}
+    vit = {**tower, "intermediate_size": 1536, "image_size": 256, "patch_size": 16}
+    return Setup(
+        encoders=(
+            EncoderConfig("clip", "clip", 256, vit),
+            EncoderConfig("siglip", "siglip", 256, vit),
+            EncoderConfig("pix2struct", "pix2struct", 256, {**tower, "d_ff": 1024, "d_kv": 64, "seq_len": 4096}),
+            EncoderConfig("convnext", "convnext", 512, {"hidden_sizes": [48, 96, 192, 384], "depths": [2, 2, 6, 2]}),
+        ),
+        text_config={
+            "model_type": "llama",
+            "hidden_size": 512,
+            "intermediate_size": 1408,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": False,
+            "vocab_size": 8000,
+        },
+        image_size=512,
+        concat_grid=16,
+        shares=(0.8, 0.4),
+        leave=512,
+        fused=384,
+        kept=256,
+    )
+
+
 def from_architecture(parts: Architecture, concat_grid: int, vocabulary: int, **counts: Any) -> Setup:
     """A named architecture; both ways to join its encoders."""
     return Setup(

@@ -60,6 +60,8 @@ def encode_pruned(
     score = partial(entry.run, **(options or {}))
     if not encoder.prunes_between_blocks:
         return _prune_output(encoder, pixels_MCRR, budgets[-1], choose, score)
+    if entry.facts["before"]:
+        return _prune_input(encoder, pixels_MCRR, budgets, choose, score)
 
     num_prefix = encoder.num_prefix_tokens
     hidden_MTD, positions_MN = _embed(encoder, pixels_MCRR)
@@ -139,6 +141,35 @@ def _score_block(encoder: VisionEncoder, start: int, end: int) -> int:
     return scorer
 
 
+def _prune_input(
+    encoder: VisionEncoder,
+    pixels_MCRR: torch.Tensor,
+    budgets: Sequence[int],
+    choose: Choose,
+    score: EncodeCriterion,
+) -> tuple[VisionTokens, tuple[torch.Tensor, ...]]:
+    """Tokens are dropped before each segment, by the pixels alone."""
+    num_prefix = encoder.num_prefix_tokens
+    hidden_MTD, positions_MN = _embed(encoder, pixels_MCRR)
+    kept, start = [], 0
+    for segment, (end, budget) in enumerate(zip(segment_ends(len(encoder.blocks), len(budgets)), budgets, strict=True)):
+        if budget < positions_MN.shape[1]:
+            patches_MND = hidden_MTD[:, num_prefix:]
+            with torch.no_grad():
+                boundary = Boundary(patches_MND, positions_MN, encoder.grid, segment, budget, None, pixels_MCRR)
+                scores_MN = score(boundary)
+                refuse_nan(scores_MN)
+                keep_MK = choose(segment, scores_MN, positions_MN, budget)
+            hidden_MTD = torch.cat([hidden_MTD[:, :num_prefix], gather_tokens(patches_MND, keep_MK)], dim=1)
+            positions_MN = gather_tokens(positions_MN, keep_MK)
+        for index in range(start, end):
+            hidden_MTD = encoder.checkpointed_block(index, hidden_MTD, positions_MN)
+        kept.append(positions_MN)
+        start = end
+    hidden_MTD = encoder.finish(hidden_MTD, positions_MN)
+    return VisionTokens(hidden_MTD[:, num_prefix:], positions_MN, hidden_MTD[:, :num_prefix]), tuple(kept)
+
+
 def _prune_output(
     encoder: VisionEncoder, pixels_MCRR: torch.Tensor, budget: int, choose: Choose, score: EncodeCriterion
 ) -> tuple[VisionTokens, tuple[torch.Tensor, ...]]:
@@ -147,7 +178,7 @@ def _prune_output(
     positions_MN = torch.arange(hidden_MND.shape[1], device=hidden_MND.device).expand(len(hidden_MND), -1)
     if budget < hidden_MND.shape[1]:
         with torch.no_grad():
-            scores_MN = score(Boundary(hidden_MND, positions_MN, encoder.grid, 0, budget, None))
+            scores_MN = score(Boundary(hidden_MND, positions_MN, encoder.grid, 0, budget, None, pixels_MCRR))
             refuse_nan(scores_MN)
             keep_MK = choose(0, scores_MN, positions_MN, budget)
         hidden_MND, positions_MN = gather_tokens(hidden_MND, keep_MK), gather_tokens(positions_MN, keep_MK)

@@ -252,8 +252,13 @@ class MeteorGenerationMixin(GenerationMixin):
         if not decode.acts:
             return None
         config = self.config
-        cells_n2 = torch.tensor(config.visual_cells()) if decode.wants_grid else None
-        return MeteorCache(config.text_config, decode, config.decode_heads, k_max, config.tokens_per_image, cells_n2)
+        return MeteorCache(
+            config.text_config, decode, config.decode_heads, k_max, config.tokens_per_image, self._cells()
+        )
+
+    def _cells(self) -> torch.Tensor | None:
+        """Row and column of each visual token of an image, for a criterion of stage 3 that looks at the grid."""
+        return torch.tensor(self.config.visual_cells()) if self.config.pruning.decode.wants_grid else None
 
     def recording_cache(self, k_max: int | None = None) -> MeteorCache | RecordingCache:
         """A cache for `generate` that says afterwards what every stage kept (`pruning_stats`, and `decision`).
@@ -327,6 +332,7 @@ class MeteorGenerationMixin(GenerationMixin):
             is_image_BT,
             self.config.pruning.decode,
             self.config.decode_heads,
+            self._cells(),
         )
         return mass_B, is_image_BT.sum(dim=1)
 

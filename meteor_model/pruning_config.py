@@ -292,9 +292,13 @@ class DecodePruning:
         return {name: value for name, value in self.options.items() if name in known}
 
     def cuts(self) -> list[PlannedCut]:
-        """Its prunings, from the lowest layer on; later ones keep a fixed number of tokens."""
+        """Its prunings, from the lowest layer on; later ones keep a fixed number, unless the budget is for all."""
         budget = DECODE_BUDGETS[self.budget]
-        options = {name: value for name, value in self.options.items() if name in budget.defaults}
+        options: dict[str, Any] = {name: value for name, value in self.options.items() if name in budget.defaults}
+        if budget.facts["through"]:
+            plan = [(self.layer, self.target_mean), *zip(self.later_layers, self.later_keep, strict=True)]
+            run = partial(budget.run, plan=plan, memo={}, **options)  # one memo a prefill: cuts() is asked for each
+            return [PlannedCut(layer, None if keep is None else float(keep), run) for layer, keep in plan]
         first = PlannedCut(self.layer, self.target_mean, partial(budget.run, **options))
         later = zip(self.later_layers, self.later_keep, strict=True)
         return [first, *(PlannedCut(layer, float(keep), DECODE_BUDGETS["fixed"].run) for layer, keep in later)]

@@ -28,15 +28,17 @@ def attention_mass(
     visual_mask_BT: Tensor,
     settings: DecodePruning,
     num_heads: int,
+    cells_n2: Tensor | None = None,
 ) -> Tensor:
     """Mass of the criterion's scores on visual tokens, (B,) fp32, nothing pruned: what `solve_lambda` is given.
 
-    Only the first `settings.layer` layers run. Arguments and errors as in `decode_pruned`; `settings.lam` is not used.
+    Only the first `settings.layer` layers run. Arguments and errors as in `decode_pruned`; `settings.lam` is not used;
+    `cells_n2` as in `MeteorCache`.
     """
     check_decode_settings(language_model.config, settings.layer, num_heads)
     prompt = read_prompt(inputs_embeds_BTC, attention_mask_BT, position_ids_BT, visual_mask_BT, settings.query)
     criterion = settings.scorer()
-    views = view_layers(language_model, prompt, [settings.layer - 1], num_heads)
+    views = view_layers(language_model, prompt, [settings.layer - 1], num_heads, cells_n2)
     scores = score_layer(next(views), criterion)
     if not scores.mass_B.is_meta:
         refuse_nan(int(torch.isnan(scores.mass_B).sum()), len(scores.mass_B))
@@ -104,7 +106,11 @@ def run_layers(
 
 
 def view_layers(
-    language_model: PreTrainedModel, prompt: Prompt, asked: Sequence[int], num_heads: int
+    language_model: PreTrainedModel,
+    prompt: Prompt,
+    asked: Sequence[int],
+    num_heads: int,
+    cells_n2: Tensor | None = None,
 ) -> Iterator[LayerView]:
     """Views of these layers from the lowest on, nothing pruned; layers above the last of them are not run."""
     plan, length = plan_decoder(language_model.config), prompt.embeds_BTC.shape[1]
@@ -129,7 +135,8 @@ def view_layers(
             cache=tap if index in asked else None,
         )
         if index in asked:
-            yield view_layer(language_model, plan, index, input_BTC, (tap.keys, tap.values), rotary, prompt, num_heads)
+            made = (tap.keys, tap.values)
+            yield view_layer(language_model, plan, index, input_BTC, made, rotary, prompt, num_heads, cells_n2)
 
 
 def refuse_nan(count: int, samples: int) -> None:

@@ -107,12 +107,13 @@ def count_stage3(model: MeteorForConditionalGeneration, text_tokens: int, schedu
         return 0
     heads, width = config.decode_heads, config.text_config.hidden_size
     present = [config.tokens_per_image, *(kept for _, kept in schedule)]
+    cells_n2 = torch.tensor(config.visual_cells(), device=META) if config.pruning.decode.wants_grid else None
     for (layer, _), visual in zip(schedule, present[:-1], strict=True):
         length = text_tokens + visual
         visual_1T = torch.ones(1, length, dtype=torch.bool, device=META)
         embeds_1TC = torch.empty(1, length, width, device=META)
         settings = replace(config.pruning.decode, layer=layer, later_layers=(), later_keep=())
         with _layer_counts(model.language_model.layers) as (counter, layers):
-            attention_mass(model.language_model, embeds_1TC, None, None, visual_1T, settings, heads)
+            attention_mass(model.language_model, embeds_1TC, None, None, visual_1T, settings, heads, cells_n2)
         total += counter.get_total_flops() - sum(layers)
     return total

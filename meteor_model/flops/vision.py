@@ -20,6 +20,7 @@ from meteor_model.flops.on_meta import META
 from meteor_model.flops.report import TowerFlops
 from meteor_model.fusion import concat_channels, prune_pool
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
+from meteor_model.pruners.encode_criteria import ENCODE_CRITERIA
 from meteor_model.vision_meteor import JOINT
 
 
@@ -52,8 +53,8 @@ def encode(encoder: VisionEncoder, config: MeteorConfig) -> tuple[VisionTokens, 
     return tokens, None
 
 
-def _run_tower(encoder: VisionEncoder, budgets: Sequence[int]) -> Tensor:
-    """The tower without scores: after each segment the first tokens stay. Prefix tokens come back as well."""
+def _run_tower(encoder: VisionEncoder, budgets: Sequence[int], before: bool) -> Tensor:
+    """The tower without scores: after (`before`) each segment the first tokens stay. Prefix tokens come back."""
     hidden = encoder.embed(_pixels(encoder))
     rows, columns = encoder.grid_size(encoder.config)
     positions_1N = torch.arange(rows * columns, device=META)[None]
@@ -63,9 +64,12 @@ def _run_tower(encoder: VisionEncoder, budgets: Sequence[int]) -> Tensor:
         return encoder.finish(hidden, positions_1N)
     start = 0
     for end, budget in zip(segment_ends(len(encoder.blocks), len(budgets)), budgets, strict=True):
+        kept = encoder.num_prefix_tokens + budget
+        if before:
+            hidden, positions_1N = hidden[:, :kept], positions_1N[:, :budget]
         for index in range(start, end):
             hidden = encoder.run_block(index, hidden, positions_1N)
-        hidden, positions_1N = hidden[:, : encoder.num_prefix_tokens + budget], positions_1N[:, :budget]
+        hidden, positions_1N = hidden[:, :kept], positions_1N[:, :budget]
         start = end
     return encoder.finish(hidden, positions_1N)
 
@@ -73,11 +77,12 @@ def _run_tower(encoder: VisionEncoder, budgets: Sequence[int]) -> Tensor:
 def count_vision(model: MeteorForConditionalGeneration) -> tuple[tuple[TowerFlops, ...], int, int]:
     """Encoders with their projectors; the joint projector; the scores of fusion, contained in a joint projector's."""
     config, towers, projected = model.config, [], []
+    before = config.pruning.encode.enabled and ENCODE_CRITERIA[config.pruning.encode.criterion].facts["before"]
     for encoder in towers_of(model):
         name = encoder.config.name
         budgets = config.encode_budgets[name]
         (encoded, attention), everything = counted(encode, encoder, config)
-        _, tower = counted(_run_tower, encoder, budgets)
+        _, tower = counted(_run_tower, encoder, budgets, before)
         projector = 0
         if config.fusion == "post_projection":
             hidden_1ND, projector = counted(model.projectors[name], encoded.hidden)

@@ -90,8 +90,9 @@ class Asked(NamedTuple):
 
 DecodeBudget = Callable[..., Tensor]
 #: `lam`: whether the rule needs lambda, which is solved for target_mean; `keep`: whether target_mean is what it keeps
-#: of each image.
-DECODE_BUDGETS: Registry[DecodeBudget] = Registry("pruning.decode.budget", lam=False, keep=False)
+#: of each image; `through`: whether it gives the numbers of all prunings, and is called at each of them as
+#: (asked, plan, memo, **options): the (layer, tokens an image) of all, and what it noted before in the same prefill.
+DECODE_BUDGETS: Registry[DecodeBudget] = Registry("pruning.decode.budget", lam=False, keep=False, through=False)
 
 
 @DECODE_BUDGETS.register("attention_mass", lam=True)

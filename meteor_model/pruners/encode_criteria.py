@@ -29,6 +29,7 @@ class Boundary(NamedTuple):
         keep: tokens that will stay.
         attention: scores (M, N) of these tokens by attention in the segment's last block (from CLS, or received), when
             called; None where the criterion does not attend in this segment or the tower is convolutional.
+        pixels_MCRR: the normalised pixels that the tower sees.
     """
 
     hidden_MND: Tensor
@@ -37,11 +38,13 @@ class Boundary(NamedTuple):
     segment: int
     keep: int
     attention: Callable[[], Tensor] | None
+    pixels_MCRR: Tensor | None = None
 
 
 EncodeCriterion = Callable[..., Tensor]
-#: `attends`: in which segments the criterion asks for attention: "never", in the "deep" ones, "always".
-ENCODE_CRITERIA: Registry[EncodeCriterion] = Registry("pruning.encode.criterion", attends="never")
+#: `attends`: in which segments the criterion asks for attention: "never", in the "deep" ones, "always"; `before`:
+#: whether tokens are dropped before a segment and not after it, by the pixels alone.
+ENCODE_CRITERIA: Registry[EncodeCriterion] = Registry("pruning.encode.criterion", attends="never", before=False)
 
 
 @ENCODE_CRITERIA.register("meteor", attends="deep")

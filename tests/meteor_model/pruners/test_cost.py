@@ -9,7 +9,7 @@ import torch
 
 from meteor_model.configuration_meteor import DecodePruning
 from meteor_model.pruners.cost import MEASURES, kept_at_the_end, mean_over_layers, solve_pruner, solve_share, tflops
-from meteor_model.pruners.named import numbers_of, with_pruner
+from meteor_model.pruners.named import PRUNERS, numbers_of, with_pruner
 from meteor_model.pruners.spectra import energy_rank, singular_values
 from tests.meteor_model.pruners.build import PER_IMAGE, dense_model
 from tests.meteor_model.test_pruning import randn
@@ -38,6 +38,13 @@ def test_no_number_comes_nearer_to_the_target(name: str, settings: dict[str, Any
         found = solve_pruner(CONFIG, name, measure, target, **settings)
         assert abs(found.reached - target) == min(abs(value - target) for value in reached)
         assert by_number[found.keep] == found.reached == cost(found.config)
+
+
+@pytest.mark.parametrize("name", list(PRUNERS))
+def test_every_pruner_has_its_flops_counted_and_they_are_fewer(name: str) -> None:
+    keep = PER_IMAGE if name == "none" else 8
+    spent, dense = tflops(with_pruner(CONFIG, name, keep)), tflops(CONFIG)
+    assert spent == dense if name == "none" else spent < dense
 
 
 def test_two_pruners_meet_at_the_same_tflops() -> None:

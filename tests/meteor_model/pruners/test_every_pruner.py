@@ -39,8 +39,9 @@ IN_LLM = [name for name in NAMES if "language model" in PRUNERS[name].acts]
 POOLED = [name for name in NAMES if "projected" in PRUNERS[name].acts]
 #: Hidden states are merged inside the language model: a mask alone cannot say it (test_sparsevlm.py does).
 MERGES_IN_LLM = {"sparsevlm"}
-#: How many tokens stay is the image's affair.
-ADAPTIVE = {"e_adaprune": {"share": 0.9}}
+#: How many tokens stay is the prompt's affair.
+ADAPTIVE = {"e_adaprune", "autoprune"}
+SETTINGS: dict[str, dict[str, Any]] = {"e_adaprune": {"share": 0.9}, "meteor": {"leave": 20, "fused": 12}}
 
 
 def keep_of(name: str) -> int:
@@ -48,7 +49,7 @@ def keep_of(name: str) -> int:
 
 
 def build(name: str) -> Any:
-    return pruned_model(name, keep_of(name), **ADAPTIVE.get(name, {}))
+    return pruned_model(name, keep_of(name), **SETTINGS.get(name, {}))
 
 
 def kept_in_llm(kv: Any) -> list[list[list[int]]]:
@@ -165,7 +166,7 @@ def test_adapters_act_in_what_is_scored(name: str) -> None:
     assert kept[0] == kept[1]
 
 
-@pytest.mark.parametrize("name", sorted({*POOLED, "smaller_image"}))
+@pytest.mark.parametrize("name", sorted({*POOLED, "smaller_image", "pixelprune"}))
 def test_training_sends_gradients_through_what_stays(name: str) -> None:
     model = copy.deepcopy(build(name)).train()
     inputs = batch_for(model).inputs
@@ -194,7 +195,7 @@ def test_inside_the_language_model_no_map_of_all_tokens_exists(name: str) -> Non
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_configuration_holds_its_pruner(name: str) -> None:
-    config = with_pruner(dense_model().config, name, keep_of(name), **ADAPTIVE.get(name, {}))
+    config = with_pruner(dense_model().config, name, keep_of(name), **SETTINGS.get(name, {}))
     assert MeteorConfig(**config.to_dict()).to_dict() == config.to_dict()
 
 
