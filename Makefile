@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help plan predict-shards serve setup lock up status down pretrain finetune sweep predict calibrate evaluate register shards parts visualize flops bench-prune bench-gpu bench-order bench-ranks bench-search bench-serve bench-limits bench-start bench-data bench-packing bench-quality train-scenes rehearsal \
+.PHONY: help plan predict-shards serve setup lock up status down pretrain finetune sweep predict calibrate evaluate register shards parts visualize flops bench-prune bench-pruners bench-gpu bench-order bench-ranks bench-search bench-serve bench-limits bench-start bench-data bench-packing bench-quality train-scenes rehearsal \
   chaos check docs docs-check format fuzz test test-slow test-versions clean
 
 PYTHON ?= python3.11
@@ -110,6 +110,9 @@ flops: setup  ## Count FLOPs by stage beside the published table; writes benchma
 
 bench-prune: setup  ## Measure what pruning costs and saves on this CPU (about 13 minutes); writes benchmarks/results/prune.json
 	@$(PY) -m benchmarks.prune $(ARGS)
+
+bench-pruners: setup  ## Measure every pruner beside the dense model on this CPU; writes benchmarks/results/pruners.json
+	@$(PY) -m benchmarks.pruners $(ARGS)
 
 bench-gpu:  ## The same on a GPU, in a Python that has torch, transformers and timm: make bench-gpu GPU_PYTHON=python3
 	@$(GPU_PYTHON) -m benchmarks.gpu $(ARGS)

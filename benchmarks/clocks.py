@@ -63,7 +63,7 @@ def realised(spent: Mapping[str, Sequence[float]], flops: Mapping[str, int], den
 SELECTION = {
     "encode": {"importance", "mean_similarity", "surprise", "top_indices", "refuse_nan", "gather_tokens", "cat"},
     "fuse": {"prune_pool"},
-    "decode": {"score_layer", "_decide", "gather_tokens", "keep_columns"},
+    "decode": {"score_layer", "decide", "gather_tokens", "keep_columns"},
 }
 #: Those that METEOR's own three stages call.
 OF_METEOR = set().union(*SELECTION.values()) - {"surprise", "keep_columns"}
@@ -80,11 +80,17 @@ class SelectionClock:
     """Time that selection takes within the real forward: entry and exit of its functions, by Python's profile hook.
 
     Only the outermost call counts. The hook costs some microseconds a call, on the side of more overhead. On a GPU the
-    device is waited for at both ends, which again counts against selection. `needed` are functions that have to run.
+    device is waited for at both ends, which again counts against selection. `needed` are functions that have to run;
+    `clock` may count the process's own time where others share the machine.
     """
 
-    def __init__(self, device: torch.device, needed: set[str] = OF_METEOR) -> None:
-        self.device, self.needed = device, needed
+    def __init__(
+        self,
+        device: torch.device,
+        needed: set[str] = OF_METEOR,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.device, self.needed, self.clock = device, needed, clock
         self.seconds = dict.fromkeys(SELECTION, 0.0)
         self.seen: set[str] = set()
         self._stages: list[str] = []
@@ -94,7 +100,7 @@ class SelectionClock:
     def _now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        return self.clock()
 
     def _open(self) -> None:
         self._start = self._now()

@@ -296,7 +296,10 @@ class DecodePruning:
         budget = DECODE_BUDGETS[self.budget]
         options: dict[str, Any] = {name: value for name, value in self.options.items() if name in budget.defaults}
         if budget.facts["through"]:
-            plan = [(self.layer, self.target_mean), *zip(self.later_layers, self.later_keep, strict=True)]
+            plan: list[tuple[int, float | None]] = [
+                (self.layer, self.target_mean),
+                *zip(self.later_layers, self.later_keep, strict=True),
+            ]
             run = partial(budget.run, plan=plan, memo={}, **options)  # one memo a prefill: cuts() is asked for each
             return [PlannedCut(layer, None if keep is None else float(keep), run) for layer, keep in plan]
         first = PlannedCut(self.layer, self.target_mean, partial(budget.run, **options))

@@ -8,6 +8,8 @@ Legend: B prompts, T prompt tokens, L all tokens, V vocabulary, C width.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -75,10 +77,35 @@ def decision_of(kv: Any) -> Decision | None:
     return kv.decision if isinstance(kv, MeteorCache) else None
 
 
+@contextmanager
+def inputs_of_layers(model: MeteorForConditionalGeneration) -> Iterator[dict[int, Tensor]]:
+    """What each layer of the language model is given in the first pass inside the block: the prompt, (1, W, C)."""
+    seen: dict[int, Tensor] = {}
+    handles = []
+    for index, layer in enumerate(model.language_model.layers):
+
+        def look(_: Any, given: tuple[Any, ...], index: int = index) -> None:
+            seen.setdefault(index, given[0])
+
+        handles.append(layer.register_forward_pre_hook(look))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def logits_literally(
-    model: MeteorForConditionalGeneration, embeds_1TC: Tensor, decision: Decision | None, later: list[int]
+    model: MeteorForConditionalGeneration,
+    embeds_1TC: Tensor,
+    decision: Decision | None,
+    later: list[int],
+    merged: Mapping[int, Tensor] | None = None,
 ) -> Tensor:
-    """(V,) logits after a prompt and later tokens: no cache, no gather; above a cut its dropped tokens are not seen."""
+    """(V,) logits after a prompt and later tokens: no cache, no gather; above a cut its dropped tokens are not seen.
+
+    `merged` holds by layer what the kept columns of the prompt are when a cut has also merged tokens.
+    """
     later_1SC = model.get_input_embeddings()(torch.tensor([later], dtype=torch.long))
     hidden = torch.cat([embeds_1TC, later_1SC], dim=1)
     length, prompt_length = hidden.shape[1], embeds_1TC.shape[1]
@@ -88,6 +115,8 @@ def logits_literally(
         seen_TT = torch.ones(length, length, dtype=torch.bool).tril()
         for cut in () if decision is None else decision.cuts:
             kept = set(cut.kept_index_BW[0].tolist())
+            if merged is not None and index == cut.layer:
+                hidden = hidden.index_copy(1, cut.kept_index_BW[0], merged[index])
             dropped = [column for column in range(prompt_length) if column not in kept]
             if index >= cut.layer:
                 seen_TT[:, dropped] = False

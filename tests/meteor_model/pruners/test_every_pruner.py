@@ -1,4 +1,4 @@
-"""Every named pruner through the same table: batches, several images, text alone, padding, beams, turns, bf16, LoRA.
+"""Every named pruner through the same table: batches, images, text alone, padding, beams, turns, streams, bf16, LoRA.
 
 What a published rule makes impossible is refused by name; `REFUSALS` lists it.
 
@@ -16,6 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.generation.streamers import BaseStreamer
 
 from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.pruners.named import PRUNERS, REFUSED, with_pruner
@@ -28,6 +29,7 @@ from tests.meteor_model.pruners.build import (
     cache_of,
     decision_of,
     dense_model,
+    inputs_of_layers,
     logits_literally,
     pruned_model,
 )
@@ -37,7 +39,7 @@ KEEP = {"none": PER_IMAGE}
 NAMES = list(PRUNERS)
 IN_LLM = [name for name in NAMES if "language model" in PRUNERS[name].acts]
 POOLED = [name for name in NAMES if "projected" in PRUNERS[name].acts]
-#: Hidden states are merged inside the language model: a mask alone cannot say it (test_sparsevlm.py does).
+#: Hidden states are merged inside the language model: a mask alone cannot say it.
 MERGES_IN_LLM = {"sparsevlm"}
 #: How many tokens stay is the prompt's affair.
 ADAPTIVE = {"e_adaprune", "autoprune"}
@@ -74,7 +76,7 @@ def test_a_batch_keeps_and_says_what_each_prompt_alone_does(name: str) -> None:
         assert tokens[0].tolist() == together[row].tolist()
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - MERGES_IN_LLM))
+@pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_cached_generation_with_a_second_turn_equals_an_uncached_one(name: str) -> None:
     model = build(name)
@@ -82,15 +84,16 @@ def test_cached_generation_with_a_second_turn_equals_an_uncached_one(name: str) 
     turn = torch.tensor([[7, 8, 9]])
     for ids, images in list(zip(batch.ids, batch.images, strict=True))[2:]:
         kv = cache_of(model)
-        first = model.generate(ids, pixel_values=images, past_key_values=kv, **FIXED)
+        with inputs_of_layers(model) as given:
+            first = model.generate(ids, pixel_values=images, past_key_values=kv, **FIXED)
         ids_1L = torch.cat([first, turn], dim=1)
         mask_1L = torch.ones_like(ids_1L)  # the padding token may have been said
         second = model.generate(ids_1L, attention_mask=mask_1L, past_key_values=kv, **FIXED)
         said = second[0, ids.shape[1] :].tolist()
         embeds_1TC, _ = model.embed_prompts(ids, images)
-        decision = decision_of(kv)
+        decision, merged = decision_of(kv), given if name in MERGES_IN_LLM else None
         for step in (*range(NEW), *range(NEW + 3, NEW + 3 + NEW)):
-            assert int(logits_literally(model, embeds_1TC, decision, said[:step]).argmax()) == said[step]
+            assert int(logits_literally(model, embeds_1TC, decision, said[:step], merged).argmax()) == said[step]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -164,6 +167,52 @@ def test_adapters_act_in_what_is_scored(name: str) -> None:
         each.generate(**batch_for(each).inputs, past_key_values=kv, **FIXED)
         kept.append(kept_in_llm(kv))
     assert kept[0] == kept[1]
+
+
+class Heard(BaseStreamer):
+    """What a streamer is given."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+
+    def put(self, value: Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.tokens.append(-1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_a_streamer_hears_what_generate_returns(name: str) -> None:
+    model, heard = build(name), Heard()
+    batch = batch_for(model)
+    said = model.generate(batch.ids[2], pixel_values=batch.images[2], streamer=heard, **FIXED)[0, -NEW:].tolist()
+    assert heard.tokens[-NEW - 1 :] == [*said, -1]
+    assert said == model.generate(batch.ids[2], pixel_values=batch.images[2], **FIXED)[0, -NEW:].tolist()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_adapters_learn_under_it_and_nothing_else_does(name: str) -> None:
+    """A step of LoRA: what prunes before the language model prunes in training, too; what prunes inside it does not."""
+    losses = []
+    for model in (copy.deepcopy(build(name)), copy.deepcopy(dense_model())):
+        torch.manual_seed(3)
+        adapted: Any = get_peft_model(
+            model.train(), LoraConfig(r=2, target_modules=r".*self_attn.[qkv]_proj", init_lora_weights=False)
+        )
+        inputs = batch_for(model).inputs
+        labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.image_token_id, -100)
+        labels[:, :-3] = -100
+        losses.append(adapted(**inputs, labels=labels).loss)
+        losses[-1].backward()
+        learned = {key: item.grad for key, item in adapted.named_parameters() if item.grad is not None}
+        assert all("lora" in key and bool(torch.isfinite(gradient).all()) for key, gradient in learned.items())
+        assert sum(float(gradient.abs().sum()) for gradient in learned.values()) > 0
+    if model.config.tokens_per_image == build(name).config.tokens_per_image:
+        assert torch.equal(losses[0], losses[1])
+    else:
+        assert not torch.equal(losses[0], losses[1])
 
 
 @pytest.mark.parametrize("name", sorted({*POOLED, "smaller_image", "pixelprune"}))
