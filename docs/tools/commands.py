@@ -138,6 +138,12 @@ ROWS: tuple[Row, ...] = (
         replace={**BUCKET, "data.json": "$WORK/data.json", "folder/": "$WORK/folder/"},
     ),
     Row("python jobs/make_shards.py openmoji --output s3://bucket/drawings", also="--code-points 48", replace=BUCKET),
+    Row(
+        "python jobs/make_shards.py scenes --output s3://bucket/scenes",
+        also="--train 8 --validation 4 --search 4 --final 4",
+        replace=BUCKET,
+    ),
+    Row("python -m docs.tools.scenes"),
     Row("python jobs/make_shards.py webdataset --output s3://bucket/shards --heldout 'val-*.tar'", replace=BUCKET),
     Row("python jobs/pretrain.py --data.manifest s3://bucket/mydata", also=MIXED, replace=BUCKET),
     Row(
@@ -197,6 +203,11 @@ ROWS: tuple[Row, ...] = (
     Row('make evaluate ARGS="--model models:/meteor@budget-16"', also="--questions 8"),
     # Trained for a few steps, it may have learnt to say nothing.
     Row('make register ARGS="promote --alias budget-16 --to champion"', also="--force documentation"),
+    Row(
+        "python jobs/evaluate.py --model models:/meteor@champion --manifest s3://bucket/scenes --part final "
+        "--questions 2000",
+        replace={**BUCKET, "2000": "8"},
+    ),
     Row('make register ARGS="compare champion budget-8 --output compared.json"'),
     Row(
         'make register ARGS="rollback --alias champion"',

@@ -145,7 +145,7 @@ def make_shards(
     storage.delete(manifest_url(url))  # from here to the end the prefix is unfinished, and says so
     infos: list[ShardInfo] = []
     survey, left_out = Survey(), Counter[str]()
-    for split in SPLITS:
+    for split in source.splits:
         samples = _surveyed(source.samples(split), split, survey, left_out)
         infos.extend(write_shards(samples, root, split, samples_per_shard, on_shard))
     if not infos:
@@ -154,7 +154,7 @@ def make_shards(
     stale = {shard.path for shard in existing.shards} - {info.path for info in infos} if existing else set()
     for path in sorted(stale):
         storage.delete(storage.join(root, path))
-    storage.write_bytes(storage.join(root, DIGESTS_NAME), survey.to_parquet(SPLITS))
+    storage.write_bytes(storage.join(root, DIGESTS_NAME), survey.to_parquet(source.splits))
     survey.not_read.update(source.not_read())
     manifest = save_manifest(url, infos, spec, survey.report({**source.report(), **left_out}))
     storage.delete(marker)

@@ -5,6 +5,9 @@ images: `KEY.jpg` for one, `KEY.0.jpg, KEY.1.jpg, ...` for several, none for tex
 human turn; the images are taken in the order of their placeholders. Or it is one image and its caption, as img2dataset
 writes them: `KEY.txt`, or `caption` in a `KEY.json` without conversations.
 
+A reply may carry `tags` (a list of texts), by which scores are broken down, and a record may say `"asked": "apart"`:
+its replies are questions on their own, and a score asks each by its own turn and the images, without the turns before.
+
 `Row` is what a sample becomes on the way from the data tasks to the workers; `ROW_SCHEMA` is its form in Arrow.
 
 Shape legend: n images of one sample, S their size (the processor's travelling size).
@@ -29,6 +32,9 @@ RECORD_EXTENSION = "json"
 CAPTION_EXTENSION = "txt"
 CAPTION_QUESTION = f"{IMAGE_PLACEHOLDER}\nDescribe the image."
 """What an image with a caption is asked; the caption is the reply."""
+
+APART = "apart"
+"""`asked` of a record whose replies are questions on their own."""
 
 Role = Literal["user", "assistant", "system"]
 Reason = Literal[
@@ -73,10 +79,11 @@ class SampleError(ValueError):
 
 @dataclass(frozen=True)
 class Turn:
-    """One utterance; a user turn holds one `<image>` for each of its images."""
+    """One utterance; a user turn holds one `<image>` for each of its images, a reply what it is about (`tags`)."""
 
     role: Role
     text: str
+    tags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,12 +95,14 @@ class RawSample:
         images: encoded, in the order of their placeholders.
         turns: that alternate user, assistant.
         groups: names that its record gives under `group`: samples that share one are no independent draws.
+        apart: its replies are questions on their own, whatever stands before them.
     """
 
     key: str
     images: tuple[bytes, ...]
     turns: tuple[Turn, ...]
     groups: tuple[str, ...] = ()
+    apart: bool = False
 
     @property
     def conversation(self) -> list[tuple[str, str]]:
@@ -156,7 +165,7 @@ def _parse_turn(position: int, turn: Any) -> Turn:
         raise SampleError("bad_conversation", f"turn {position} is not valid Unicode: {error.reason}") from error
     if speaker != "human" and IMAGE_PLACEHOLDER in text:
         raise SampleError("bad_conversation", f"turn {position} ({speaker}) holds {IMAGE_PLACEHOLDER}; only human may")
-    return Turn(_ROLE_OF_SPEAKER[speaker], text)
+    return Turn(_ROLE_OF_SPEAKER[speaker], text, _texts(turn.get("tags")) if speaker == "gpt" else ())
 
 
 def parse_turns(record: Mapping[str, Any]) -> tuple[Turn, ...]:
@@ -217,15 +226,15 @@ def parse_sample(key: str, members: Mapping[str, bytes]) -> RawSample:
     else:
         turns = _caption_turns(record, members, len(images))
     check_placeholders(turns, len(images))
-    return RawSample(key, tuple(members[name] for name in images), turns, _groups(record))
+    encoded, apart = tuple(members[name] for name in images), record.get("asked") == APART
+    return RawSample(key, encoded, turns, _texts(record.get("group")), apart)
 
 
-def _groups(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """What the record names under `group`: a text, or a list of texts. Other values are other people's fields."""
-    named = record.get("group")
-    named = [named] if isinstance(named, str) else named
-    whole = isinstance(named, list) and all(isinstance(name, str) for name in named)
-    return tuple(name for name in named if name) if whole and named else ()
+def _texts(value: Any) -> tuple[str, ...]:
+    """A text, or the texts of a list, that are not empty. Other values are other people's fields."""
+    value = [value] if isinstance(value, str) else value
+    whole = isinstance(value, list) and all(isinstance(text, str) for text in value)
+    return tuple(text for text in value if text) if whole and value else ()
 
 
 def unread(members: Mapping[str, bytes]) -> list[str]:

@@ -23,8 +23,8 @@ _PLACEHOLDER_LINE = re.compile(rf"^\s*<{_MODALITY}s?>\s*$", re.IGNORECASE | re.M
 _FILMS_AND_SOUNDS = "mp4 webm avi mov mkv m4v mpg mpeg wav mp3 flac ogg oga opus m4a aac wma"
 _OTHER_IMAGES = "bmp tif tiff avif heic heif jp2 jxl svg ppm pgm pbm pnm ico tga dng jfif exr"
 _REFUSED_MEMBERS = frozenset(f"{_FILMS_AND_SOUNDS} {_OTHER_IMAGES}".split())
-_READ_FIELDS = frozenset({"id", "conversations", "image", "images", "group"})
-_READ_OF_TURN = frozenset({"from", "value"})
+_READ_FIELDS = frozenset({"id", "conversations", "image", "images", "group", "asked"})
+_READ_OF_TURN = frozenset({"from", "value", "tags"})
 _READ_OF_CAPTION = frozenset({"caption", "status", "group"})
 
 

@@ -203,6 +203,7 @@ def _ask(
             credit=None if answer is None else credit(scorer, answer, question.expected),
             nll=float(nll),
             kept=of_images,
+            tags=question.tags,
         )
         for question, answer, nll, of_images in zip(questions, answers, nll_B, kept, strict=True)
     ]

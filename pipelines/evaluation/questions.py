@@ -41,6 +41,7 @@ class Question:
         images: encoded, those that stand in the prompt.
         turns: before the reply.
         group: of the questions that are no independent draws (`pipelines.evaluation.groups`).
+        tags: what the data says that it is about.
     """
 
     key: str
@@ -51,6 +52,7 @@ class Question:
     images: tuple[bytes, ...]
     turns: tuple[tuple[str, str], ...]
     group: str = ""
+    tags: tuple[str, ...] = ()
 
     @property
     def sample(self) -> str:
@@ -97,20 +99,44 @@ class Questions:
 
 def questions_of(sample: RawSample, processor: MeteorProcessor, replies: Replies = "all") -> list[Question]:
     """The questions of a sample: one a reply, or the first alone."""
-    turns = tuple(sample.conversation)
-    found = [
+    replied = [turn for turn in sample.turns if turn.role == "assistant"][: 1 if replies == "first" else None]
+    conversations = _apart(sample) if sample.apart else [sample.conversation]
+    asked = [
+        (turns, question)
+        for turns in conversations
+        for question in processor.encode_questions(turns, len(sample.images))
+    ]
+    return [
         Question(
             f"{sample.key}#{number}",
-            turns[asked.place - 1][1].replace(IMAGE_PLACEHOLDER, "").strip(),
-            turns[asked.place][1],
-            asked.prompt,
-            asked.answer_ids,
-            sample.images[: asked.num_images],
-            turns[: asked.place],
+            _words(turns[question.place - 1][1]),
+            reply.text,
+            question.prompt,
+            question.answer_ids,
+            sample.images[: question.num_images],
+            tuple(turns[: question.place]),
+            tags=reply.tags,
         )
-        for number, asked in enumerate(processor.encode_questions(turns, len(sample.images)))
+        for number, (reply, (turns, question)) in enumerate(zip(replied, asked, strict=False))
     ]
-    return found[:1] if replies == "first" else found
+
+
+def _words(text: str) -> str:
+    return text.replace(IMAGE_PLACEHOLDER, "").strip()
+
+
+def _apart(sample: RawSample) -> list[list[tuple[str, str]]]:
+    """A conversation for each reply: the system turn, all images before the question's own turn, and the reply."""
+    system, rest = (sample.turns[:1], sample.turns[1:]) if sample.turns[0].role == "system" else ((), sample.turns)
+    opening = f"{IMAGE_PLACEHOLDER}\n" * len(sample.images)
+    return [
+        [
+            *((turn.role, turn.text) for turn in system),
+            (user.role, opening + _words(user.text)),
+            (reply.role, reply.text),
+        ]
+        for user, reply in zip(rest[::2], rest[1::2], strict=True)
+    ]
 
 
 def read_questions(
@@ -144,7 +170,7 @@ def read_questions(
         StorageError: where it cannot be read.
     """
     found = find_replies(manifest, split, replies)
-    chosen = drawn(of_part(found.found, part), count, every)
+    chosen = drawn(of_part(found.found, split, part), count, every)
     return _read(manifest, split, processor, chosen, positions, {TEXT_ONLY: found.text_only})
 
 

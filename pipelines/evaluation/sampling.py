@@ -87,14 +87,14 @@ def _replies_of(shard: int, sample: RawSample) -> list[Reply]:
     for turn in sample.turns:
         shown += turn.text.count(IMAGE_PLACEHOLDER) if turn.role == "user" else 0
         if turn.role == "assistant":
-            names = (*digests[:shown], *named) if shown else ()
+            names = (*digests[: None if sample.apart else shown], *named) if shown else ()
             found.append(Reply(shard, sample.key, len(found), names))
     return found
 
 
-def of_part(found: Sequence[Reply], part: Part) -> list[Reply]:
-    """The replies of one part."""
-    return [reply for reply in found if part in ("all", part_of(reply.group))]
+def of_part(found: Sequence[Reply], split: str, part: Part) -> list[Reply]:
+    """The replies of one part of a split."""
+    return [reply for reply in found if part in ("all", part_of(reply.group, split))]
 
 
 def drawn(found: Sequence[Reply], count: int, every: int | None) -> list[Reply]:

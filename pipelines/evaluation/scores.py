@@ -49,6 +49,7 @@ class Record:
         credit: what that earns by the suite's scorer, 0 to 1; None without an answer.
         nll: mean negative log-likelihood of the expected answer's tokens, in nats.
         kept: for each image of the prompt, visual tokens after stage 1, 2 and 3.
+        tags: what the data says that it is about.
     """
 
     key: str
@@ -59,6 +60,7 @@ class Record:
     credit: float | None
     nll: float
     kept: tuple[tuple[int, int, int], ...]
+    tags: tuple[str, ...] = ()
 
     @property
     def images(self) -> int:

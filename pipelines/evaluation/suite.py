@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pipelines.data import shards
-from pipelines.evaluation.groups import SEARCH_SHARE, Part
+from pipelines.evaluation.groups import SEARCH_SHARE, Part, split_of_part
 from pipelines.evaluation.scorers import Scorer
 from pipelines.evaluation.scores import Replies, ScoringError, counted
 from pipelines.io.fingerprint import sha256_of_json
@@ -66,7 +66,8 @@ class Suite:
         replies: Replies = "all",
         scorer: Scorer = "exact",
     ) -> Suite:
-        """The suite of a manifest that is loaded."""
+        """The suite of a manifest that is loaded; of a dataset without `split`, the split that is the part."""
+        split = split_of_part(manifest.splits, split, part)
         return cls(manifest.url, manifest.sha256, split, questions, part, every, replies, scorer)
 
     @property
@@ -102,7 +103,7 @@ class Suite:
         from pipelines.evaluation.sampling import drawn, find_replies, of_part
 
         found = find_replies(manifest, self.split, self.replies).found
-        there = len(drawn(of_part(found, self.part), self.questions, self.every))
+        there = len(drawn(of_part(found, self.split, self.part), self.questions, self.every))
         if not there:
             raise ScoringError(
                 f"part {self.part!r} of split {self.split!r} of {manifest.url} has no question about an image: take "

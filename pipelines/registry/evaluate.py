@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pipelines.data.shards import load_manifest
+from pipelines.evaluation.breakdown import by_tag, tag_lines
 from pipelines.evaluation.evaluate import score_model
 from pipelines.evaluation.groups import Part
 from pipelines.evaluation.scorers import Scorer
@@ -99,4 +100,5 @@ def score_text(model: str, suite: Suite, score: Score) -> str:
         ("visual tokens", f"{score.tokens_per_image} > {score.kept_per_image:.1f} per image, after stage 3"),
         ("TFLOPs", f"{score.tflops:.4g} an image and prompt"),
     ]
-    return "\n".join(f"  {name:<14} {text}" for name, text in lines)
+    shown = [f"  {name:<14} {text}" for name, text in lines]
+    return "\n".join([*shown, *(f"    {line}" for line in tag_lines(by_tag(score.records)))])

@@ -22,14 +22,20 @@ class SourceError(ValueError):
 
 
 class Source(Protocol):
-    """What makes samples. `samples` yields the same samples, in the same order, for an equal `spec`."""
+    """What makes samples. `samples` yields the same samples, in the same order, for an equal `spec`.
+
+    Attributes:
+        splits: that it has, TRAIN first.
+    """
+
+    splits: tuple[str, ...]
 
     def spec(self) -> dict[str, Any]:
         """All that decides the samples, as JSON values; stored in the manifest and compared before a rebuild."""
         ...
 
     def samples(self, split: str) -> Iterator[Packed]:
-        """The samples of one of SPLITS (may be none)."""
+        """The samples of one of its splits (may be none)."""
         ...
 
     def report(self) -> dict[str, int]:

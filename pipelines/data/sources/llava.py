@@ -120,6 +120,8 @@ def parse_records(data: bytes, url: str) -> list[Any]:
 class Llava:
     """The source; see LlavaSettings. Reads and checks all records at once; SourceError names the faulty ones."""
 
+    splits: tuple[str, ...] = SPLITS
+
     def __init__(self, settings: LlavaSettings) -> None:
         self.settings = settings
         self._skipped: Counter[str] = Counter()

@@ -108,6 +108,8 @@ def _rng(*parts: object) -> random.Random:
 class OpenMoji:
     """The source; see OpenMojiSettings. Drawings are rendered once and kept, cut to what is visible."""
 
+    splits: tuple[str, ...] = SPLITS
+
     def __init__(self, settings: OpenMojiSettings) -> None:
         self.settings = settings
         self._folder = drawings_folder()

@@ -15,9 +15,9 @@ from pipelines.data.build import MARKER_NAME, DatasetConflictError, index_shards
 from pipelines.data.schema import build_members, parse_sample
 from pipelines.data.shards import ShardError, load_manifest, read_shard
 from pipelines.data.sources import HELDOUT, TRAIN, SourceError, split_of
+from pipelines.data.sources.drawing import CENTERS, PALETTE, main_color
 from pipelines.data.sources.llava import Llava, LlavaSettings, key_of
 from pipelines.data.sources.openmoji import OpenMoji, OpenMojiSettings, QuestionWeights, family_of, short_name
-from pipelines.data.sources.drawing import CENTERS, PALETTE, main_color
 from pipelines.data.sources.openmoji_drawings import cut_to_visible
 from pipelines.data.survey import DIGESTS_NAME
 from pipelines.data.tar_format import pack_shard
