@@ -240,7 +240,7 @@ def test_what_is_composed_is_pinned() -> None:
 
 
 def test_parts_share_no_code_point_no_text_and_no_font(final: list[Scene]) -> None:
-    facts = {split: [compose(split, 0, i).facts for i in range(120)] for split in ("train", "validation", "search")}  # type: ignore[arg-type]
+    facts = {split: [compose(split, 0, i).facts for i in range(120)] for split in ("train", "validation", "search")}
     facts["final"] = [scene.facts for scene in final]
     code_points = {s: {d.code_point for f in found for d in f.drawings} for s, found in facts.items()}
     families = {s: set(map(family_of, found)) for s, found in code_points.items()}
@@ -269,7 +269,7 @@ def test_pools_are_whole_and_disjoint() -> None:
     drawn: dict[str, set[str]] = defaultdict(set)
     for split in HELD:
         for familiarity in ("seen", "unseen"):
-            mine = pool(split, familiarity)  # type: ignore[arg-type]
+            mine = pool(split, familiarity)
             drawn[split] |= {family_of(entry.code_point) for of in mine.by_category.values() for entry in of}
             assert bool(mine.named) == (familiarity == "seen")
     for one, other in itertools.combinations(HELD, 2):
@@ -305,7 +305,9 @@ def test_the_final_part_has_two_thousand_questions_of_each_group(final: list[Sce
     counts = Counter(q.group for scene in final for q in scene.questions if q.kind not in LOOKUPS)
     assert set(counts) == set(GROUPS)
     assert min(counts.values()) >= 2_000, counts
-    familiar = Counter((q.group, what, v) for scene in final for q in scene.questions for what, v in q.tags.items())
+    familiar: Counter[tuple[str, str, str]] = Counter(
+        (q.group, what, v) for scene in final for q in scene.questions for what, v in q.tags.items()
+    )
     for group, what in (("knowledge", "drawing"), ("ocr", "font")):
         assert min(familiar[group, what, "seen"], familiar[group, what, "unseen"]) >= 800
 

@@ -81,5 +81,5 @@ def test_groups_are_what_is_linked(names: list[list[str]]) -> None:
 
 
 def test_a_quarter_of_the_groups_is_for_the_search() -> None:
-    share = sum(part_of(f"group {number}") == "search" for number in range(4000)) / 4000
+    share = sum(part_of(f"group {number}", "heldout") == "search" for number in range(4000)) / 4000
     assert share == pytest.approx(SEARCH_SHARE, abs=0.02)
