@@ -2,7 +2,8 @@
 """Calibrate a model: `python jobs/calibrate.py --model models:/NAME@ALIAS`.
 
 Measures the expected rank of every encoder's feature map at each boundary, distributed over shards; says how certain
-the ranks and the token budgets made from them are, whether they hold on other data, and which lambda keeps a mean.
+the ranks and the token budgets made from them are, whether they hold on other data, and which lambda keeps a mean; with
+--masking, what answers lose without each encoder.
 Writes calibration.json and calibration.png beside the model and into MLflow.
 """
 

@@ -63,14 +63,16 @@ def settings_of_lam(config: MeteorConfig) -> dict[str, Any]:
     )
 
 
-#: Settings that came after lambdas were stored with theirs, and what they were then.
-_LATER = {"pruning.fuse.floor": 0.0, "pruning.fuse.merge": "none"}
+#: Settings of stage 2 that came after lambdas were stored with theirs, and what they were then.
+_LATER = {"pruning.fuse.floor": 0.0, "pruning.fuse.merge": "none", "pruning.fuse.positions": "renumbered"}
 
 
 def later_settings(config: MeteorConfig) -> dict[str, Any]:
     """Those that are not what they were."""
     fuse = config.pruning.fuse
-    now = {name: getattr(fuse, name.rpartition(".")[2]) if fuse.enabled else was for name, was in _LATER.items()}
+    now: dict[str, Any] = {"pruning.fuse.positions": fuse.positions}  # (stage 1 alone drops tokens, too)
+    if fuse.enabled:
+        now |= {"pruning.fuse.floor": fuse.floor, "pruning.fuse.merge": fuse.merge}
     return {name: value for name, value in now.items() if value != _LATER[name]}
 
 

@@ -15,6 +15,7 @@ from meteor_model.checks import from_mapping, nearest, whole_number
 from meteor_model.compat import CACHE_NAMES
 from meteor_model.decoder.families import plan_decoder
 from meteor_model.encoders import EncoderConfig, encoder_class
+from meteor_model.positions import whole_span
 from meteor_model.pruners.budgets import allocate_budgets
 from meteor_model.pruners.encode_criteria import ENCODE_BUDGETS
 from meteor_model.pruners.fuse_criteria import FUSE_CRITERIA, floors_of
@@ -148,6 +149,7 @@ class MeteorConfig(PreTrainedConfig):
         if len(set(names)) != len(names):
             raise ValueError(f"encoder names must differ, got {names}")
         self._check_fusion()
+        self._check_idle(names)
         self._check_looks()
         self._check_ranks(names)
         encode, fuse = self.pruning.encode, self.pruning.fuse
@@ -165,7 +167,28 @@ class MeteorConfig(PreTrainedConfig):
         if fuse.enabled and fuse.keep > pool:
             raise ValueError(f"pruning.fuse.keep {fuse.keep} exceeds the {pool} tokens that are projected")
         self._check_decoder()
+        self._check_positions()
         self.calibrated = settled(self)
+
+    def _check_positions(self) -> None:
+        most, span = getattr(self.text_config, "max_position_embeddings", None), whole_span(self)
+        if self.keeps_positions and most is not None and span >= most:
+            raise ValueError(
+                f"pruning.fuse.positions 'original' gives an image {span} positions, the LLM has "
+                f"{most} (text_config.max_position_embeddings): set it to 'renumbered'"
+            )
+
+    def _check_idle(self, names: list[str]) -> None:
+        encode = self.pruning.encode
+        for setting, given in (("usefulness", encode.usefulness), ("masked", encode.masked)):
+            unknown = sorted(set(given) - set(names))
+            if unknown:
+                raise ValueError(f"pruning.encode.{setting} names {unknown}; the model's encoders are {sorted(names)}")
+        if not set(names) - self.useless_encoders - set(encode.masked):
+            raise ValueError(
+                f"no encoder of {sorted(names)} is run: pruning.encode.masked names {sorted(encode.masked)}, and those "
+                f"of usefulness 0 or less are {sorted(self.useless_encoders)}"
+            )
 
     def _check_looks(self) -> None:
         """A criterion of stage 2 that asks the towers needs one that attends, and all of its tokens."""
@@ -177,10 +200,10 @@ class MeteorConfig(PreTrainedConfig):
                 f"pruning.fuse.criterion {fuse.criterion!r} ranks all tokens of the towers by their attention: set "
                 "pruning.encode.enabled to false, or choose another criterion"
             )
-        if not any(encoder_class(item.family).prunes_between_blocks for item in self.encoders):
+        if not any(encoder_class(item.family).prunes_between_blocks for item in self.encoders if self.runs(item.name)):
             raise ValueError(
-                f"pruning.fuse.criterion {fuse.criterion!r} needs the attention of a tower, and all towers are "
-                "convolutional: choose another criterion"
+                f"pruning.fuse.criterion {fuse.criterion!r} needs the attention of a tower, and all that are run "
+                "are convolutional: choose another criterion"
             )
 
     def _check_decoder(self) -> None:
@@ -286,30 +309,52 @@ class MeteorConfig(PreTrainedConfig):
         k_b^l = k_b * r_b^l / sum_l r_b^l; integer shares by largest remainder, capped at the tokens present.
         """
         present = dict(self.encoder_tokens)
-        encode = self.pruning.encode
+        encode, idle = self.pruning.encode, self.useless_encoders
         if not encode.enabled:
-            return {name: (tokens,) for name, tokens in present.items()}
+            return {name: (0 if name in encode.masked else tokens,) for name, tokens in present.items()}
         budgets: dict[str, list[int]] = {name: [] for name in present}
         last = len(encode.totals) - 1
         for boundary, total in enumerate(encode.totals):
-            names = [e.name for e in self.encoders if boundary == last or encoder_class(e.family).prunes_between_blocks]
+            here = [e.name for e in self.encoders if boundary == last or encoder_class(e.family).prunes_between_blocks]
+            names = [name for name in here if name not in idle]
+            if not names:  # convolutional encoders alone are run
+                for name in here:
+                    budgets[name].append(0)
+                continue
             capacities = [present[name] for name in names]
-            rule = ENCODE_BUDGETS[encode.budget].run
+            rule, factors = ENCODE_BUDGETS[encode.budget], None
+            if rule.facts["usefulness"]:
+                factors = [encode.usefulness.get(name, 1.0) for name in names]
             try:
-                weights = rule([self._rank(name, boundary) for name in names], capacities)
-                shares = allocate_budgets(weights, total, capacities, encode.rank_exponent)
+                weights = rule.run([self._rank(name, boundary) for name in names], capacities)
+                shares = allocate_budgets(weights, total, capacities, encode.rank_exponent, factors)
             except ValueError as error:
                 raise ValueError(f"pruning.encode.totals[{boundary}]: {error} (encoders {names})") from None
             for name, share in zip(names, shares, strict=True):
                 present[name] = share
                 budgets[name].append(share)
-        return {name: tuple(values) for name, values in budgets.items()}
+            for name in idle.intersection(here):
+                budgets[name].append(0)
+        masked = set(encode.masked)
+        return {name: (0,) * len(values) if name in masked else tuple(values) for name, values in budgets.items()}
 
     def _rank(self, name: str, boundary: int) -> float:
         if self.ranks is None:
             return 1.0
         values = self.ranks[name]
         return values[0] if len(values) == 1 else values[boundary]
+
+    @property
+    def useless_encoders(self) -> frozenset[str]:
+        """Encoders that the budget rule gives nothing."""
+        encode = self.pruning.encode
+        if not encode.enabled or not ENCODE_BUDGETS[encode.budget].facts["usefulness"]:
+            return frozenset()
+        return frozenset(name for name, value in encode.usefulness.items() if value <= 0)
+
+    def runs(self, name: str) -> bool:
+        """Whether this encoder is run: it has a token to keep."""
+        return self.encode_budgets[name][-1] > 0
 
     @cached_property
     def tokens_per_image(self) -> int:
@@ -319,6 +364,11 @@ class MeteorConfig(PreTrainedConfig):
         if self.fusion == "channel_concat":
             return self.concat_grid**2
         return sum(budget[-1] for budget in self.encode_budgets.values())
+
+    @property
+    def keeps_positions(self) -> bool:
+        """Whether an image's tokens stand in the LLM where they would if stages 1 and 2 dropped none, and some are."""
+        return self.pruning.fuse.positions == "original" and self.tokens_per_image < whole_span(self)
 
     def visual_cells(self) -> list[tuple[int, int]]:
         """Row and column of each visual token of an image in its grid, where stages 1 and 2 prune nothing."""
@@ -364,6 +414,7 @@ class MeteorConfig(PreTrainedConfig):
         output["text_config"] = self.text_config.to_dict()
         output["pruning"] = asdict(self.pruning)
         output["pruning"]["encode"]["totals"] = list(self.pruning.encode.totals)
+        output["pruning"]["encode"]["masked"] = list(self.pruning.encode.masked)
         output["ranks"] = self.ranks
         output["auto_map"] = AUTO_MAP
         output["calibrated"] = self.calibrated

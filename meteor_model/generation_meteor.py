@@ -21,6 +21,7 @@ from meteor_model.decoder.loop import decode_pruned
 from meteor_model.decoder.scores import attention_mass, visual_attention_by_head
 from meteor_model.inputs import check_padding, inferred_mask
 from meteor_model.outputs import PruningStats
+from meteor_model.positions import original_places, position_ids_of, prompt_positions, whole_span
 
 #: Any of these makes `generate` guess tokens and check several at once.
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
@@ -126,11 +127,18 @@ class MeteorGenerationMixin(GenerationMixin):
         self._check_mask(input_ids, kwargs, used)
         if cache is not None:
             kwargs[CACHE] = cache
+        if assisted and self.config.keeps_positions:
+            raise ValueError(
+                f"{assisted[0]} is not supported with pruning.fuse.positions 'original': assisted decoding counts "
+                "positions itself; leave it out, or set them to 'renumbered'"
+            )
         if assisted:  # guessed tokens and prompt come in one pass, so ids and images go on as they are
             return super().generate(inputs=input_ids, pixel_values=pixel_values, **kwargs)
         if used and input_ids is not None:
             self._check_next_turn(input_ids, kwargs.get("attention_mask"), pixel_values, used)
             kwargs["input_ids"] = input_ids
+            if self.config.keeps_positions and kwargs.get("position_ids") is None:
+                kwargs["position_ids"] = _next_positions(cache, kwargs.get("attention_mask"))
         elif "image_mask" not in kwargs and (input_ids is not None or "inputs_embeds" in kwargs):
             # (A mask says that the embeddings with it hold their visual tokens.)
             kwargs.update(self._embedded(input_ids, pixel_values, kwargs.pop("inputs_embeds", None), kwargs))
@@ -206,7 +214,10 @@ class MeteorGenerationMixin(GenerationMixin):
         # Transformers caches whatever starts from inputs_embeds; without a cache every step gets the prompt again.
         caches = input_ids is None or self._generation_setting(kwargs, "use_cache") is not False
         name = "inputs_embeds" if caches else "prompt_embeds"
-        return {"input_ids": input_ids, name: embeds_BTC, "image_mask": is_image_BT}
+        found = {"input_ids": input_ids, name: embeds_BTC, "image_mask": is_image_BT}
+        if stats is not None and self.config.keeps_positions and kwargs.get("position_ids") is None:
+            found["position_ids"] = self.positions_of_prompts(is_image_BT, kwargs.get("attention_mask"), stats)
+        return found
 
     def _generation_setting(self, kwargs: Mapping[str, Any], name: str) -> Any:
         """A setting of `generate`, from where it is given: by name, in a generation configuration, in the model's."""
@@ -268,6 +279,15 @@ class MeteorGenerationMixin(GenerationMixin):
         cache = self.new_cache(k_max)
         return RecordingCache(config=self.config.text_config) if cache is None else cache
 
+    def positions_of_prompts(
+        self, is_image_BT: torch.Tensor, attention_mask: torch.Tensor | None, stats: PruningStats | None
+    ) -> torch.Tensor | None:
+        """Positions (B, T) of prompts that are read; None where they are counted from 0 and nothing is padded."""
+        config = self.config
+        if stats is None or not config.keeps_positions:
+            return None if attention_mask is None else position_ids_of(attention_mask)
+        return prompt_positions(is_image_BT, attention_mask, original_places(config, stats), whole_span(config))
+
     @torch.no_grad()
     def prune_prompts(
         self,
@@ -288,8 +308,8 @@ class MeteorGenerationMixin(GenerationMixin):
                 "pruning.decode.enabled is false or pruning.decode.lam is not set, so stage 3 does not act: solve lam "
                 "for a target_mean on a calibration batch (meteor_model.pruners.counts.solve_lambda)"
             )
-        embeds_BTC, is_image_BT = self.embed_prompts(input_ids, pixel_values, attention_mask=attention_mask)
-        position_ids = None if attention_mask is None else position_ids_of(attention_mask)
+        embeds_BTC, is_image_BT, stats = self.read_prompts(input_ids, pixel_values, None, attention_mask)
+        position_ids = self.positions_of_prompts(is_image_BT, attention_mask, stats)
         decided = decode_pruned(
             self.language_model, embeds_BTC, attention_mask, position_ids, is_image_BT, cache, use_cache=False
         ).decision
@@ -308,9 +328,9 @@ class MeteorGenerationMixin(GenerationMixin):
 
         `config.pruning.decode.query` says which token asks. `layers` count from 0; None is all of them.
         """
-        embeds_BTC, is_image_BT = self.embed_prompts(input_ids, pixel_values, attention_mask=attention_mask)
+        embeds_BTC, is_image_BT, stats = self.read_prompts(input_ids, pixel_values, None, attention_mask)
         query = self.config.pruning.decode.query
-        position_ids = None if attention_mask is None else position_ids_of(attention_mask)
+        position_ids = self.positions_of_prompts(is_image_BT, attention_mask, stats)
         return visual_attention_by_head(
             self.language_model, embeds_BTC, attention_mask, position_ids, is_image_BT, query, layers
         )
@@ -323,12 +343,12 @@ class MeteorGenerationMixin(GenerationMixin):
         pixel_values: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What lambda is solved from: attention mass on visual tokens (B,) and their number (B,), prompt by prompt."""
-        embeds_BTC, is_image_BT = self.embed_prompts(input_ids, pixel_values, attention_mask=attention_mask)
+        embeds_BTC, is_image_BT, stats = self.read_prompts(input_ids, pixel_values, None, attention_mask)
         mass_B = attention_mass(
             self.language_model,
             embeds_BTC,
             attention_mask,
-            None if attention_mask is None else position_ids_of(attention_mask),
+            self.positions_of_prompts(is_image_BT, attention_mask, stats),
             is_image_BT,
             self.config.pruning.decode,
             self.config.decode_heads,
@@ -337,6 +357,13 @@ class MeteorGenerationMixin(GenerationMixin):
         return mass_B, is_image_BT.sum(dim=1)
 
 
-def position_ids_of(attention_mask_BL: torch.Tensor) -> torch.Tensor:
-    """Positions (B, L) counted over what is attended; 0 in left padding."""
-    return (attention_mask_BL.long().cumsum(-1) - 1).clamp_min(0)
+def _next_positions(cache: Any, attention_mask: Any) -> torch.Tensor:
+    """Positions (B, L) of a later turn, and of what came before it, where images keep the places of the dense model."""
+    skipped_B = cache.skipped_B if isinstance(cache, MeteorCache | RecordingCache) else None
+    if skipped_B is None or attention_mask is None:
+        raise ValueError(
+            "a later turn with pruning.fuse.positions 'original' needs the attention mask of everything so far and the "
+            "cache of the first (new_cache() or recording_cache()), which knows where its positions stand; or give "
+            "position_ids"
+        )
+    return position_ids_of(attention_mask) + skipped_B.to(attention_mask.device)[:, None]

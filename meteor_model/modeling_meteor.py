@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, DynamicCache
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils.generic import can_return_tuple
 from typing_extensions import override
@@ -34,7 +34,7 @@ from meteor_model.decoder.packed import Packed, check_packed_images, read_packed
 from meteor_model.decoder.prompt import check_not_empty
 from meteor_model.encoders import build_encoder
 from meteor_model.fusion import MeteorProjector, concat_width
-from meteor_model.generation_meteor import MeteorGenerationMixin, position_ids_of
+from meteor_model.generation_meteor import MeteorGenerationMixin
 from meteor_model.inputs import (
     at_least_one,
     check_arguments,
@@ -49,6 +49,7 @@ from meteor_model.inputs import (
 )
 from meteor_model.logits import LogitsToKeep, check_logits_to_keep, logits_of, logits_of_kept, token_loss
 from meteor_model.outputs import MeteorOutput, PruningStats, with_decision
+from meteor_model.positions import position_ids_of, skipped_positions
 from meteor_model.pretrained import MeteorPreTrainedModel
 from meteor_model.vision_meteor import JOINT, MeteorVisionMixin
 
@@ -175,14 +176,27 @@ class MeteorForConditionalGeneration(MeteorVisionMixin, MeteorPreTrainedModel, M
             features_MKC, stats = self.encode_images(pixels, text_MC=text_MC)
             embeds_BTC = scatter_visual(embeds_BTC, is_image_BT, features_MKC)
             visual_MKC = features_MKC[: len(pixel_values)]
+            if position_ids is None and packed is None and self.config.keeps_positions:
+                position_ids = self.positions_of_prompts(is_image_BT, attention_mask, stats)
         elif is_image_BT is not None and inputs_embeds is None and prompt_embeds is None:  # bare ids
             check_no_images(is_image_BT, self.config.tokens_per_image, labels, past_key_values)
             is_image_BT = None  # a placeholder that came without its image is text
         # 5. decode
-        decoded = self._decode(
-            embeds_BTC, attention_mask, position_ids, is_image_BT, past_key_values, use_cache, packed, kwargs
-        )
-        logits = self._logits(decoded, embeds_BTC.shape[1], logits_to_keep, past_key_values)
+        learned = self._prunes_in_training(labels, packed)
+        if learned is not None:
+            check_outputs(self.config.text_config, kwargs)
+            reply_BT = (learned != IGNORE_INDEX).cumsum(dim=1) > 0
+            if position_ids is None and attention_mask is not None:
+                position_ids = position_ids_of(attention_mask)
+            prompt = (embeds_BTC, attention_mask, position_ids, is_image_BT)
+            decoded: ModelOutput = decode_pruned(
+                self.language_model, *prompt, self._cache_of_training(), use_cache=False, reply_BQ=reply_BT
+            )
+        else:
+            decoded = self._decode(
+                embeds_BTC, attention_mask, position_ids, is_image_BT, past_key_values, use_cache, packed, kwargs
+            )
+        logits = self._logits(decoded, logits_to_keep)
         stats = with_decision(stats, decoded)
         if isinstance(past_key_values, MeteorCache | RecordingCache) and stats is not None:
             past_key_values.pruning_stats = stats
@@ -197,6 +211,28 @@ class MeteorForConditionalGeneration(MeteorVisionMixin, MeteorPreTrainedModel, M
             pruning_stats=stats,
             **{CACHE: cache_of(decoded)},
         )
+
+    def _prunes_in_training(self, labels: torch.Tensor | None, packed: Packed | None) -> torch.Tensor | None:
+        """The labels, where stage 3 prunes what they are learned from."""
+        decode = self.config.pruning.decode
+        if labels is None or not (decode.enabled and decode.train):
+            return None
+        if not decode.acts:
+            raise ValueError(
+                "pruning.decode.train needs to know how many tokens stay before anything is learned: set "
+                "pruning.decode.budget to 'fixed' with target_mean, or give pruning.decode.lam"
+            )
+        if packed is not None:
+            raise ValueError(
+                "pruning.decode.train prunes by the first question of a sample, and packed rows hold several: give one "
+                "sample a row, or set it to false"
+            )
+        return labels
+
+    def _cache_of_training(self) -> MeteorCache:
+        cache = self.new_cache()
+        assert cache is not None, "stage 3 acts"
+        return cache
 
     def _embed(
         self,
@@ -256,8 +292,24 @@ class MeteorForConditionalGeneration(MeteorVisionMixin, MeteorPreTrainedModel, M
         if packed is not None:
             own = packed.decoder_arguments(config, embeds_BTC.dtype)
             return self.language_model(inputs_embeds=embeds_BTC, **own, **options)
+        carries = isinstance(cache, MeteorCache | RecordingCache)
+        if attention_mask is None and self.config.keeps_positions:
+            # Without a mask the library takes gaps between positions for the ends of packed sequences.
+            seen = embeds_BTC.shape[1] + (cache.get_seq_length() if isinstance(cache, DynamicCache) else 0)
+            attention_mask = embeds_BTC.new_ones(len(embeds_BTC), seen, dtype=torch.long)
+        if position_ids is None and self.config.keeps_positions and isinstance(cache, DynamicCache):
+            past = cache.get_seq_length()
+            if past and not carries:
+                raise ValueError(
+                    "pruning.fuse.positions 'original': a step on a cache that does not know where its positions stand "
+                    "needs position_ids; or begin with new_cache() or recording_cache()"
+                )
         if position_ids is None and isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
             position_ids = position_ids_of(attention_mask)[:, -embeds_BTC.shape[1] :]
+            if carries and cache.skipped_B is not None:
+                position_ids = position_ids + cache.skipped_B.to(position_ids.device)[:, None]
+        elif carries and self.config.keeps_positions and position_ids is not None and not cache.get_seq_length():
+            cache.skipped_B = skipped_positions(position_ids.expand(len(embeds_BTC), -1), attention_mask)
         if isinstance(cache, MeteorCache):
             check_outputs(config, options)
             prompt = (embeds_BTC, attention_mask, position_ids, is_image_BT)
@@ -271,14 +323,14 @@ class MeteorForConditionalGeneration(MeteorVisionMixin, MeteorPreTrainedModel, M
             **options,
         )
 
-    def _logits(self, decoded: ModelOutput, length: int, logits_to_keep: LogitsToKeep, cache: Any) -> torch.Tensor:
-        """Logits (B, n, V) of the columns of this call, T `length`, that are asked for."""
+    def _logits(self, decoded: ModelOutput, logits_to_keep: LogitsToKeep) -> torch.Tensor:
+        """Logits (B, n, V) of the columns of this call that are asked for."""
 
         def head(hidden_BnC: torch.Tensor) -> torch.Tensor:
             return softcap_logits(self.config.text_config, self.lm_head(hidden_BnC))
 
         hidden_BWC = decoded.last_hidden_state
-        if isinstance(cache, MeteorCache) and decoded.prefill:
+        if getattr(decoded, "prefill", None):
             return logits_of_kept(hidden_BWC, decoded.decision, logits_to_keep, head)
         return logits_of(hidden_BWC, logits_to_keep, head)
 

@@ -45,9 +45,15 @@ class EncodePruning:
     criterion: str = "meteor"
     """Which tokens stay at a boundary: a name of meteor_model.pruners.encode_criteria."""
     budget: str = "rank"
-    """How encoders share the totals: rank (to the power rank_exponent) or tokens (likewise)."""
+    """How encoders share the totals: rank (to the power rank_exponent), tokens (likewise), or rank_usefulness (rank to
+    that power times usefulness)."""
     options: dict[str, float] = field(default_factory=dict)
     """Numbers of the criterion, by name."""
+    usefulness: dict[str, float] = field(default_factory=dict)
+    """Usefulness of encoders by name, for budget rank_usefulness: (accuracy of all - accuracy without it) / accuracy of
+    all, as `calibrate --masking` measures it. An encoder of 0 or less is not run; one that is not named has 1."""
+    masked: tuple[str, ...] = ()
+    """Encoders that are not run, whatever the budgets; the others keep theirs. What masking is measured by."""
 
     def __post_init__(self) -> None:
         where = "pruning.encode"
@@ -75,14 +81,29 @@ class EncodePruning:
             whole_number(f"{where}.score_queries (or None)", self.score_queries, least=1)
         finite_number(f"{where}.rank_exponent", self.rank_exponent)
         if self.rank_estimator not in RANK_ESTIMATORS:
-            known = ", ".join(sorted(RANK_ESTIMATORS))
-            raise ValueError(f"{where}.rank_estimator {self.rank_estimator!r} is unknown; known: {known}")
-        _ = ENCODE_BUDGETS[self.budget]
+            names = ", ".join(sorted(RANK_ESTIMATORS))
+            raise ValueError(f"{where}.rank_estimator {self.rank_estimator!r} is unknown; known: {names}")
+        self._check_sharing(where)
         options = ENCODE_CRITERIA[self.criterion].checked(f"{where}.options", self.options)
         object.__setattr__(self, "options", options)
 
+    def _check_sharing(self, where: str) -> None:
+        useful = ENCODE_BUDGETS[self.budget].facts["usefulness"]
+        if not isinstance(self.usefulness, Mapping):
+            raise ValueError(f"{where}.usefulness must map encoders' names to numbers, got {self.usefulness!r}")
+        known = {name: finite_number(f"{where}.usefulness.{name}", value) for name, value in self.usefulness.items()}
+        object.__setattr__(self, "usefulness", known)
+        if self.enabled and known and not useful:
+            raise ValueError(
+                f"{where}.usefulness is given and {where}.budget {self.budget!r} does not look at it: set the budget "
+                "to 'rank_usefulness'"
+            )
+        if isinstance(self.masked, str) or not isinstance(self.masked, Iterable):
+            raise ValueError(f"{where}.masked must be a list of encoders' names, got {self.masked!r}")
+        object.__setattr__(self, "masked", tuple(self.masked))
 
-MERGES = ("none", "nearest")
+
+MERGES, POSITIONS = ("none", "nearest"), ("original", "renumbered")
 
 
 @dataclass(frozen=True)
@@ -102,6 +123,9 @@ class FusePruning:
     that none is run and then dropped whole. 0 sets nothing aside."""
     merge: Literal["none", "nearest"] = "none"
     """What becomes of dropped tokens: nothing, or each is averaged into the kept token most similar to it."""
+    positions: Literal["original", "renumbered"] = "renumbered"
+    """Positions of an image's tokens in the LLM: one after another, or those that they would have if stages 1 and 2 had
+    dropped none, with the text behind the image as far on."""
 
     def __post_init__(self) -> None:
         switch("pruning.fuse.enabled", self.enabled)
@@ -110,8 +134,9 @@ class FusePruning:
         object.__setattr__(self, "options", options)
         if not 0 <= finite_number("pruning.fuse.floor", self.floor) <= 1:
             raise ValueError(f"pruning.fuse.floor must be between 0 and 1, got {self.floor}")
-        if self.merge not in MERGES:
-            raise ValueError(f"pruning.fuse.merge must be one of {', '.join(MERGES)}, got {self.merge!r}")
+        for name, known in (("merge", MERGES), ("positions", POSITIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"pruning.fuse.{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if FUSE_CRITERIA[self.criterion].facts["merge"] is not None and (self.floor or self.merge != "none"):
             raise ValueError(
                 f"pruning.fuse.criterion {self.criterion!r} merges by a rule of its own: set pruning.fuse.merge to "
@@ -186,6 +211,11 @@ class DecodePruning:
     reselect_every: int = 0
     """Choose anew from all visual tokens each time the answer has grown by so many tokens: dropped ones wait below the
     layer, and the layers above run again on what is kept. 0 chooses once."""
+    train: bool = False
+    """Prune in training and held-out losses too: each sample as its first question would, so that the layers above
+    learn from what they will see."""
+    positions: Literal["original", "renumbered"] = "original"
+    """Positions above the layer: those that the tokens had, or counted anew over what is kept."""
     later_turn: Literal["kept", "anew", "union"] = "kept"
     """What a later turn of a conversation sees: what the first one kept, what it chooses anew from all visual tokens,
     or the union of that and of what earlier turns chose."""
@@ -197,7 +227,7 @@ class DecodePruning:
         whole_number(f"{where}.k_min", self.k_min, least=1)
         if self.num_heads is not None:
             whole_number(f"{where}.num_heads", self.num_heads, least=1)
-        for name, known in (("query", QUERIES), ("later_turn", LATER_TURNS)):
+        for name, known in (("query", QUERIES), ("later_turn", LATER_TURNS), ("positions", POSITIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{where}.{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         whole_number(f"{where}.answer_tokens", self.answer_tokens, least=1)
@@ -219,6 +249,12 @@ class DecodePruning:
         self._check_anew(where)
 
     def _check_anew(self, where: str) -> None:
+        switch(f"{where}.train", self.train)
+        if self.train and self.selects_later:
+            raise ValueError(
+                f"{where}.train chooses once a sample, by its first question: it goes with query 'last' or 'all_text', "
+                "reselect_every 0 and later_turn 'kept'"
+            )
         if self.equal_layers and self.selects_later:
             raise ValueError(
                 f"{where}.equal_layers drops tokens everywhere, so none waits to be chosen later: it goes with query "
@@ -335,7 +371,8 @@ class PruningConfig:
 #: identifies one, so that what is stored is found again.
 LATER_SETTINGS = (
     *("criterion", "budget", "options", "later_layers", "later_keep", "equal_layers"),
-    *("answer_tokens", "reselect_every", "later_turn", "floor", "merge"),
+    *("usefulness", "masked", "train"),
+    *("answer_tokens", "reselect_every", "later_turn", "floor", "merge", "positions"),
 )
 
 

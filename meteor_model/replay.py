@@ -130,9 +130,14 @@ def replay_logits(
     embeds_BTC = model.get_input_embeddings()(input_ids)
     pixels = at_least_one(pixel_values, model.config.image_size)
     text_MC = model.text_of_images(embeds_BTC, is_image_BT, attention_mask, None, len(pixels))
-    visual_MKC, _ = model.encode_images(pixels, given, text_MC)
+    visual_MKC, stats = model.encode_images(pixels, given, text_MC)
+    position_ids = model.positions_of_prompts(is_image_BT, attention_mask, stats)
     embeds_BTC = scatter_visual(embeds_BTC, is_image_BT, visual_MKC)
     logits: Tensor = model(
-        inputs_embeds=embeds_BTC, attention_mask=attention_mask, image_mask=is_image_BT, use_cache=False
+        inputs_embeds=embeds_BTC,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        image_mask=is_image_BT,
+        use_cache=False,
     ).logits
     return logits

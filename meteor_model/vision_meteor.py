@@ -102,7 +102,8 @@ class MeteorVisionMixin:
         check_pixels(pixel_values)
         maps, kept, attention = self._encode(pixel_values, given)
         choose = best_scored if given is None else given.of_fusion()
-        pool = self.pool_of(self._project(maps), [positions[-1] for positions in kept.values()], attention, text_MC)
+        positions = [kept[name][-1] for name in maps]
+        pool = self.pool_of(self._project(maps), positions, attention, text_MC)
         visual_MKC, keep_MK = prune_pool(pool, self.config.pruning.fuse, choose)
         return visual_MKC, PruningStats(kept, dict(self.config.encoder_tokens), keep_MK)
 
@@ -118,6 +119,12 @@ class MeteorVisionMixin:
         kept: dict[str, tuple[torch.Tensor, ...]] = {}
         attention: list[dict[float, torch.Tensor] | None] = []
         for name, encoder in self._towers():
+            if not self.config.runs(name):
+                kept[name], blank = self._not_run(name, len(pixel_values))
+                if blank is not None:
+                    maps[name] = blank
+                    attention.append(None)
+                continue
             pixels = self._pixels_of(name, pixel_values)
             if looks:
                 tokens, found = encode_looking(encoder, pixels, looks, settings.score_queries)
@@ -139,6 +146,17 @@ class MeteorVisionMixin:
             maps[name] = tokens.hidden
         return maps, kept, attention
 
+    def _not_run(self, name: str, images: int) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+        """What an encoder without a budget keeps at every boundary: nothing. Where maps are joined, its is zero."""
+        config, encoder = self.config, cast(VisionEncoder, self.encoders[name])
+        device, dtype = runs_at(encoder)
+        if config.fusion != "channel_concat":
+            none_M0 = torch.zeros(images, 0, dtype=torch.int64, device=device)
+            return tuple(none_M0 for _ in config.encode_budgets[name]), None
+        tokens = config.encoder_tokens[name]
+        cells_MN = torch.arange(tokens, device=device).expand(images, -1)
+        return (cells_MN,), torch.zeros(images, tokens, encoder.embed_dim, dtype=dtype, device=device)
+
     def _project(self, maps: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """2. project: maps in the LLM's width; one joint map where they are joined on the channels."""
         config = self.config
@@ -159,7 +177,7 @@ class MeteorVisionMixin:
         Args:
             projected: maps (M, N_l, C): one an encoder, or the joint one.
             positions: (M, N_l) where the encoders' tokens stand in their grids.
-            attention: of the encoders, by the looks of the criterion.
+            attention: of the encoders, by the looks of the criterion. Of all three, encoders that are run.
             text_MC: see `encode_images`.
         """
         config, fuse = self.config, self.config.pruning.fuse
@@ -168,8 +186,9 @@ class MeteorVisionMixin:
                 f"pruning.fuse.criterion {fuse.criterion!r} looks at the text of the prompt, which is not given here: "
                 "run the whole prompt (forward, generate), or choose another criterion"
             )
-        grids = list(config.encoder_grids.values())
-        side = config.concat_grid if config.fusion == "channel_concat" else None
+        joined = config.fusion == "channel_concat"
+        grids = [grid for name, grid in config.encoder_grids.items() if joined or config.runs(name)]
+        side = config.concat_grid if joined else None
         looked = {
             look: pooled_attention([None if item is None else item[look] for item in attention], grids, side)
             for look in fuse.looks

@@ -38,6 +38,7 @@ class Cut:
         kept_index_BW: int64, the prompt column of each kept token, -1 in the padding.
         counts_B: int64, visual tokens kept of each sample.
         padded: whether any column is padding.
+        shift_B: int64, by how much positions above it lie before the original ones; None where they are those.
     """
 
     layer: int
@@ -45,6 +46,7 @@ class Cut:
     kept_index_BW: Tensor
     counts_B: Tensor
     padded: bool
+    shift_B: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,27 @@ class RecordingCache(DynamicCache):
     """
 
     pruning_stats: PruningStats | None = None
+    #: Positions (B,) that the prompt's images have passed over, with `pruning.fuse.positions = "original"`.
+    skipped_B: Tensor | None = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows follow their beams."""
+        super().reorder_cache(beam_idx)
+        self.skipped_B = _picked(self.skipped_B, beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows of the batch."""
+        super().batch_select_indices(indices)
+        self.skipped_B = _picked(self.skipped_B, indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times in a row."""
+        super().batch_repeat_interleave(repeats)
+        self.skipped_B = None if self.skipped_B is None else self.skipped_B.repeat_interleave(repeats)
+
+
+def _picked(values_B: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if values_B is None else values_B[rows.to(values_B.device)]
 
 
 class MeteorCache(DynamicCache):
@@ -211,6 +234,8 @@ class MeteorCache(DynamicCache):
     def _forget(self) -> None:
         self.decision: Decision | None = None
         self.pruning_stats: PruningStats | None = None
+        #: As in `RecordingCache`.
+        self.skipped_B: Tensor | None = None
         #: Which cached columns hold a token, (B, L) bool; None before prefill.
         self.attended_BL: Tensor | None = None
         #: Whether a mask that came after prefill hides any column of its own.
@@ -299,6 +324,7 @@ class MeteorCache(DynamicCache):
             self.decision = self.decision.select(rows)
             self.attended_BL = self.attended_BL[rows.to(self.attended_BL.device)]
             self.waiting = None if self.waiting is None else self.waiting.rows(rows)
+            self.skipped_B = _picked(self.skipped_B, rows)
             self._held = tuple(held_BT[rows.to(held_BT.device)] for held_BT in self._held)
 
     def crop(self, tokens_to_remove: int) -> None:

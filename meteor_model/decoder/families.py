@@ -132,8 +132,26 @@ def layer_queries(
     states_BQHd = attention.q_proj(block.input_layernorm(hidden_BQC)).unflatten(-1, (-1, attention.head_dim))
     if plan.family.head_norms:
         states_BQHd = attention.q_norm(states_BQHd)
-    states_BHQd = states_BQHd.transpose(1, 2)
-    cos_BQd, sin_BQd = (part.to(states_BHQd.device) for part in rotary[plan.rotary[index]])
+    return _rotated(states_BQHd.transpose(1, 2), rotary[plan.rotary[index]])
+
+
+def layer_states(
+    language_model: PreTrainedModel, plan: DecoderPlan, index: int, hidden_BQC: Tensor, rotary: Rotary
+) -> tuple[Tensor, Tensor]:
+    """Keys and values (B, G, Q, d) of layer `index`, as the layer makes them of its input; G key/value heads."""
+    block = language_model.layers[index]
+    attention = block.self_attn
+    normed_BQC = block.input_layernorm(hidden_BQC)
+    keys_BQGd = attention.k_proj(normed_BQC).unflatten(-1, (-1, attention.head_dim))
+    values_BQGd = attention.v_proj(normed_BQC).unflatten(-1, (-1, attention.head_dim))
+    if plan.family.head_norms:
+        keys_BQGd = attention.k_norm(keys_BQGd)
+    return _rotated(keys_BQGd.transpose(1, 2), rotary[plan.rotary[index]]), values_BQGd.transpose(1, 2)
+
+
+def _rotated(states_BHQd: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Heads (B, H, Q, d) rotated by halves."""
+    cos_BQd, sin_BQd = (part.to(states_BHQd.device) for part in rotary)
     low, high = states_BHQd.chunk(2, dim=-1)
     return states_BHQd * cos_BQd[:, None] + torch.cat([-high, low], dim=-1) * sin_BQd[:, None]
 

@@ -6,7 +6,7 @@
                 stay untouched
     3. keep     K visual tokens per sample, by a budget (METEOR: from its own attention mass); text tokens all stay
     4. upper    the layers above run on the kept tokens: gathered, left-padded to the longest sample, masked, at their
-                original positions; further prunings repeat steps 1 to 3 on what is left
+                original positions (or renumbered, `positions`); further prunings repeat steps 1 to 3 on what is left
     5. decode   new tokens run through all layers; the cache is full below the first pruning and shorter above each
     6. anew     where the settings say so (`query="answer"`, `reselect_every`, `later_turn`), steps 2 to 4 again on all
                 tokens so far, from the hidden states that wait below the first cut: what a pass without a cache gives
@@ -67,6 +67,7 @@ def decode_pruned(
     visual_mask_BQ: Tensor | None,
     cache: MeteorCache,
     use_cache: bool = True,
+    reply_BQ: Tensor | None = None,
 ) -> DecodedOutput:
     """One pass of a decoder with stage 3: the prefill on an empty cache, decode steps after it.
 
@@ -84,6 +85,7 @@ def decode_pruned(
         visual_mask_BQ: which tokens of the prompt are visual; ignored after prefill. None: none.
         cache: carries settings and decision.
         use_cache: without, keys and values are dropped: one pass over a prompt, no decode steps.
+        reply_BQ: of a prompt with its replies, which columns come from the first of them on: what training gives.
 
     Raises:
         ValueError: an unsupported decoder or attention kernel, masks that do not fit, a sample without any token, NaN,
@@ -94,7 +96,8 @@ def decode_pruned(
         return _continue(language_model, inputs_embeds_BQC, attention_mask_BL, position_ids_BQ, cache)
     plan, settings = plan_decoder(language_model.config), cache.settings
     check_kernel(language_model.config, plan)
-    prompt = read_prompt(inputs_embeds_BQC, attention_mask_BL, position_ids_BQ, visual_mask_BQ, settings.query)
+    read = (inputs_embeds_BQC, attention_mask_BL, position_ids_BQ, visual_mask_BQ, settings.query)
+    prompt = read_prompt(*read, reply_BT=reply_BQ)
     return _prefill(language_model, plan, prompt, cache, use_cache)
 
 
@@ -164,9 +167,13 @@ def _continue(
             there_BL = _of_columns(everywhere_BL, cut, decision.prompt_length, masked=False)
         slides = plan.slides[layers.start : layers.stop]
         masks = build_masks(config, plan.window, slides, hidden_BQC, seen_BL, there_BL, cache, layers.start)
+        turned = rotary
+        if cut is not None and cut.shift_B is not None:
+            shifted_BQ = position_ids_BQ - cut.shift_B.to(position_ids_BQ.device)[:, None]
+            turned = rotary_embeddings(language_model, plan, embeds_BQC, shifted_BQ)
         shared: dict[str, Any] = {
             "masks": masks,
-            "rotary": rotary,
+            "rotary": turned,
             "position_ids_BQ": position_ids_BQ if cut is None else None,
             "cache": cache,
         }

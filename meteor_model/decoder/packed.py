@@ -178,6 +178,11 @@ def check_packed_images(packed: Packed, is_image_BT: Tensor, config: MeteorConfi
     """
     per_image = config.tokens_per_image
     check_fusion(config.pruning.fuse)
+    if config.keeps_positions:
+        raise ValueError(
+            "pruning.fuse.positions 'original' does not go with packed rows, which count positions over what they "
+            "hold: give one sample a row, or set it to 'renumbered'"
+        )
     if torch.compiler.is_compiling():
         return
     rows_n, columns_n = is_image_BT.nonzero(as_tuple=True)

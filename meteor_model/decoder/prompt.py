@@ -24,7 +24,7 @@ class Prompt:
 
     Its columns are those of the prompt, or those that the prunings so far have left (`shortened`): then `index_BT` says
     which columns of the `whole` prompt they are, and `places_BT` where they stood among its tokens, for sliding windows
-    (None: where they stand).
+    (None: where they stand). `reply_BT` are the columns from the first reply on, where these come along in training.
     """
 
     embeds_BTC: Tensor
@@ -37,6 +37,7 @@ class Prompt:
     places_BT: Tensor | None = None
     whole: Prompt | None = None
     index_BT: Tensor | None = None
+    reply_BT: Tensor | None = None
 
     @property
     def seen_BT(self) -> Tensor | None:
@@ -60,7 +61,13 @@ class Prompt:
             None if places_BT is None else gather_tokens(places_BT.expand(len(order_BW), -1), order_BW),
             self.whole or self,
             order_BW if index_BT is None else gather_tokens(index_BT, order_BW),
+            None if self.reply_BT is None else gather_tokens(self.reply_BT, order_BW),
         )
+
+    @property
+    def last_B1(self) -> Tensor:
+        """The column of the last token that belongs to the question, int64 (B, 1)."""
+        return _last_column(self.attended_BT, self.reply_BT)
 
 
 def read_prompt(
@@ -70,11 +77,12 @@ def read_prompt(
     visual_mask_BT: Tensor | None,
     query: Query,
     answer_tokens: int = 0,
+    reply_BT: Tensor | None = None,
 ) -> Prompt:
     """A prompt's masks, checked. Values are read back once, and not at all where nothing needs them.
 
     With `answer_tokens` its last so many columns are an answer's, and ask; without them a query of the answer is the
-    prompt's last token.
+    prompt's last token. What is `reply_BT`, bool, and all behind it neither asks nor is visual.
     """
     shape, device = embeds_BTC.shape[:2], embeds_BTC.device
     check_not_empty(embeds_BTC)
@@ -89,12 +97,16 @@ def read_prompt(
         attended_BT = attention_mask_BT.to(device=device, dtype=torch.bool)
         visual_BT = visual_BT & attended_BT
     columns_T = torch.arange(shape[1], device=device)
-    last_B1 = torch.where(attended_BT, columns_T, 0).amax(dim=1, keepdim=True)
-    asks_BT = columns_T == last_B1
+    if reply_BT is not None:
+        reply_BT = reply_BT.to(device)
+        visual_BT = visual_BT & ~reply_BT
+    asks_BT = columns_T == _last_column(attended_BT, reply_BT)
     if query == "all_text":
         # Text before the image sees no visual token: it would only dilute the mean. Without text after it, the last
         # token asks: nobody asking would read as nobody looking.
         after_BT = attended_BT & ~visual_BT & (visual_BT.cumsum(dim=1) > 0)
+        if reply_BT is not None:
+            after_BT = after_BT & ~reply_BT
         asks_BT = after_BT | (asks_BT & ~after_BT.any(dim=1, keepdim=True))
     if answer_tokens:
         answer_BT = attended_BT & (columns_T >= shape[1] - answer_tokens)
@@ -118,7 +130,18 @@ def read_prompt(
         asking_BR,
         gather_tokens(asks_BT, asking_BR),
         num_padded > 0,
+        reply_BT=reply_BT,
     )
+
+
+def _last_column(attended_BT: Tensor, reply_BT: Tensor | None) -> Tensor:
+    """The last attended column, int64 (B, 1), before a reply where there is something before it."""
+    columns_T = torch.arange(attended_BT.shape[1], device=attended_BT.device)
+    asked_BT = attended_BT
+    if reply_BT is not None:
+        before_BT = attended_BT & ~reply_BT
+        asked_BT = torch.where(before_BT.any(dim=1, keepdim=True), before_BT, attended_BT)
+    return torch.where(asked_BT, columns_T, 0).amax(dim=1, keepdim=True)
 
 
 def places(seen_BL: Tensor | None, length: int, like: Tensor) -> Tensor:

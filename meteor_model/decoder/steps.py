@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from meteor_model.decoder.cache import Cut, Decision, MeteorCache
-from meteor_model.decoder.families import DecoderPlan, Rotary, rotary_embeddings
+from meteor_model.decoder.families import DecoderPlan, Rotary, layer_states, rotary_embeddings
 from meteor_model.decoder.masks import Masks, build_masks
 from meteor_model.decoder.prompt import Prompt, places
 from meteor_model.decoder.scores import refuse_nan, run_layers
@@ -53,7 +53,7 @@ class Columns:
         )
 
     def shortened(self, hidden_BTC: Tensor, order_BW: Tensor, cut: Cut) -> Columns:
-        """What a cut leaves."""
+        """What a cut leaves, at its original positions."""
         hidden_BWC = gather_tokens(hidden_BTC, order_BW.to(hidden_BTC.device))
         rotary = {
             kind: (gather_tokens(cos, order_BW), gather_tokens(sin, order_BW))
@@ -99,6 +99,9 @@ def reach(
     tap = KeyTap() if kept_cache is None else kept_cache
     hidden_BTC = run_layers(language_model, plan, asked_BTC, range(layer - 1, layer), **shared, cache=tap)
     made = (tap.keys, tap.values) if isinstance(tap, KeyTap) else cached_states(tap, layer - 1)
+    if made[0] is None and kept_cache is None and torch.is_grad_enabled():  # recomputed in the backward pass
+        with torch.no_grad():
+            made = layer_states(language_model, plan, layer - 1, asked_BTC, columns.rotary)
     return Reached(asked_BTC, hidden_BTC, made)
 
 
@@ -163,12 +166,16 @@ def prune(
             reached = reach(language_model, plan, columns, cut_at.layer, kept_cache)
         asked = (columns.rotary, columns.prompt, cache.num_heads, cache.cells_n2)
         view = view_layer(language_model, plan, cut_at.layer - 1, reached.asked_BTC, reached.made, *asked)
-        scores = score_layer(view, settings.scorer())
+        with torch.no_grad():  # selection has no gradient; what is kept carries its own
+            scores = score_layer(view, settings.scorer())
         held_BT = held[number] if held else None
         cut, order_BW, hidden_BTC = decide(scores, view, reached.hidden_BTC, cut_at, cache, images_B, held_BT)
+        columns = columns.shortened(hidden_BTC, order_BW, cut)
+        if settings.positions == "renumbered":
+            cut = replace(cut, shift_B=cuts[-1].shift_B if cuts else None)
+            columns, cut = renumbered(language_model, plan, columns, cut)
         cuts.append(cut)
         found.append(scores)
-        columns = columns.shortened(hidden_BTC, order_BW, cut)
     return Pruned(columns, tuple(cuts), found[0])
 
 
@@ -204,6 +211,18 @@ def images_of(visual_BT: Tensor, per_image: int | None) -> Tensor:
     return visual_B.double() / per_image if per_image else (visual_B > 0).double()
 
 
+def renumbered(language_model: PreTrainedModel, plan: DecoderPlan, columns: Columns, cut: Cut) -> tuple[Columns, Cut]:
+    """The columns that a cut left, at positions counted anew over what is kept, and the cut with its shift."""
+    kept_BW = cut.mask_BW
+    position_ids_BW = (kept_BW.long().cumsum(dim=1) - 1).clamp(min=0)
+    original_BW = columns.prompt.position_ids_BT.masked_fill(~kept_BW, -1)
+    before_B = torch.zeros_like(position_ids_BW[:, 0]) if cut.shift_B is None else cut.shift_B
+    shift_B = before_B + original_BW.amax(dim=1) - position_ids_BW.amax(dim=1)
+    prompt = replace(columns.prompt, position_ids_BT=position_ids_BW)
+    rotary = rotary_embeddings(language_model, plan, columns.hidden_BWC, position_ids_BW)
+    return replace(columns, prompt=prompt, rotary=rotary), replace(cut, shift_B=shift_B)
+
+
 def decide(
     scores: VisualScores,
     view: LayerView,
@@ -218,8 +237,7 @@ def decide(
     scores_BT, mass_B = scores.scores_BT.to(visual_BT.device), scores.mass_B.to(visual_BT.device)
     # The next token is read off the last one: where a prompt ends in an image, that is the first to be kept.
     columns_T = torch.arange(attended_BT.shape[1], device=attended_BT.device)
-    last_B1 = torch.where(attended_BT, columns_T, 0).amax(dim=1, keepdim=True)
-    scores_BT = scores_BT.masked_fill(columns_T == last_B1, torch.inf)
+    scores_BT = scores_BT.masked_fill(columns_T == view.prompt.last_B1, torch.inf)
     settings = cache.settings
     asked = Asked(mass_B, visual_BT.sum(dim=-1), images_B, planned.keep, settings.lam, settings.k_min, view)
     counts_B = planned.budget(asked)

@@ -25,9 +25,10 @@ from meteor_model.vision_meteor import JOINT
 
 
 def towers_of(model: MeteorForConditionalGeneration) -> Iterator[VisionEncoder]:
-    """The encoders, in their order."""
-    for encoder in model.encoders.values():
-        yield cast(VisionEncoder, encoder)
+    """The encoders that give tokens, in their order: those that are run, or all where maps are joined."""
+    for name, encoder in model.encoders.items():
+        if model.config.runs(name) or model.config.fusion == "channel_concat":
+            yield cast(VisionEncoder, encoder)
 
 
 def _pixels(encoder: VisionEncoder) -> Tensor:
@@ -38,6 +39,10 @@ def _pixels(encoder: VisionEncoder) -> Tensor:
 def encode(encoder: VisionEncoder, config: MeteorConfig) -> tuple[VisionTokens, dict[float, Tensor] | None]:
     """Tokens of one encoder through stage 1, (1, N, D), and the attention that stage 2 asks for."""
     looks = config.pruning.fuse.looks
+    if not config.runs(encoder.config.name):  # its place among joined maps is zero
+        tokens = config.encoder_tokens[encoder.config.name]
+        zeros_1ND = torch.empty(1, tokens, encoder.embed_dim, device=META)
+        return VisionTokens(zeros_1ND, torch.arange(tokens, device=META)[None], zeros_1ND[:, :0]), None
     if looks:
         return encode_looking(encoder, _pixels(encoder), looks, config.pruning.encode.score_queries)
     budgets, encode = config.encode_budgets[encoder.config.name], config.pruning.encode
@@ -76,24 +81,28 @@ def _run_tower(encoder: VisionEncoder, budgets: Sequence[int], before: bool) -> 
 
 def count_vision(model: MeteorForConditionalGeneration) -> tuple[tuple[TowerFlops, ...], int, int]:
     """Encoders with their projectors; the joint projector; the scores of fusion, contained in a joint projector's."""
-    config, towers, projected = model.config, [], []
+    config, projected = model.config, []
+    towers = {
+        item.name: TowerFlops(item.name, (config.encoder_tokens[item.name], *config.encode_budgets[item.name]), 0, 0, 0)
+        for item in config.encoders
+    }
     before = config.pruning.encode.enabled and ENCODE_CRITERIA[config.pruning.encode.criterion].facts["before"]
     for encoder in towers_of(model):
         name = encoder.config.name
         budgets = config.encode_budgets[name]
         (encoded, attention), everything = counted(encode, encoder, config)
-        _, tower = counted(_run_tower, encoder, budgets, before)
+        tower = counted(_run_tower, encoder, budgets, before)[1] if config.runs(name) else 0
         projector = 0
         if config.fusion == "post_projection":
             hidden_1ND, projector = counted(model.projectors[name], encoded.hidden)
             encoded = encoded._replace(hidden=hidden_1ND)
         projected.append((encoded, attention))
         tokens = (config.encoder_tokens[name], *budgets)
-        towers.append(TowerFlops(name, tokens, tower, everything - tower, projector))
+        towers[name] = TowerFlops(name, tokens, tower, everything - tower, projector)
     _, joined = counted(fuse, model, projected, projected=True)
     if config.fusion == "channel_concat":
-        return tuple(towers), joined, 0
-    return tuple(towers), 0, joined
+        return tuple(towers.values()), joined, 0
+    return tuple(towers.values()), 0, joined
 
 
 def fuse(
@@ -108,7 +117,8 @@ def fuse(
         joined = concat_channels(features, list(config.encoder_grids.values()), folds, config.concat_grid)
         features = [model.projectors[JOINT](joined)]
     elif not projected:
-        features = [model.projectors[item.name](hidden) for item, hidden in zip(config.encoders, features, strict=True)]
+        names = [encoder.config.name for encoder in towers_of(model)]
+        features = [model.projectors[name](hidden) for name, hidden in zip(names, features, strict=True)]
     text_1C = torch.empty(1, config.text_config.hidden_size, device=META)
     attention = [found for _, found in encoded]
     pool = model.pool_of(features, [tokens.positions for tokens, _ in encoded], attention, text_1C)

@@ -25,9 +25,15 @@ def _budget_weights(ranks: Sequence[float], exponent: float) -> list[Fraction]:
 
 
 def allocate_budgets(
-    ranks: Sequence[float], total: int, capacities: Sequence[int], exponent: float = 1.0
+    ranks: Sequence[float],
+    total: int,
+    capacities: Sequence[int],
+    exponent: float = 1.0,
+    factors: Sequence[float] | None = None,
 ) -> tuple[int, ...]:
     """Share `total` tokens among the encoders in proportion to rank ** exponent: k_l = total * r_l^t / sum r^t.
+
+    With `factors`, positive, in proportion to rank ** exponent * factor.
 
     Each encoder gets at least 1 token and at most its capacity; what a bound takes or leaves is re-shared in proportion
     among the others. Integers by largest remainder, ties to the lower index. The sum is exactly `total`. Exponent 1 is
@@ -47,6 +53,8 @@ def allocate_budgets(
     if total < len(ranks):
         raise ValueError(f"a budget of {total} tokens does not give each of {len(ranks)} encoders at least one")
     weights = _budget_weights(ranks, exponent)
+    if factors is not None:
+        weights = [weight * Fraction(factor) for weight, factor in zip(weights, factors, strict=True)]
 
     shares: dict[int, Fraction] = {}  # decided: held by a bound
     free = list(range(len(ranks)))

@@ -83,12 +83,23 @@ def stride(boundary: Boundary) -> Tensor:
 
 
 EncodeBudget = Callable[[Sequence[float], Sequence[int]], Sequence[float]]
-ENCODE_BUDGETS: Registry[EncodeBudget] = Registry("pruning.encode.budget")
+#: `usefulness`: whether weights are multiplied by `pruning.encode.usefulness`, where 0 is not run at all.
+ENCODE_BUDGETS: Registry[EncodeBudget] = Registry("pruning.encode.budget", usefulness=False)
 
 
 @ENCODE_BUDGETS.register("rank")
 def by_rank(ranks: Sequence[float], capacities: Sequence[int]) -> Sequence[float]:
     """METEOR (arXiv 2507.20842): in proportion to the expected rank of the feature map (to rank ** rank_exponent)."""
+    return ranks
+
+
+@ENCODE_BUDGETS.register("rank_usefulness", usefulness=True)
+def by_rank_and_usefulness(ranks: Sequence[float], capacities: Sequence[int]) -> Sequence[float]:
+    """In proportion to rank ** rank_exponent times the usefulness of the encoder; one of usefulness 0 is not run.
+
+    A high rank says that a map is rich, not that its answers need it: masking one encoder at a time finds some that add
+    nothing or harm (arXiv 2507.03262). Ours: the product, and that what harms counts as 0.
+    """
     return ranks
 
 

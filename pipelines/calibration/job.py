@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -10,6 +12,7 @@ from meteor_model.configuration_meteor import MeteorConfig
 from pipelines.calibration.drift import Drift, compare_ranks
 from pipelines.calibration.image_plan import CalibrationError, MeasureSettings
 from pipelines.calibration.lambda_check import LambdaReport, solve_on_split
+from pipelines.calibration.masking import MaskingReport, measure_masking
 from pipelines.calibration.measure import calibrate_ranks
 from pipelines.calibration.ranks import ESTIMATORS, RankReport, Ranks, report_budgets
 from pipelines.calibration.report import (
@@ -69,6 +72,7 @@ def calibrate(settings: CalibrateSettings, uri: str) -> Calibration:
         {name: budgets for name, budgets in found.items() if budgets is not None},
         _drift(settings, subject, config, report, digest),
         _lambda(settings, subject, config, manifest, ranks),
+        _masking(settings, subject, manifest),
         settings_of(settings),
         git_commit(Path(__file__).resolve().parents[2]),
         now(),
@@ -125,15 +129,35 @@ def _lambda(
     acts = decode.enabled and decode.needs_lambda
     if not settings.decode_samples or target is None or (settings.target_per_image is None and not acts):
         return None
-    task = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus)(_solve)
+    solved: LambdaReport = _in_a_task(settings, _solve, settings, subject, manifest, target, ranks)
+    return solved
+
+
+def _in_a_task(settings: CalibrateSettings, run: Callable[..., Any], *arguments: Any) -> Any:
+    """What `run` returns in a Ray task, where its GPU is; its last argument is the watchdog's mailbox."""
+    task = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus)(run)
     try:
         with watch_tasks() as mailbox:
-            solved: LambdaReport = ray.get(task.remote(settings, subject, manifest, target, ranks, mailbox))
+            return ray.get(task.remote(*arguments, mailbox))
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, ValueError):
             raise error.cause from None
         raise
-    return solved
+
+
+def _masking(settings: CalibrateSettings, subject: PinnedModel, manifest: shards.Manifest) -> MaskingReport | None:
+    if not settings.masking:
+        return None
+    found: MaskingReport = _in_a_task(settings, _mask, settings, subject, manifest)
+    return found
+
+
+def _mask(settings: CalibrateSettings, subject: PinnedModel, manifest: shards.Manifest, mailbox: str) -> MaskingReport:
+    """A task, as `_solve`."""
+    begin_data_task(mailbox)
+    with open_model(subject) as folder:
+        device = device_for(settings.gpus)
+        return measure_masking(folder, manifest, settings.decode_split, settings.masking, device)
 
 
 def _solve(

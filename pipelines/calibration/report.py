@@ -18,6 +18,7 @@ from meteor_model.visualize import draw_calibration
 from pipelines.calibration.drift import Drift
 from pipelines.calibration.image_plan import CalibrationError
 from pipelines.calibration.lambda_check import TOLERANCE, LambdaReport
+from pipelines.calibration.masking import MaskingReport
 from pipelines.calibration.ranks import BudgetReport, RankReport
 from pipelines.io import sealed, storage
 from pipelines.io.redact import redact, redact_text
@@ -58,6 +59,7 @@ class Calibration:
         budgets: by estimator; empty with stage 1 off.
         drift: against another dataset, or None.
         decode: lambda, or None where none was asked for.
+        masking: usefulness of the encoders, or None where none was asked for.
         settings: of the job.
         git_commit: of the code.
         created: UTC.
@@ -71,6 +73,7 @@ class Calibration:
     budgets: dict[str, BudgetReport]
     drift: Drift | None
     decode: LambdaReport | None
+    masking: MaskingReport | None
     settings: dict[str, Any]
     git_commit: str
     created: str
@@ -91,6 +94,7 @@ class Calibration:
                 "budgets": {name: asdict(item) for name, item in self.budgets.items()},
                 "lambda": None if self.decode is None else self.decode.to_dict(),
                 "drift": None if self.drift is None else self.drift.to_dict(),
+                "masking": None if self.masking is None else self.masking.to_dict(),
             }
         )
         return plain
@@ -223,6 +227,8 @@ def calibration_text(calibration: Calibration) -> str:
             f"{found.checked_per_image:.2f} [{found.low:.2f}, {found.high:.2f}] on {found.checked_on} others: it "
             f"{'holds' if found.holds else 'is not shown to hold'} within {TOLERANCE:.0%}"
         )
+    if calibration.masking is not None:
+        lines += [f"  {line}" for line in calibration.masking.lines()]
     if calibration.drift is not None:
         drift = calibration.drift
         lines.append(f"  drift     {drift.verdict} against {drift.against} ({drift.images} images): {drift.reason}")

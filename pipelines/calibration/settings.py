@@ -41,6 +41,9 @@ class CalibrateSettings:
     """Held-back split with the prompts for lambda."""
     decode_samples: NonNegativeInt = 64
     """Prompts to solve lambda on; as many others check it. 0 solves none."""
+    masking: NonNegativeInt = 0
+    """Questions of decode_split that are asked with all encoders and without each, which gives the usefulness of every
+    encoder (pruning.encode.usefulness). 0 masks none."""
     tolerance: Annotated[float, Interval(gt=0, lt=1)] = RELATIVE_TOLERANCE
     """Images are enough when the mean's 95 % interval is within this share of it to either side."""
     output: str = ""

@@ -176,9 +176,12 @@ def _ask(
     inputs = processor.batch_prompts([q.prompt for q in questions], [q.images for q in questions])
     inputs = inputs.to(model.device)
     mask_BT = inputs["attention_mask"]
-    embeds_BTC, is_image_BT = model.embed_prompts(inputs["input_ids"], inputs["pixel_values"])
-    cache = model.new_cache() or DynamicCache(config=model.config.text_config)
-    nll_B = answer_nll(model, embeds_BTC, mask_BT, is_image_BT, [q.answer_ids for q in questions], cache)
+    embeds_BTC, is_image_BT, stats = model.read_prompts(inputs["input_ids"], inputs["pixel_values"], None, mask_BT)
+    own: dict[str, Any] = {}
+    if model.config.keeps_positions:
+        own["position_ids"] = model.positions_of_prompts(is_image_BT, mask_BT, stats)
+    cache = model.recording_cache()
+    nll_B = answer_nll(model, embeds_BTC, mask_BT, is_image_BT, [q.answer_ids for q in questions], cache, **own)
     kept = _kept_by_image(model.config, cache, [len(question.images) for question in questions])
     answers: list[str | None] = [None] * len(questions)
     if longest is not None:
@@ -186,11 +189,12 @@ def _ask(
             inputs_embeds=embeds_BTC,
             image_mask=is_image_BT,
             attention_mask=mask_BT,
-            past_key_values=model.new_cache() or DynamicCache(config=model.config.text_config),
+            past_key_values=model.recording_cache(),
             max_new_tokens=longest,
             do_sample=False,
             pad_token_id=processor.tokenizer.pad_token_id,
             eos_token_id=processor.tokenizer.eos_token_id,
+            **own,
         )
         answers = [processor.decode(ids_A) for ids_A in ids_BA]
     return [
@@ -238,6 +242,7 @@ def answer_nll(
     is_image_BT: Tensor,
     answers: Sequence[Sequence[int]],
     cache: DynamicCache,
+    position_ids: Tensor | None = None,
 ) -> Tensor:
     """Mean negative log-likelihood of each answer's tokens after its prompt, (B,) fp32 in nats.
 
@@ -251,6 +256,7 @@ def answer_nll(
         is_image_BT: bool, where visual tokens are.
         answers: token ids of each answer, at least one.
         cache: a fresh one; a `MeteorCache` prunes the prompt as `generate` does.
+        position_ids: of the prompts, where they are not counted over the mask.
     """
     device, lengths = embeds_BTC.device, [len(answer) for answer in answers]
     ids_BA = torch.zeros(len(answers), max(lengths), dtype=torch.long)
@@ -260,7 +266,12 @@ def answer_nll(
     there_BA = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
     options: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
     prefilled = model(
-        inputs_embeds=embeds_BTC, attention_mask=mask_BT, image_mask=is_image_BT, logits_to_keep=1, **options
+        inputs_embeds=embeds_BTC,
+        attention_mask=mask_BT,
+        image_mask=is_image_BT,
+        position_ids=position_ids,
+        logits_to_keep=1,
+        **options,
     )
     logits = [prefilled.logits]
     if max(lengths) > 1:

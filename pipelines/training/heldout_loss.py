@@ -132,7 +132,10 @@ def parity_batch(engine: Any, batch: MicroBatch, precision: Precision) -> Parity
     torch.distributed.broadcast_object_list(shared, src=0)
     inputs: dict[str, Tensor] = shared[0]
     engine.eval()
-    output = engine(**{name: tensor.to(engine.device) for name, tensor in inputs.items()})
+    given = {name: tensor.to(engine.device) for name, tensor in inputs.items()}
+    if engine.module.config.pruning.decode.train:  # with labels stage 3 prunes, and the replay runs stages 1 and 2
+        given.pop("labels", None)
+    output = engine(**given)
     engine.train()
     stats = output.pruning_stats
     kept = GivenTokens.of(stats) if isinstance(stats, PruningStats) else None

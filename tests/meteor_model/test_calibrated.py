@@ -33,16 +33,18 @@ DECODE = {
     "layer": 1, "num_heads": 2, "query": "all_text", "target_mean": 24.0, "k_min": 2, "criterion": "all_heads",
     "budget": "fixed",
 }  # fmt: skip
-FUSE = {"keep": 40, "enabled": False, "criterion": "random", "floor": 0.5, "merge": "nearest"}
+FUSE = {"keep": 40, "enabled": False, "criterion": "random", "floor": 0.5, "merge": "nearest", "positions": "original"}
 ENCODE_FOR_LAM = {
     "totals": (96, 70, 64), "first_deep_segment": 3, "rank_exponent": 0.0, "score_queries": 16, "enabled": False,
-    "criterion": "random", "budget": "tokens",
+    "criterion": "random", "budget": "tokens", "masked": ("clip",),
 }  # fmt: skip
 #: Later prunings count tokens for themselves, and a choice after prefill goes by the prompt's lambda; numbers of
 #: criteria: test_options_are_settings_too.
 FREE = {("decode", "enabled"), ("decode", "lam"), ("decode", "later_layers"), ("decode", "later_keep")}
+FREE |= {("encode", "usefulness")}  # goes with another budget; the budgets of stage 1 are compared
 FREE |= {("decode", "equal_layers"), ("decode", "options"), ("fuse", "options"), ("encode", "options")}
 FREE |= {("decode", "answer_tokens"), ("decode", "reselect_every"), ("decode", "later_turn")}
+FREE |= {("decode", "positions"), ("decode", "train")}
 LAM_ROWS = [
     *(("decode", name, value) for name, value in DECODE.items()),
     *(("fuse", name, value) for name, value in FUSE.items()),

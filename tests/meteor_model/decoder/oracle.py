@@ -145,8 +145,13 @@ def decide_literally(
     return LiteralDecision(kept, count, mass, sorted(listening), mass_H)
 
 
-def last_hidden_literally(model: Any, embeds_1TC: Tensor, kept: set[int], prompt_length: int, layer: int) -> Tensor:
-    """(C,) hidden state of the last token: no cache, no gather; upper layers just may not look at dropped tokens."""
+def last_hidden_literally(
+    model: Any, embeds_1TC: Tensor, kept: set[int], prompt_length: int, layer: int, renumber: bool = False
+) -> Tensor:
+    """(C,) hidden state of the last token: no cache, no gather; upper layers just may not look at dropped tokens.
+
+    With `renumber` they number the tokens that are left anew.
+    """
     config, length = model.config, embeds_1TC.shape[1]
     dropped = [i for i in range(prompt_length) if i not in kept]
     place_T = torch.arange(length)
@@ -162,7 +167,10 @@ def last_hidden_literally(model: Any, embeds_1TC: Tensor, kept: set[int], prompt
         if config._attn_implementation == "eager":
             mask = torch.zeros(mask.shape, dtype=hidden.dtype).masked_fill(~mask, torch.finfo(hidden.dtype).min)
         kind = (config.layer_types[index],) if config.model_type == "gemma3_text" else ()
-        rotary = model.rotary_emb(embeds_1TC, place_T[None], *kind)
+        position_T = place_T
+        if renumber and index >= layer:
+            position_T = torch.tensor([sum(1 for i in range(t) if i not in dropped) for t in range(length)])
+        rotary = model.rotary_emb(embeds_1TC, position_T[None], *kind)
         hidden = block(hidden, attention_mask=mask, position_embeddings=rotary)
     last: Tensor = model.norm(hidden)[0, -1]
     return last

@@ -34,6 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "all text, every 3": {"query": "all_text", "reselect_every": 3, "lam": 4.0},
     "answer": {"query": "answer", "answer_tokens": 2, **FIXED},
     "answer, every 1": {"query": "answer", "answer_tokens": 2, "reselect_every": 1, **FIXED},
+    "renumbered, every 2": {"query": "last", "reselect_every": 2, "lam": 4.0, "positions": "renumbered"},
     "answer of one token, every 3": {"query": "answer", "answer_tokens": 1, "reselect_every": 3, **FIXED},
 }
 
@@ -79,7 +80,8 @@ class Literal:
 
     def hidden(self) -> Tensor:
         prompt_length, layer = len(self.visual_T), self.settings.layer
-        return last_hidden_literally(self.model, self.embeds_1LC, self.kept, prompt_length, layer)
+        renumber = self.settings.positions == "renumbered"
+        return last_hidden_literally(self.model, self.embeds_1LC, self.kept, prompt_length, layer, renumber)
 
     def generate(self, steps: int) -> tuple[list[int], Tensor]:
         tokens, hidden_SC = [], [self.hidden()]

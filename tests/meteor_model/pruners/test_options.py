@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from meteor_model.configuration_meteor import DecodePruning, FusePruning, MeteorConfig
+from meteor_model.flops import count_flops
 from meteor_model.fusion import prune_pool
 from meteor_model.pruners.fuse_criteria import FUSE_CRITERIA, Pool, floored, floors_of
 from meteor_model.pruners.redundancy import mutual_redundancy
@@ -196,3 +197,9 @@ def test_meteor_s_criterion_without_rotary_positions_and_with_a_stride(rotary: i
         pruned = pruned or 0 < len(kept) < len(layer.visual)
     assert pruned
     assert len(prompts.singles) == len(LAYOUTS)
+
+
+@pytest.mark.parametrize("criterion", ["coverage", "coverage_text"])
+def test_coverage_has_shapes_on_the_meta_device(criterion: str) -> None:
+    fuse = replace(PRUNED.fuse, criterion=criterion, floor=0.5, merge="nearest")
+    assert count_flops(config(replace(PRUNED, fuse=fuse, decode=DecodePruning(False)))).fusion > 0

@@ -15,9 +15,11 @@ from pipelines.calibration import report as calibration_file
 from pipelines.calibration.drift import compare_ranks
 from pipelines.calibration.image_plan import CalibrationError
 from pipelines.calibration.lambda_check import check_lambda
+from pipelines.calibration.masking import Masked, MaskingReport
 from pipelines.calibration.ranks import RankReport, measures_of, report_budgets
 from pipelines.calibration.report import Calibration, Dataset, calibration_text, load_report, split_address
 from pipelines.calibration.statistics import RunningStatistics
+from pipelines.evaluation.intervals import Interval
 from pipelines.io.storage import StorageError
 from pipelines.registry.folder import ExportError, weights_digest
 from tests.meteor_model.builders import DENSE, PRUNED, config
@@ -122,6 +124,7 @@ def calibration() -> Calibration:
         {"effective": budgets},
         compare_ranks(built, here, report({"clip": 2.0}), "there"),
         check_lambda(torch.rand(20), torch.full((20,), 32), torch.ones(20).long(), list(range(20)), 12.0, 1),
+        MaskingReport("suite", 40, 0.8, Interval(0.7, 0.9), {"clip": Masked(0.2, Interval(0.1, 0.3), 0.75)}),
         {"samples": 50, "api_key": "hidden"},
         "abc",
         calibration_file.now(),
@@ -138,8 +141,15 @@ def test_the_file_is_read_again_without_secrets(tmp_path: Path) -> None:
     again, digest = load_report(where)
     assert (again, digest) == (made.report, "0" * 64)
     assert (tmp_path / "out" / "calibration.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads(text)["masking"]["without"]["clip"]["usefulness"] == 0.75
     told = calibration_text(made)
-    for part in ("drift against there", "1 undecodable_image; 2 without", "convnext at boundary 3", "lambda"):
+    for part in (
+        "drift against there",
+        "1 undecodable_image; 2 without",
+        "convnext at boundary 3",
+        "lambda",
+        "without clip",
+    ):
         assert part in told
 
 
