@@ -158,7 +158,9 @@ def prune(
         kept_cache: the same, or None for a pass that caches nothing.
         held: for each cut, visual columns (B, T) of the whole that stay whatever their scores.
     """
-    settings, found, cuts = cache.settings, [], []
+    settings = cache.settings
+    found: list[VisualScores] = []
+    cuts: list[Cut] = []
     images_B = images_of(columns.prompt.visual_BT, cache.per_image)
     planned = settings.cuts()
     for number, cut_at in enumerate(planned):

@@ -40,9 +40,9 @@ def encode(encoder: VisionEncoder, config: MeteorConfig) -> tuple[VisionTokens, 
     """Tokens of one encoder through stage 1, (1, N, D), and the attention that stage 2 asks for."""
     looks = config.pruning.fuse.looks
     if not config.runs(encoder.config.name):  # its place among joined maps is zero
-        tokens = config.encoder_tokens[encoder.config.name]
-        zeros_1ND = torch.empty(1, tokens, encoder.embed_dim, device=META)
-        return VisionTokens(zeros_1ND, torch.arange(tokens, device=META)[None], zeros_1ND[:, :0]), None
+        count = config.encoder_tokens[encoder.config.name]
+        zeros_1ND = torch.empty(1, count, encoder.embed_dim, device=META)
+        return VisionTokens(zeros_1ND, torch.arange(count, device=META)[None], zeros_1ND[:, :0]), None
     if looks:
         return encode_looking(encoder, _pixels(encoder), looks, config.pruning.encode.score_queries)
     budgets, encode = config.encode_budgets[encoder.config.name], config.pruning.encode

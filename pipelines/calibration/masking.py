@@ -121,7 +121,7 @@ def measure_masking(
         apply_pruning(model, processor, masked_pruning(config, name), None)
         asked = suite.read(processor, config.text_config.max_position_embeddings)
         score = score_model(model, processor, asked, suite)
-        say(f"{'with all encoders' if name is None else f'without {name}'}: accuracy {score.accuracy_text()}")
+        say(f"{'with all encoders' if name is None else f'without {name}'}: accuracy {score.accuracy_text}")
         return score
 
     return masking_report(suite.digest, ask(None), {name: ask(name) for name in names})

@@ -166,7 +166,7 @@ def test_positions_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValueError, match="gives an image 32 positions, the LLM has 20"):
         MeteorConfig(**{**config.to_dict(), "text_config": build_config("llama", max_position_embeddings=20)})
     with pytest.raises(ValueError, match=r"pruning\.fuse\.positions must be one of original, renumbered, got 'old'"):
-        replace(config.pruning.fuse, positions="old")
+        replace(config.pruning.fuse, positions="old")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"pruning\.decode\.positions must be one of original, renumbered, got 'old'"):
         DecodePruning(positions="old")  # type: ignore[arg-type]
     everything = PruningConfig(EncodePruning(False), FusePruning(False, positions="original"), DecodePruning(False))
