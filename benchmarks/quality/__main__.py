@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="*", help="asked ones; by default those that are there")
     parser.add_argument("--pruners", nargs="*", default=[], help="rows of these pruners alone")
     parser.add_argument("--questions", type=int, default=0, help="of a group; 0: the size's")
+    parser.add_argument("--split", choices=("final", "validation"), default="final", help="whose questions are asked")
     parser.add_argument("--anew", action="store_true", help="ask stored rows again")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.anew:
             output.unlink(missing_ok=True)
         known = [name for name in (options.dense, options.meteor) if place.model_folder(name).is_dir()]
-        ask(place, size, options.models or known, output, options.pruners, options.questions)
+        ask(place, size, options.models or known, output, options.pruners, options.questions, options.split)
     if options.command in ("statistics", "all", "ask"):
         report(output, output.with_suffix(".png"))
 

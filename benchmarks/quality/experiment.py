@@ -179,10 +179,26 @@ def _finish(
 
 
 def ask(
-    place: Place, size: Size, names: Sequence[str], output: Path, pruners: Sequence[str] = (), per_group: int = 0
+    place: Place,
+    size: Size,
+    names: Sequence[str],
+    output: Path,
+    pruners: Sequence[str] = (),
+    per_group: int = 0,
+    split: Split = "final",
 ) -> None:
-    """Every row of every model that the file does not hold yet; the file is written after each row."""
-    scenes = scenes_for(place, "final", size.final_images)
+    """Every row of every model that the file does not hold yet; the file is written after each row.
+
+    Args:
+        place: where things are.
+        size: of the experiment.
+        names: of the models.
+        output: the file.
+        pruners: rows of these alone.
+        per_group: questions of a group; 0: the size's.
+        split: "final", or "validation" for a look that spends nothing of it.
+    """
+    scenes = scenes_for(place, split, size.final_images if split == "final" else size.validation_images)
     maps = maps_for(place, size, scenes)
     asked = final_questions(scenes.questions, per_group or size.questions)
     results = _opened(output, asked, scenes.images)

@@ -122,6 +122,19 @@ def optimizers_of(model: MeteorForConditionalGeneration, recipe: Recipe) -> list
     ]
 
 
+def _identity(model: MeteorForConditionalGeneration) -> list[Any]:
+    """What makes a model another one to a stored run; settings that came later and are at their defaults do not."""
+    config = model.config
+    shapes = {name: list(tensor.shape) for name, tensor in trained_tensors(model).items()}
+    return [
+        [item.to_dict() for item in config.encoders],
+        config.fusion,
+        config.pruning.as_stored(),
+        config.ranks,
+        shapes,
+    ]
+
+
 class Run:
     """A training in a folder: what it has done so far, and how to go on.
 
@@ -152,7 +165,7 @@ class Run:
         self.step, self.seconds = 0, 0.0
         #: (step, number of steps that was planned before, and from there on).
         self.changes: list[tuple[int, int, int]] = []
-        self.digest = sha256_of_json([asdict(replace(recipe, steps=0)), model.config.to_dict(), len(questions)])
+        self.digest = sha256_of_json([asdict(replace(recipe, steps=0)), _identity(model), len(questions)])
         folder.mkdir(parents=True, exist_ok=True)
         self._resume()
 
