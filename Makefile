@@ -146,7 +146,7 @@ bench-data: setup $(PEERS_STAMP)  ## Measure our data stream beside webdataset a
 
 bench-quality: $(PARTS_STAMP)  ## Ask the trained models of benchmarks/models under every pruner; writes benchmarks/results/quality.json and quality.png
 	@$(PY) jobs/make_parts.py dinov2-small efficientnet-lite0
-	@$(PY) -m benchmarks.quality ask --anew $(ARGS)
+	@$(PY) -m benchmarks.quality ask --anew --size hour $(ARGS)
 
 train-scenes: $(PARTS_STAMP)  ## Train a dense model and METEOR on composed scenes and ask both (hours; resumable): make train-scenes ARGS="--quick"
 	@$(PY) jobs/make_parts.py dinov2-small efficientnet-lite0

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.quality.experiment import Place, ask, train_dense, train_meteor
+from benchmarks.quality.models import MODELS
 from benchmarks.quality.pictures import draw_curves
 from benchmarks.quality.sizes import SIZES
 from benchmarks.quality.statistics import summarise, table
@@ -59,10 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.command in ("prune", "all"):
         train_meteor(place, size, options.meteor, options.dense, options.seed, options.steps)
     if options.command in ("ask", "all"):
+        known = [name for name in (options.dense, options.meteor) if place.model_folder(name).is_dir()]
+        names = options.models or known
+        if not names:
+            raise SystemExit(f"no trained model is in {root / 'models'} or {MODELS}: `make train-scenes` trains them")
         if options.anew:
             output.unlink(missing_ok=True)
-        known = [name for name in (options.dense, options.meteor) if place.model_folder(name).is_dir()]
-        ask(place, size, options.models or known, output, options.pruners, options.questions, options.split)
+        ask(place, size, names, output, options.pruners, options.questions, options.split)
     if options.command in ("statistics", "all", "ask"):
         report(output, output.with_suffix(".png"))
 

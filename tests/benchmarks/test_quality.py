@@ -15,6 +15,7 @@ import torch
 
 import benchmarks.gpu
 from benchmarks.quality import answers, statistics
+from benchmarks.quality.__main__ import main as quality_main
 from benchmarks.quality.answers import answer
 from benchmarks.quality.experiment import tokenizer_of
 from benchmarks.quality.maps import Maps, make_maps
@@ -295,6 +296,12 @@ def test_a_model_is_stored_without_its_towers(tmp_path: Path) -> None:
     ranks = {name: [2.0] for name in model.encoders}
     pruned = meteor_config(model.config, (108, 72, 144), 34, ranks)
     assert (pruned.tokens_per_image, pruned.fusion) == (34, "post_projection")
+
+
+def test_asking_without_a_model_says_how_to_get_one(tmp_path: Path) -> None:
+    absent = ["--dense", "absent", "--meteor", "absent", "--root", str(tmp_path)]
+    with pytest.raises(SystemExit, match="make train-scenes"):
+        quality_main(["ask", "--anew", *absent, "--output", str(tmp_path / "quality.json")])
 
 
 def test_the_whole_runs_by_the_gpus_command_and_asks_no_row_twice(tmp_path: Path) -> None:
