@@ -132,9 +132,8 @@ def parity_batch(engine: Any, batch: MicroBatch, precision: Precision) -> Parity
     torch.distributed.broadcast_object_list(shared, src=0)
     inputs: dict[str, Tensor] = shared[0]
     engine.eval()
-    given = {name: tensor.to(engine.device) for name, tensor in inputs.items()}
-    if engine.module.config.pruning.decode.train:  # with labels stage 3 prunes, and the replay runs stages 1 and 2
-        given.pop("labels", None)
+    # Without labels: with them stage 3 prunes where pruning.decode.train is set, and the replay runs stages 1 and 2.
+    given = {name: tensor.to(engine.device) for name, tensor in inputs.items() if name != "labels"}
     output = engine(**given)
     engine.train()
     stats = output.pruning_stats
