@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -122,17 +122,12 @@ def optimizers_of(model: MeteorForConditionalGeneration, recipe: Recipe) -> list
     ]
 
 
-def _identity(model: MeteorForConditionalGeneration) -> list[Any]:
+def _identity(model: MeteorForConditionalGeneration, vocabulary: Mapping[str, int]) -> list[Any]:
     """What makes a model another one to a stored run; settings that came later and are at their defaults do not."""
     config = model.config
     shapes = {name: list(tensor.shape) for name, tensor in trained_tensors(model).items()}
-    return [
-        [item.to_dict() for item in config.encoders],
-        config.fusion,
-        config.pruning.as_stored(),
-        config.ranks,
-        shapes,
-    ]
+    parts = [[item.to_dict() for item in config.encoders], config.fusion, config.pruning.as_stored(), config.ranks]
+    return [*parts, shapes, sha256_of_json(dict(vocabulary))]
 
 
 class Run:
@@ -165,7 +160,8 @@ class Run:
         self.step, self.seconds = 0, 0.0
         #: (step, number of steps that was planned before, and from there on).
         self.changes: list[tuple[int, int, int]] = []
-        self.digest = sha256_of_json([asdict(replace(recipe, steps=0)), _identity(model), len(questions)])
+        identity = _identity(model, encoder.processor.tokenizer.get_vocab())
+        self.digest = sha256_of_json([asdict(replace(recipe, steps=0)), identity, len(questions)])
         folder.mkdir(parents=True, exist_ok=True)
         self._resume()
 
@@ -247,7 +243,9 @@ class Run:
             return
         state = torch.load(path, map_location=self.model.device, weights_only=True)
         if state["digest"] != self.digest:
-            raise ValueError(f"{path} is of another recipe, model or number of images: give the run another name")
+            raise ValueError(
+                f"{path} is of another recipe, model, vocabulary or number of images: give the run another name"
+            )
         self.model.load_state_dict(state["weights"], strict=False)
         for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(stored)
