@@ -37,6 +37,7 @@ from benchmarks.clocks import hardware
 from benchmarks.harness import DENSE
 from benchmarks.results_file import RESULTS, write_results
 from infra.processes import choose_port
+from infra.services import OF_EVERY_NODE
 from meteor_model.architectures import architecture, build_config
 from meteor_model.chat import IMAGE_PLACEHOLDER
 from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, MeteorConfig, PruningConfig
@@ -124,7 +125,8 @@ def serving(name: str, model: Path, folder: Path, *options: str) -> Iterator[Ser
     """
     port, log = choose_port(set()), folder / f"{name}.log"
     command = [sys.executable, "jobs/serve.py", "--model", str(model), "--port", str(port), *options]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_"))}
+    own = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_"))}
+    environment = own | OF_EVERY_NODE
     with log.open("wb") as stream:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=stream, stderr=stream, start_new_session=True

@@ -118,6 +118,8 @@ OF_EVERY_NODE = {
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     # Ray's own 15 leaves a training next to nothing beside any other program of the machine.
     "RAY_worker_niceness": "0",
+    # Ray Serve ends its proxy and starts another one, again and again, where a busy machine takes longer than its 5 s.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
 }
 """Environment that each Ray node of the stack is started with."""
 
