@@ -29,7 +29,7 @@ ALLOWED: dict[str, str] = {
     "infra/fault_proxy.py::FaultProxy._exchange::sending.result": "of a task that is done",
     "infra/throttle.py::Pace.take::wait": "a dead network; ends with the connection, which `close` resets",
     "pipelines/calibration/image_plan.py::_survey::iter_rows": "tasks read under data.read_patience_s; a person waits",
-    "pipelines/calibration/job.py::_in_a_task::ray.get": "reads under data.read_patience_s and computes; a person waits",
+    "pipelines/calibration/job.py::_in_a_task::ray.get": "reads under data.read_patience_s, computes; a person waits",
     "pipelines/calibration/measure.py::measure_plan::measured.iter_rows": "the same",
     "pipelines/inference/batch.py::_answer_parts::written.iter_rows": "the same, with a progress line for every part",
     "pipelines/io/bulk.py::_in_parts::future.result": "of a future that is done",
