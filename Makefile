@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help plan predict-shards serve setup lock up status down pretrain finetune sweep predict calibrate evaluate register shards parts visualize flops bench-prune bench-pruners bench-gpu bench-order bench-ranks bench-search bench-serve bench-limits bench-start bench-data bench-packing bench-quality train-scenes rehearsal \
+.PHONY: help plan predict-shards serve setup lock up status down pretrain finetune sweep predict calibrate evaluate register shards parts visualize flops bench-prune bench-pruners bench-gpu bench-order bench-ranks bench-search bench-trials bench-serve bench-limits bench-start bench-data bench-packing bench-quality train-scenes rehearsal \
   chaos check docs docs-check format fuzz test test-slow test-versions clean
 
 PYTHON ?= python3.11
@@ -72,7 +72,10 @@ finetune: up  ## Fine-tune what pretrain registered
 	@$(SUBMIT) python jobs/finetune.py --run.output "$(CURDIR)/runs/latest" $(ARGS)
 
 sweep: up  ## Search a pruning that costs less and is no worse, and the best of two budgets; register them; writes benchmarks/results/sweep.json
+	@$(STACK) run -- $(PY) jobs/make_shards.py openmoji --output s3://meteor/data/sweep-questions --variants 8 \
+	  --code-points 256 --heldout-code-points 0
 	@$(SUBMIT) python jobs/sweep.py --output "$(CURDIR)/benchmarks/results/sweep.json" --budgets 8 16 --trials 24 \
+	  --manifest s3://meteor/data/sweep-questions --final-questions 2048 --tower-knobs keep side \
 	  --max-concurrent 2 --register $(ARGS)
 
 predict: up  ## Ask the registered model: make predict ARGS="--image FILE --prompt TEXT"
@@ -131,6 +134,9 @@ chaos: setup  ## Kill, cut and spoil everything on real servers and count the sa
 
 rehearsal: $(PARTS_STAMP)  ## Whole jobs in bf16 and at 1 B parameters on the local stack, and what every phase takes: make rehearsal ARGS="--only small"
 	@METEOR_PARTS_DIR="$(PARTS_DIR)" $(PY) -m benchmarks.rehearsal $(ARGS)
+
+bench-trials: setup  ## Measure what a trial of a sweep costs with the towers' maps kept and without (a minute); writes benchmarks/results/trials.json
+	@$(PY) -m benchmarks.trials $(ARGS)
 
 bench-serve: setup  ## Measure serving with and without pruning and batching (about 10 minutes, quiet cores); writes benchmarks/results/serve.json
 	@$(PY) -m benchmarks.serve $(ARGS)

@@ -18,6 +18,7 @@ import torch
 from meteor_model.encoders.base import VisionEncoder, VisionTokens
 from meteor_model.pruners.encode_criteria import ENCODE_CRITERIA, Boundary, EncodeCriterion
 from meteor_model.pruners.select import gather_tokens, refuse_nan
+from meteor_model.pruning_config import PruningConfig
 from meteor_model.replay import Choose, best_scored
 
 
@@ -30,21 +31,63 @@ def segment_ends(num_blocks: int, num_segments: int) -> tuple[int, ...]:
     return tuple(round(num_blocks * (segment + 1) / num_segments) for segment in range(num_segments))
 
 
-def encode_pruned(
+def beyond_maps(pruning: PruningConfig) -> str | None:
+    """The setting by which a pruning reads more of the towers than their `dense_map`: attention, or pixels; else None."""
+    if pruning.fuse.looks:
+        return f"pruning.fuse.criterion {pruning.fuse.criterion!r}"
+    if pruning.encode.enabled and ENCODE_CRITERIA[pruning.encode.criterion].facts["before"]:
+        return f"pruning.encode.criterion {pruning.encode.criterion!r}"
+    return None
+
+
+def dense_depth(
+    encoder: VisionEncoder, budgets: Sequence[int], first_deep_segment: int, criterion: str = "meteor"
+) -> int:
+    """Blocks that run before stage 1 scores or drops the first token: their map is the same under every such pruning.
+
+    All of a convolutional tower; else the first segment, up to the block whose attention scores its boundary.
+
+    Args:
+        encoder: the tower.
+        budgets: as of `encode_pruned`.
+        first_deep_segment: as of `encode_pruned`.
+        criterion: as of `encode_pruned`.
+    """
+    if not encoder.prunes_between_blocks:
+        return len(encoder.blocks)
+    end, tokens = segment_ends(len(encoder.blocks), len(budgets))[0], encoder.grid[0] * encoder.grid[1]
+    attends = ENCODE_CRITERIA[criterion].facts["attends"]
+    if budgets[0] < tokens and (attends == "always" or (attends == "deep" and first_deep_segment <= 1)):
+        return _score_block(encoder, 0, end)
+    return end
+
+
+def dense_map(encoder: VisionEncoder, pixels_MCRR: torch.Tensor, depth: int) -> torch.Tensor:
+    """What `encode_pruned` takes as `dense`: (M, P + N, D) after `depth` blocks; of a convolutional one its output."""
+    if not encoder.prunes_between_blocks:
+        return _dense_output(encoder, pixels_MCRR)
+    hidden_MTD, positions_MN = _embed(encoder, pixels_MCRR)
+    for index in range(depth):
+        hidden_MTD = encoder.checkpointed_block(index, hidden_MTD, positions_MN)
+    return hidden_MTD
+
+
+def encode_pruned(  # noqa: PLR0913 - the settings of stage 1, by name
     encoder: VisionEncoder,
-    pixels_MCRR: torch.Tensor,
+    pixels_MCRR: torch.Tensor | None,
     budgets: Sequence[int],
     first_deep_segment: int,
     score_queries: int | None,
     choose: Choose = best_scored,
     criterion: str = "meteor",
     options: Mapping[str, float] | None = None,
+    dense: torch.Tensor | None = None,
 ) -> tuple[VisionTokens, tuple[torch.Tensor, ...]]:
     """Tokens of one encoder after the last boundary, and what every boundary kept.
 
     Args:
         encoder: the tower.
-        pixels_MCRR: normalised pixels (M, 3, R, R).
+        pixels_MCRR: normalised pixels (M, 3, R, R); None with `dense`.
         budgets: tokens to keep after each segment; non-increasing. A convolutional tower is pruned by the last only.
         first_deep_segment: first segment (counted from 1) whose boundary scores by attention.
         score_queries: an encoder without CLS counts the attention received from so many evenly spaced tokens; None:
@@ -52,6 +95,7 @@ def encode_pruned(
         choose: decides by the scores which tokens stay.
         criterion: gives the scores; a name of `ENCODE_CRITERIA`.
         options: its numbers.
+        dense: the images' `dense_map` after `dense_depth` blocks, which then do not run again.
 
     Returns:
         the finished tokens, and for each boundary the kept positions (M, K) in the full grid.
@@ -59,19 +103,24 @@ def encode_pruned(
     entry = ENCODE_CRITERIA[criterion]
     score = partial(entry.run, **(options or {}))
     if not encoder.prunes_between_blocks:
-        return _prune_output(encoder, pixels_MCRR, budgets[-1], choose, score)
+        hidden_MND = _dense_output(encoder, _given(pixels_MCRR)) if dense is None else dense
+        return _prune_output(encoder, hidden_MND, budgets[-1], choose, score)
     if entry.facts["before"]:
-        return _prune_input(encoder, pixels_MCRR, budgets, choose, score)
+        return _prune_input(encoder, _given(pixels_MCRR), budgets, choose, score)
 
     num_prefix = encoder.num_prefix_tokens
-    hidden_MTD, positions_MN = _embed(encoder, pixels_MCRR)
+    if dense is None:
+        done, (hidden_MTD, positions_MN) = 0, _embed(encoder, _given(pixels_MCRR))
+    else:
+        done = dense_depth(encoder, budgets, first_deep_segment, criterion)
+        hidden_MTD, positions_MN = dense, _cells(encoder, dense)
     kept, all_scores, start = [], [], 0
     for segment, (end, budget) in enumerate(zip(segment_ends(len(encoder.blocks), len(budgets)), budgets, strict=True)):
         prunes, deep = budget < positions_MN.shape[1], segment + 1 >= first_deep_segment
         attends = entry.facts["attends"] == "always" or (deep and entry.facts["attends"] == "deep")
         scorer = _score_block(encoder, start, end) if prunes and attends else None
         score_input_MTD = hidden_MTD
-        for index in range(start, end):
+        for index in range(max(start, done), end):
             if index == scorer:
                 score_input_MTD = hidden_MTD
             hidden_MTD = encoder.checkpointed_block(index, hidden_MTD, positions_MN)
@@ -171,10 +220,9 @@ def _prune_input(
 
 
 def _prune_output(
-    encoder: VisionEncoder, pixels_MCRR: torch.Tensor, budget: int, choose: Choose, score: EncodeCriterion
+    encoder: VisionEncoder, hidden_MND: torch.Tensor, budget: int, choose: Choose, score: EncodeCriterion
 ) -> tuple[VisionTokens, tuple[torch.Tensor, ...]]:
-    """A convolutional tower: dense, then tokens of the output map are kept (METEOR: those least like its mean)."""
-    hidden_MND = _dense_output(encoder, pixels_MCRR)
+    """A convolutional tower: tokens of its dense output map are kept (METEOR: those least like its mean)."""
     positions_MN = torch.arange(hidden_MND.shape[1], device=hidden_MND.device).expand(len(hidden_MND), -1)
     if budget < hidden_MND.shape[1]:
         with torch.no_grad():
@@ -204,8 +252,18 @@ def dense_maps(encoder: VisionEncoder, pixels_MCRR: torch.Tensor, num_segments: 
 def _embed(encoder: VisionEncoder, pixels_MCRR: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What the first block is given, and the positions (M, N) of the full grid."""
     hidden_MTD = encoder.checkpointed_input(encoder.embed(pixels_MCRR))
+    return hidden_MTD, _cells(encoder, hidden_MTD)
+
+
+def _cells(encoder: VisionEncoder, hidden_MTD: torch.Tensor) -> torch.Tensor:
+    """Positions (M, N) of the full grid."""
     cells_N = torch.arange(encoder.grid[0] * encoder.grid[1], device=hidden_MTD.device)
-    return hidden_MTD, cells_N.expand(len(hidden_MTD), -1)
+    return cells_N.expand(len(hidden_MTD), -1)
+
+
+def _given(pixels_MCRR: torch.Tensor | None) -> torch.Tensor:
+    assert pixels_MCRR is not None, "without a dense map there are pixels"
+    return pixels_MCRR
 
 
 def _dense_output(encoder: VisionEncoder, pixels_MCRR: torch.Tensor) -> torch.Tensor:

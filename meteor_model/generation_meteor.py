@@ -344,17 +344,29 @@ class MeteorGenerationMixin(GenerationMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What lambda is solved from: attention mass on visual tokens (B,) and their number (B,), prompt by prompt."""
         embeds_BTC, is_image_BT, stats = self.read_prompts(input_ids, pixel_values, None, attention_mask)
-        mass_B = attention_mass(
+        position_ids = self.positions_of_prompts(is_image_BT, attention_mask, stats)
+        mass_B = self.embedded_attention_mass(embeds_BTC, is_image_BT, attention_mask, position_ids)
+        return mass_B, is_image_BT.sum(dim=1)
+
+    @torch.no_grad()
+    def embedded_attention_mass(
+        self,
+        embeds_BTC: torch.Tensor,
+        is_image_BT: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`visual_attention_mass` (B,) of prompts that hold their visual tokens, at `positions_of_prompts`."""
+        return attention_mass(
             self.language_model,
             embeds_BTC,
             attention_mask,
-            self.positions_of_prompts(is_image_BT, attention_mask, stats),
+            position_ids,
             is_image_BT,
             self.config.pruning.decode,
             self.config.decode_heads,
             self._cells(),
         )
-        return mass_B, is_image_BT.sum(dim=1)
 
 
 def _next_positions(cache: Any, attention_mask: Any) -> torch.Tensor:

@@ -43,6 +43,7 @@ from meteor_model.inputs import (
     check_no_images,
     check_outputs,
     check_pixels,
+    check_placeholders,
     check_tokens,
     mean_text_of_images,
     scatter_visual,
@@ -355,6 +356,22 @@ class MeteorForConditionalGeneration(MeteorVisionMixin, MeteorPreTrainedModel, M
         """
         embeds_BTC, is_image_BT, _ = self.read_prompts(input_ids, pixel_values, inputs_embeds, attention_mask)
         return embeds_BTC, is_image_BT
+
+    def embed_dense(
+        self, input_ids: torch.Tensor, dense: Mapping[str, torch.Tensor], attention_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, PruningStats]:
+        """`read_prompts` from every tower's map instead of pixels (`encode_dense`), the same to the bit.
+
+        Raises:
+            ValueError: where placeholders and images differ in number.
+        """
+        images = len(next(iter(dense.values())))
+        embeds_BTC, is_image_BT = self.get_input_embeddings()(input_ids), input_ids == self.config.image_token_id
+        check_placeholders(is_image_BT, images, self.config.tokens_per_image)
+        visual_MKC, stats = self.encode_dense(
+            dense, self.text_of_images(embeds_BTC, is_image_BT, attention_mask, None, images)
+        )
+        return scatter_visual(embeds_BTC, is_image_BT, visual_MKC), is_image_BT, stats
 
     def read_prompts(
         self,

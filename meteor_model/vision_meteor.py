@@ -14,7 +14,7 @@ from torch import nn
 from transformers.utils.generic import can_return_tuple
 
 from meteor_model.configuration_meteor import MeteorConfig
-from meteor_model.encode import dense_maps, encode_looking, encode_pruned
+from meteor_model.encode import beyond_maps, dense_depth, dense_map, dense_maps, encode_looking, encode_pruned
 from meteor_model.encoders import VisionEncoder
 from meteor_model.encoders.at_hand import runs_at
 from meteor_model.fusion import concat_channels, pooled_attention, prune_pool
@@ -100,7 +100,45 @@ class MeteorVisionMixin:
             (M, K, C) visual tokens in encoder order, then raster order; and what was kept.
         """
         check_pixels(pixel_values)
-        maps, kept, attention = self._encode(pixel_values, given)
+        return self._fused(*self._encode(pixel_values, given), given, text_MC)
+
+    def dense_depths(self) -> dict[str, int]:
+        """For each tower, the blocks that run before this pruning touches a token (`meteor_model.encode.dense_depth`).
+
+        Raises:
+            ValueError: where a criterion reads more than the maps (`meteor_model.encode.beyond_maps`).
+        """
+        settings = self.config.pruning.encode
+        if (beyond := beyond_maps(self.config.pruning)) is not None:
+            raise ValueError(f"{beyond} looks into the towers: their maps do not say it")
+        return {
+            name: dense_depth(
+                encoder, self.config.encode_budgets[name], settings.first_deep_segment, settings.criterion
+            )
+            for name, encoder in self._towers()
+            if self.config.runs(name)
+        }
+
+    def dense_map(self, name: str, pixel_values: torch.Tensor, depth: int) -> torch.Tensor:
+        """The map of one tower after so many of its blocks, nothing pruned; pixels (M, 3, S, S) uint8, M >= 1."""
+        check_pixels(pixel_values)
+        return dense_map(cast(VisionEncoder, self.encoders[name]), self._pixels_of(name, pixel_values), depth)
+
+    def encode_dense(
+        self, dense: Mapping[str, torch.Tensor], text_MC: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, PruningStats]:
+        """`encode_images` from every tower's `dense_map` after `dense_depths` blocks: the same to the bit."""
+        return self._fused(*self._encode(None, None, dense), None, text_MC)
+
+    def _fused(
+        self,
+        maps: dict[str, torch.Tensor],
+        kept: dict[str, tuple[torch.Tensor, ...]],
+        attention: list[dict[float, torch.Tensor] | None],
+        given: GivenTokens | None,
+        text_MC: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, PruningStats]:
+        """2. project, 3. fuse."""
         choose = best_scored if given is None else given.of_fusion()
         positions = [kept[name][-1] for name in maps]
         pool = self.pool_of(self._project(maps), positions, attention, text_MC)
@@ -108,7 +146,10 @@ class MeteorVisionMixin:
         return visual_MKC, PruningStats(kept, dict(self.config.encoder_tokens), keep_MK)
 
     def _encode(
-        self, pixel_values: torch.Tensor, given: GivenTokens | None
+        self,
+        pixel_values: torch.Tensor | None,
+        given: GivenTokens | None,
+        dense: Mapping[str, torch.Tensor] | None = None,
     ) -> tuple[dict[str, torch.Tensor], dict[str, tuple[torch.Tensor, ...]], list[dict[float, torch.Tensor] | None]]:
         """1. encode: each tower's pruned map (M, N, D), and the positions that it kept at every boundary.
 
@@ -118,15 +159,17 @@ class MeteorVisionMixin:
         maps: dict[str, torch.Tensor] = {}
         kept: dict[str, tuple[torch.Tensor, ...]] = {}
         attention: list[dict[float, torch.Tensor] | None] = []
+        images = len(next(iter((dense or {}).values())) if pixel_values is None else pixel_values)
         for name, encoder in self._towers():
             if not self.config.runs(name):
-                kept[name], blank = self._not_run(name, len(pixel_values))
+                kept[name], blank = self._not_run(name, images)
                 if blank is not None:
                     maps[name] = blank
                     attention.append(None)
                 continue
-            pixels = self._pixels_of(name, pixel_values)
+            pixels = None if pixel_values is None else self._pixels_of(name, pixel_values)
             if looks:
+                assert pixels is not None, "refused by dense_depths"
                 tokens, found = encode_looking(encoder, pixels, looks, settings.score_queries)
                 maps[name], kept[name] = tokens.hidden, (tokens.positions,)
                 attention.append(found)
@@ -142,6 +185,7 @@ class MeteorVisionMixin:
                 choose,
                 settings.criterion,
                 settings.options,
+                None if dense is None else dense[name],
             )
             maps[name] = tokens.hidden
         return maps, kept, attention

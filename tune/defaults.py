@@ -36,7 +36,7 @@ def paper_line(space: Space) -> list[dict[str, Any]]:
 
 
 def _scaled(space: Space, factor: float) -> dict[str, Any]:
-    config, choices = space.config, dict[str, Any]()
+    config, choices = space.config, space.all_towers
     left = factor  # later boundaries and stages keep shares of what is there: they shrink with the first that can
     if space.prunes_encoders:
         totals = config.pruning.encode.totals if config.pruning.encode.enabled else ()

@@ -25,7 +25,7 @@ def searched(prepared: Prepared) -> list[TrialRecord]:
     by_key: dict[str, TrialRecord] = {}
     for record in [*prepared.earlier, *prepared.records.of(SEARCH)]:
         if record.status == "completed":
-            by_key.setdefault(configuration_key(record.pruning, record.ranks), record)
+            by_key.setdefault(configuration_key(record.pruning, record.ranks, record.towers), record)
     return list(by_key.values())
 
 
@@ -35,12 +35,12 @@ def paper_trial(settings: SweepSettings, prepared: Prepared) -> TrialRecord:
     Raises:
         SettingsError: where none of the line was completed.
     """
-    space = Space(prepared.config, prepared.ranks, settings.decode_by, settings.criteria)
+    space = Space(prepared.config, prepared.ranks, settings.decode_by, settings.criteria, settings.tower_knobs)
     completed = searched(prepared)
     line = paper_line(space)
     if not line:
         return max(completed, key=lambda record: record.objective or 0.0)
-    by_key = {configuration_key(record.pruning, record.ranks): record for record in completed}
+    by_key = {configuration_key(record.pruning, record.ranks, record.towers): record for record in completed}
     config = space.sample(FixedTrial(line[0]))
     found = by_key.get(configuration_key(as_plain(config.pruning), config.ranks))
     if found is None:
@@ -67,7 +67,7 @@ def choose_finalists(settings: SweepSettings, prepared: Prepared) -> list[Given]
 
 
 def _given(record: TrialRecord) -> Given:
-    return Given(record.id, record.choices, record.pruning_config, record.ranks)
+    return Given(record.id, record.choices, record.pruning_config, record.ranks, record.towers)
 
 
 def score_of(settings: SweepSettings, prepared: Prepared, trial: str) -> Score:

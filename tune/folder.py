@@ -44,6 +44,11 @@ class SweepFolder(StoredFolder):
         return self._path("trials", trial, "export")
 
     @property
+    def latency(self) -> str:
+        """Milliseconds that all measured ones are a multiple of (`tune.timing`)."""
+        return self._path("latency.json")
+
+    @property
     def result(self) -> str:
         """What the sweep came to."""
         return self._path("result.json")

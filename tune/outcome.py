@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import optuna
 
 from pipelines.checkpoint.local import local_copy
 from pipelines.evaluation.scores import Score
+from pipelines.evaluation.tower_store import COMPUTED, DAMAGED, NOT_KEPT, READ
 from pipelines.io import storage
 from pipelines.io.console import say
 from pipelines.io.git import git_commit
@@ -157,6 +159,7 @@ def _register_winner(
         record.pruning_config,
         score,
         ranks=ranks,
+        towers=record.towers,
         registry=Registry(settings.tracking.uri, settings.tracking.registered_model),
         aliases=aliases,
         run_id=record.run_id or prepared.tracker.run_id,
@@ -171,6 +174,8 @@ def sweep_text(prepared: Prepared, result: dict[str, Any]) -> str:
     counts = ", ".join(f"{statuses.count(s)} {s}" for s in ("completed", "stopped", "failed"))
     decision, names = result["decision"], {record.id: record.of for record in prepared.records.of(FINAL)}
     lines = [f"  {len(statuses)} trials: {counts}; {result['wall_s']:.0f} s", f"  {decision['text']}"]
+    if told_maps := _maps_text(prepared):
+        lines.append(f"  {told_maps}")
     for budget, found in decision["budgets"].items():
         told = "no finalist is within it" if found is None else f"{names[found['trial']]}, {found['text']}"
         lines.append(f"  budget {budget}: {told}")
@@ -178,6 +183,17 @@ def sweep_text(prepared: Prepared, result: dict[str, Any]) -> str:
     if dense is not None and (found := next((j for j in decision["finalists"] if j["id"] == dense), None)):
         lines.append(f"  without pruning: NLL {found['nll']['mean']:+.4f} against the paper's settings")
     return "\n".join([*lines, "", table(_final_rows(prepared), decision)])
+
+
+def _maps_text(prepared: Prepared) -> str:
+    """What became of the towers' maps in all trials; nothing where none were kept."""
+    counts = Counter[str]()
+    for record in prepared.records.all():
+        counts.update(record.maps or {})
+    told = [
+        f"{counts[what]:,} {what.replace('_', ' ')}" for what in (READ, COMPUTED, DAMAGED, NOT_KEPT) if counts[what]
+    ]
+    return f"maps of towers: {', '.join(told)}" if told else ""
 
 
 def _final_rows(prepared: Prepared) -> list[dict[str, Any]]:

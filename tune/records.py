@@ -36,6 +36,8 @@ class TrialRecord:
         ms: per image, measured; None where it was not.
         score: `Score.to_dict`, of a completed trial.
         error: of a failed one.
+        towers: image side of each tower that is kept; None: all at their own.
+        maps: what became of the towers' maps (`pipelines.evaluation.tower_store`); None where none are kept.
         seconds: that it took.
         run_id: of its MLflow run, once it is logged there.
     """
@@ -53,6 +55,8 @@ class TrialRecord:
     error: str | None = None
     seconds: float | None = None
     run_id: str | None = None
+    towers: dict[str, int] | None = None
+    maps: dict[str, int] | None = None
 
     @property
     def scored(self) -> Score:

@@ -110,6 +110,8 @@ def row(record: TrialRecord) -> dict[str, Any]:
         "ms": record.ms,
         "seconds": record.seconds,
         "error": record.error,
+        "towers": record.towers,
+        "maps": record.maps,
         "choices": record.choices,
         "pruning": record.pruning,
     }

@@ -15,7 +15,7 @@ from pipelines.evaluation.scores import MARGINS
 from pipelines.io.names import Name
 from pipelines.io.redact import redact
 from pipelines.io.validation import settings_class
-from tune.space import DecodeBy
+from tune.space import DecodeBy, TowerKnob
 
 Kind = Literal["evaluate", "finetune"]
 Sampler = Literal["tpe", "nsga2", "random"]
@@ -44,8 +44,8 @@ class SweepSettings:
     """What budgets count: visual tokens per image after stage 3 (mean), TFLOPs of one image and a short prompt, or
     milliseconds per image as measured."""
     cost: CostUnit = "tflops"
-    """What the search lowers beside the NLL: TFLOPs of one image and a short prompt, or milliseconds per image, which
-    are only comparable where trials run alone on machines of one kind (--max-concurrent 1)."""
+    """What the search lowers beside the NLL: TFLOPs of one image and a short prompt, or milliseconds per image: the
+    median of several turns side by side with the model's own settings. Take machines of one kind."""
     trials: PositiveInt = 24
     """Trials of the search, those that it begins with among them."""
     sampler: Sampler = "tpe"
@@ -62,6 +62,12 @@ class SweepSettings:
     """Criteria of stage 2 that are searched."""
     decode_criteria: tuple[str, ...] = ()
     """Criteria of stage 3 that are searched."""
+    tower_knobs: tuple[TowerKnob, ...] = ()
+    """What is searched of the towers of an evaluate sweep, too: keep (whether each stays in the model), side (of the
+    image that a tower sees, where its weights run at any size)."""
+    tower_maps_gib: NonNegativeFloat = 16.0
+    """GiB of each machine's disk for the towers' maps before pruning, which the trials of an evaluate sweep share; at
+    most half of what is free. 0 computes them in every trial."""
     questions: PositiveInt = 256
     """Questions of a trial, from the part `search` of the held-out split, by likelihood alone; all there are where the
     part has fewer."""
@@ -120,6 +126,10 @@ class SweepSettings:
                 f"a trial reserves {self.cpus_per_trial:g} CPUs and {self.gpus_per_trial:g} GPUs: reserve some of one, "
                 "or trials would run without bound"
             )
+        if len(set(self.tower_knobs)) < len(self.tower_knobs):
+            raise SettingsError(f"tower_knobs are {self.tower_knobs}; they must differ")
+        if self.tower_knobs and self.kind == "finetune":
+            raise SettingsError("tower_knobs are of evaluate sweeps: a finetune trial trains all towers of the model")
         if self.train_split == self.heldout_split:
             raise SettingsError(f"lambda would be solved on the questions: both splits are {self.train_split!r}")
 
@@ -132,9 +142,18 @@ class SweepSettings:
     def identity(self) -> dict[str, Any]:
         """The settings that decide the results: two starts of one sweep must agree in it."""
         plain: dict[str, Any] = redact(json.loads(json.dumps(asdict(self))))
-        for key in ("name", "storage", "output", "register", "tracking", "max_concurrent", "pictures"):
+        for key in (
+            "name",
+            "storage",
+            "output",
+            "register",
+            "tracking",
+            "max_concurrent",
+            "pictures",
+            "tower_maps_gib",
+        ):
             plain.pop(key)
-        for key in ("encode_criteria", "fuse_criteria", "decode_criteria"):
+        for key in ("encode_criteria", "fuse_criteria", "decode_criteria", "tower_knobs"):
             if not plain[key]:  # younger than sweeps that are stored
                 plain.pop(key)
         plain["train"] = self.train.identity() if self.kind == "finetune" else None

@@ -9,6 +9,8 @@ A choice is a share of what is there, not a number of tokens, so that every choi
 3. decode  on or off; where on, its layer, heads and query, and a share of what enters the LLM as target mean (or a
            lambda)
 
+And, where it is asked for, of the towers: whether each stays, and the side of the image that it sees.
+
 Tokens are counted per image.
 """
 
@@ -20,9 +22,10 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, MeteorConfig, PruningConfig
 from meteor_model.decoder.families import plan_decoder
-from meteor_model.encoders import encoder_class
+from meteor_model.encoders import EncoderConfig, encoder_class
 from meteor_model.pruners.builtin import DECODE_CRITERIA, ENCODE_CRITERIA, FUSE_CRITERIA
 from meteor_model.pruners.registry import Registry
+from meteor_model.towers import towers_of, with_towers
 
 T = TypeVar("T")
 StageT = TypeVar("StageT", EncodePruning, FusePruning, DecodePruning)
@@ -30,9 +33,12 @@ CRITERIA: Mapping[str, Registry[Any]] = {"encode": ENCODE_CRITERIA, "fuse": FUSE
 #: estimator -> encoder -> expected rank at each boundary.
 Ranks = Mapping[str, Mapping[str, Sequence[float]]]
 DecodeBy = Literal["target", "lambda"]
+TowerKnob = Literal["keep", "side"]
 
 LEAST_SHARE = 0.25
 """Of the tokens at a boundary, or of the pool that fusion sees, at least this share stays."""
+LEAST_SIDE = 0.5
+"""Least side of a tower's image, as a share of its own."""
 LEAST_TARGET = 1 / 16
 """Least target mean of stage 3, as a share of the tokens that enter the LLM."""
 EXPONENTS = (-1.0, 2.0)
@@ -88,6 +94,7 @@ class Space:
             itself.
         criteria: for a stage ("encode", "fuse", "decode") the criteria that it may follow (`meteor_model.pruners`);
             without, that of the model. Budgets stay those of the model.
+        knobs: what is chosen of the towers. Ranks stay those of whole images.
 
     Raises:
         SpaceError: naming what does not fit.
@@ -97,9 +104,12 @@ class Space:
     ranks: Ranks
     decode_by: DecodeBy = "target"
     criteria: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    knobs: Sequence[TowerKnob] = ()
 
     def __post_init__(self) -> None:
         self._check_criteria()
+        if self.knobs and not self.prunes_encoders:
+            raise SpaceError("the towers are joined on the channels, by one projector of all: there is no tower knob")
         names = sorted(item.name for item in self.config.encoders)
         for estimator, by_encoder in self.ranks.items():
             if sorted(by_encoder) != names:
@@ -142,9 +152,30 @@ class Space:
 
     @property
     def present(self) -> int:
-        """Tokens of an image before the first boundary."""
-        tokens, single = self.config.encoder_tokens, self.segments == 1
-        return sum(tokens[e.name] for e in self.config.encoders if single or _between(e.family))
+        """Tokens of an image before the first boundary, all towers kept."""
+        return _present(self.config, self.segments)
+
+    @property
+    def all_towers(self) -> dict[str, Any]:
+        """The choices that keep every tower as it is."""
+        keep = {f"towers.{item.name}.keep": True for item in self._may_go}
+        return keep | {f"towers.{name}.cells": cells for name, cells in self._may_shrink.items()}
+
+    @property
+    def _may_go(self) -> Sequence[EncoderConfig]:
+        return self.config.encoders if "keep" in self.knobs and len(self.config.encoders) > 1 else ()
+
+    @property
+    def _may_shrink(self) -> dict[str, int]:
+        """Towers whose weights run at any size -> the cells of a side."""
+        grids = self.config.encoder_grids
+        sizes = [item for item in self.config.encoders if "side" in self.knobs and encoder_class(item.family).any_size]
+        return {item.name: grids[item.name][0] for item in sizes if grids[item.name][0] > 1}
+
+    def towers_of(self, config: MeteorConfig) -> dict[str, int] | None:
+        """The image sides of a configuration's towers; None where they are the model's."""
+        towers = towers_of(config)
+        return None if towers == towers_of(self.config) else towers
 
     @property
     def can_decode(self) -> bool:
@@ -180,9 +211,9 @@ class Space:
 
     def sample(self, chooser: Chooser) -> MeteorConfig:
         """One configuration; every choice is asked for by the name of its setting."""
-        ranks = None
+        ranks, layout = None, self._layout(chooser)
         if self.prunes_encoders:
-            encode, ranks = self._encode(chooser)
+            encode, ranks = self._encode(chooser, layout)
         else:
             encode = EncodePruning(enabled=False)
         stage3 = self._choose_stage3(chooser)
@@ -190,7 +221,23 @@ class Space:
         decode = self._decode(chooser, entering) if stage3 else DecodePruning(enabled=False)
         encode = self._criterion(chooser, "encode", encode)
         fuse, decode = self._criterion(chooser, "fuse", fuse), self._criterion(chooser, "decode", decode)
-        return self.config.with_pruning(PruningConfig(encode, fuse, decode), ranks)
+        return layout.with_pruning(PruningConfig(encode, fuse, decode), ranks)
+
+    def _layout(self, chooser: Chooser) -> MeteorConfig:
+        """The model, or what is kept of its towers."""
+        kept: dict[str, int] = {}
+        may_go, may_shrink = [item.name for item in self._may_go], self._may_shrink
+        for place, item in enumerate(self.config.encoders):
+            # The last one stays where no other does.
+            asked = item.name in may_go and (bool(kept) or place + 1 < len(may_go))
+            if asked and not chooser.suggest_categorical(f"towers.{item.name}.keep", (True, False)):
+                continue
+            kept[item.name] = item.image_size
+            if item.name in may_shrink:
+                cells = may_shrink[item.name]
+                chosen = chooser.suggest_int(f"towers.{item.name}.cells", max(1, round(LEAST_SIDE * cells)), cells)
+                kept[item.name] = item.image_size // cells * chosen
+        return self.config if kept == towers_of(self.config) else with_towers(self.config, kept)
 
     def _criterion(self, chooser: Chooser, stage: str, settings: StageT) -> StageT:
         names = self.criteria.get(stage, ())
@@ -199,25 +246,26 @@ class Space:
         name = names[0] if len(names) == 1 else chooser.suggest_categorical(f"{stage}.criterion", tuple(names))
         return replace(settings, criterion=name, options={})
 
-    def _encode(self, chooser: Chooser) -> tuple[EncodePruning, dict[str, list[float]] | None]:
-        config, base = self.config, self.config.pruning.encode
-        present = self.present
+    def _encode(self, chooser: Chooser, config: MeteorConfig) -> tuple[EncodePruning, dict[str, list[float]] | None]:
+        base = self.config.pruning.encode
+        segments = self.segments if any(_between(item.family) for item in config.encoders) else 1
+        present = _present(config, segments)
         totals: list[int] = []
-        for boundary in range(self.segments):
+        for boundary in range(segments):
             share = chooser.suggest_float(f"encode.share.{boundary}", LEAST_SHARE, 1.0)
-            present = max(len(config.encoders), round(share * present))  # one token for each encoder
+            present = min(present, max(len(config.encoders), round(share * present)))  # one token for each encoder
             totals.append(present)
         estimator, exponent, ranks = base.rank_estimator, base.rank_exponent, None
         if self.ranks:
             known = sorted(self.ranks)
             estimator = known[0] if len(known) == 1 else chooser.suggest_categorical("encode.rank_estimator", known)
-            ranks = {name: list(values) for name, values in self.ranks[estimator].items()}
+            ranks = {item.name: list(self.ranks[estimator][item.name])[-segments:] for item in config.encoders}
             exponent = chooser.suggest_float("encode.rank_exponent", *EXPONENTS)
         settings = replace(
             base,
             enabled=True,
             totals=tuple(totals),
-            first_deep_segment=min(base.first_deep_segment, self.segments + 1),
+            first_deep_segment=min(base.first_deep_segment, segments + 1),
             rank_estimator=estimator,
             rank_exponent=exponent,
         )
@@ -255,6 +303,11 @@ class Space:
             return replace(settings, lam=chooser.suggest_float("decode.lam", tokens / 100, tokens * 10, log=True))
         share = chooser.suggest_float("decode.target_share", LEAST_TARGET, 1.0, log=True)
         return replace(settings, target_mean=max(share * entering, float(settings.k_min)))
+
+
+def _present(config: MeteorConfig, segments: int) -> int:
+    tokens = config.encoder_tokens
+    return sum(tokens[item.name] for item in config.encoders if segments == 1 or _between(item.family))
 
 
 def _between(family: str) -> bool:

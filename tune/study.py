@@ -79,7 +79,7 @@ class Recorded(Searcher):
             self._number += 1
         self._live[trial_id] = record
         # As text: Tune makes names and tables of nested values.
-        change = {"pruning": record.pruning, "ranks": record.ranks, "of": record.of}
+        change = {"pruning": record.pruning, "ranks": record.ranks, "towers": record.towers, "of": record.of}
         return {"trial": record.id, "change": json.dumps(change)}
 
     def begin(self, name: str) -> TrialRecord:
@@ -133,6 +133,7 @@ class Given:
     choices: dict[str, Any]
     pruning: PruningConfig
     ranks: dict[str, list[float]] | None
+    towers: dict[str, int] | None = None
 
 
 class GivenSearch(Recorded):
@@ -156,7 +157,8 @@ class GivenSearch(Recorded):
     def begin(self, name: str) -> TrialRecord:
         """The next one."""
         given = self._given[self._number]
-        return TrialRecord(name, self.phase, given.choices, as_plain(given.pruning), given.ranks, of=given.of)
+        plain = as_plain(given.pruning)
+        return TrialRecord(name, self.phase, given.choices, plain, given.ranks, of=given.of, towers=given.towers)
 
 
 class StudySearch(Recorded):
@@ -193,7 +195,7 @@ class StudySearch(Recorded):
         self.study = new_study(sampler, total, seed + len(known))
         self._known: dict[str, TrialRecord] = {}  # by configuration
         for record in [*earlier, *known]:
-            self._known.setdefault(configuration_key(record.pruning, record.ranks), record)
+            self._known.setdefault(configuration_key(record.pruning, record.ranks, record.towers), record)
             if record.status != "started":
                 self.study.add_trial(self._remembered(record))
 
@@ -215,11 +217,13 @@ class StudySearch(Recorded):
         for _ in range(ATTEMPTS):
             trial = self.study.ask()
             config = self.space.sample(trial)
-            plain = as_plain(config.pruning)
-            key = configuration_key(plain, config.ranks)
+            plain, towers = as_plain(config.pruning), self.space.towers_of(config)
+            key = configuration_key(plain, config.ranks, towers)
             known = self._known.get(key)
             if known is None:
-                record = self._known[key] = TrialRecord(name, self.phase, dict(trial.params), plain, config.ranks)
+                choices = dict(trial.params)
+                record = TrialRecord(name, self.phase, choices, plain, config.ranks, towers=towers)
+                self._known[key] = record
                 self._trials[name] = trial
                 return record
             self._repeat(trial, known)
@@ -265,11 +269,16 @@ def as_plain(pruning: PruningConfig) -> dict[str, Any]:
     return plain
 
 
-def configuration_key(pruning: Mapping[str, Any], ranks: Mapping[str, Sequence[float]] | None) -> str:
+def configuration_key(
+    pruning: Mapping[str, Any],
+    ranks: Mapping[str, Sequence[float]] | None,
+    towers: Mapping[str, int] | None = None,
+) -> str:
     """Equal for configurations that compute the same: a lambda that follows from a target is no part of it."""
     decode = pruning["decode"]
     solved = decode.get("target_mean") is not None
-    return json.dumps([{**pruning, "decode": {**decode, "lam": None}} if solved else pruning, ranks], sort_keys=True)
+    plain = {**pruning, "decode": {**decode, "lam": None}} if solved else pruning
+    return json.dumps([plain, ranks, towers], sort_keys=True)
 
 
 def new_study(sampler: Sampler, trials: int, seed: int) -> optuna.Study:

@@ -75,7 +75,7 @@ def run_sweep(settings: SweepSettings) -> dict[str, Any]:
 
 def _search(settings: SweepSettings, prepared: Prepared) -> StudySearch:
     """Run what is left of the study."""
-    space = Space(prepared.config, prepared.ranks, settings.decode_by, settings.criteria)
+    space = Space(prepared.config, prepared.ranks, settings.decode_by, settings.criteria, settings.tower_knobs)
     search = StudySearch(
         SEARCH,
         space,

@@ -35,12 +35,14 @@ from pipelines.checkpoint.committed import CheckpointRef, latest_checkpoint
 from pipelines.checkpoint.local import local_copy
 from pipelines.config.recipe import Recipe
 from pipelines.data import shards
+from pipelines.evaluation.embedded import Embed, embed_questions
 from pipelines.evaluation.evaluate import ask_records, longest_answer, score_of_records
 from pipelines.evaluation.pictures import draw_questions
 from pipelines.evaluation.questions import Question, Questions, read_prompts
 from pipelines.evaluation.scores import Record
 from pipelines.evaluation.suite import Suite
 from pipelines.evaluation.target_mean import solve_for_target
+from pipelines.evaluation.tower_store import GIB, TowerStore
 from pipelines.io import storage
 from pipelines.io.errors import TransientError
 from pipelines.io.run_folder import run_folder
@@ -50,7 +52,7 @@ from pipelines.job.export import export_checkpoint
 from pipelines.job.start import prepare_start
 from pipelines.job.train import train
 from pipelines.registry.open import device_for
-from pipelines.registry.variants import apply_pruning
+from pipelines.registry.variants import under_settings
 from tune.folder import SweepFolder, sweep_folder
 from tune.records import training_name
 from tune.settings import FINAL, SweepSettings
@@ -96,6 +98,7 @@ class Trial(tune.Trainable):
         """A new actor with its first trial."""
         torch.set_num_threads(max(1, int(context.settings.cpus_per_trial)))
         self.context = context
+        self.store: TowerStore | None = None
         self._questions: Questions | None = None
         self._prompts: tuple[Question, ...] = ()
         self.begin(config)
@@ -111,6 +114,7 @@ class Trial(tune.Trainable):
         change = json.loads(config["change"])
         self.pruning = PruningConfig.from_dict(change["pruning"])
         self.ranks: dict[str, list[float]] | None = change["ranks"]
+        self.towers: dict[str, int] | None = change["towers"]
         self.of: str = change["of"]
         self.answers: list[Record] = []
         self.ready = False
@@ -135,6 +139,11 @@ class Trial(tune.Trainable):
     def device(self) -> str:
         """Where the trial computes."""
         return device_for(self.context.settings.gpus_per_trial)
+
+    @property
+    def embed(self) -> Embed:
+        """How questions reach the language model."""
+        return embed_questions if self.store is None else self.store.embed
 
     @property
     def is_final(self) -> bool:
@@ -183,6 +192,7 @@ class Trial(tune.Trainable):
             self.suite,
             self.context.settings.batch,
             longest=longest_answer(suite.asked) if self.is_final else None,
+            embed=self.embed,
         )
 
     def end(self, model: MeteorForConditionalGeneration, processor: MeteorProcessor) -> dict[str, Any]:
@@ -202,9 +212,22 @@ class Trial(tune.Trainable):
         ended = {
             "score": score.to_dict(),
             "pruning": asdict(model.config.pruning),  # with the lambda that was solved
-            "ms": ms_per_image(model, processor, suite.asked, settings.batch) if timed else None,
+            "ms": self.timed(model, processor, suite.asked[: settings.batch]) if timed else None,
+            "maps": None if self.store is None else dict(self.store.counts),
         }
         return {"objective": -score.answer_nll, PROGRESS: 100, "score": json.dumps(ended), DONE: True}
+
+    def timed(
+        self, model: MeteorForConditionalGeneration, processor: MeteorProcessor, questions: Sequence[Question]
+    ) -> float:
+        """Milliseconds per image, beside the base model's settings."""
+        with local_copy(self.context.folder.base, weights=False) as folder:
+            own = MeteorConfig.from_pretrained(folder)
+        return ms_per_image(model, processor, (self.full(model), own), questions, self.context.folder.latency)
+
+    def full(self, model: MeteorForConditionalGeneration) -> MeteorForConditionalGeneration:
+        """A model with all towers that computes what the base model does."""
+        return model
 
 
 class EvaluateTrial(Trial):
@@ -215,19 +238,32 @@ class EvaluateTrial(Trial):
         super().setup(config, context)
         self.load(self.context.folder.base)
 
+    def full(self, model: MeteorForConditionalGeneration) -> MeteorForConditionalGeneration:
+        """The model whose towers the trial's has."""
+        return self.whole
+
     def load(self, url: str) -> None:
         """Take the model of a folder."""
         with local_copy(url) as folder:
-            self.model, self.processor = load_model_and_processor(folder)
-        self.model.to(self.device)
+            self.whole, self.processor = load_model_and_processor(folder)
+        self.whole.to(self.device)
+        self.own = self.whole.config
+        gib = self.context.settings.tower_maps_gib
+        if gib and self.context.settings.kind == "evaluate":  # else every model has weights of its own
+            self.store = TowerStore(self.whole, int(gib * GIB))
 
     def advance(self) -> dict[str, Any]:
         """A portion of the suite."""
         settings = self.context.settings
         if not self.ready:
-            apply_pruning(self.model, self.processor, self.pruning, self.ranks)
+            self.whole.follow(self.own)  # the trial before may have left other ranks, or smaller towers
+            self.model = under_settings(self.whole, self.processor, self.pruning, self.ranks, self.towers)
+            if self.store is not None:
+                self.store.counts.clear()
             if self.pruning.decode.lam is None:
-                solve_for_target(self.model, self.processor, lambda: self.prompts(self.model, self.processor))
+                solve_for_target(
+                    self.model, self.processor, lambda: self.prompts(self.model, self.processor), self.embed
+                )
             self.cost = expected_cost(self.model.config)
             self.ready = True
         total = len(self.questions(self.model, self.processor).asked)

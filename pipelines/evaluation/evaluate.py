@@ -28,6 +28,7 @@ from meteor_model.decoder.cache import MeteorCache
 from meteor_model.flops import FlopReport, count_flops
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
+from pipelines.evaluation.embedded import Embed, embed_questions
 from pipelines.evaluation.intervals import level
 from pipelines.evaluation.questions import BATCH, Question, Questions
 from pipelines.evaluation.scorers import Scorer, credit, normalise
@@ -84,16 +85,18 @@ def ask_records(
     batch: int = BATCH,
     report: Callable[[Sequence[Record]], None] | None = None,
     longest: int | None = None,
+    embed: Embed = embed_questions,
 ) -> list[Record]:
     """The records of questions alone: no FLOPs are counted, no interval is made.
 
-    As `score_model`, but that `longest` None asks for likelihoods alone.
+    As `score_model`, but that `longest` None asks for likelihoods alone, and `embed` says how batches become prompts
+    with visual tokens.
     """
     _check(model, processor, questions)
     asked = questions.asked
     records: list[Record] = []
     for start in range(0, len(asked), batch):
-        records += _ask(model, processor, asked[start : start + batch], suite.scorer, longest)
+        records += _ask(model, processor, asked[start : start + batch], suite.scorer, longest, embed)
         if report is not None:
             report(tuple(records))
     return records
@@ -171,15 +174,11 @@ def _ask(
     questions: Sequence[Question],
     scorer: Scorer,
     longest: int | None,
+    embed: Embed,
 ) -> list[Record]:
     """The records of one batch; `longest` tokens are generated at most, None generates no answer."""
-    inputs = processor.batch_prompts([q.prompt for q in questions], [q.images for q in questions])
-    inputs = inputs.to(model.device)
-    mask_BT = inputs["attention_mask"]
-    embeds_BTC, is_image_BT, stats = model.read_prompts(inputs["input_ids"], inputs["pixel_values"], None, mask_BT)
-    own: dict[str, Any] = {}
-    if model.config.keeps_positions:
-        own["position_ids"] = model.positions_of_prompts(is_image_BT, mask_BT, stats)
+    mask_BT, embeds_BTC, is_image_BT, position_ids = embed(model, processor, questions)
+    own: dict[str, Any] = {"position_ids": position_ids} if model.config.keeps_positions else {}
     cache = model.recording_cache()
     nll_B = answer_nll(model, embeds_BTC, mask_BT, is_image_BT, [q.answer_ids for q in questions], cache, **own)
     kept = _kept_by_image(model.config, cache, [len(question.images) for question in questions])

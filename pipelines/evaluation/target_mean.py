@@ -16,6 +16,7 @@ from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from meteor_model.pruners.counts import solve_lambda
+from pipelines.evaluation.embedded import Embed, embed_questions
 from pipelines.evaluation.questions import BATCH, Question
 
 
@@ -49,7 +50,10 @@ def solve_lambda_per_image(
 
 
 def solve_lambda_on(
-    model: MeteorForConditionalGeneration, processor: MeteorProcessor, questions: Sequence[Question]
+    model: MeteorForConditionalGeneration,
+    processor: MeteorProcessor,
+    questions: Sequence[Question],
+    embed: Embed = embed_questions,
 ) -> float:
     """Lambda for which these prompts keep `pruning.decode.target_mean` visual tokens per image on average.
 
@@ -58,13 +62,16 @@ def solve_lambda_on(
     """
     decode = model.config.pruning.decode
     assert decode.target_mean is not None
-    mass_B, num_visual_B = attention_masses(model, processor, questions)
+    mass_B, num_visual_B = attention_masses(model, processor, questions, embed)
     images_B = torch.tensor([len(question.images) for question in questions])
     return solve_lambda_per_image(mass_B, num_visual_B, images_B, decode.target_mean, decode.k_min)
 
 
 def solve_for_target(
-    model: MeteorForConditionalGeneration, processor: MeteorProcessor, questions: Callable[[], Sequence[Question]]
+    model: MeteorForConditionalGeneration,
+    processor: MeteorProcessor,
+    questions: Callable[[], Sequence[Question]],
+    embed: Embed = embed_questions,
 ) -> None:
     """Give a model, in place, stage 3's lambda for its target mean per image on these prompts.
 
@@ -75,21 +82,23 @@ def solve_for_target(
     """
     decode = model.config.pruning.decode
     if decode.enabled and decode.needs_lambda and decode.target_mean is not None:
-        lam = solve_lambda_on(model, processor, questions())
+        lam = solve_lambda_on(model, processor, questions(), embed)
         model.config = with_lambda(model.config, lam, decode.target_mean)
 
 
 def attention_masses(
-    model: MeteorForConditionalGeneration, processor: MeteorProcessor, questions: Sequence[Question]
+    model: MeteorForConditionalGeneration,
+    processor: MeteorProcessor,
+    questions: Sequence[Question],
+    embed: Embed = embed_questions,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention mass on visual tokens (B,) and their number (B,) of each prompt."""
     masses, counts = [], []
     for start in range(0, len(questions), BATCH):
         part = questions[start : start + BATCH]
-        inputs = processor.batch_prompts([q.prompt for q in part], [q.images for q in part]).to(model.device)
-        mass_B, num_visual_B = model.visual_attention_mass(**inputs)
-        masses.append(mass_B)
-        counts.append(num_visual_B)
+        mask_BT, embeds_BTC, is_image_BT, position_ids = embed(model, processor, part)
+        masses.append(model.embedded_attention_mass(embeds_BTC, is_image_BT, mask_BT, position_ids))
+        counts.append(is_image_BT.sum(dim=1))
     return torch.cat(masses), torch.cat(counts)
 
 

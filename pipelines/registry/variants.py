@@ -20,6 +20,7 @@ from mlflow.entities.model_registry import ModelVersion
 from meteor_model.configuration_meteor import MeteorConfig, PruningConfig
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
+from meteor_model.towers import of_towers, towers_of, with_towers
 from pipelines.checkpoint.best import best_checkpoint
 from pipelines.checkpoint.committed import latest_checkpoint
 from pipelines.checkpoint.local import local_copy
@@ -68,6 +69,34 @@ def apply_pruning(
     processor.tokens_per_image = config.tokens_per_image
 
 
+def under_settings(
+    model: MeteorForConditionalGeneration,
+    processor: MeteorProcessor,
+    pruning: PruningConfig,
+    ranks: Mapping[str, Sequence[float]] | None,
+    towers: Mapping[str, int] | None,
+) -> MeteorForConditionalGeneration:
+    """The model under another pruning and some of its towers; modules are shared (`meteor_model.towers.of_towers`).
+
+    Args:
+        model: any.
+        processor: the model's, which is put under the settings in place.
+        pruning: the three stages.
+        ranks: expected ranks of the towers that are kept; None keeps those that the model has, where all towers stay as
+            they are, else it shares budgets by token count.
+        towers: image side of each tower that is kept; None keeps all as they are.
+
+    Raises:
+        ValueError: as `apply_pruning`, or for towers that the model does not have.
+    """
+    if towers is None:
+        apply_pruning(model, processor, pruning, ranks)
+        return model
+    config = with_towers(model.config, towers).with_pruning(pruning, ranks)
+    processor.tokens_per_image = config.tokens_per_image
+    return of_towers(model, config)
+
+
 def register_variant(  # noqa: PLR0913 - what a version is made of, by name
     base: str,
     pruning: PruningConfig,
@@ -78,6 +107,7 @@ def register_variant(  # noqa: PLR0913 - what a version is made of, by name
     aliases: Sequence[str],
     run_id: str,
     tags: Mapping[str, str],
+    towers: Mapping[str, int] | None = None,
     suite: Suite | None = None,
     tolerance: float | None = None,
 ) -> RegisteredVersion:
@@ -93,6 +123,7 @@ def register_variant(  # noqa: PLR0913 - what a version is made of, by name
         run_id: the MLflow run that it is filed under, e.g. the trial that found it.
         tags: of the version, e.g. git_commit; recipe, data and licences are taken over from a registered base, and are
             to be given for a folder (`pipelines.registry.provenance.training_tags`).
+        towers: image side of each tower that is kept; None keeps all as they are.
         suite: that the score is of, for its name in the card.
         tolerance: largest difference of a logit that parity may show; None takes that of the precision.
 
@@ -109,8 +140,8 @@ def register_variant(  # noqa: PLR0913 - what a version is made of, by name
         )
     pinned = pin_model(base, registry.uri)
     base_tags = _inherited(pinned)
-    model, processor = load_model(pinned)
-    apply_pruning(model, processor, pruning, ranks)
+    whole, processor = load_model(pinned)
+    model = under_settings(whole, processor, pruning, ranks, towers)
     _check_score(score, model.config)
     with tempfile.TemporaryDirectory(prefix="meteor-variant-") as scratch:
         folder = export_model(model, processor, Path(scratch) / "model")
@@ -177,9 +208,10 @@ def measure_parity(registry: Registry, version: int, tolerance: float | None = N
     with tempfile.TemporaryDirectory(prefix="meteor-parity-") as scratch:
         folder = pull_model(PinnedModel(registry.address(version), registry, version), Path(scratch) / "model")
         if base := found.tags.get(BASE_TAG):
-            model, processor = load_registered(base, registry.uri)
+            whole, processor = load_registered(base, registry.uri)
             config = MeteorConfig.from_pretrained(folder)
-            apply_pruning(model, processor, config.pruning, config.ranks)
+            towers = None if towers_of(config) == towers_of(whole.config) else towers_of(config)
+            model = under_settings(whole, processor, config.pruning, config.ranks, towers)
             parity = _parity_of(model, processor, folder, tolerance)
         else:
             with local_copy(_training_checkpoint(registry, found)) as checkpoint:

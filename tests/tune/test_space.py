@@ -16,7 +16,9 @@ from optuna.trial import FixedTrial
 
 from meteor_model.architectures import build_config
 from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, MeteorConfig, PruningConfig
+from meteor_model.encoders import encoder_class
 from meteor_model.pruners.spectra import RANK_ESTIMATORS
+from meteor_model.towers import towers_of
 from tune.defaults import TARGET_SHARE, paper_line
 from tune.space import DecodeBy, Ranks, Space, SpaceError, ranks_of_config, ranks_of_report
 
@@ -81,7 +83,8 @@ def test_every_choice_is_a_valid_configuration(name: str, dense: bool, data: st.
     base = model_config(name, dense)
     decode_by: DecodeBy = data.draw(st.sampled_from(get_args(DecodeBy)))
     ranks = data.draw(ranks_for(base, len(base.pruning.encode.totals) or 3))
-    space = Space(base, ranks, decode_by)
+    all_knobs = [[]] if name == "eagle_x5_7b" else [[], ["keep"], ["side"], ["keep", "side"]]
+    space = Space(base, ranks, decode_by, knobs=data.draw(st.sampled_from(all_knobs)))
     chooser = Drawn(data)
     config = space.sample(chooser)
     pruning = config.pruning
@@ -91,10 +94,34 @@ def test_every_choice_is_a_valid_configuration(name: str, dense: bool, data: st.
         assert pruning.decode.lam is None, "a lambda of another configuration would be wrong"
         assert pruning.decode.target_mean <= config.tokens_per_image
     if pruning.encode.enabled and ranks:
-        assert config.ranks == {k: list(v) for k, v in ranks[pruning.encode.rank_estimator].items()}
+        kept, last = towers_of(config), len(pruning.encode.totals)
+        assert config.ranks == {
+            k: list(v)[-last:] for k, v in ranks[pruning.encode.rank_estimator].items() if k in kept
+        }
     if not pruning.decode.enabled:
         assert not any(n.startswith("decode.") and n != "decode.enabled" for n in chooser.names), "conditional"
     assert MeteorConfig(**config.to_dict()).pruning == pruning, "it survives being stored"
+
+
+def test_towers_may_go_and_see_smaller_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = model_config("tiny")
+    ranks = {"effective": {e.name: [3.0] if e.name == "convnext" else [3.0, 2.0, 1.0] for e in base.encoders}}
+    space = Space(base, ranks, knobs=("keep", "side"))
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    seen = [towers_of(space.sample(study.ask())) for _ in range(60)]
+    assert {tuple(towers) for towers in seen} == {
+        kept for count in (1, 2, 3) for kept in itertools.combinations(("clip", "pix2struct", "convnext"), count)
+    }, "every choice of towers but none of them"
+    assert {towers["pix2struct"] for towers in seen if "pix2struct" in towers} == {32, 40, 48, 56, 64}
+    first = paper_line(space)[0]
+    assert space.towers_of(space.sample(FixedTrial(first))) is None
+    plain = Space(base, ranks)
+    assert space.sample(FixedTrial(first)).to_dict() == plain.sample(FixedTrial(paper_line(plain)[0])).to_dict()
+    monkeypatch.setattr(encoder_class("clip"), "any_size", False)
+    assert "towers.clip.cells" in first
+    assert "towers.clip.cells" not in space.all_towers, "its weights are of one size now"
+    with pytest.raises(SpaceError, match="joined on the channels"):
+        Space(model_config("eagle_x5_7b", dense=True), {}, knobs=("keep",))
 
 
 def test_choices_cover_what_the_paper_sets_by_hand() -> None:

@@ -12,11 +12,12 @@ import pytest
 import torch
 from ray.tune.result import DONE
 
-from meteor_model.configuration_meteor import MeteorConfig, PruningConfig
+from meteor_model.configuration_meteor import EncodePruning, MeteorConfig, PruningConfig
 from meteor_model.flops import FlopReport, count_flops
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from pipelines.evaluation import evaluate as evaluate_module
+from pipelines.evaluation import tower_store
 from pipelines.evaluation.evaluate import score_model
 from pipelines.evaluation.suite import Suite
 from pipelines.io import storage
@@ -32,15 +33,20 @@ from tune.settings import SweepSettings
 from tune.stopping import REPORT, Report
 from tune.trial import EvaluateTrial, FinalTrial, TrialContext, expected_cost
 
+OF_TWO = replace(PRUNED, encode=EncodePruning(totals=(60, 44, 40)))
 UNSOLVED = replace(PRUNED, decode=replace(PRUNED.decode, lam=None, target_mean=10.0))
 
 
-def config(trial: str, pruning: PruningConfig) -> dict[str, Any]:
-    return {"trial": trial, "change": json.dumps({"pruning": asdict(pruning), "ranks": None, "of": ""})}
+def config(trial: str, pruning: PruningConfig, towers: dict[str, int] | None = None) -> dict[str, Any]:
+    return {
+        "trial": trial,
+        "change": json.dumps({"pruning": asdict(pruning), "ranks": None, "towers": towers, "of": ""}),
+    }
 
 
 @pytest.fixture
-def context(bench: Bench, tmp_path: Path) -> TrialContext:
+def context(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrialContext:
+    monkeypatch.setattr(tower_store, "default_folder", lambda: tmp_path / "maps")
     settings = SweepSettings(questions=8, portions=2, batch=4, calibration_samples=16, storage=str(tmp_path))
     search, final = (Suite.of(bench.manifest, "heldout", 8, part=part) for part in ("search", "final"))
     folder = SweepFolder(str(tmp_path / "sweep"))
@@ -129,12 +135,35 @@ def test_the_next_trial_of_an_actor_is_as_on_a_fresh_one(context: TrialContext) 
     used = trial(context, config("search-000", UNSOLVED))
     used.step()  # and is stopped
     assert used.reset_config(config("search-001", other))
-    loaded = used.model
+    loaded = used.whole
     after = ended(used)
-    assert used.model is loaded
+    assert used.whole is loaded is used.model
     alone = ended(trial(context, config("search-002", other)))
     assert after["objective"] == pytest.approx(alone["objective"], rel=1e-6)
     assert json.loads(after["score"])["score"]["tokens_per_image"] == 12
+
+
+@pytest.mark.parametrize("towers", [None, {"clip": 64, "pix2struct": 40}])
+def test_kept_maps_change_no_bit_of_a_trial(context: TrialContext, towers: dict[str, int] | None) -> None:
+    encode = OF_TWO.encode if towers else UNSOLVED.encode
+    asked: dict[str, Any] = {"pruning": replace(UNSOLVED, encode=encode), "towers": towers}
+    without = replace(context, settings=replace(context.settings, tower_maps_gib=0.0))
+    expected = ended(trial(without, config("search-000", **asked)))
+    told = json.loads(expected["score"])
+    assert told["maps"] is None
+    first = json.loads(ended(trial(context, config("search-001", **asked)))["score"])
+    used = trial(context, config("search-002", UNSOLVED))
+    ended(used)  # another setting, all towers
+    assert used.reset_config(config("search-003", **asked))
+    second = json.loads(ended(used)["score"])
+    assert first["maps"]["computed"] > 0 == first["maps"].get("read", 0)
+    assert second["maps"]["read"] == first["maps"]["computed"]
+    assert "computed" not in second["maps"], "all were there"
+    for found in (first, second):
+        assert found["pruning"] == told["pruning"], "lambda, to the bit"
+    scores = [load_score(context.folder, f"search-{number:03d}") for number in (0, 1, 3)]
+    assert scores[0].records == scores[1].records == scores[2].records
+    assert scores[0].tokens_per_image == scores[2].tokens_per_image
 
 
 def test_a_fault_of_the_configuration_is_a_failed_trial(context: TrialContext) -> None:

@@ -479,12 +479,13 @@ def test_lambda_and_pictures_see_the_prompts_of_the_suite(monkeypatch: pytest.Mo
     asked = _asked(made).asked
     seen: list[list[int]] = []
 
-    def noted(**inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
-            seen.append(ids[mask.bool()].tolist())
-        return torch.ones(len(inputs["input_ids"])), torch.ones(len(inputs["input_ids"]))
+    read = built.read_prompts
 
-    monkeypatch.setattr(built, "visual_attention_mass", noted)
+    def noted(ids_BT: torch.Tensor, pixels: torch.Tensor, embeds: None, mask_BT: torch.Tensor) -> object:
+        seen.extend(ids[mask.bool()].tolist() for ids, mask in zip(ids_BT, mask_BT, strict=True))
+        return read(ids_BT, pixels, embeds, mask_BT)
+
+    monkeypatch.setattr(built, "read_prompts", noted)
     attention_masses(built, made, asked)
     assert seen == [question.prompt.input_ids for question in asked]
     seen.clear()
