@@ -32,7 +32,7 @@ def segment_ends(num_blocks: int, num_segments: int) -> tuple[int, ...]:
 
 
 def beyond_maps(pruning: PruningConfig) -> str | None:
-    """The setting by which a pruning reads more of the towers than their `dense_map`: attention, or pixels; else None."""
+    """The setting by which a pruning reads more of the towers than their `dense_map`: attention, or pixels."""
     if pruning.fuse.looks:
         return f"pruning.fuse.criterion {pruning.fuse.criterion!r}"
     if pruning.encode.enabled and ENCODE_CRITERIA[pruning.encode.criterion].facts["before"]:
@@ -104,7 +104,7 @@ def encode_pruned(  # noqa: PLR0913 - the settings of stage 1, by name
     score = partial(entry.run, **(options or {}))
     if not encoder.prunes_between_blocks:
         hidden_MND = _dense_output(encoder, _given(pixels_MCRR)) if dense is None else dense
-        return _prune_output(encoder, hidden_MND, budgets[-1], choose, score)
+        return _prune_output(encoder, hidden_MND, pixels_MCRR, budgets[-1], choose, score)
     if entry.facts["before"]:
         return _prune_input(encoder, _given(pixels_MCRR), budgets, choose, score)
 
@@ -220,7 +220,12 @@ def _prune_input(
 
 
 def _prune_output(
-    encoder: VisionEncoder, hidden_MND: torch.Tensor, budget: int, choose: Choose, score: EncodeCriterion
+    encoder: VisionEncoder,
+    hidden_MND: torch.Tensor,
+    pixels_MCRR: torch.Tensor | None,
+    budget: int,
+    choose: Choose,
+    score: EncodeCriterion,
 ) -> tuple[VisionTokens, tuple[torch.Tensor, ...]]:
     """A convolutional tower: tokens of its dense output map are kept (METEOR: those least like its mean)."""
     positions_MN = torch.arange(hidden_MND.shape[1], device=hidden_MND.device).expand(len(hidden_MND), -1)

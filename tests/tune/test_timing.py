@@ -19,7 +19,6 @@ from tests.tune.test_trial import OF_TWO
 from tune import timing
 from tune.timing import TURNS, ms_per_image
 
-
 # Lambda 31: one that was solved for these settings, and not the base model's.
 TWELVE = replace(PRUNED, fuse=replace(PRUNED.fuse, keep=12), decode=replace(PRUNED.decode, lam=31.0))
 
