@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -41,7 +42,8 @@ def test_a_machine_that_slows_down_changes_no_setting_s_place(tmp_path: Path, mo
     assert first == pytest.approx(stored["reference_ms"] / 2)
     turn[0] = 9
     assert ms_per_image(built, made, (built, own), asked, table) == pytest.approx(first)
-    assert storage.read_json(table) == stored == {"reference_ms": pytest.approx(4.0 * 24 / images), "turns": TURNS}
+    usual = statistics.median(slowness[1 : TURNS + 1])  # the first turn warms up
+    assert storage.read_json(table) == stored == {"reference_ms": pytest.approx(usual * 24 / images), "turns": TURNS}
 
 
 @pytest.mark.parametrize("some", [False, True])

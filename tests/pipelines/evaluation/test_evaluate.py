@@ -489,6 +489,7 @@ def test_lambda_and_pictures_see_the_prompts_of_the_suite(monkeypatch: pytest.Mo
     attention_masses(built, made, asked)
     assert seen == [question.prompt.input_ids for question in asked]
     seen.clear()
+    monkeypatch.undo()  # pictures embed their prompts, too
     pruned = built.prune_prompts
 
     def drawn(**inputs: torch.Tensor) -> object:
