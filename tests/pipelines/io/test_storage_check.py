@@ -94,7 +94,7 @@ def test_every_code_says_what_it_is_and_fails_at_once(code: str, fake_s3: FakeS3
     start = time.monotonic()
     with pytest.raises(storage.StorageError, match=message) as caught:
         storage.write_bytes(f"{URL}/x", b"x", retry_s=30)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 20, "without the 30 s of patience"
     assert not isinstance(caught.value, storage.TransientStorageError)
     if code not in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken"):
         assert "refused the credentials" not in str(caught.value)
