@@ -10,7 +10,7 @@ Legend: M images, N tokens of the full grid, K tokens kept, P prefix tokens, D w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -101,42 +101,50 @@ def encode_pruned(  # noqa: PLR0913 - the settings of stage 1, by name
         the finished tokens, and for each boundary the kept positions (M, K) in the full grid.
     """
     entry = ENCODE_CRITERIA[criterion]
-    score = partial(entry.run, **(options or {}))
+    score, before = partial(entry.run, **(options or {})), entry.facts["before"]
     if not encoder.prunes_between_blocks:
         hidden_MND = _dense_output(encoder, _given(pixels_MCRR)) if dense is None else dense
         return _prune_output(encoder, hidden_MND, pixels_MCRR, budgets[-1], choose, score)
-    if entry.facts["before"]:
-        return _prune_input(encoder, _given(pixels_MCRR), budgets, choose, score)
 
     num_prefix = encoder.num_prefix_tokens
     if dense is None:
         done, (hidden_MTD, positions_MN) = 0, _embed(encoder, _given(pixels_MCRR))
     else:
+        assert not before, "refused by beyond_maps"
         done = dense_depth(encoder, budgets, first_deep_segment, criterion)
         hidden_MTD, positions_MN = dense, _cells(encoder, dense)
     kept, all_scores, start = [], [], 0
+
+    def cut(
+        segment: int, budget: int, attention: Callable[[], torch.Tensor] | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The hidden states and positions that a boundary leaves of those at hand."""
+        patches_MND = hidden_MTD[:, num_prefix:]
+        with torch.no_grad():  # selection has no gradient; what is kept carries its own
+            boundary = Boundary(patches_MND, positions_MN, encoder.grid, segment, budget, attention, pixels_MCRR)
+            scores_MN = score(boundary)
+            keep_MK = choose(segment, scores_MN, positions_MN, budget)
+        all_scores.append(scores_MN)
+        patches_MKD = gather_tokens(patches_MND, keep_MK)
+        return torch.cat([hidden_MTD[:, :num_prefix], patches_MKD], dim=1), gather_tokens(positions_MN, keep_MK)
+
     for segment, (end, budget) in enumerate(zip(segment_ends(len(encoder.blocks), len(budgets)), budgets, strict=True)):
         prunes, deep = budget < positions_MN.shape[1], segment + 1 >= first_deep_segment
         attends = entry.facts["attends"] == "always" or (deep and entry.facts["attends"] == "deep")
         scorer = _score_block(encoder, start, end) if prunes and attends else None
+        if prunes and before:
+            hidden_MTD, positions_MN = cut(segment, budget, None)
         score_input_MTD = hidden_MTD
         for index in range(max(start, done), end):
             if index == scorer:
                 score_input_MTD = hidden_MTD
             hidden_MTD = encoder.checkpointed_block(index, hidden_MTD, positions_MN)
         start = end
-        if prunes:
-            with torch.no_grad():  # selection has no gradient; what is kept carries its own
-                attention = None
-                if scorer is not None:
-                    attention = partial(encoder.importance, scorer, score_input_MTD, positions_MN, score_queries)
-                patches_MND = hidden_MTD[:, num_prefix:]
-                scores_MN = score(Boundary(patches_MND, positions_MN, encoder.grid, segment, budget, attention))
-                keep_MK = choose(segment, scores_MN, positions_MN, budget)
-            all_scores.append(scores_MN)
-            patches_MKD = gather_tokens(hidden_MTD[:, num_prefix:], keep_MK)
-            hidden_MTD = torch.cat([hidden_MTD[:, :num_prefix], patches_MKD], dim=1)
-            positions_MN = gather_tokens(positions_MN, keep_MK)
+        if prunes and not before:
+            attention = None
+            if scorer is not None:
+                attention = partial(encoder.importance, scorer, score_input_MTD, positions_MN, score_queries)
+            hidden_MTD, positions_MN = cut(segment, budget, attention)
         kept.append(positions_MN)
     hidden_MTD = encoder.finish(hidden_MTD, positions_MN)
     refuse_nan(*all_scores)  # once, after everything is queued: a GPU is waited for here only
@@ -188,35 +196,6 @@ def _score_block(encoder: VisionEncoder, start: int, end: int) -> int:
             "larger pruning.encode.first_deep_segment"
         )
     return scorer
-
-
-def _prune_input(
-    encoder: VisionEncoder,
-    pixels_MCRR: torch.Tensor,
-    budgets: Sequence[int],
-    choose: Choose,
-    score: EncodeCriterion,
-) -> tuple[VisionTokens, tuple[torch.Tensor, ...]]:
-    """Tokens are dropped before each segment, by the pixels alone."""
-    num_prefix = encoder.num_prefix_tokens
-    hidden_MTD, positions_MN = _embed(encoder, pixels_MCRR)
-    kept, start = [], 0
-    for segment, (end, budget) in enumerate(zip(segment_ends(len(encoder.blocks), len(budgets)), budgets, strict=True)):
-        if budget < positions_MN.shape[1]:
-            patches_MND = hidden_MTD[:, num_prefix:]
-            with torch.no_grad():
-                boundary = Boundary(patches_MND, positions_MN, encoder.grid, segment, budget, None, pixels_MCRR)
-                scores_MN = score(boundary)
-                refuse_nan(scores_MN)
-                keep_MK = choose(segment, scores_MN, positions_MN, budget)
-            hidden_MTD = torch.cat([hidden_MTD[:, :num_prefix], gather_tokens(patches_MND, keep_MK)], dim=1)
-            positions_MN = gather_tokens(positions_MN, keep_MK)
-        for index in range(start, end):
-            hidden_MTD = encoder.checkpointed_block(index, hidden_MTD, positions_MN)
-        kept.append(positions_MN)
-        start = end
-    hidden_MTD = encoder.finish(hidden_MTD, positions_MN)
-    return VisionTokens(hidden_MTD[:, num_prefix:], positions_MN, hidden_MTD[:, :num_prefix]), tuple(kept)
 
 
 def _prune_output(

@@ -12,7 +12,6 @@ import time
 from collections.abc import Sequence
 
 import torch
-from transformers import DynamicCache
 
 from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
@@ -86,7 +85,7 @@ def _seconds(
         inputs_embeds=embeds_BTC,
         attention_mask=inputs["attention_mask"],
         image_mask=is_image_BT,
-        past_key_values=model.new_cache() or DynamicCache(config=model.config.text_config),
+        past_key_values=model.recording_cache(),
         use_cache=True,
         logits_to_keep=1,
     )

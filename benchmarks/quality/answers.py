@@ -13,13 +13,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import BatchFeature, DynamicCache
+from transformers import BatchFeature
 
 from benchmarks.quality.maps import Maps
 from benchmarks.quality.models import Trained
 from benchmarks.quality.questions import Asked
 from benchmarks.quality.stored_scenes import Scenes
 from meteor_model.configuration_meteor import MeteorConfig
+from meteor_model.decoder.cache import MeteorCache
 from meteor_model.fusion import prune_pool
 from meteor_model.inputs import scatter_visual
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
@@ -63,7 +64,12 @@ def answer(
         maps: dense maps of these scenes, used where the towers are as they were for them.
         say: is told about progress.
         bf16: under autocast, as models are trained; else in fp32.
+
+    Raises:
+        ValueError: for pruning.fuse.positions "original", which needs to know what stages 1 and 2 kept of each image.
     """
+    if config.keeps_positions:
+        raise ValueError('pruning.fuse.positions is "original", and these answers count positions anew: renumber them')
     model, processor, before = trained.model, trained.processor, trained.model.config
     model.follow(config)
     processor.tokens_per_image = config.tokens_per_image
@@ -115,7 +121,7 @@ def _answer(
     text_BC = model.text_of_images(embeds_BTC, is_image_BT, mask_BT, None, len(batch))
     visual_BKC = _visual(model, numbers, row_B, text_BC, scenes, maps)
     embeds_BTC = scatter_visual(embeds_BTC, is_image_BT, visual_BKC)
-    cache = model.new_cache() or DynamicCache(config=model.config.text_config)
+    cache = model.recording_cache()
     output_Bn = model.generate(
         inputs_embeds=embeds_BTC,
         image_mask=is_image_BT,
@@ -126,7 +132,7 @@ def _answer(
         pad_token_id=processor.tokenizer.pad_token_id,
         eos_token_id=processor.tokenizer.eos_token_id,
     )
-    decision = getattr(cache, "decision", None)
+    decision = cache.decision if isinstance(cache, MeteorCache) else None
     kept_B = is_image_BT.sum(dim=1) if decision is None else decision.kept_counts_B
     return [processor.decode(ids_n).strip() for ids_n in output_Bn], kept_B.tolist()
 
@@ -144,7 +150,7 @@ def _visual(
     positions: list[Tensor] = []
     if maps is None:
         found, kept, attention = model._encode(scenes.pixels(numbers).to(model.device), None)
-        positions = [places[-1][row_B] for places in kept.values()]
+        positions = [kept[name][-1][row_B] for name in found]
     else:
         found = dict(zip(maps.arrays, maps.of(numbers, model.device), strict=True))
     projected = [projected_MNC[row_B] for projected_MNC in model._project(found)]

@@ -91,7 +91,7 @@ class CheckpointSaver:
     _dropped: list[SampleId] = field(default_factory=list)
     _loss_file: tuple[LossFile, bytes] | None = None
     _first: str | None = None
-    """The run's first checkpoint, until it is known to be committed."""
+    """The run's first checkpoint, where it was the last one that was saved."""
 
     def __post_init__(self) -> None:
         self._uploaded.set()
@@ -188,8 +188,8 @@ class CheckpointSaver:
 
         A start that finds two checkpoints and no record would have to take the record for lost.
         """
-        if self._first is not None and self.wait_committed(self._first, FIRST_COMMIT_S):
-            self._first = None
+        if self._first is not None:
+            self.wait_committed(self._first, FIRST_COMMIT_S)
 
     def _gather(self) -> None:
         """What all workers consumed since the last checkpoint goes into rank 0's ledger."""
