@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from benchmarks.quality.align import Aligner, patch_labels
 from benchmarks.quality.answers import answer, masses
 from benchmarks.quality.maps import Maps, make_maps
 from benchmarks.quality.models import (
@@ -30,6 +31,7 @@ from benchmarks.quality.models import (
     save_trained,
     trained_tensors,
 )
+from benchmarks.quality.projectors import fit_once, imitate
 from benchmarks.quality.questions import Asked, Encoder, final_questions
 from benchmarks.quality.rows import Row, equal_cost_rows, rows_of
 from benchmarks.quality.sizes import Recipe, Size
@@ -106,10 +108,18 @@ def train_dense(place: Place, size: Size, name: str, seed: int, steps: int = 0) 
     model.encoders.load_state_dict(towers)
     encoder = Encoder(make_processor(model.config, tokenizer))
     model.to(place.device)
-    run = Run(place.root / "trainings" / name, model, encoder, recipe, scenes.questions, look_at_maps(model, maps))
+    folder = place.root / "trainings" / name
+    aligned = None
+    if recipe.alignment:
+        aligner = Aligner(model, tokenizer, maps, patch_labels(scenes.images))
+        settings = {"steps": str(recipe.alignment), "seed": str(seed), "maps": maps.digest}
+        fit_once(folder, model, settings, lambda: aligner.train(recipe.alignment, seed, place.say))
+        aligned = Aligner(model, tokenizer, held_maps, patch_labels(held.images)).score()
+        place.say(f"{name}: patches that say the right word on the validation split: {aligned}")
+    run = Run(folder, model, encoder, recipe, scenes.questions, look_at_maps(model, maps))
     run.train(place.say)
     scores = exact_match(model, encoder, held.questions, look_at_maps(model, held_maps))
-    return _finish(place, name, run, recipe, scores, loaded, {"maps": maps.digest})
+    return _finish(place, name, run, recipe, scores, loaded, {"maps": maps.digest, "alignment": aligned})
 
 
 def train_meteor(place: Place, size: Size, name: str, start: str, seed: int, steps: int = 0) -> Path:
@@ -126,7 +136,12 @@ def train_meteor(place: Place, size: Size, name: str, start: str, seed: int, ste
     encoder = Encoder(make_processor(config, dense.processor.tokenizer))
     recipe = _recipe(size.pruned, seed, steps)
     model.to(place.device)
-    run = Run(place.root / "trainings" / name, model, encoder, recipe, scenes.questions, look_at_pixels(model, scenes))
+    folder = place.root / "trainings" / name
+    if recipe.alignment:
+        maps, settings = maps_for(place, size, scenes), {"steps": str(recipe.alignment), "seed": str(seed), "of": start}
+        dense.model.to(place.device)
+        fit_once(folder, model, settings, lambda: imitate(model, dense.model, maps, recipe.alignment, seed, place.say))
+    run = Run(folder, model, encoder, recipe, scenes.questions, look_at_pixels(model, scenes))
     run.train(place.say)
     held = scenes_for(place, "validation", size.validation_images)
     scores = exact_match(model, encoder, held.questions, look_at_pixels(model, held))

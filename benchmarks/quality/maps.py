@@ -40,6 +40,9 @@ class Maps:
     digest: str
     arrays: dict[str, np.ndarray]
 
+    def __len__(self) -> int:
+        return len(next(iter(self.arrays.values())))
+
     def of(self, indices: Sequence[int], device: torch.device) -> list[torch.Tensor]:
         """The maps of these images, (M, N, D) bf16, one an encoder."""
         chosen = [np.stack([array[index] for index in indices]) for array in self.arrays.values()]

@@ -96,7 +96,7 @@ def dense_config(tokenizer: PreTrainedTokenizerBase, llm: LanguageModel, pretrai
         "num_key_value_heads": llm.heads,
         "max_position_embeddings": POSITIONS,
         "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": True,  # what a visual token points to is what the head says
         "vocab_size": len(tokenizer),
         **ids,
     }
@@ -164,8 +164,9 @@ def measured_ranks(model: MeteorForConditionalGeneration, pixels_MCSS: torch.Ten
 
 
 def trained_tensors(model: MeteorForConditionalGeneration) -> dict[str, torch.Tensor]:
-    """All weights but the towers'."""
-    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("encoders.")}
+    """All weights but the towers', and a head's that are the embedding's."""
+    left_out = ("encoders.", *(("lm_head.",) if model.config.text_config.tie_word_embeddings else ()))
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(left_out)}
 
 
 def cut_projector(tensors: Mapping[str, torch.Tensor], widths: Mapping[str, int]) -> dict[str, torch.Tensor]:
@@ -192,7 +193,7 @@ def cut_projector(tensors: Mapping[str, torch.Tensor], widths: Mapping[str, int]
 def load_trained(model: MeteorForConditionalGeneration, tensors: Mapping[str, torch.Tensor]) -> None:
     """Fill everything but the towers. ValueError for a tensor that is missing or too many."""
     result = model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=False)
-    missing = [name for name in result.missing_keys if not name.startswith("encoders.")]
+    missing = sorted(set(result.missing_keys) & set(trained_tensors(model)))
     if missing or result.unexpected_keys:
         raise ValueError(f"weights do not fit: missing {missing[:4]}, too many {result.unexpected_keys[:4]}")
 

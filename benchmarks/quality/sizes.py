@@ -28,6 +28,7 @@ class Recipe:
         adam_rate: peak learning rate of everything else.
         warmup: steps of a linear warm-up.
         seed: of weights and of the order.
+        alignment: steps of the projectors alone before them, each of 64 images.
     """
 
     steps: int
@@ -37,6 +38,7 @@ class Recipe:
     adam_rate: float = 2e-3
     warmup: int = 60
     seed: int = 0
+    alignment: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,19 +70,22 @@ class Size:
     pretrained: bool = True
 
 
+def _pruned(steps: int, alignment: int, warmup: int = 30) -> Recipe:
+    """Of METEOR from a dense model: gentler."""
+    return Recipe(steps, muon_rate=1.5e-3, adam_rate=1e-3, warmup=warmup, alignment=alignment)
+
+
 SIZES: dict[str, Size] = {
-    "full": Size(16_000, 400, 1_600, 2_000, Recipe(1_875), Recipe(900, muon_rate=1.5e-3, adam_rate=1e-3, warmup=30)),
-    "hour": Size(8_000, 200, 400, 300, Recipe(1_500), Recipe(400, muon_rate=1.5e-3, adam_rate=1e-3, warmup=30)),
-    "quick": Size(
-        3_000, 100, 120, 120, Recipe(300), Recipe(60, muon_rate=1.5e-3, adam_rate=1e-3, warmup=20), tokens=(34,)
-    ),
+    "full": Size(16_000, 400, 1_600, 2_000, Recipe(2_800, alignment=1_000), _pruned(900, 500)),
+    "hour": Size(8_000, 200, 400, 300, Recipe(1_500, alignment=500), _pruned(400, 250)),
+    "quick": Size(3_000, 100, 120, 120, Recipe(300, alignment=200), _pruned(60, 100, 20), tokens=(34,)),
     "toy": Size(
         24,
         6,
         8,
         6,
-        Recipe(4, images=4, warmup=2),
-        Recipe(2, images=4, warmup=1),
+        Recipe(4, images=4, warmup=2, alignment=3),
+        Recipe(2, images=4, warmup=1, alignment=3),
         LanguageModel(width=32, layers=4, heads=2, hidden=48),
         tokens=(34,),
         vocabulary=400,

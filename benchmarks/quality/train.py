@@ -264,10 +264,10 @@ class Run:
 def exact_match(
     model: MeteorForConditionalGeneration, encoder: Encoder, questions: Sequence[Sequence[Question]], look: Look
 ) -> dict[str, float]:
-    """Share of questions whose greedy answer is right, by kind and group, for choices on the validation split.
+    """Share of questions whose greedy answer is right, by group, kind and whether a drawing was trained.
 
-    By teacher forcing on packed rows, which for "all tokens right" says the same as generating. Nothing may prune in
-    the language model.
+    For choices on the validation split. By teacher forcing on packed rows, which for "all tokens right" says the same
+    as generating. Nothing may prune in the language model.
     """
     model.eval()
     right: dict[str, list[bool]] = defaultdict(list)
@@ -283,6 +283,12 @@ def exact_match(
         missed = {(int(row), int(branch)) for row, branch in zip(row_n[wrong_n], branch_n[wrong_n], strict=True)}
         for row, own in enumerate(rows):
             for branch, question in enumerate(own, start=1):
-                for name in (question.group, f"{question.group}/{question.kind}"):
+                for name in _names(question):
                     right[name].append((row, branch) not in missed)
     return {name: round(sum(values) / len(values), 4) for name, values in sorted(right.items())}
+
+
+def _names(question: Question) -> list[str]:
+    """The scores that a question enters: of its group, of its kind, of seen or of unseen drawings."""
+    kind = f"{question.group}/{question.kind}"
+    return [question.group, kind, *(f"{kind}/{of}" for of in (question.tags.get("drawing"),) if of)]

@@ -16,6 +16,7 @@ import torch
 import benchmarks.gpu
 from benchmarks.quality import answers, statistics
 from benchmarks.quality.__main__ import main as quality_main
+from benchmarks.quality.align import CHARACTERS, IGNORE, Aligner, patch_labels
 from benchmarks.quality.answers import answer
 from benchmarks.quality.experiment import tokenizer_of
 from benchmarks.quality.maps import Maps, make_maps
@@ -31,17 +32,19 @@ from benchmarks.quality.models import (
     trained_tensors,
 )
 from benchmarks.quality.muon import BatchedMuon
+from benchmarks.quality.projectors import fit_once, imitate
 from benchmarks.quality.questions import Asked, Encoder, final_questions, images_of_step, learned_of
 from benchmarks.quality.sizes import SIZES, Recipe
 from benchmarks.quality.stored_scenes import Images, Scenes, store_scenes
 from benchmarks.quality.train import Run, exact_match, look_at_maps, rate
 from meteor_model.answering import Answerer, Budget
 from meteor_model.answering import Question as Request
-from meteor_model.fusion import prune_pool
+from meteor_model.fusion import concat_channels, prune_pool
 from meteor_model.pruners.fuse_criteria import Pool
 from meteor_model.pruners.named import with_pruner
 from meteor_model.pruning_config import FusePruning
 from pipelines.data.sources.scenes import Question, compose
+from pipelines.data.sources.scenes.drawings import CATEGORIES, names
 
 TOY = SIZES["toy"]
 CPU = torch.device("cpu")
@@ -174,7 +177,9 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> 
     maps = toy_maps(toy_dense()[0], 8)
     whole, parts = run("whole", [None]), run("parts", [1, 2, None])
     begun = trained_tensors(toy_dense()[0])
-    assert not torch.equal(whole["lm_head.weight"], begun["lm_head.weight"])
+    assert "lm_head.weight" not in whole, "it is the embedding"
+    embedding = "language_model.embed_tokens.weight"
+    assert not torch.equal(whole[embedding], begun[embedding])
     for name, tensor in whole.items():
         assert torch.equal(tensor, parts[name]), name
     other = replace(recipe, seed=3)
@@ -195,6 +200,74 @@ def test_what_is_learned_by_heart_is_right_by_teacher_forcing(tmp_path: Path) ->
     after = exact_match(model, encoder, questions, look_at_maps(model, maps))
     assert before == {"general": 0.0, "general/color": 0.0, "ocr": 0.0, "ocr/sign": 0.0}
     assert after["general/color"] == 1.0
+
+
+# ----------------------------------------------------------------------------------------------------------- alignment
+
+
+def test_patches_are_labelled_with_what_is_in_them() -> None:
+    images = Images("train", 0, 12)
+    labels_M3N = patch_labels(images)
+    for index, labels_3N in enumerate(labels_M3N):
+        facts, letters = compose("train", 0, index).facts, compose("train", 0, index).letters
+        for thing in facts.drawings:
+            left, top, right, bottom = thing.box
+            row, column = (int((low + high) / 2 * 12 / 192) for low, high in ((top, bottom), (left, right)))
+            category, name, _ = labels_3N[:, row * 12 + column]
+            assert CATEGORIES[category] == thing.category
+            assert (names()[name] if thing.name else IGNORE) == (thing.name or name)
+        shown = {"".join(sorted({letter.character for letter in letters}))}
+        read = "".join(sorted({CHARACTERS[label] for label in labels_3N[2] if label != IGNORE}))
+        assert set(read) <= set(shown.pop())
+        assert (labels_3N[0] != IGNORE).any() == bool(facts.drawings)
+
+
+def test_the_boxes_of_drawings_hold_their_pixels() -> None:
+    scenes = (compose("train", 0, index) for index in range(60))
+    drawn = [scene for scene in scenes if scene.facts.drawings and not scene.facts.signs]
+    assert drawn
+    for scene in drawn:
+        ground = np.median(scene.pixels.reshape(-1, 3), axis=0)
+        far = np.abs(scene.pixels.astype(int) - ground).max(axis=-1) > 60
+        for thing in scene.facts.drawings:
+            left, top, right, bottom = thing.box
+            assert far[top:bottom, left:right].any()
+            far[top:bottom, left:right] = False
+        assert not far.any()
+
+
+def test_tokens_learn_to_point_to_the_words_of_what_patches_show(tmp_path: Path) -> None:
+    model, processor = toy_dense()
+    images = Images("train", 0, 6)
+    maps, labels = toy_maps(model, 6), patch_labels(images)
+    aligner = Aligner(model, processor.tokenizer, maps, labels)
+    before, table = aligner.score(), model.get_input_embeddings().weight.clone()
+    fit_once(tmp_path, model, {"seed": "0"}, lambda: aligner.train(150, 0, silent))
+    after = aligner.score()
+    assert all(after[key] > before[key] + 0.3 for key in ("category", "character")), (before, after)
+    assert torch.equal(table, model.get_input_embeddings().weight)
+    other, _ = toy_dense()
+    fit_once(tmp_path, other, {"seed": "0"}, lambda: pytest.fail("it is there already"))
+    assert Aligner(other, processor.tokenizer, maps, labels).score() == after
+    with pytest.raises(ValueError, match="another name"):
+        fit_once(tmp_path, other, {"seed": "1"}, lambda: None)
+
+
+def test_encoders_learn_to_say_what_the_joint_projector_says() -> None:
+    dense, _ = toy_dense()
+    ranks = {name: [2.0] for name in dense.encoders}
+    model, _ = build(meteor_config(dense.config, (108, 72, 144), 34, ranks), None)
+    width = dense.encoders["dinov2"].embed_dim
+    with torch.no_grad():  # only the first encoder's channels count, so that it can say all
+        dense.projectors["joint"].input.weight[:, width:] = 0
+    maps = toy_maps(dense, 4)
+    losses: list[float] = []
+    imitate(model, dense, maps, 300, 0, lambda line: losses.append(float(line.rpartition(" ")[2])))
+    assert losses[-1] < 0.75 * losses[0]
+    seen = maps.of([0], CPU)
+    joined = concat_channels([item.float() for item in seen], list(dense.config.encoder_grids.values()), [1] * 3, 12)
+    wanted, said = dense.projectors["joint"](joined), model.projectors["dinov2"](seen[0].float())
+    assert float(((said - wanted).square().mean() / wanted.var()).detach()) < 0.2
 
 
 # ------------------------------------------------------------------------------------------------- maps, answers, file
@@ -281,8 +354,8 @@ def test_stored_maps_serve_where_the_towers_are_unchanged(scenes: tuple[Trained,
     dense = trained.model.config
     live, kept = (answer(trained, dense, asked, stored, found) for found in (None, maps))
     assert live == kept
-    zeros = Maps("zeros", {name: np.zeros_like(array) for name, array in maps.arrays.items()})
-    assert answer(trained, dense, asked, stored, zeros).texts != kept.texts
+    nothing = Maps("NaN", {name: np.full_like(array, 0x7FC0) for name, array in maps.arrays.items()})
+    assert answer(trained, dense, asked, stored, nothing).texts != kept.texts
 
 
 def test_a_model_is_stored_without_its_towers(tmp_path: Path) -> None:

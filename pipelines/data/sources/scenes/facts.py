@@ -16,6 +16,7 @@ class DrawnThing:
         familiarity: whether training has seen it.
         half: "top" or "bottom" of the picture; "" where it lies across the middle.
         side: "left" or "right".
+        box: left, top, right and bottom of what was painted, in pixels.
     """
 
     code_point: str
@@ -24,6 +25,7 @@ class DrawnThing:
     familiarity: Familiarity
     half: str
     side: str
+    box: tuple[int, int, int, int]
 
     @property
     def quadrant(self) -> str:

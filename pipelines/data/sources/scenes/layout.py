@@ -145,19 +145,24 @@ def _place_drawings(
             entry = pick(rng, split, familiarity, background)
             if entry.code_point not in {thing.code_point for thing in found}:
                 break
-        _stamp(rng, canvas.image, image_of(entry.code_point), band, side)
+        box = _stamp(rng, canvas.image, image_of(entry.code_point), band, side)
         name = entry.name if familiarity == "seen" else ""
-        found.append(DrawnThing(entry.code_point, entry.category, name, familiarity, band.called, side))
+        found.append(DrawnThing(entry.code_point, entry.category, name, familiarity, band.called, side, box))
     return tuple(found)
 
 
-def _stamp(rng: random.Random, image: Image.Image, drawing: Image.Image, band: Band, side: str) -> None:
+def _stamp(
+    rng: random.Random, image: Image.Image, drawing: Image.Image, band: Band, side: str
+) -> tuple[int, int, int, int]:
+    """Paint a drawing somewhere in its cell. Returns: the box that it takes."""
     left, right = (4, SIDE // 2 - 2) if side == "left" else (SIDE // 2 + 2, SIDE - 4)
     extent = rng.uniform(0.78, 0.98) * min(band.bottom - band.top - 4, right - left)
     factor = extent / max(drawing.size)
     width, height = max(1, round(drawing.width * factor)), max(1, round(drawing.height * factor))
     small = drawing.resize((width, height), Image.Resampling.BILINEAR)
-    image.paste(small, (rng.randint(left, right - width), rng.randint(band.top + 1, band.bottom - 1 - height)), small)
+    x, y = rng.randint(left, right - width), rng.randint(band.top + 1, band.bottom - 1 - height)
+    image.paste(small, (x, y), small)
+    return x, y, x + width, y + height
 
 
 # --------------------------------------------------------------------------------------------------------------- signs
