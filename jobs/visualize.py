@@ -3,7 +3,8 @@
 
 overview.png shows all stages on one sheet, an encoder a row, a step a column; encode.png, fuse.png and decode.png the
 cells whose tokens each stage keeps; ranks.png the rank of each encoder's feature map at each boundary; vav.png the
-attention mass on visual tokens by LLM layer and head, and the heads that stage 3 listens to.
+attention mass on visual tokens by LLM layer and head, and the heads that stage 3 listens to; with --compare,
+pruners.png the cells that every pruner keeps of as many tokens.
 """
 
 import sys
@@ -40,6 +41,9 @@ class Visualize:
     that is not calibrated."""
     pruner: OtherPruner = field(default_factory=OtherPruner)
     """Another way to drop visual tokens than the model's own; the cells that it keeps are drawn."""
+    compare: int = 0
+    """Visual tokens an image that every pruner is to keep in pruners.png, the first prompt's answers below; 0: no such
+    picture."""
     device: Device = "auto"
     """Where the model runs; auto takes a GPU where there is one."""
     tracking: Tracking = field(default_factory=Tracking)
@@ -59,6 +63,12 @@ def check(settings: Visualize) -> None:
     settings.pruner.check()
     if settings.pruner.name and settings.only != ("kept",):
         raise ValueError("pruner.name is given: ranks and vav are those of the model's own stages; set only to kept")
+    if settings.compare < 0:
+        raise ValueError(
+            f"compare is {settings.compare}; it must be a number of visual tokens, or 0 for no such picture"
+        )
+    if settings.compare and (not settings.prompt or settings.pruner.name):
+        raise ValueError("compare asks the first prompt under every pruner: give a prompt, and no pruner.name")
     check_device(settings.device)
 
 
@@ -72,7 +82,8 @@ def run(settings: Visualize) -> None:
     if settings.decode_mean is not None and settings.prompt:
         calibrate_for(model, processor, settings.image, settings.prompt, settings.decode_mean)
     prompts = settings.prompt if model.config.pruning.decode.enabled or not settings.pruner.name else ()
-    draw(model, processor, settings.image, prompts, settings.only, settings.rank_images, settings.output)
+    drawn = (settings.only, settings.rank_images, settings.output, settings.compare)
+    draw(model, processor, settings.image, prompts, *drawn)
 
 
 JOB = Job("visualize", Visualize, run, __doc__, check=check)

@@ -144,6 +144,7 @@ ROWS: tuple[Row, ...] = (
         replace=BUCKET,
     ),
     Row("python -m docs.tools.scenes"),
+    Row("python -m docs.tools.kept"),
     Row("python jobs/make_shards.py webdataset --output s3://bucket/shards --heldout 'val-*.tar'", replace=BUCKET),
     Row("python jobs/pretrain.py --data.manifest s3://bucket/mydata", also=MIXED, replace=BUCKET),
     Row(
@@ -161,6 +162,10 @@ ROWS: tuple[Row, ...] = (
     Row("make predict ARGS=\"--image photo.jpg --prompt 'What color is the background?'\"", replace=PHOTO),
     Row(
         "make visualize ARGS=\"--image photo.jpg --prompt 'What does the sign say?' --output pictures\"", replace=PHOTO
+    ),
+    Row(
+        "make visualize ARGS=\"--image photo.jpg --prompt 'What does the sign say?' --compare 48 --output pictures\"",
+        replace=PHOTO,
     ),
     Row("make calibrate", also="--samples 16 --decode-samples 8"),
     Row(

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from meteor_model.visualize.charts import new_figure, plain_axes, rendered, shortened
-from meteor_model.visualize.sheets import COLOURS, FAINT, INK, LINE
+from meteor_model.visualize.panels import COLOURS, FAINT, INK, LINE
 
 GROUP = 0.8
 """Width of all bars of one boundary, of 1."""

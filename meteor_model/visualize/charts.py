@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from meteor_model.visualize.sheets import COLOURS, FAINT, INK, LETTERS, LINE
+from meteor_model.visualize.panels import COLOURS, FAINT, INK, LETTERS, LINE
 
 DPI = 200  # for a display of double density
 BARS, CHOSEN = "#b9c2cc", COLOURS[1]

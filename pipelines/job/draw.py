@@ -11,7 +11,7 @@ from meteor_model.loading import load_model_and_processor
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
 from meteor_model.pruners.counts import solve_lambda
-from meteor_model.visualize import explain, explain_kept
+from meteor_model.visualize import explain, explain_kept, explain_pruners
 from pipelines.evaluation.target_mean import with_lambda
 from pipelines.io.console import say
 from pipelines.registry.open import open_model
@@ -54,12 +54,19 @@ def draw(
     only: tuple[str, ...],
     rank_images: tuple[Path, ...],
     output: Path,
+    compare: int = 0,
 ) -> list[Path]:
-    """Write the pictures into a folder; the files, which are said as well. Without prompts: of stages 1 and 2 alone."""
+    """Write the pictures into a folder; the files, which are said as well.
+
+    Without prompts: of stages 1 and 2 alone. With `compare`: the first prompt under every pruner as well, at so many
+    tokens.
+    """
     if prompts or only != ("kept",):
         pictures = explain(model, processor, image, prompts, only, rank_images)
     else:
         pictures = explain_kept(model, processor, image, ())
+    if compare:
+        pictures["pruners"] = explain_pruners(model, processor, image, prompts[0], compare)
     output.mkdir(parents=True, exist_ok=True)
     files = []
     for name, picture in pictures.items():

@@ -39,6 +39,8 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Visualize:
         ({"only": ()}, "only is empty"),
         ({"pruner": OtherPruner("fastv")}, "give pruner.name and pruner.keep together"),
         ({"pruner": OtherPruner("fastv", 8)}, "set only to kept"),
+        ({"compare": -1}, "compare is -1; it must be a number of visual tokens"),
+        ({"compare": 8, "only": ("ranks",), "prompt": ()}, "give a prompt, and no pruner.name"),
         ({"output": Path(__file__)}, "test_visualize.py is not a folder"),
         ({"model": "models:/meteor@latest", "tracking": Tracking("")}, "tracking.uri is not set"),
         ({"model": "models:/meteor"}, "models:/meteor is no address"),
@@ -72,6 +74,13 @@ def test_an_uncalibrated_model_says_so_and_takes_a_mean(asked: Visualize, capsys
 def test_another_pruner_is_drawn(asked: Visualize, tmp_path: Path, pruner: OtherPruner, sheets: set[str]) -> None:
     run(replace(asked, only=("kept",), pruner=pruner, output=tmp_path))
     assert {file.stem for file in tmp_path.iterdir()} == sheets
+
+
+def test_every_pruner_is_drawn_beside_the_model_s_own_stages(asked: Visualize, tmp_path: Path) -> None:
+    run(replace(asked, decode_mean=9.0, only=("kept",), compare=8, output=tmp_path))
+    assert (tmp_path / "pruners.png").is_file()
+    with pytest.raises(ValueError, match="193 visual tokens cannot be kept: an image has 192"):
+        run(replace(asked, only=("ranks",), compare=193, output=tmp_path))
 
 
 def test_another_pruner_answers_and_says_what_it_keeps(asked: Visualize) -> None:

@@ -23,6 +23,7 @@ from meteor_model.visualize import (
     draw_ranks,
     explain,
     explain_kept,
+    panels,
     rank_report,
     sheets,
 )
@@ -60,16 +61,16 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int, int], list[int]]]:
     """(grid, cells) of every panel that is drawn from here on; the legend's swatches are left out."""
-    panels: list[tuple[tuple[int, int], list[int]]] = []
+    seen: list[tuple[tuple[int, int], list[int]]] = []
     dim = sheets.dim_dropped
 
     def record(picture: Image.Image, grid: tuple[int, int], cells: Any, colour: str) -> Image.Image:
         if grid != (1, 1):
-            panels.append((grid, list(cells)))
+            seen.append((grid, list(cells)))
         return dim(picture, grid, cells, colour)
 
     monkeypatch.setattr(sheets, "dim_dropped", record)
-    return panels
+    return seen
 
 
 def noise(width: int, height: int) -> Image.Image:
@@ -81,7 +82,7 @@ def noise(width: int, height: int) -> Image.Image:
 def test_kept_cells_are_the_image_and_dropped_ones_are_dimmed(grid: tuple[int, int], size: tuple[int, int]) -> None:
     picture = noise(*size)
     kept = set(range(0, grid[0] * grid[1], 3))
-    panel = np.asarray(sheets.dim_dropped(picture, grid, sorted(kept), COLOURS[0])).astype(int)
+    panel = np.asarray(panels.dim_dropped(picture, grid, sorted(kept), COLOURS[0])).astype(int)
     own = np.asarray(picture).astype(int)
     accent = np.asarray(Image.new("RGB", (1, 1), COLOURS[0]))[0, 0]
     for row in range(size[1]):
@@ -98,7 +99,7 @@ def test_kept_cells_are_the_image_and_dropped_ones_are_dimmed(grid: tuple[int, i
 
 def test_inside_a_kept_cell_every_pixel_is_the_image_s() -> None:
     picture = noise(280, 280)
-    panel = np.asarray(sheets.dim_dropped(picture, (7, 7), [8], COLOURS[0]))
+    panel = np.asarray(panels.dim_dropped(picture, (7, 7), [8], COLOURS[0]))
     own = np.asarray(picture)
     assert (panel[41:80, 41:80] == own[41:80, 41:80]).all()
     assert (panel[38:40, 45:75] == panel[38, 45]).all(), "outlined on the outside"
@@ -107,7 +108,7 @@ def test_inside_a_kept_cell_every_pixel_is_the_image_s() -> None:
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_cells_of_pixels_partition_the_picture(grid: tuple[int, int]) -> None:
-    owner = sheets.cell_of_pixels((200, 130), grid)
+    owner = panels.cell_of_pixels((200, 130), grid)
     assert owner.shape == (130, 200)
     assert sorted(set(owner.flatten().tolist())) == list(range(grid[0] * grid[1]))
 
@@ -161,7 +162,7 @@ def test_a_long_prompt_is_wrapped_and_cut(built: MeteorForConditionalGeneration,
     plain = {"a": [0], "b": [1]}
     sizes = [draw_overview(pixels(2)[0], built.config, stats, decode_kept=kept).width for kept in (long, plain)]
     assert sizes[0] == sizes[1]
-    assert sheets._wrapped("why " * 200, 20, 200, most=2)[1].endswith("...")
+    assert panels.wrapped("why " * 200, 20, 200, most=2)[1].endswith("...")
 
 
 def test_joined_channels_have_a_grid_of_their_own(drawn: list[Any]) -> None:
