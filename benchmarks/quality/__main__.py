@@ -2,6 +2,7 @@
 
     python -m benchmarks.quality train       maps, then the dense model; goes on where it stopped
     python -m benchmarks.quality prune       METEOR from the dense model, stages 1 and 2 on in training
+    python -m benchmarks.quality rival       the dense model trained on with another pruner, as long
     python -m benchmarks.quality ask         every row of the models' that is not stored yet
     python -m benchmarks.quality statistics  tables and picture, from stored answers alone
     python -m benchmarks.quality all         one after the other
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.quality.experiment import Place, ask, train_dense, train_meteor
+from benchmarks.quality.experiment import Place, ask, train_dense, train_meteor, train_rival
 from benchmarks.quality.models import MODELS
 from benchmarks.quality.pictures import draw_curves
 from benchmarks.quality.sizes import SIZES
@@ -33,15 +34,19 @@ RESULT = RESULTS / "quality.json"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("train", "prune", "ask", "statistics", "all"))
+    parser.add_argument("command", choices=("train", "prune", "rival", "ask", "statistics", "all"))
     parser.add_argument("--size", choices=sorted(SIZES), default="full")
     parser.add_argument("--quick", action="store_true", help="the size `quick`, under names and a root of its own")
     parser.add_argument("--dense", default="dense-0", help="name of the dense model")
     parser.add_argument("--meteor", default="meteor-0", help="name of the one made from it")
+    parser.add_argument("--rival", help="name of the one that a rival makes of it; by default PRUNER-SEED")
+    parser.add_argument("--keep", type=int, default=36, help="visual tokens that the rival keeps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=0, help="of the training; 0: the size's")
     parser.add_argument("--models", nargs="*", help="asked ones; by default those that are there")
-    parser.add_argument("--pruners", nargs="*", default=[], help="rows of these pruners alone")
+    parser.add_argument(
+        "--pruners", nargs="*", default=[], help="rows of these pruners alone; of `rival` the one to train"
+    )
     parser.add_argument("--questions", type=int, default=0, help="of a group; 0: the size's")
     parser.add_argument("--split", choices=("final", "validation"), default="final", help="whose questions are asked")
     parser.add_argument("--anew", action="store_true", help="ask stored rows again")
@@ -59,6 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         train_dense(place, size, options.dense, options.seed, options.steps)
     if options.command in ("prune", "all"):
         train_meteor(place, size, options.meteor, options.dense, options.seed, options.steps)
+    if options.command == "rival":
+        (pruner,) = options.pruners
+        name = options.rival or f"{pruner.replace('_', '-')}-{options.seed}"
+        train_rival(place, size, name, options.dense, pruner, options.keep, options.seed, options.steps)
     if options.command in ("ask", "all"):
         known = [name for name in (options.dense, options.meteor) if place.model_folder(name).is_dir()]
         names = options.models or known

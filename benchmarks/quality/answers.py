@@ -77,7 +77,7 @@ def answer(
     try:
         for number, places in enumerate(_batches(asked)):
             batch = [asked[place] for place in places]
-            stored = maps if _same_towers(config, before) else None
+            stored = maps if same_towers(config, before) else None
             with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
                 found = _answer(model, processor, batch, scenes, stored)
             for place, text, count in zip(places, *found, strict=True):
@@ -97,7 +97,7 @@ def _batches(asked: Sequence[Asked]) -> Iterator[list[int]]:
         yield order[begin : begin + BATCH]
 
 
-def _same_towers(config: MeteorConfig, before: MeteorConfig) -> bool:
+def same_towers(config: MeteorConfig, before: MeteorConfig) -> bool:
     """Whether stored dense maps are what the towers would give: nothing pruned or asked there, no smaller image."""
     fuse = config.pruning.fuse
     return (

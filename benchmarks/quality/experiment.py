@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.quality.align import Aligner, patch_labels
-from benchmarks.quality.answers import answer, masses
+from benchmarks.quality.answers import answer, masses, same_towers
 from benchmarks.quality.maps import Maps, make_maps
 from benchmarks.quality.models import (
     MODELS,
@@ -22,6 +22,7 @@ from benchmarks.quality.models import (
     build,
     cut_projector,
     dense_config,
+    encoders,
     load_trained,
     make_processor,
     make_tokenizer,
@@ -36,9 +37,10 @@ from benchmarks.quality.questions import Asked, Encoder, final_questions
 from benchmarks.quality.rows import Row, equal_cost_rows, rows_of
 from benchmarks.quality.sizes import Recipe, Size
 from benchmarks.quality.stored_scenes import Images, Scenes, store_scenes
-from benchmarks.quality.train import Run, exact_match, look_at_maps, look_at_pixels
+from benchmarks.quality.train import Look, Run, exact_match, look_at_maps, look_at_pixels
 from benchmarks.results_file import hardware
 from meteor_model.configuration_meteor import MeteorConfig
+from meteor_model.pruners.named import with_pruner
 from meteor_model.weights.parts import LoadedPart
 from pipelines.data.sources.scenes import VOCABULARY_SIZE, Split, texts
 from pipelines.io.fingerprint import sha256_of_json
@@ -148,6 +150,40 @@ def train_meteor(place: Place, size: Size, name: str, start: str, seed: int, ste
     return _finish(place, name, run, recipe, scores, loaded, {"start": start, "ranks": ranks})
 
 
+def train_rival(
+    place: Place, size: Size, name: str, start: str, pruner: str, keep: int, seed: int, steps: int = 0
+) -> Path:
+    """A dense model trained on with another pruner, as long as METEOR is. Returns: its folder.
+
+    Raises:
+        ValueError: for a pruner that looks at the text, of which a packed row has several, or that acts in the language
+            model, where training prunes nothing.
+    """
+    dense = open_trained(place.model_folder(start), place.parts_of(size))
+    config = with_pruner(dense.model.config, pruner, keep)
+    if config.pruning.decode.enabled or (config.pruning.fuse.enabled and config.pruning.fuse.wants_text):
+        raise ValueError(f"pruner {pruner!r} acts in the language model or looks at the text: it is not trained here")
+    maps_serve = same_towers(config, dense.model.config)
+    model, loaded = build(config, place.parts_of(size))
+    model.encoders.load_state_dict(dense.model.encoders.state_dict())
+    load_trained(model, trained_tensors(dense.model))
+    scenes, held = (
+        scenes_for(place, "train", size.train_images),
+        scenes_for(place, "validation", size.validation_images),
+    )
+
+    def look_at(seen: Scenes) -> Look:
+        return look_at_maps(model, maps_for(place, size, seen)) if maps_serve else look_at_pixels(model, seen)
+
+    encoder, recipe = Encoder(make_processor(config, dense.processor.tokenizer)), _recipe(size.pruned, seed, steps)
+    model.to(place.device)
+    run = Run(place.root / "trainings" / name, model, encoder, recipe, scenes.questions, look_at(scenes))
+    run.train(place.say)
+    scores = exact_match(model, encoder, held.questions, look_at(held))
+    more = {"start": start, "pruner": pruner, "keep": keep}
+    return _finish(place, name, run, recipe, scores, loaded, more)
+
+
 def _recipe(recipe: Recipe, seed: int, steps: int) -> Recipe:
     return replace(recipe, seed=seed, steps=steps or recipe.steps)
 
@@ -220,13 +256,14 @@ def ask(
     for name in names:
         trained = open_trained(place.model_folder(name), place.parts_of(size))
         trained.model.to(place.device)
+        whole = trained.model.config.encoders == encoders(size.pretrained)  # a smaller image has other maps
         stored = results["models"].setdefault(name, {"card": _short(trained.card), "rows": []})
         done = {row["name"] for row in stored["rows"]}
         for row in _rows(place, size, trained, pruners):
             if row.name in done:
                 continue
             started = time.monotonic()
-            found = answer(trained, row.config, asked, scenes, maps, place.say)
+            found = answer(trained, row.config, asked, scenes, maps if whole else None, place.say)
             seconds = time.monotonic() - started
             right = sum(text == item.question.answer for text, item in zip(found.texts, asked, strict=True))
             share = f"{100 * right / len(asked):.1f}% of {len(asked)}"
@@ -238,7 +275,7 @@ def ask(
 
 def _rows(place: Place, size: Size, trained: Trained, pruners: Sequence[str]) -> Iterator[Row]:
     config: MeteorConfig = trained.model.config
-    if config.fusion != "channel_concat":  # trained with its pruning on
+    if "start" in trained.card:  # trained with its pruning on
         keep = config.tokens_per_image
         yield Row("trained", keep, config, budget=keep)
         return

@@ -32,10 +32,9 @@ from benchmarks.quality.sizes import Recipe
 from benchmarks.quality.stored_scenes import Scenes
 from meteor_model.chat import IGNORE_INDEX
 from meteor_model.decoder.packed import Packed
-from meteor_model.fusion import concat_channels
+from meteor_model.fusion import prune_pool
 from meteor_model.inputs import scatter_visual
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
-from meteor_model.vision_meteor import JOINT
 from pipelines.data.sources.scenes import Question
 from pipelines.io.fingerprint import sha256_of_json
 
@@ -61,14 +60,11 @@ class Step:
 
 
 def look_at_maps(model: MeteorForConditionalGeneration, maps: Maps) -> Look:
-    """Dense: cached maps, joined on the channels, through the joint projector."""
-    grids = list(model.config.encoder_grids.values())
+    """Cached dense maps, joined on the channels, through the joint projector; then what stage 2 keeps of them."""
 
     def look(images: Sequence[int]) -> Tensor:
-        found = maps.of(images, model.device)
-        joined = concat_channels(found, grids, [1] * len(grids), model.config.concat_grid)
-        visual: Tensor = model.projectors[JOINT](joined)
-        return visual
+        found = dict(zip(maps.arrays, maps.of(images, model.device), strict=True))
+        return prune_pool(model.pool_of(model._project(found), []), model.config.pruning.fuse)[0]
 
     return look
 

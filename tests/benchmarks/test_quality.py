@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import benchmarks.gpu
 from benchmarks.quality import answers, statistics
@@ -392,6 +393,29 @@ def test_the_whole_runs_by_the_gpus_command_and_asks_no_row_twice(tmp_path: Path
     assert "validation split" in (tmp_path / "models" / "meteor-0" / "README.md").read_text()
     benchmarks.gpu.main(command)
     assert json.loads(output.read_text()) == first
+
+
+@pytest.mark.parametrize("pruner", ["average_pooling", "smaller_image"])
+def test_a_rival_is_trained_on_from_the_dense_model_and_asked_as_it_was_trained(tmp_path: Path, pruner: str) -> None:
+    common = ["--size", "toy", "--root", str(tmp_path), "--threads", str(torch.get_num_threads())]
+    quality_main(["train", *common])
+    quality_main(["rival", *common, "--pruners", pruner, "--keep", "36"])
+    name, output = f"{pruner.replace('_', '-')}-0", tmp_path / "quality.json"
+    card = json.loads((tmp_path / "models" / name / "card.json").read_text())
+    assert (card["start"], card["pruner"], card["keep"]) == ("dense-0", pruner, 36)
+    quality_main(["ask", *common, "--models", "dense-0", name, "--pruners", "none", "--output", str(output)])
+    (row,) = json.loads(output.read_text())["models"][name]["rows"]
+    assert (row["name"], row["kept"]) == ("trained@36", [36.0])
+    before, after = (load_file(tmp_path / "models" / which / "model.safetensors") for which in ("dense-0", name))
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_rival_that_looks_at_the_text_is_not_trained(tmp_path: Path) -> None:
+    common = ["--size", "toy", "--root", str(tmp_path), "--threads", str(torch.get_num_threads())]
+    quality_main(["train", *common])
+    for pruner in ("cdpruner", "fastv"):
+        with pytest.raises(ValueError, match="is not trained here"):
+            quality_main(["rival", *common, "--pruners", pruner])
 
 
 # ----------------------------------------------------------------------------------------------------------- statistics
