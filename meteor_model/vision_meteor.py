@@ -153,13 +153,15 @@ class MeteorVisionMixin:
     ) -> tuple[dict[str, torch.Tensor], dict[str, tuple[torch.Tensor, ...]], list[dict[float, torch.Tensor] | None]]:
         """1. encode: each tower's pruned map (M, N, D), and the positions that it kept at every boundary.
 
-        And its attention by the looks of stage 2's criterion; none without any.
+        And its attention by the looks of stage 2's criterion; none without any. Towers whose `dense_map` is given do
+        not see the pixels, which may be None where all of them are.
         """
         settings, looks = self.config.pruning.encode, self.config.pruning.fuse.looks
+        dense = dense or {}
         maps: dict[str, torch.Tensor] = {}
         kept: dict[str, tuple[torch.Tensor, ...]] = {}
         attention: list[dict[float, torch.Tensor] | None] = []
-        images = len(next(iter((dense or {}).values())) if pixel_values is None else pixel_values)
+        images = len(next(iter(dense.values())) if pixel_values is None else pixel_values)
         for name, encoder in self._towers():
             if not self.config.runs(name):
                 kept[name], blank = self._not_run(name, images)
@@ -185,7 +187,7 @@ class MeteorVisionMixin:
                 choose,
                 settings.criterion,
                 settings.options,
-                None if dense is None else dense[name],
+                dense.get(name),
             )
             maps[name] = tokens.hidden
         return maps, kept, attention

@@ -139,11 +139,12 @@ def train_meteor(place: Place, size: Size, name: str, start: str, seed: int, ste
     recipe = _recipe(size.pruned, seed, steps)
     model.to(place.device)
     folder = place.root / "trainings" / name
+    maps = maps_for(place, size, scenes)
     if recipe.alignment:
-        maps, settings = maps_for(place, size, scenes), {"steps": str(recipe.alignment), "seed": str(seed), "of": start}
+        settings = {"steps": str(recipe.alignment), "seed": str(seed), "of": start}
         dense.model.to(place.device)
         fit_once(folder, model, settings, lambda: imitate(model, dense.model, maps, recipe.alignment, seed, place.say))
-    run = Run(folder, model, encoder, recipe, scenes.questions, look_at_pixels(model, scenes))
+    run = Run(folder, model, encoder, recipe, scenes.questions, look_at_pixels(model, scenes, maps))
     run.train(place.say)
     held = scenes_for(place, "validation", size.validation_images)
     scores = exact_match(model, encoder, held.questions, look_at_pixels(model, held))

@@ -76,7 +76,7 @@ def _pruned(steps: int, alignment: int, warmup: int = 30) -> Recipe:
 
 
 SIZES: dict[str, Size] = {
-    "full": Size(16_000, 400, 1_600, 2_000, Recipe(2_800, alignment=1_000), _pruned(900, 500)),
+    "full": Size(16_000, 400, 1_600, 2_000, Recipe(2_000, alignment=1_000), _pruned(900, 500)),
     "hour": Size(8_000, 200, 400, 300, Recipe(1_500, alignment=500), _pruned(400, 250)),
     "quick": Size(3_000, 100, 120, 120, Recipe(300, alignment=200), _pruned(60, 100, 20), tokens=(34,)),
     "toy": Size(

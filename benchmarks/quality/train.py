@@ -69,11 +69,15 @@ def look_at_maps(model: MeteorForConditionalGeneration, maps: Maps) -> Look:
     return look
 
 
-def look_at_pixels(model: MeteorForConditionalGeneration, scenes: Scenes) -> Look:
-    """The model's own stages 1 and 2 on pixels."""
+def look_at_pixels(model: MeteorForConditionalGeneration, scenes: Scenes, maps: Maps | None = None) -> Look:
+    """The model's own stages 1 and 2 on pixels; a tower that is pruned at its end alone may take its dense map."""
+    whole = [name for name, tower in model._towers() if not tower.prunes_between_blocks]
 
     def look(indices: Sequence[int]) -> Tensor:
-        return model.encode_images(scenes.pixels(indices).to(model.device))[0]
+        found = {} if maps is None else dict(zip(maps.arrays, maps.of(indices, model.device), strict=True))
+        dense = {name: found[name] for name in whole if name in found}
+        encoded = model._encode(scenes.pixels(indices).to(model.device), None, dense)
+        return model._fused(*encoded, None, None)[0]
 
     return look
 

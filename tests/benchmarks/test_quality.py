@@ -37,7 +37,7 @@ from benchmarks.quality.projectors import fit_once, imitate
 from benchmarks.quality.questions import Asked, Encoder, final_questions, images_of_step, learned_of
 from benchmarks.quality.sizes import SIZES, Recipe
 from benchmarks.quality.stored_scenes import Images, Scenes, store_scenes
-from benchmarks.quality.train import Run, exact_match, look_at_maps, rate
+from benchmarks.quality.train import Run, exact_match, look_at_maps, look_at_pixels, rate
 from meteor_model.answering import Answerer, Budget
 from meteor_model.answering import Question as Request
 from meteor_model.fusion import concat_channels, prune_pool
@@ -357,6 +357,19 @@ def test_stored_maps_serve_where_the_towers_are_unchanged(scenes: tuple[Trained,
     assert live == kept
     nothing = Maps("NaN", {name: np.full_like(array, 0x7FC0) for name, array in maps.arrays.items()})
     assert answer(trained, dense, asked, stored, nothing).texts != kept.texts
+
+
+def test_towers_that_are_pruned_at_their_end_may_take_their_maps(scenes: tuple[Trained, Scenes, Maps, Path]) -> None:
+    trained, stored, maps, _ = scenes
+    ranks = {name: [2.0] for name in trained.model.encoders}
+    torch.manual_seed(0)
+    model, _ = build(meteor_config(trained.model.config, (108, 72, 144), 34, ranks), None)
+    model.encoders.load_state_dict(trained.model.encoders.state_dict())
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        live, mixed = (look_at_pixels(model, stored, known)([2, 0]) for known in (None, maps))
+        torch.testing.assert_close(live.float(), mixed.float(), rtol=0.05, atol=0.05 * float(live.abs().max()))
+        model.encoders["reader"].register_forward_pre_hook(lambda *_: pytest.fail("its map is there"))
+        look_at_pixels(model, stored, maps)([1])
 
 
 def test_a_model_is_stored_without_its_towers(tmp_path: Path) -> None:
