@@ -6,6 +6,7 @@ begins, the dearest first; fixtures of a session (servers, models) are shared wi
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -19,6 +20,9 @@ from typing import IO
 
 ROOT = Path(__file__).resolve().parents[1]
 LANES = 3
+THREADS = {"OMP_NUM_THREADS": "1"}
+"""Of torch in every lane: two threads that wait for each other at each operator are slower than one where other
+processes take a core from them."""
 GROUPS: tuple[tuple[str, ...], ...] = (
     ("tests/jobs",),
     ("tests/pipelines/training", "tests/pipelines/recovery"),
@@ -60,7 +64,12 @@ class Running:
     def __post_init__(self) -> None:
         # A group of its own: an interrupt of the terminal would reach it a second time and cut its cleaning up.
         self.process = subprocess.Popen(
-            self.command, cwd=ROOT, stdout=self.held, stderr=subprocess.STDOUT, process_group=0
+            self.command,
+            cwd=ROOT,
+            env=os.environ | THREADS,
+            stdout=self.held,
+            stderr=subprocess.STDOUT,
+            process_group=0,
         )
 
     def show(self) -> None:

@@ -200,6 +200,7 @@ ROWS: tuple[Row, ...] = (
     Row('make train-scenes ARGS="--size hour"', by="tests/benchmarks/test_quality.py"),
     Row('make train-scenes ARGS="--quick"', by="tests/benchmarks/test_quality.py"),
     Row("make bench-quality", by="tests/benchmarks/test_quality.py"),
+    Row("python -m benchmarks.quality rival --pruners average_pooling", by="tests/benchmarks/test_quality.py"),
     Row("python -m benchmarks.quality statistics", by="tests/benchmarks/test_quality.py"),
     Row("python -m benchmarks.gpu train-scenes", by="tests/benchmarks/test_quality.py"),
     Row('make parts ARGS="reader-conv"', by="tests/pipelines/parts/test_reader_conv.py"),
