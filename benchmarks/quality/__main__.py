@@ -17,7 +17,6 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -84,13 +83,11 @@ def report(path: Path, picture: Path) -> None:
     """Redo all statistics of stored answers; tables to the screen, curves to a picture."""
     results = json.loads(path.read_text())
     summary = summarise(results)
-    merged: dict[str, Any] = {}
-    for model, rows in summary.items():
+    for model in summary:
         print(f"\n{model}\n\n{table(summary, model)}", flush=True)
-        merged |= {name: row for name, row in rows.items() if row["pruner"] != "none" or not merged}
-    questions = results["questions"]
+    questions, first = results["questions"], next(iter(summary))
     note = f"{len(questions)} questions on {len({item['image'] for item in questions})} composed images"
-    draw_curves(merged, picture, f"{note}; one seed; intervals are 95 %, by image")
+    draw_curves(summary[first], picture, f"{first}: {note}; one seed; intervals are 95 %, by image")
     print(f"written: {picture}")
 
 

@@ -34,7 +34,7 @@ from benchmarks.quality.models import (
 )
 from benchmarks.quality.projectors import fit_once, imitate
 from benchmarks.quality.questions import Asked, Encoder, final_questions
-from benchmarks.quality.rows import Row, equal_cost_rows, rows_of
+from benchmarks.quality.rows import Row, equal_cost_rows, rows_of, trained_rows
 from benchmarks.quality.sizes import Recipe, Size
 from benchmarks.quality.stored_scenes import Images, Scenes, store_scenes
 from benchmarks.quality.train import Look, Run, exact_match, look_at_maps, look_at_pixels
@@ -276,13 +276,12 @@ def ask(
 
 def _rows(place: Place, size: Size, trained: Trained, pruners: Sequence[str]) -> Iterator[Row]:
     config: MeteorConfig = trained.model.config
-    if "start" in trained.card:  # trained with its pruning on
-        keep = config.tokens_per_image
-        yield Row("trained", keep, config, budget=keep)
-        return
     held = scenes_for(place, "validation", size.validation_images)
-    questions = final_questions(held.questions, MASS_QUESTIONS_OF_A_GROUP)
-    yield from rows_of(config, size.tokens, masses(trained, questions, held), pruners)
+    masses_of = masses(trained, final_questions(held.questions, MASS_QUESTIONS_OF_A_GROUP), held)
+    if "start" in trained.card:  # trained with its pruning on
+        yield from trained_rows(config, trained.card.get("pruner", "meteor"), size.tokens, masses_of)
+        return
+    yield from rows_of(config, size.tokens, masses_of, pruners)
     yield from equal_cost_rows(config, KEEP, pruners)
 
 

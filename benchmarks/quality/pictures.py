@@ -12,6 +12,8 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from benchmarks.quality.rows import TRAINED
+
 SHOWN: dict[str, tuple[str, str]] = {
     "random": ("#9aa0a6", "random"),
     "average_pooling": ("#5f6368", "average pooling"),
@@ -22,16 +24,19 @@ SHOWN: dict[str, tuple[str, str]] = {
     "fastv(layer=2)": ("#e8710a", "FastV, layer 2"),
     "sparsevlm": ("#f9ab00", "SparseVLM"),
     "meteor_stage_3(layer=2)": ("#d93025", "METEOR's stage 3 alone, layer 2"),
-    "trained": ("#188038", "METEOR, stages 1 and 2, trained"),
+    "trained average_pooling": ("#5f6368", "average pooling, trained"),
+    "trained smaller_image": ("#202124", "smaller image, trained"),
+    "trained meteor": ("#188038", "METEOR, stages 1 and 2, trained"),
+    "trained meteor, stage 3(layer=2)": ("#188038", "... with stage 3, layer 2"),
 }
-"""Curves in this order: colour and name."""
+"""Curves in this order: colour and name. Trained rows are stars: each is a model of its own."""
 
 
 def draw_curves(summary: Mapping[str, Any], path: Path, title: str) -> None:
-    """Write the picture of one model's rows, and of the trained ones beside it.
+    """Write the picture of one dense model's rows, and of those of the models that were trained from it.
 
     Args:
-        summary: of `statistics.summarise`, rows by name.
+        summary: one dense model's of `statistics.summarise`, rows by name.
         path: of a PNG.
         title: above all panels.
     """
@@ -45,14 +50,17 @@ def draw_curves(summary: Mapping[str, Any], path: Path, title: str) -> None:
             points = sorted((row["kept"], row["scores"][group]) for row in _of_curve(summary, curve))
             if not points:
                 continue
-            if curve != "trained":
+            trained = curve.startswith(TRAINED)
+            if not trained:
                 points.append((dense["kept"], dense["scores"][group]))
             kept = [x for x, _ in points]
             middle = [100 * score for _, (score, _, _) in points]
             low = [100 * (score - end) for _, (score, end, _) in points]
             high = [100 * (end - score) for _, (score, _, end) in points]
+            marks = {"marker": "*", "markersize": 9} if trained else {"marker": "o", "markersize": 3}
+            line = ":" if curve.endswith("(layer=2)") and trained else "-"
             axis.errorbar(
-                kept, middle, [low, high], color=colour, label=label, marker="o", markersize=3, capsize=2, linewidth=1.3
+                kept, middle, [low, high], color=colour, label=label, capsize=2, linewidth=1.3, linestyle=line, **marks
             )
         axis.set_title(group)
         axis.set_xscale("log", base=2)
@@ -68,8 +76,12 @@ def draw_curves(summary: Mapping[str, Any], path: Path, title: str) -> None:
 
 
 def _of_curve(summary: Mapping[str, Any], curve: str) -> list[Any]:
-    """Rows whose name without its number is the curve's."""
-    return [row for name, row in summary.items() if row["equal"] == "tokens" and name.rpartition("@")[0] == curve]
+    """Rows whose name, without the model's and without its number, is the curve's."""
+    return [
+        row
+        for name, row in summary.items()
+        if row["equal"] == "tokens" and name.rpartition(": ")[2].rpartition("@")[0] == curve
+    ]
 
 
 def _legend(figure: Figure, axes: Any) -> None:

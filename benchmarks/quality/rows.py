@@ -6,7 +6,7 @@ Trivial rows come first; what does not beat them does not prune well.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from meteor_model.pruners.named import numbers_of, unpruned, with_pruner
 Masses = Callable[[MeteorConfig], tuple[torch.Tensor, torch.Tensor]]
 """Attention mass on visual tokens (B,) and their number (B,) of validation prompts under a configuration."""
 STAGE_3 = "meteor_stage_3"
+TRAINED = "trained "
+"""Before the name of the pruner that a model was trained with."""
 TRIVIAL = ("random", "stride", "average_pooling", "smaller_image", "random_in_llm")
 INSIDE = ("fastv", "pyramiddrop", "sparsevlm", "feather", "dart", "ivc_prune")
 BEFORE = ("divprune", "cdpruner", "visionzip", "scope", "otprune", "svd_prune", "vispruner")
@@ -33,7 +35,7 @@ class Row:
     """A pruner with its number.
 
     Attributes:
-        pruner: its name, STAGE_3, or "trained" for a model that was trained with its pruning on.
+        pruner: its name, or STAGE_3; after TRAINED where the model was trained with it.
         keep: visual tokens an image at the end; a mean for stage 3.
         config: the model's under it.
         settings: the pruner's own.
@@ -95,6 +97,23 @@ def equal_cost_rows(config: MeteorConfig, keep: int, only: Sequence[str] = ()) -
         except ValueError:  # out of its reach
             continue
         yield Row(name, solved.keep, solved.config, {}, "tflops", keep)
+
+
+def trained_rows(config: MeteorConfig, pruner: str, tokens: Sequence[int], masses: Masses) -> Iterator[Row]:
+    """Rows of a model that was trained with pruning on: as it is, and METEOR with its stage 3 behind the other two.
+
+    Args:
+        config: of the model.
+        pruner: that it was trained with; "meteor" is stages 1 and 2.
+        tokens: budgets of the other rows; it belongs to the nearest, and stage 3 goes down to the smaller ones.
+        masses: for lambda of stage 3.
+    """
+    keep = config.tokens_per_image
+    yield Row(TRAINED + pruner, keep, config, budget=min(tokens, key=lambda budget: abs(budget - keep)))
+    if pruner == "meteor":
+        for budget in sorted(tokens, reverse=True):
+            if budget < keep:
+                yield replace(stage_3(config, budget, masses), pruner=f"{TRAINED}{pruner}, stage 3")
 
 
 def stage_3(dense: MeteorConfig, keep: int, masses: Masses, layer: int = LAYER) -> Row:

@@ -87,7 +87,7 @@ SIZES: dict[str, Size] = {
         Recipe(4, images=4, warmup=2, alignment=3),
         Recipe(2, images=4, warmup=1, alignment=3),
         LanguageModel(width=32, layers=4, heads=2, hidden=48),
-        tokens=(34,),
+        tokens=(34, 17),
         vocabulary=400,
         pretrained=False,
     ),

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.quality.rows import TRAINED
 from pipelines.evaluation.intervals import difference, holm, level, non_inferiority
 
 MARGINS = {"all": 0.01, "group": 0.02}
@@ -29,44 +30,57 @@ def is_right(questions: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> 
 
 
 def summarise(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Scores, differences and verdicts of every row of every model.
+    """Scores, differences and verdicts of every row of every dense model and of those that were made from it.
 
     Args:
         results: `questions`, and `models` with `rows` that hold `answers`; see benchmarks/quality/__main__.py.
 
+    Returns:
+        Rows by name, by the dense model that they are held against. A row of a model that was trained from it with
+        pruning on has that model's name before its own.
+
     Raises:
         ValueError: where a model has no dense row to compare with.
     """
-    questions, models = results["questions"], results["models"]
+    questions, families = results["questions"], dict[str, dict[str, Mapping[str, Any]]]()
+    for name, model in results["models"].items():
+        start = model["card"].get("start", name)
+        shown = {row["name"] if start == name else f"{name}: {row['name']}": row for row in model["rows"]}
+        families.setdefault(start, {}).update(shown)
     found = {}
-    for name, model in models.items():
-        start = model["card"].get("start", name)  # a model trained with pruning on is held against what it came from
-        dense = next((row for row in models.get(start, {"rows": []})["rows"] if row["pruner"] == DENSE), None)
+    for start, rows in families.items():
+        dense = next((row for row in rows.values() if row["pruner"] == DENSE), None)
         if dense is None:
-            raise ValueError(f"model {name!r} has no dense row to compare with: ask {start!r} under 'none' first")
-        found[name] = _of_model(model["rows"], is_right(questions, dense["answers"]), questions)
+            raise ValueError(f"models made from {start!r} have no dense row to compare with: ask it under 'none' first")
+        found[start] = _of_family(rows, is_right(questions, dense["answers"]), questions)
     return found
 
 
-def _of_model(
-    rows: Sequence[Mapping[str, Any]], dense: np.ndarray, questions: Sequence[Mapping[str, Any]]
+def _of_family(
+    rows: Mapping[str, Mapping[str, Any]], dense: np.ndarray, questions: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    right = {row["name"]: is_right(questions, row["answers"]) for row in rows}
+    right = {name: is_right(questions, row["answers"]) for name, row in rows.items()}
     groups = np.array([item["group"] for item in questions])
     images = [item["image"] for item in questions]
     found: dict[str, Any] = {}
-    for row in rows:
-        found[row["name"]] = {
+    for name, row in rows.items():
+        found[name] = {
             **{key: row[key] for key in ("pruner", "keep", "equal", "budget", "costs")},
+            "trained": is_trained(row),
             "kept": round(float(np.mean(row["kept"])), 2),
-            "scores": _scores(right[row["name"]], groups, images),
-            "kinds": _by(right[row["name"]], [f"{item['group']}/{item['kind']}" for item in questions]),
-            "tags": _by(right[row["name"]], [_tags(item) for item in questions]),
-            "against_dense": _against(dense, right[row["name"]], groups, images),
+            "scores": _scores(right[name], groups, images),
+            "kinds": _by(right[name], [f"{item['group']}/{item['kind']}" for item in questions]),
+            "tags": _by(right[name], [_tags(item) for item in questions]),
+            "against_dense": _against(dense, right[name], groups, images),
         }
     _adjust(found)
     _hard_items(found, rows, right)
     return found
+
+
+def is_trained(row: Mapping[str, Any]) -> bool:
+    """Whether the row's model was trained with its pruning on."""
+    return bool(row["pruner"].startswith(TRAINED))
 
 
 def _tags(item: Mapping[str, Any]) -> str:
@@ -130,14 +144,21 @@ def _adjust(found: dict[str, Any]) -> None:
                 item["p_holm"] = round(adjusted, 5)
 
 
-def _hard_items(found: dict[str, Any], rows: Sequence[Mapping[str, Any]], right: Mapping[str, np.ndarray]) -> None:
-    """Score on the questions that the smaller image of the same budget gets wrong: what a pruner is for."""
-    smaller = {(row["budget"], row["equal"]): right[row["name"]] for row in rows if row["pruner"] == SMALLER}
-    for row in rows:
-        wrong = smaller.get((row["budget"], row["equal"]))
-        if wrong is not None and row["pruner"] != SMALLER and (wrong == 0).any():
-            own = right[row["name"]][wrong == 0]
-            found[row["name"]]["where_smaller_image_fails"] = [round(float(own.mean()), 4), len(own)]
+def _hard_items(found: dict[str, Any], rows: Mapping[str, Mapping[str, Any]], right: Mapping[str, np.ndarray]) -> None:
+    """Score on the questions that the smaller image of the same budget gets wrong: what a pruner is for.
+
+    What was trained with its pruning on is asked what the smaller image gets wrong that was trained, too.
+    """
+
+    def rival(row: Mapping[str, Any]) -> tuple[Any, ...]:
+        return row["budget"], row["equal"], is_trained(row)
+
+    smaller = {rival(row): name for name, row in rows.items() if row["pruner"] in (SMALLER, TRAINED + SMALLER)}
+    for name, row in rows.items():
+        other = smaller.get(rival(row), name)
+        wrong = right[other] == 0
+        if other != name and wrong.any():
+            found[name]["where_smaller_image_fails"] = [round(float(right[name][wrong].mean()), 4), int(wrong.sum())]
 
 
 def table(summary: Mapping[str, Any], model: str) -> str:

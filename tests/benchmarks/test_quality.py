@@ -398,7 +398,10 @@ def test_the_whole_runs_by_the_gpus_command_and_asks_no_row_twice(tmp_path: Path
     benchmarks.gpu.main(command)
     first = json.loads(output.read_text())
     rows = {name: [row["name"] for row in model["rows"]] for name, model in first["models"].items()}
-    assert rows == {"dense-0": ["none@144", "stride@34"], "meteor-0": ["trained@34"]}
+    assert rows == {
+        "dense-0": ["none@144", "stride@34", "stride@17"],
+        "meteor-0": ["trained meteor@34", "trained meteor, stage 3(layer=2)@17"],
+    }
     assert output.with_suffix(".png").is_file()
     assert Counter(item["group"] for item in first["questions"]).total() == 4 * TOY.questions
     card = json.loads((tmp_path / "models" / "meteor-0" / "card.json").read_text())
@@ -418,7 +421,7 @@ def test_a_rival_is_trained_on_from_the_dense_model_and_asked_as_it_was_trained(
     assert (card["start"], card["pruner"], card["keep"]) == ("dense-0", pruner, 36)
     quality_main(["ask", *common, "--models", "dense-0", name, "--pruners", "none", "--output", str(output)])
     (row,) = json.loads(output.read_text())["models"][name]["rows"]
-    assert (row["name"], row["kept"]) == ("trained@36", [36.0])
+    assert (row["name"], row["kept"]) == (f"trained {pruner}@36", [36.0])
     before, after = (load_file(tmp_path / "models" / which / "model.safetensors") for which in ("dense-0", name))
     assert any(not torch.equal(before[key], after[key]) for key in before)
 
@@ -467,8 +470,22 @@ def test_statistics_say_what_the_answers_say() -> None:
 
 
 def test_a_trained_row_is_held_against_the_model_it_came_from() -> None:
-    models = {"dense": stored({"none": ["a"] * 80}), "meteor": stored({"trained@34": ["b"] * 80}, start="dense")}
-    assert statistics.summarise(results(models))["meteor"]["trained@34"]["against_dense"]["all"]["mean"] == -1.0
+    smaller = ["a", "b", "b", "b"] * 20
+    models = {
+        "dense": stored({"none": ["a"] * 80, "smaller_image@36": ["a"] * 80, "random@34": ["b"] * 80}),
+        "meteor": stored({"trained meteor@34": ["a", "a", "b", "b"] * 20}, start="dense"),
+        "small": stored({"trained smaller_image@34": smaller}, start="dense"),
+    }
+    summary = statistics.summarise(results(models))
+    assert list(summary) == ["dense"]
+    row = summary["dense"]["meteor: trained meteor@34"]
+    assert (row["trained"], row["against_dense"]["all"]["mean"]) == (True, -0.5)
+    assert row["where_smaller_image_fails"] == [pytest.approx(1 / 3, abs=1e-4), 60], "the one that was trained, too"
+    assert "where_smaller_image_fails" not in summary["dense"]["random@34"], "the untrained one fails nowhere"
+    ours = [one["against_dense"]["all"] for one in summary["dense"].values() if one["pruner"] != "none"]
+    assert max(one["p_holm"] / one["p"] for one in ours if 0 < one["p"] < one["p_holm"] < 1) == pytest.approx(
+        4, rel=0.1
+    )
     del models["dense"]
     with pytest.raises(ValueError, match="no dense row"):
         statistics.summarise(results(models))
