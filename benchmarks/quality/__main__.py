@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.quality.experiment import Place, ask, train_dense, train_meteor, train_rival
-from benchmarks.quality.models import MODELS
+from benchmarks.quality.models import MODELS, VARIANTS
 from benchmarks.quality.pictures import draw_curves
 from benchmarks.quality.sizes import SIZES
 from benchmarks.quality.statistics import summarise, table
@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="the size `quick`, under names and a root of its own")
     parser.add_argument("--dense", default="dense-0", help="name of the dense model")
     parser.add_argument("--meteor", default="meteor-0", help="name of the one made from it")
+    parser.add_argument("--variant", choices=sorted(VARIANTS), default="paper", help="METEOR's settings in `prune`")
     parser.add_argument("--rival", help="name of the one that a rival makes of it; by default PRUNER-SEED")
     parser.add_argument("--keep", type=int, default=36, help="visual tokens that the rival keeps")
     parser.add_argument("--seed", type=int, default=0)
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.command in ("train", "all"):
         train_dense(place, size, options.dense, options.seed, options.steps)
     if options.command in ("prune", "all"):
-        train_meteor(place, size, options.meteor, options.dense, options.seed, options.steps)
+        train_meteor(place, size, options.meteor, options.dense, options.seed, options.steps, options.variant)
     if options.command == "rival":
         (pruner,) = options.pruners
         name = options.rival or f"{pruner.replace('_', '-')}-{options.seed}"

@@ -124,12 +124,14 @@ def train_dense(place: Place, size: Size, name: str, seed: int, steps: int = 0) 
     return _finish(place, name, run, recipe, scores, loaded, {"maps": maps.digest, "alignment": aligned})
 
 
-def train_meteor(place: Place, size: Size, name: str, start: str, seed: int, steps: int = 0) -> Path:
+def train_meteor(
+    place: Place, size: Size, name: str, start: str, seed: int, steps: int = 0, variant: str = "paper"
+) -> Path:
     """METEOR from a dense model: stages 1 and 2 on in training, towers live. Returns: its folder."""
     dense = open_trained(place.model_folder(start), place.parts_of(size))
     scenes = scenes_for(place, "train", size.train_images)
     ranks = _ranks(dense, scenes)
-    config = meteor_config(dense.model.config, TOTALS, KEEP, ranks)
+    config = meteor_config(dense.model.config, TOTALS, KEEP, ranks, variant)
     torch.manual_seed(1000 + seed)
     model, loaded = build(config, place.parts_of(size))
     model.encoders.load_state_dict(dense.model.encoders.state_dict())
@@ -148,7 +150,8 @@ def train_meteor(place: Place, size: Size, name: str, start: str, seed: int, ste
     run.train(place.say)
     held = scenes_for(place, "validation", size.validation_images)
     scores = exact_match(model, encoder, held.questions, look_at_pixels(model, held))
-    return _finish(place, name, run, recipe, scores, loaded, {"start": start, "ranks": ranks})
+    pruner = "meteor" if variant == "paper" else f"meteor, {variant}"
+    return _finish(place, name, run, recipe, scores, loaded, {"start": start, "pruner": pruner, "ranks": ranks})
 
 
 def train_rival(
@@ -279,7 +282,7 @@ def _rows(place: Place, size: Size, trained: Trained, pruners: Sequence[str]) ->
     held = scenes_for(place, "validation", size.validation_images)
     masses_of = masses(trained, final_questions(held.questions, MASS_QUESTIONS_OF_A_GROUP), held)
     if "start" in trained.card:  # trained with its pruning on
-        yield from trained_rows(config, trained.card.get("pruner", "meteor"), size.tokens, masses_of)
+        yield from trained_rows(config, trained.card["pruner"], size.tokens, masses_of)
         return
     yield from rows_of(config, size.tokens, masses_of, pruners)
     yield from equal_cost_rows(config, KEEP, pruners)

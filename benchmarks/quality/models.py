@@ -113,7 +113,20 @@ def dense_config(tokenizer: PreTrainedTokenizerBase, llm: LanguageModel, pretrai
     )
 
 
-def meteor_config(dense: MeteorConfig, totals: tuple[int, ...], keep: int, ranks: Mapping[str, Any]) -> MeteorConfig:
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "paper": ({}, {}),
+    "merge": ({}, {"merge": "nearest"}),
+    "coverage": ({}, {"criterion": "coverage", "merge": "nearest"}),
+    "random fusion": ({}, {"criterion": "random"}),
+    "uniform budgets": ({"rank_exponent": 0.0}, {}),
+    "inverse budgets": ({"rank_exponent": -1.0}, {}),
+}
+"""Other settings of stages 1 and 2 than the paper's, by name: options beyond it, and ablations."""
+
+
+def meteor_config(
+    dense: MeteorConfig, totals: tuple[int, ...], keep: int, ranks: Mapping[str, Any], variant: str = "paper"
+) -> MeteorConfig:
     """METEOR's layout with stages 1 and 2 on; stage 3 acts in `generate` alone and is off.
 
     Args:
@@ -121,8 +134,12 @@ def meteor_config(dense: MeteorConfig, totals: tuple[int, ...], keep: int, ranks
         totals: tokens that survive each boundary of stage 1.
         keep: visual tokens an image that enter the language model.
         ranks: expected ranks by encoder (`measure_ranks`).
+        variant: of VARIANTS.
     """
-    pruning = PruningConfig(EncodePruning(totals=totals), FusePruning(keep=keep), DecodePruning(enabled=False))
+    encode, fuse = VARIANTS[variant]
+    pruning = PruningConfig(
+        EncodePruning(totals=totals, **encode), FusePruning(keep=keep, **fuse), DecodePruning(enabled=False)
+    )
     plain = {**unpruned(dense).to_dict(), "fusion": "post_projection", "pruning": pruning, "ranks": dict(ranks)}
     return MeteorConfig(**plain)
 

@@ -22,6 +22,7 @@ from benchmarks.quality.answers import answer
 from benchmarks.quality.experiment import tokenizer_of
 from benchmarks.quality.maps import Maps, make_maps
 from benchmarks.quality.models import (
+    VARIANTS,
     Trained,
     build,
     cut_projector,
@@ -424,6 +425,28 @@ def test_a_rival_is_trained_on_from_the_dense_model_and_asked_as_it_was_trained(
     assert (row["name"], row["kept"]) == (f"trained {pruner}@36", [36.0])
     before, after = (load_file(tmp_path / "models" / which / "model.safetensors") for which in ("dense-0", name))
     assert any(not torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_variant_of_meteor_is_trained_and_said_by_the_row(tmp_path: Path) -> None:
+    common = ["--size", "toy", "--root", str(tmp_path), "--threads", str(torch.get_num_threads())]
+    quality_main(["train", *common])
+    quality_main(["prune", *common, "--variant", "merge", "--meteor", "merging-0"])
+    fuse = open_trained(tmp_path / "models" / "merging-0", None).model.config.pruning.fuse
+    assert (fuse.merge, fuse.criterion) == ("nearest", "mutual_redundancy")
+    quality_main(
+        ["ask", *common, "--models", "dense-0", "merging-0", "--pruners", "none", "--output", str(tmp_path / "q.json")]
+    )
+    (row,) = json.loads((tmp_path / "q.json").read_text())["models"]["merging-0"]["rows"]
+    assert (row["name"], row["kept"]) == ("trained meteor, merge@34", [34.0])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_keep_as_many_tokens_as_the_papers_settings(variant: str) -> None:
+    tokenizer = tokenizer_of(TOY)
+    dense = dense_config(tokenizer, TOY.llm, pretrained=False)
+    names = [encoder.name for encoder in dense.encoders]
+    config = meteor_config(dense, (108, 72, 144), 34, {name: [2.0] for name in names}, variant)
+    assert config.tokens_per_image == 34
 
 
 def test_a_rival_that_looks_at_the_text_is_not_trained(tmp_path: Path) -> None:
