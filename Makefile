@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help plan predict-shards serve setup lock up status down pretrain finetune sweep predict calibrate evaluate register shards parts visualize flops bench-prune bench-pruners bench-gpu bench-order bench-ranks bench-search bench-trials bench-serve bench-limits bench-start bench-data bench-packing bench-quality train-scenes rehearsal \
+.PHONY: help plan predict-shards serve setup lock up status down pretrain finetune sweep predict calibrate evaluate register shards parts visualize flops bench-prune bench-pruners bench-gpu bench-order bench-ranks bench-search bench-trials bench-serve bench-limits bench-start bench-data bench-packing bench-loss bench-quality train-scenes rehearsal \
   chaos check docs docs-check format fuzz test test-slow test-versions clean
 
 PYTHON ?= python3.11
@@ -160,6 +160,9 @@ train-scenes: $(PARTS_STAMP)  ## Train a dense model and METEOR on composed scen
 
 bench-packing: setup  ## Measure padding and tokens a second of packed steps (about 2 minutes); writes benchmarks/results/packing.json
 	@$(PY) -m benchmarks.packing $(ARGS)
+
+bench-loss: setup  ## Measure the memory of a training step with all logits and with those of a chunk (a few minutes); writes benchmarks/results/loss.json
+	@$(PY) -m benchmarks.loss $(ARGS)
 
 check: setup  ## Lint, format, types, import direction
 	@$(BIN)/ruff check .

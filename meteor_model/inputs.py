@@ -24,13 +24,19 @@ LLM_OPTIONS = ("output_attentions", "output_hidden_states")
 
 
 def check_arguments(
-    input_ids: Any, inputs_embeds: Any, labels: Any, logits_to_keep: Any, cache: Any, options: Mapping[str, Any]
+    input_ids: Any,
+    inputs_embeds: Any,
+    labels: Any,
+    logits_to_keep: Any,
+    loss_chunk: Any,
+    cache: Any,
+    options: Mapping[str, Any],
 ) -> None:
     """Arguments of `forward` that exclude one another, and those that it does not have.
 
     Raises:
         ValueError: for ids and embeddings at once or neither; for labels with a pruned decoder, or with part of the
-            logits; for an unknown argument, naming it.
+            logits; for chunks of a loss without labels; for an unknown argument, naming it.
     """
     refuse_options("forward", options, LLM_OPTIONS)
     if (input_ids is None) == (inputs_embeds is None):
@@ -39,6 +45,10 @@ def check_arguments(
         raise ValueError("labels go with an unpruned decoder: stage 3 leaves no logits for dropped tokens")
     if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
         raise ValueError("labels need the logits of every token: leave logits_to_keep out")
+    if loss_chunk is not None and labels is None:
+        raise ValueError(f"loss_chunk={loss_chunk} is of a loss, which needs labels: give both or neither")
+    if loss_chunk is not None and not (isinstance(loss_chunk, int) and loss_chunk > 0):
+        raise ValueError(f"loss_chunk is {loss_chunk!r}; it must be a number of tokens above 0, or None")
 
 
 def check_image_mask(image_mask: Any, input_ids: Any, prompt_embeds: Any, cache: Any) -> None:

@@ -1,7 +1,7 @@
 """From the LLM's hidden states to logits and loss: which columns are meant, also where stage 3 has dropped some.
 
-Legend: B samples, T columns of this call, W kept columns of the longest sample, n columns that are asked for, C LLM
-width, V vocabulary.
+Legend: B samples, T columns of this call, W kept columns of the longest sample, n columns that are asked for or
+supervised tokens, C LLM width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -105,3 +105,22 @@ def token_loss(
     if num_items_in_batch is None:
         num_items_in_batch = (shifted_BT != IGNORE_INDEX).sum().clamp_min(1)
     return total / num_items_in_batch
+
+
+def supervised_rows(
+    hidden_BWC: torch.Tensor, labels_BT: torch.Tensor, decision: Decision | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The hidden states (n, C) that name a supervised token, and these tokens (n,).
+
+    After a prefill that has dropped columns (`decision`), those of dropped ones are NaN and those of padding 0, as the
+    logits of `logits_of_kept` are. How many there are is read back from the device.
+    """
+    shifted_BT = labels_BT[:, 1:].to(hidden_BWC.device)
+    learned_BT = shifted_BT != IGNORE_INDEX
+    if decision is None:
+        return hidden_BWC[:, :-1][learned_BT], shifted_BT[learned_BT]
+    row_n = decision.row_of_column()[:, :-1].to(hidden_BWC.device)[learned_BT]
+    attended_n = decision.attended_BT[:, :-1].to(hidden_BWC.device)[learned_BT]
+    filling_n = torch.where(attended_n, torch.nan, 0.0).to(hidden_BWC.dtype)
+    hidden_nC = hidden_BWC[learned_BT.nonzero()[:, 0], row_n.clamp(min=0)]
+    return torch.where((row_n < 0)[:, None], filling_n[:, None], hidden_nC), shifted_BT[learned_BT]

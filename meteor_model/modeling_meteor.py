@@ -7,6 +7,7 @@ The forward reads like the paper:
     3. fuse     the tokens of all encoders are pooled; those that another encoder already says are dropped
     4. scatter  the survivors replace the placeholders in the text embeddings, counted sample by sample
     5. decode   the LLM; in `generate`, text-guided pruning after one early layer (meteor_model/decoder/)
+    6. name     the head's logits, and the loss of the supervised tokens
 
 Legend: B samples, M images of the batch, N tokens of one encoder, K visual tokens per image, T sequence length,
 D encoder width, C LLM width, V vocabulary, S travelling image size.
@@ -15,6 +16,7 @@ D encoder width, C LLM width, V vocabulary, S travelling image size.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +50,15 @@ from meteor_model.inputs import (
     mean_text_of_images,
     scatter_visual,
 )
-from meteor_model.logits import LogitsToKeep, check_logits_to_keep, logits_of, logits_of_kept, token_loss
+from meteor_model.language_head import LanguageHead
+from meteor_model.logits import (
+    LogitsToKeep,
+    check_logits_to_keep,
+    logits_of,
+    logits_of_kept,
+    supervised_rows,
+    token_loss,
+)
 from meteor_model.outputs import MeteorOutput, PruningStats, with_decision
 from meteor_model.positions import position_ids_of, skipped_positions
 from meteor_model.pretrained import MeteorPreTrainedModel
@@ -72,7 +82,7 @@ class MeteorForConditionalGeneration(MeteorVisionMixin, MeteorPreTrainedModel, M
         self.encoders = nn.ModuleDict(towers)
         self.projectors = self._build_projectors({name: tower.embed_dim for name, tower in towers.items()})
         self.language_model = AutoModel.from_config(config.text_config)
-        self.lm_head = nn.Linear(width, config.text_config.vocab_size, bias=False)
+        self.lm_head = LanguageHead(width, config.text_config.vocab_size, bias=False)
         undecided = [item.name for item in config.encoders if "attn_implementation" not in item.tower]
         self._set_tower_kernels(config._attn_implementation, undecided)
         self.post_init()
@@ -109,7 +119,7 @@ class MeteorForConditionalGeneration(MeteorVisionMixin, MeteorPreTrainedModel, M
 
     @accepts_either_cache_name
     @can_return_tuple
-    def forward(  # noqa: PLR0913 (the arguments of transformers' models of this kind, and four of ours)
+    def forward(  # noqa: PLR0913 (the arguments of transformers' models of this kind, and five of ours)
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -125,6 +135,7 @@ class MeteorForConditionalGeneration(MeteorVisionMixin, MeteorPreTrainedModel, M
         use_cache: bool | None = None,
         logits_to_keep: LogitsToKeep = 0,
         num_items_in_batch: torch.Tensor | float | None = None,
+        loss_chunk: int | None = None,
         **kwargs: Any,
     ) -> MeteorOutput:
         """One pass.
@@ -146,17 +157,19 @@ class MeteorForConditionalGeneration(MeteorVisionMixin, MeteorPreTrainedModel, M
             logits_to_keep: compute only the last so many logits (0: all), or those of these columns, (n,). Columns are
                 those of the call, also where stage 3 has dropped some: of all, dropped ones are NaN.
             num_items_in_batch: divisor of the summed loss; None: the supervised tokens of this batch.
+            loss_chunk: with labels, run the head on the supervised tokens alone, so many at a time, and return no
+                logits: the same loss and gradients to rounding, in far less memory. None: all logits, and return them.
             kwargs: `output_hidden_states`, `output_attentions` (kernel "eager") of the LLM, `return_dict`.
 
         Raises:
             ValueError: where placeholders and visual tokens differ, naming the sample and both counts, also for ids of
                 images that did not come; for a mask, positions or labels of another shape than the tokens; for labels,
                 hidden states or attentions of a decoder that stage 3 prunes; for labels with `logits_to_keep`, and
-                columns of it that were dropped; for packed rows out of order, with a cache, with a stage 2 that reads
-                the text, or in a decoder that cannot keep them apart; for an argument that other models have and this
-                one does not.
+                columns of it that were dropped; for `loss_chunk` without labels, or with another head; for packed rows
+                out of order, with a cache, with a stage 2 that reads the text, or in a decoder that cannot keep them
+                apart; for an argument that other models have and this one does not.
         """
-        check_arguments(input_ids, inputs_embeds, labels, logits_to_keep, past_key_values, kwargs)
+        check_arguments(input_ids, inputs_embeds, labels, logits_to_keep, loss_chunk, past_key_values, kwargs)
         check_image_mask(image_mask, input_ids, prompt_embeds, past_key_values)
         embeds_BTC, is_image_BT = self._embed(input_ids, inputs_embeds, prompt_embeds, image_mask)
         marked_BT = None if inputs_embeds is None else image_mask
@@ -197,14 +210,19 @@ class MeteorForConditionalGeneration(MeteorVisionMixin, MeteorPreTrainedModel, M
             decoded = self._decode(
                 embeds_BTC, attention_mask, position_ids, is_image_BT, past_key_values, use_cache, packed, kwargs
             )
-        logits = self._logits(decoded, logits_to_keep)
         stats = with_decision(stats, decoded)
         if isinstance(past_key_values, MeteorCache | RecordingCache) and stats is not None:
             past_key_values.pruning_stats = stats
+        # 6. name
         if packed is not None and labels is not None:
             labels = packed.learned_labels(labels)
+        if labels is None or loss_chunk is None:
+            logits = self._logits(decoded, logits_to_keep)
+            loss = None if labels is None else token_loss(logits, labels, num_items_in_batch)
+        else:
+            logits, loss = None, self._loss_in_chunks(decoded, labels, num_items_in_batch, loss_chunk)
         return MeteorOutput(
-            loss=None if labels is None else token_loss(logits, labels, num_items_in_batch),
+            loss=loss,
             logits=logits,
             hidden_states=decoded.hidden_states,
             attentions=decoded.attentions,
@@ -334,6 +352,21 @@ class MeteorForConditionalGeneration(MeteorVisionMixin, MeteorPreTrainedModel, M
         if getattr(decoded, "prefill", None):
             return logits_of_kept(hidden_BWC, decoded.decision, logits_to_keep, head)
         return logits_of(hidden_BWC, logits_to_keep, head)
+
+    def _loss_in_chunks(
+        self, decoded: ModelOutput, labels: torch.Tensor, divisor: torch.Tensor | float | None, chunk: int
+    ) -> torch.Tensor:
+        """`token_loss` without the logits of all tokens."""
+        if not isinstance(self.lm_head, LanguageHead):
+            raise ValueError(
+                f"loss_chunk needs the head that the model was built with, and this one is a "
+                f"{type(self.lm_head).__name__}: leave loss_chunk out, or save and load the model where the head was "
+                "only resized"
+            )
+        decision = decoded.decision if getattr(decoded, "prefill", None) else None
+        hidden_nC, labels_n = supervised_rows(decoded.last_hidden_state, labels, decision)
+        total: torch.Tensor = self.lm_head(hidden_nC, labels_n, chunk, partial(softcap_logits, self.config.text_config))
+        return total / (max(1, len(labels_n)) if divisor is None else divisor)
 
     def embed_prompts(
         self,

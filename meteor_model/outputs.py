@@ -75,7 +75,7 @@ class MeteorOutput(_TensorTuple, CausalLMOutputWithPast):
 
     Attributes:
         loss: scalar, where labels were given.
-        logits: (B, T, V), or the last `logits_to_keep` positions.
+        logits: (B, T, V), or the last `logits_to_keep` positions; None where `loss_chunk` made the loss without.
         past_key_values: the cache, where one is used; from transformers 5.24 on the field is named `cache`.
         hidden_states: of the LLM: the embeddings and each layer's output, (B, T, C) each, where asked for.
         attentions: of the LLM's layers, where asked for and its kernel is "eager".

@@ -86,6 +86,7 @@ class ChaosModel(PreTrainedModel):
         labels: Tensor | None = None,
         pixel_values: Tensor | None = None,
         num_items_in_batch: Tensor | float | None = None,
+        loss_chunk: int | None = None,
     ) -> ChaosOutput:
         """input_ids (B, T), pixel_values uint8 (M, 3, S, S) -> loss, logits (B, T, vocabulary)."""
         assert pixel_values is not None

@@ -111,6 +111,7 @@ ROWS: tuple[Row, ...] = (
     Row("make plan", quick=True),
     Row("make bench-prune", also="--tiny --rounds 1 --only realised growth"),
     Row("make bench-packing", also="--samples 64 --rounds 1"),
+    Row("make bench-loss", also="--rounds 1"),
     Row("make bench-pruners", also="--layouts tiny --rounds 1 --only fastv divprune"),
     Row("make bench-order", also="--shards 1000 --samples 1000000 --only plan"),
     Row("make docs", by="tests/docs/test_settings.py"),

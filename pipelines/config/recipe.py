@@ -32,6 +32,7 @@ OPERATION = (
         "stuck_after_s",
         "placement",
         "node_labels",
+        "loss_chunk",
     ),
 )
 """Training settings that may change when a run goes on: what is trained stays the same up to rounding."""

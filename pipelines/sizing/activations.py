@@ -36,8 +36,9 @@ class Activations:
         kept: what autograd holds at the end of the forward pass.
         forward: the most that lives in the forward pass.
         block: what one block holds while it is recomputed; 0 where every block is kept.
-        logits: of the micro-batch, in the number format of training, and in fp32 for the loss, with their gradients.
-        no_grad: the most that lives in a forward pass without a backward one, as held-out losses take it.
+        logits: of the micro-batch, in the number format of training, and in fp32 for the loss, with their gradients; 0
+            where the loss is made in chunks: then `forward` holds those of a chunk.
+        no_grad: the most that lives in a forward pass without a backward one that gives all logits, as parity takes it.
     """
 
     kept: int
@@ -48,8 +49,11 @@ class Activations:
 
     @property
     def peak(self) -> int:
-        """The most of a forward and backward pass: gradients pass through the logits, or through one block."""
-        return max(self.forward, self.kept + max(self.logits, 2 * self.block))
+        """The most of a forward and backward pass: gradients pass through the logits, or through one block.
+
+        A checkpoint that is validated also carries the logits of a batch, from a forward pass between two steps.
+        """
+        return max(self.forward, self.kept + max(self.logits, 2 * self.block), self.no_grad)
 
 
 def count_activations(
@@ -60,6 +64,7 @@ def count_activations(
     length: int,
     dtype: torch.dtype,
     checkpointing: bool,
+    loss_chunk: int | None = None,
 ) -> Activations:
     """Bytes of a micro-batch of `micro_batch` samples with an image each, all of `length` tokens.
 
@@ -70,19 +75,21 @@ def count_activations(
         length: tokens of each, visual ones included.
         dtype: number format of weights and activations.
         checkpointing: whether blocks keep their input alone and are recomputed.
+        loss_chunk: tokens whose logits exist at a time, every token being supervised; None: all.
     """
     model = _model(config, trained, dtype)
     shape = (micro_batch, length)
-    kept, forward = _run(model, shape, dtype)
+    kept, forward = _run(model, shape, dtype, loss_chunk)
     block = 0
     if checkpointing:
         without = kept
         checkpoint_activations(model)
-        kept, forward = _run(model, shape, dtype)
+        kept, forward = _run(model, shape, dtype, loss_chunk)
         block = (without - kept) // config.text_config.num_hidden_layers
     with torch.no_grad():
-        _, no_grad = _run(model.eval(), shape, dtype)
-    logits = 2 * micro_batch * length * config.text_config.vocab_size * (dtype.itemsize + torch.float32.itemsize)
+        _, no_grad = _run(model.eval(), shape, dtype, None)
+    elements = 0 if loss_chunk else micro_batch * length * config.text_config.vocab_size
+    logits = 2 * elements * (dtype.itemsize + torch.float32.itemsize)
     return Activations(kept, forward, block, logits, no_grad)
 
 
@@ -96,7 +103,9 @@ def _model(config: MeteorConfig, trained: Collection[Part], dtype: torch.dtype) 
     return model.to(dtype).train()
 
 
-def _run(model: MeteorForConditionalGeneration, shape: tuple[int, int], dtype: torch.dtype) -> tuple[int, int]:
+def _run(
+    model: MeteorForConditionalGeneration, shape: tuple[int, int], dtype: torch.dtype, loss_chunk: int | None
+) -> tuple[int, int]:
     """What lives after a forward pass with its loss, and the most that lived in it."""
     config, (batch, length) = model.config, shape
     with _FusedAttention(), LivingTensors(model) as living:
@@ -110,7 +119,10 @@ def _run(model: MeteorForConditionalGeneration, shape: tuple[int, int], dtype: t
             inputs_embeds=embeds_BTC, attention_mask=mask_B1TT, use_cache=False
         ).last_hidden_state
         labels_BT = torch.empty(batch, length, dtype=torch.long, device=META)
-        loss = token_loss(model.lm_head(hidden_BTC), labels_BT, num_items_in_batch=1.0)
+        if loss_chunk is None:
+            loss = token_loss(model.lm_head(hidden_BTC), labels_BT, num_items_in_batch=1.0)
+        else:
+            loss = model.lm_head(hidden_BTC[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten(), loss_chunk)
         del text_BTC, hidden_BTC, labels_BT, pixels, visual_BKC, embeds_BTC
         kept = living.now
         del loss

@@ -28,5 +28,7 @@ def plan_run(recipe: Recipe, layout: Layout) -> Estimate:
         length=max(recipe.data.max_length, config.tokens_per_image + 1),
         dtype=weight_dtype(training),
         checkpointing=training.gradient_checkpointing,
+        loss_chunk=training.loss_chunk,
     )
-    return estimate(recipe, layout, size, activations, count_work(config, layout.text_tokens))
+    work = count_work(config, layout.text_tokens, whole_head=training.loss_chunk is None)
+    return estimate(recipe, layout, size, activations, work)

@@ -18,7 +18,7 @@ class Work:
     """FLOPs of one sample: an image and a text.
 
     Attributes:
-        forward: by part, stage 3 off, the head on every token: as the model trains.
+        forward: by part, stage 3 off, the head on the text, or on every token: as the model trains.
         answer: of a question with all three stages: encoded once, then read twice, for the likelihood of the expected
             answer and for the first token of the model's own (`pipelines.evaluation.evaluate`).
         step: of one more token.
@@ -51,15 +51,16 @@ class Work:
         return total
 
 
-def count_work(config: MeteorConfig, text_tokens: int) -> Work:
-    """FLOPs of one image and `text_tokens`."""
+def count_work(config: MeteorConfig, text_tokens: int, *, whole_head: bool = True) -> Work:
+    """FLOPs of one image and `text_tokens`; without `whole_head` training runs the head on these alone."""
     pruning, llm = config.pruning, config.text_config
     report = count_flops(config, text_tokens)
     tokens = text_tokens + config.tokens_per_image
+    named = tokens if whole_head else text_tokens
     forward: dict[Part, float] = {
         "towers": report.encoding,
         "projector": report.projection + report.fusion,
-        "llm": _llm_flops(config, tokens) + 2 * tokens * llm.hidden_size * llm.vocab_size,
+        "llm": _llm_flops(config, tokens) + 2 * named * llm.hidden_size * llm.vocab_size,
     }
     dense = config.with_pruning(replace(pruning, encode=replace(pruning.encode, enabled=False)), None)
     side = config.image_size

@@ -10,6 +10,7 @@ Legend: B samples, T tokens, M images of all samples in order, S image size.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -27,7 +28,7 @@ from pipelines.training.batches import MicroBatch
 
 @torch.no_grad()
 def evaluate_heldout(
-    engine: Any, batches: Iterator[MicroBatch], precision: Precision
+    engine: Any, batches: Iterator[MicroBatch], precision: Precision, loss_chunk: int | None = None
 ) -> tuple[dict[str, float], ParityBatch]:
     """Run the held-out micro-batches, at least one and as many on every worker (some may be empty).
 
@@ -35,6 +36,7 @@ def evaluate_heldout(
         engine: the training model's.
         batches: of this worker.
         precision: of its weights.
+        loss_chunk: supervised tokens whose logits exist at a time; None: those of all tokens.
 
     Returns:
         the metrics (`_metrics`) over all workers, the same on every one, and the parity batch: worker 0's first
@@ -43,23 +45,25 @@ def evaluate_heldout(
     first = next(batches)
     parity = parity_batch(engine, first, precision)
     engine.eval()
-    sums = _sums(engine, chain([first], batches), engine.device)
+    sums = _sums(engine, chain([first], batches), engine.device, loss_chunk)
     torch.distributed.all_reduce(sums)
     engine.train()
     return _metrics(sums), parity
 
 
 @torch.no_grad()
-def heldout_loss(model: nn.Module, batches: Iterable[MicroBatch], device: torch.device) -> dict[str, float]:
+def heldout_loss(
+    model: nn.Module, batches: Iterable[MicroBatch], device: torch.device, loss_chunk: int | None = None
+) -> dict[str, float]:
     """The metrics of `evaluate_heldout`, in one process on a whole model."""
-    return _metrics(_sums(model, batches, device))
+    return _metrics(_sums(model, batches, device, loss_chunk))
 
 
 def _inputs(batch: MicroBatch, device: torch.device) -> dict[str, Tensor]:
     return {name: tensor.to(device) for name, tensor in batch.inputs.items()}
 
 
-def _sums(model: Any, batches: Iterable[MicroBatch], device: torch.device) -> Tensor:
+def _sums(model: Any, batches: Iterable[MicroBatch], device: torch.device, loss_chunk: int | None) -> Tensor:
     """What `_metrics` is made of, (8,) float64.
 
     Loss, loss with shuffled images, supervised tokens, samples with images, those of them that got other ones; samples
@@ -69,8 +73,8 @@ def _sums(model: Any, batches: Iterable[MicroBatch], device: torch.device) -> Te
     for batch in batches:
         inputs = _inputs(batch, device)
         shuffled, changed = shuffle_images(inputs["pixel_values"], batch.num_images)
-        true_loss = model(**inputs, num_items_in_batch=1.0).loss
-        other_loss = model(**{**inputs, "pixel_values": shuffled}, num_items_in_batch=1.0).loss
+        summed = partial(model, num_items_in_batch=1.0, loss_chunk=loss_chunk)
+        true_loss, other_loss = summed(**inputs).loss, summed(**{**inputs, "pixel_values": shuffled}).loss
         with_images = sum(count > 0 for count in batch.num_images)
         counts = [true_loss.item(), other_loss.item(), batch.supervised, with_images, changed]
         counts += [batch.seen, len(batch.dropped), batch.truncated]
@@ -140,7 +144,7 @@ def parity_batch(engine: Any, batch: MicroBatch, precision: Precision) -> Parity
     kept = GivenTokens.of(stats) if isinstance(stats, PruningStats) else None
     sums = {rounded_to: _weight_sums(engine, rounded_to) for rounded_to in COARSER[precision]}
     merged = tuple(plain_name(name) for name, _ in engine.module.named_parameters() if is_adapted(name))
-    return ParityBatch(inputs, output.logits.float().cpu(), kept, sums, merged)
+    return ParityBatch(inputs, output.logits.cpu().float(), kept, sums, merged)
 
 
 def _weight_sums(engine: Any, precision: Precision) -> WeightSums:

@@ -184,7 +184,7 @@ class Loop:
         for index, batch in enumerate(members):
             inputs = {name: tensor.to(engine.device) for name, tensor in batch.inputs.items()}
             self.pulse.mark(Phase.FORWARD)
-            output = engine(**inputs, num_items_in_batch=divisor)
+            output = engine(**inputs, num_items_in_batch=divisor, loss_chunk=self.settings.loss_chunk)
             self.pulse.mark(Phase.BACKWARD)
             engine.backward(output.loss)
             losses[index] = output.loss.detach().double() * divisor

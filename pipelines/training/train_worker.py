@@ -136,7 +136,7 @@ def _steps(job: TrainingJob, loop: Loop, rows: Iterator[Sequence[Row]]) -> None:
     )
     heldout = BatchReader(job.collate, job.pad_token_id, settings.micro_batch, Share(rank, world, world))
     batches = itertools.chain.from_iterable(heldout.read(heldout_rows, 0, job.heldout_rows))
-    final, parity = evaluate_heldout(loop.worker.engine, _marked(batches), settings.precision)
+    final, parity = evaluate_heldout(loop.worker.engine, _marked(batches), settings.precision, settings.loss_chunk)
     # 7. finish
     loop.finish(final, parity)
 

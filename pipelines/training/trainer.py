@@ -249,6 +249,7 @@ def _validation(job: TrainingJob, lock: RunLock) -> ray.train.ValidationConfig:
         rows=job.heldout_rows,
         data=job.heldout_data,
         iterate=job.iterate,
+        loss_chunk=settings.loss_chunk,
         lease=lock.lease,
     )
     return validation_config(

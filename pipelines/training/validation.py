@@ -90,6 +90,8 @@ class Validation:
     """The held-out stream."""
     iterate: Callable[[DataIterator, int], Iterator[Sequence[Row]]]
     """Rows of a stream, in groups of the given size."""
+    loss_chunk: int | None = None
+    """Supervised tokens whose logits exist at a time; None: those of all tokens."""
     lease: LeaseToken | None = None
     """The job's claim on the run, asked before anything is stored; None where nobody else can have it."""
 
@@ -267,6 +269,6 @@ def validate(checkpoint: ray.train.Checkpoint, validation: Validation, use_gpu: 
     reader = BatchReader(validation.collate, validation.pad_token_id, validation.micro_batch, share)
     rows = validation.iterate(validation.data().iterator(), validation.micro_batch)
     batches = itertools.chain.from_iterable(reader.read(rows, 0, validation.rows))
-    metrics = heldout_loss(model, batches, device)
+    metrics = heldout_loss(model, batches, device, validation.loss_chunk)
     named = {PREFIX + name: value for name, value in metrics.items()}
     return {**named, PREFIX + "seconds": time.monotonic() - started, FAILED: 0.0}, step

@@ -16,7 +16,9 @@ from pipelines.sizing.model_size import model_config
 BATCH, LENGTH = 2, 64
 
 
-def counted(trained: tuple[str, ...] = PARTS, checkpointing: bool = False, batch: int = BATCH) -> Activations:
+def counted(
+    trained: tuple[str, ...] = PARTS, checkpointing: bool = False, batch: int = BATCH, loss_chunk: int | None = None
+) -> Activations:
     config = model_config(recipe("pretrain", "tiny"))
     return count_activations(
         config,
@@ -25,6 +27,7 @@ def counted(trained: tuple[str, ...] = PARTS, checkpointing: bool = False, batch
         length=LENGTH,
         dtype=torch.float32,
         checkpointing=checkpointing,
+        loss_chunk=loss_chunk,
     )
 
 
@@ -55,6 +58,18 @@ def saved_on_cpu() -> int:
 
 def test_it_is_what_autograd_saves() -> None:
     assert counted().kept == pytest.approx(saved_on_cpu(), rel=0.1), "beside it live the inputs and the mask"
+
+
+def test_a_loss_in_chunks_keeps_no_logits() -> None:
+    """The plain form keeps their logarithms; chunks the gradient of the head's weight, and hidden states' for them."""
+    config = model_config(recipe("pretrain", "tiny")).text_config
+    vocabulary, width, tokens = config.vocab_size, config.hidden_size, BATCH * (LENGTH - 1)
+    plain, chunked = counted(), counted(loss_chunk=8)
+    logarithms, of_weight = 4 * tokens * vocabulary, 4 * vocabulary * width
+    assert chunked.kept == pytest.approx(plain.kept - logarithms + of_weight, rel=0.001)
+    assert counted(("towers", "projector"), loss_chunk=8).kept < chunked.kept - of_weight
+    assert chunked.logits == 0 < plain.logits
+    assert counted(loss_chunk=8).forward < counted(loss_chunk=10**6).forward
 
 
 def test_recomputing_blocks_keeps_less_and_frozen_parts_keep_nothing() -> None:

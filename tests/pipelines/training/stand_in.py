@@ -87,6 +87,7 @@ class StandInModel(PreTrainedModel):
         labels: Tensor | None = None,
         pixel_values: Tensor | None = None,
         num_items_in_batch: Tensor | float | None = None,
+        loss_chunk: int | None = None,
     ) -> StandInOutput:
         assert pixel_values is not None
         embeds_BTC = self.language_model["embed"](input_ids) + self.positions[: input_ids.shape[1], None]
