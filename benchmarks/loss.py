@@ -1,10 +1,10 @@
 """Memory of a training step at a large vocabulary, with all logits and with those of a chunk: `make bench-loss`.
 
 1. step   forward and backward of the architecture `tiny` with a vocabulary of 65,536, half of the tokens supervised:
-          MiB at the peak above what is there before (the resident set, each in a process of its own), seconds of CPU
+          MiB at the peak above what is there before (the resident set of a process forked for it), seconds of CPU
           time on one thread, taken in turns, and how far the loss is from that of the plain form
-2. plan   bytes of a micro-batch of the published 7B recipes, every token supervised: counted on the meta device, as
-          `make plan` does, at their vocabulary and at one of 151,936
+2. plan   GB of activations of a micro-batch of the fine-tuning of `meteor_x4_7b`, every token supervised: counted on
+          the meta device, as `make plan` does, at its vocabulary of 32,000 and at one of 151,936
 
 Writes benchmarks/results/loss.json. See benchmarks/README.md.
 """
@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import statistics
-import subprocess
-import sys
 import time
+from collections.abc import Callable, Mapping
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 VOCABULARY, SAMPLES, TEXT = 65_536, 8, 128
 CHUNKS = (None, 4096, 1024, 256, 64)
 """Of the measured step; it has 512 supervised tokens, so the largest is one chunk."""
-PUBLISHED_CHUNKS = (None, 4096, 1024, 256)
+PUBLISHED_CHUNKS = (None, 1024)
 LARGE_VOCABULARY = 151_936
 
 
@@ -65,41 +66,49 @@ def train(model: MeteorForConditionalGeneration, inputs: dict[str, torch.Tensor]
     return loss.item()
 
 
-def probe(precision: str, chunk: int | None) -> float:
-    """MiB that a step needs above what is there before it, in this process; the first one makes the kernels' own."""
+def measure_memory(precision: str) -> dict[str, float]:
+    """MiB of a step by chunk; before this process has run a backward pass, which none forked later could."""
     model, inputs = workload(precision)
-    small = {name: tensor[:1] for name, tensor in inputs.items()}
-    train(model, small, 64)
-    model.zero_grad(set_to_none=True)
-    return peak_memory(lambda: print(train(model, inputs, chunk), file=sys.stderr), CPU)
+    fork, peaks = multiprocessing.get_context("fork"), {}
+    for chunk in CHUNKS:
+        receives, sends = fork.Pipe(duplex=False)
+        child = fork.Process(target=_probe, args=(partial(train, model, inputs, chunk), sends))
+        child.start()
+        peaks[str(chunk)] = receives.recv()
+        child.join()
+    return peaks
 
 
-def measure_step(precision: str, rounds: int) -> dict[str, Any]:
+def _probe(work: Callable[[], float], results: Connection) -> None:
+    def call() -> None:
+        work()
+
+    results.send(peak_memory(call, CPU))
+
+
+def measure_step(precision: str, peaks: Mapping[str, float], rounds: int) -> dict[str, Any]:
     """Part 1 in one number format."""
     model, inputs = workload(precision)
     spent, losses = take_turns({str(chunk): partial(train, model, inputs, chunk) for chunk in CHUNKS}, rounds)
     found: dict[str, Any] = {}
-    for chunk in CHUNKS:
-        command = [sys.executable, "-m", "benchmarks.loss", "--probe", precision, str(chunk)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-        ratios = [one / plain for one, plain in zip(spent[str(chunk)], spent["None"], strict=True)]
-        found[str(chunk)] = {
-            "peak_mib": json.loads(done.stdout.splitlines()[-1]),
-            "cpu_s": round(statistics.median(spent[str(chunk)]), 3),
+    for name, seconds in spent.items():
+        ratios = [one / plain for one, plain in zip(seconds, spent["None"], strict=True)]
+        found[name] = {
+            "peak_mib": peaks[name],
+            "cpu_s": round(statistics.median(seconds), 3),
             "times_plain": round(statistics.median(ratios), 3),
             "times_plain_range": [round(min(ratios), 3), round(max(ratios), 3)],
-            "loss_difference": abs(losses[str(chunk)] / losses["None"] - 1),
+            "loss_difference": abs(losses[name] / losses["None"] - 1),
         }
-        print(precision, chunk, json.dumps(found[str(chunk)]), flush=True)
+        print(precision, name, json.dumps(found[name]), flush=True)
     return found
 
 
-def count_published(job: str, vocabulary: int | None) -> dict[str, float]:
+def count_published(vocabulary: int) -> dict[str, float]:
     """Part 2: GB of activations at the peak of a micro-batch by chunk."""
-    made = recipe(job, "meteor_x4_7b")
+    made = recipe("finetune", "meteor_x4_7b")
     config, training = model_config(made), made.training
-    if vocabulary is not None:
-        config.text_config.vocab_size = vocabulary
+    config.text_config.vocab_size = vocabulary
     count = partial(
         count_activations,
         config,
@@ -120,23 +129,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=RESULTS / "loss.json")
-    parser.add_argument("--probe", nargs=2, metavar=("PRECISION", "CHUNK"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    if options.probe:
-        precision, chunk = options.probe
-        print(json.dumps(probe(precision, None if chunk == "None" else int(chunk))))
-        return
     start = time.perf_counter()
+    peaks = {precision: measure_memory(precision) for precision in DTYPES}
     results: dict[str, Any] = {
         "hardware": {**hardware(), "threads": 1, "torch": torch.__version__},
         "vocabulary": VOCABULARY,
         "tokens": {"all": SAMPLES * (TEXT + recipe("pretrain", "tiny").pruning.fuse.keep), "supervised": 512},
-        "step": {precision: measure_step(precision, options.rounds) for precision in DTYPES},
-        "plan_gb": {
-            f"{job} of meteor_x4_7b, vocabulary {vocabulary or 32_000:,}": count_published(job, vocabulary)
-            for job in ("pretrain", "finetune")
-            for vocabulary in (None, LARGE_VOCABULARY)
+        "step": {precision: measure_step(precision, peaks[precision], options.rounds) for precision in DTYPES},
+        "finetune_of_meteor_x4_7b_gb": {
+            f"vocabulary {vocabulary}": count_published(vocabulary) for vocabulary in (32_000, LARGE_VOCABULARY)
         },
     }
     results["minutes"] = round((time.perf_counter() - start) / 60, 1)

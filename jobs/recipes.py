@@ -12,6 +12,10 @@ from pipelines.config.recipe import CalibrationSettings, ModelSettings, Recipe
 from pipelines.config.settings import DataSettings, LearningRates, OptimizerSettings, TrainingSettings, Zero3Settings
 from pipelines.data.sources.openmoji import OpenMojiSettings
 
+LOSS_CHUNK = 1024
+"""Supervised tokens whose logits exist at a time, where a vocabulary is tens of thousands of words large (`tiny` has
+hundreds, and all of its logits at once)."""
+
 
 def tiny() -> Recipe:
     """Random weights, drawings with exact answers, a few minutes on two CPU cores."""
@@ -63,6 +67,7 @@ def small() -> Recipe:
             workers=2,
             micro_batch=8,
             global_batch=16,
+            loss_chunk=LOSS_CHUNK,
             optimizer=OptimizerSettings(learning_rates=LearningRates(projector=1e-3, towers=None, llm=None)),
         ),
     )
@@ -94,6 +99,7 @@ def _published(architecture: str, pruning: PruningConfig) -> Recipe:
             precision="bf16",
             gradient_checkpointing=True,
             gpus_per_worker=1.0,
+            loss_chunk=LOSS_CHUNK,
             optimizer=OptimizerSettings(learning_rates=LearningRates(projector=1e-3, towers=None, llm=None)),
         ),
     )
@@ -158,6 +164,7 @@ def meteor_x4_1b() -> Recipe:
             precision="bf16",
             gradient_checkpointing=True,
             checkpoint_every_steps=4,
+            loss_chunk=LOSS_CHUNK,
             optimizer=OptimizerSettings(learning_rates=LearningRates(projector=1e-3, towers=None, llm=None)),
         ),
     )

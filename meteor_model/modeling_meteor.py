@@ -7,7 +7,7 @@ The forward reads like the paper:
     3. fuse     the tokens of all encoders are pooled; those that another encoder already says are dropped
     4. scatter  the survivors replace the placeholders in the text embeddings, counted sample by sample
     5. decode   the LLM; in `generate`, text-guided pruning after one early layer (meteor_model/decoder/)
-    6. name     the head's logits, and the loss of the supervised tokens
+    6. predict  logits of every token, or straight the loss of those that are supervised (meteor_model/language_head.py)
 
 Legend: B samples, M images of the batch, N tokens of one encoder, K visual tokens per image, T sequence length,
 D encoder width, C LLM width, V vocabulary, S travelling image size.
@@ -213,7 +213,7 @@ class MeteorForConditionalGeneration(MeteorVisionMixin, MeteorPreTrainedModel, M
         stats = with_decision(stats, decoded)
         if isinstance(past_key_values, MeteorCache | RecordingCache) and stats is not None:
             past_key_values.pruning_stats = stats
-        # 6. name
+        # 6. predict
         if packed is not None and labels is not None:
             labels = packed.learned_labels(labels)
         if labels is None or loss_chunk is None:

@@ -160,9 +160,10 @@ class TrainingSettings:
     """Number format of weights and activations (the optimizer keeps fp32 master weights either way)."""
     gradient_checkpointing: bool = False
     """Store only the input of every block and recompute the rest in the backward pass: less memory, more time."""
-    loss_chunk: PositiveInt | None = 1024
+    loss_chunk: PositiveInt | None = None
     """Supervised tokens whose logits are in memory at a time: the head runs on them alone, chunk by chunk, in training
-    and for held-out losses. None makes the logits of every token at once. The loss is the same to rounding."""
+    and for held-out losses. None makes the logits of every token at once. The loss is the same to rounding, not to the
+    bit; the recipes of large vocabularies set 1024."""
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     """AdamW and the learning rates."""
     lora: LoraSettings = field(default_factory=LoraSettings)

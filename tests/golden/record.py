@@ -33,10 +33,7 @@ TOLERANCE = 1e-3
 """Largest relative difference of a loss on another machine."""
 FLIPPED = 0.02
 """Largest share of answers that may turn out differently on another machine."""
-SETTINGS = (
-    *("--source.code-points", "320", "--source.variants", "4", "--training.log-every-steps", "1"),
-    *("--training.loss-chunk", "None"),  # the plain form, to which tests/meteor_model/test_loss_chunk.py holds the other
-)
+SETTINGS = ("--source.code-points", "320", "--source.variants", "4", "--training.log-every-steps", "1")
 
 
 def machine() -> dict[str, str]:

@@ -13,6 +13,8 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from meteor_model.collate import collate
+from meteor_model.language_head import LanguageHead
+from meteor_model.logits import supervised_rows
 from pipelines.config.settings import LearningRates, OptimizerSettings, TrainingSettings
 from pipelines.data.stream import data_config
 from pipelines.io import sealed
@@ -64,7 +66,7 @@ class StandInModel(PreTrainedModel):
                 "norm": nn.LayerNorm(width),
             }
         )
-        self.lm_head = nn.Linear(width, VOCABULARY, bias=False)
+        self.lm_head = LanguageHead(width, VOCABULARY, bias=False)
         self.register_buffer("positions", torch.arange(64) / 64.0, persistent=False)
         self.register_buffer("scale", torch.tensor([0.5]))
         self.post_init()
@@ -103,14 +105,18 @@ class StandInModel(PreTrainedModel):
         hidden_BTC = (hidden_BTC + context_BTC).to(self.dtype)
         for layer in cast(nn.ModuleList, self.language_model["layers"]):
             hidden_BTC = hidden_BTC + torch.tanh(layer(hidden_BTC))
-        logits = self.lm_head(self.language_model["norm"](hidden_BTC))
-        loss = None
+        hidden_BTC, stats = self.language_model["norm"](hidden_BTC), StandInStats(4 * len(pixels))
+        if labels is not None and loss_chunk is not None:
+            total = self.lm_head(*supervised_rows(hidden_BTC, labels, None), loss_chunk)
+            divisor = supervised(labels) if num_items_in_batch is None else num_items_in_batch
+            return StandInOutput(loss=total / divisor, pruning_stats=stats)
+        logits, loss = self.lm_head(hidden_BTC), None
         if labels is not None:
             loss = nn.functional.cross_entropy(
                 logits[:, :-1].reshape(-1, VOCABULARY).float(), labels[:, 1:].reshape(-1), reduction="sum"
             )
             loss = loss / (supervised(labels) if num_items_in_batch is None else num_items_in_batch)
-        return StandInOutput(loss=loss, logits=logits, pruning_stats=StandInStats(4 * len(pixels)))
+        return StandInOutput(loss=loss, logits=logits, pruning_stats=stats)
 
 
 def supervised(labels: Tensor) -> int:

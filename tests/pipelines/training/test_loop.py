@@ -35,9 +35,11 @@ class OneProcessEngine:
         self.steps = 0
         self.spoiled_at = -1
         self.steep_at = -1
+        self.gave_logits: set[bool] = set()
 
     def __call__(self, **inputs: Any) -> Any:
         output = self.model(**inputs)
+        self.gave_logits.add(output.logits is not None)
         if self.steps // self.accumulation == self.spoiled_at:
             return SimpleNamespace(loss=output.loss * math.nan, pruning_stats=output.pruning_stats)
         return output
@@ -140,6 +142,17 @@ def test_progress_is_shown_and_counted(capsys: pytest.CaptureFixture[str]) -> No
     assert " samples/s  " in lines[0]
     assert lines[-1].endswith("1 kept  dropped 1")
     assert loop.state.first_losses == loop.state.last_losses == tuple(loop.saver.losses)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_loss_in_chunks_is_the_plain_one_without_logits() -> None:
+    losses = {}
+    for chunk in (None, 3):
+        loop, batches = make_loop(loss_chunk=chunk)
+        loop.run(batches)
+        losses[chunk] = loop.saver.losses  # type: ignore[attr-defined]
+        assert loop.worker.engine.gave_logits == {chunk is None}
+    assert losses[3] == pytest.approx(losses[None], rel=1e-5)
 
 
 @pytest.mark.usefixtures("alone")

@@ -65,6 +65,7 @@ def test_the_loss_is_the_mean_over_supervised_tokens() -> None:
     metrics = heldout_loss(model, batches(), torch.device("cpu"))
     assert metrics["heldout_loss"] == pytest.approx(total / count, rel=1e-6)
     assert metrics["heldout_loss_shuffled_images"] != metrics["heldout_loss"]
+    assert heldout_loss(model, batches(), torch.device("cpu"), loss_chunk=3) == pytest.approx(metrics, rel=1e-6)
 
 
 def make_validation(run: Path) -> Validation:
