@@ -82,7 +82,7 @@ class MeteorForConditionalGeneration(MeteorVisionMixin, MeteorPreTrainedModel, M
         self.encoders = nn.ModuleDict(towers)
         self.projectors = self._build_projectors({name: tower.embed_dim for name, tower in towers.items()})
         self.language_model = AutoModel.from_config(config.text_config)
-        self.lm_head = LanguageHead(width, config.text_config.vocab_size, bias=False)
+        self.lm_head: nn.Linear = LanguageHead(width, config.text_config.vocab_size, bias=False)
         undecided = [item.name for item in config.encoders if "attn_implementation" not in item.tower]
         self._set_tower_kernels(config._attn_implementation, undecided)
         self.post_init()

@@ -150,7 +150,7 @@ def test_a_loss_in_chunks_is_the_plain_one_without_logits() -> None:
     for chunk in (None, 3):
         loop, batches = make_loop(loss_chunk=chunk)
         loop.run(batches)
-        losses[chunk] = loop.saver.losses  # type: ignore[attr-defined]
+        losses[chunk] = loop.saver.losses
         assert loop.worker.engine.gave_logits == {chunk is None}
     assert losses[3] == pytest.approx(losses[None], rel=1e-5)
 
