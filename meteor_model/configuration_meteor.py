@@ -15,7 +15,6 @@ from meteor_model.checks import from_mapping, nearest, whole_number
 from meteor_model.compat import CACHE_NAMES
 from meteor_model.decoder.families import plan_decoder
 from meteor_model.encoders import EncoderConfig, encoder_class
-from meteor_model.positions import whole_span
 from meteor_model.pruners.budgets import allocate_budgets
 from meteor_model.pruners.encode_criteria import ENCODE_BUDGETS
 from meteor_model.pruners.fuse_criteria import FUSE_CRITERIA, floors_of
@@ -171,7 +170,7 @@ class MeteorConfig(PreTrainedConfig):
         self.calibrated = settled(self)
 
     def _check_positions(self) -> None:
-        most, span = getattr(self.text_config, "max_position_embeddings", None), whole_span(self)
+        most, span = getattr(self.text_config, "max_position_embeddings", None), self.whole_span
         if self.keeps_positions and most is not None and span >= most:
             raise ValueError(
                 f"pruning.fuse.positions 'original' gives an image {span} positions, the LLM has "
@@ -366,9 +365,15 @@ class MeteorConfig(PreTrainedConfig):
         return sum(budget[-1] for budget in self.encode_budgets.values())
 
     @property
+    def whole_span(self) -> int:
+        """Tokens of an image that enter the language model where stages 1 and 2 drop none."""
+        side: int = self.concat_grid
+        return side**2 if self.fusion == "channel_concat" else sum(self.encoder_tokens.values())
+
+    @property
     def keeps_positions(self) -> bool:
         """Whether an image's tokens stand in the LLM where they would if stages 1 and 2 dropped none, and some are."""
-        return self.pruning.fuse.positions == "original" and self.tokens_per_image < whole_span(self)
+        return self.pruning.fuse.positions == "original" and self.tokens_per_image < self.whole_span
 
     def visual_cells(self) -> list[tuple[int, int]]:
         """Row and column of each visual token of an image in its grid, where stages 1 and 2 prune nothing."""

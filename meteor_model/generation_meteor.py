@@ -21,7 +21,7 @@ from meteor_model.decoder.loop import decode_pruned
 from meteor_model.decoder.scores import attention_mass, visual_attention_by_head
 from meteor_model.inputs import check_padding, inferred_mask
 from meteor_model.outputs import PruningStats
-from meteor_model.positions import original_places, position_ids_of, prompt_positions, whole_span
+from meteor_model.positions import original_places, position_ids_of, prompt_positions
 
 #: Any of these makes `generate` guess tokens and check several at once.
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
@@ -286,7 +286,7 @@ class MeteorGenerationMixin(GenerationMixin):
         config = self.config
         if stats is None or not config.keeps_positions:
             return None if attention_mask is None else position_ids_of(attention_mask)
-        return prompt_positions(is_image_BT, attention_mask, original_places(config, stats), whole_span(config))
+        return prompt_positions(is_image_BT, attention_mask, original_places(config, stats), config.whole_span)
 
     @torch.no_grad()
     def prune_prompts(

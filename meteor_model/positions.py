@@ -9,7 +9,6 @@ Legend: B samples, T columns, L all columns, M images of all samples in order, K
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -64,11 +63,3 @@ def skipped_positions(position_ids_BT: Tensor, attention_mask_BT: Tensor | None)
     if attention_mask_BT is None:
         return position_ids_BT.amax(dim=1) - (position_ids_BT.shape[1] - 1)
     return position_ids_BT.amax(dim=1) - (attention_mask_BT.long().sum(dim=1) - 1).to(position_ids_BT.device)
-
-
-def whole_span(config: MeteorConfig) -> int:
-    """Tokens of an image that enter the language model where stages 1 and 2 drop none."""
-    if config.fusion == "channel_concat":
-        return config.concat_grid**2
-    tokens: Mapping[str, int] = config.encoder_tokens
-    return sum(tokens.values())

@@ -5,24 +5,20 @@ device rounds them differently, so in bf16 other tokens win, and from there on t
 different things. Given the tokens that the first pass kept, the second one computes what the first did up to rounding;
 what it would have kept itself is counted beside it.
 
-Legend: B samples, M images, N tokens at a boundary, K tokens kept, T sequence length, V vocabulary.
+Legend: M images, N tokens at a boundary, K tokens kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from meteor_model.inputs import at_least_one, scatter_visual
 from meteor_model.outputs import PruningStats
 from meteor_model.pruners.select import top_indices
-
-if TYPE_CHECKING:
-    from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 
 
 class Choose(Protocol):
@@ -104,40 +100,3 @@ class GivenTokens:
     def of_fusion(self) -> Choose:
         """What decides at fusion."""
         return _Given((self.fuse,), self, "fusion")
-
-
-@torch.no_grad()
-def replay_logits(
-    model: MeteorForConditionalGeneration,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    pixel_values: Tensor,
-    given: GivenTokens,
-) -> Tensor:
-    """Logits (B, T, V) of a model that keeps the given tokens in stages 1 and 2; stage 3 is not run.
-
-    Args:
-        model: in eval mode.
-        input_ids: (B, T).
-        attention_mask: (B, T).
-        pixel_values: (M, 3, S, S) uint8, the images of all samples in order; M = 0 runs the towers on a blank one.
-        given: the tokens; its counts are added to.
-
-    Raises:
-        ValueError: tokens of other encoders, of another number, or that cannot be kept.
-    """
-    is_image_BT = input_ids == model.config.image_token_id
-    embeds_BTC = model.get_input_embeddings()(input_ids)
-    pixels = at_least_one(pixel_values, model.config.image_size)
-    text_MC = model.text_of_images(embeds_BTC, is_image_BT, attention_mask, None, len(pixels))
-    visual_MKC, stats = model.encode_images(pixels, given, text_MC)
-    position_ids = model.positions_of_prompts(is_image_BT, attention_mask, stats)
-    embeds_BTC = scatter_visual(embeds_BTC, is_image_BT, visual_MKC)
-    logits: Tensor = model(
-        inputs_embeds=embeds_BTC,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        image_mask=is_image_BT,
-        use_cache=False,
-    ).logits
-    return logits

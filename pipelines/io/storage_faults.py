@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipelines.io.addresses import is_s3, split_s3
+from pipelines.io.disk_room import FULL, LocalDiskError, no_room
 from pipelines.io.errors import StorageError, TransientError
-from pipelines.io.local_disk import FULL, LocalDiskError, no_room
 from pipelines.io.retry import RETRY_S, StalledError, retry
 from pipelines.io.s3_config import KMS_KEY_VARIABLE, SSE_VARIABLE, s3_config
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.processing_meteor import MeteorProcessor
-from meteor_model.replay import GivenTokens, replay_logits
+from meteor_model.replay import GivenTokens
+from meteor_model.replay_logits import replay_logits
 from pipelines.checkpoint.parity_file import INPUTS, ParityBatch, read_parity
 from pipelines.checkpoint.weight_sums import DTYPES, Precision, WeightSums, differing, weight_sums
 from pipelines.registry.proof import LEAST_AGREEMENT, Parity, allowed_difference

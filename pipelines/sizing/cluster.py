@@ -13,7 +13,7 @@ import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipelines.io.local_disk import free_bytes
+from pipelines.io.disk_room import free_bytes
 
 ASKED_S = 20.0
 """Seconds that the nodes have for an answer; one that is late is left out."""

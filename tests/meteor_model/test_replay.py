@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from meteor_model.outputs import PruningStats
-from meteor_model.replay import GivenTokens, replay_logits
+from meteor_model.replay import GivenTokens
+from meteor_model.replay_logits import replay_logits
 from tests.meteor_model.builders import PRUNED, model
 from tests.meteor_model.test_modeling import batch
 

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from pipelines.io import local_disk, sealed, storage
-from pipelines.io.local_disk import LocalDiskError, writing
+from pipelines.io.disk_room import LocalDiskError
+from pipelines.io.local_disk import writing
 from tests.pipelines.s3_fixture import BUCKET, S3Server
 
 LIMIT = 4096
