@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help plan predict-shards serve setup lock up status down pretrain finetune sweep predict calibrate evaluate register shards parts visualize flops bench-prune bench-pruners bench-gpu bench-order bench-ranks bench-search bench-trials bench-serve bench-limits bench-start bench-data bench-packing bench-loss bench-quality train-scenes rehearsal \
+.PHONY: help plan plan-cluster predict-shards serve setup lock up status down pretrain finetune sweep predict calibrate evaluate register shards parts visualize flops bench-prune bench-pruners bench-gpu bench-order bench-ranks bench-search bench-trials bench-serve bench-limits bench-start bench-data bench-packing bench-loss bench-quality train-scenes rehearsal \
   chaos check docs docs-check format fuzz test test-slow test-versions clean
 
 PYTHON ?= python3.11
@@ -107,6 +107,9 @@ visualize: up  ## Draw what is kept: make visualize ARGS="--image FILE --prompt 
 
 plan: setup  ## Say what a run will take, without a cluster: make plan ARGS="--recipe meteor_x4_7b --nodes 2 --gpus-per-node 8"
 	@$(PY) jobs/plan.py $(ARGS)
+
+plan-cluster: setup  ## Say what a recipe becomes on many GPUs and what binds: make plan-cluster ARGS="--gpus 512 --recipe meteor_x4_7b"
+	@$(PY) jobs/plan_cluster.py $(ARGS)
 
 flops: setup  ## Count FLOPs by stage beside the published table; writes benchmarks/results/flops.json
 	@$(PY) -m benchmarks.flops $(ARGS)

@@ -109,6 +109,8 @@ ROWS: tuple[Row, ...] = (
     Row("make flops"),
     Row('make plan ARGS="--recipe meteor_x4_7b --nodes 2 --gpus-per-node 8"', by="tests/docs/test_scaling.py"),
     Row("make plan", quick=True),
+    Row('make plan-cluster ARGS="--gpus 512 --recipe meteor_x4_7b"', by="tests/pipelines/sizing/test_at_scale.py"),
+    Row("make plan-cluster", by="tests/pipelines/sizing/test_at_scale.py"),
     Row("make bench-prune", also="--tiny --rounds 1 --only realised growth"),
     Row("make bench-packing", also="--samples 64 --rounds 1"),
     Row("make bench-loss", also="--rounds 1"),

@@ -11,6 +11,8 @@ from pipelines.config.settings import SettingsError
 from pipelines.io.validation import settings_class
 
 GB = 1e9
+SAMPLE_BYTES = 0.2e6
+"""Of a sample in a shard, where nothing is known of the data."""
 
 
 @settings_class("cluster", SettingsError)
@@ -48,6 +50,11 @@ class Layout:
     text_tokens: PositiveInt = 40
     answer_tokens: PositiveInt = 10
     speeds: Speeds = field(default_factory=Speeds)
+
+    @property
+    def sample_bytes(self) -> float:
+        """Bytes of a sample in its shard, on average."""
+        return self.data_bytes / self.samples if self.samples and self.data_bytes else SAMPLE_BYTES
 
     def workers_per_node(self, recipe: Recipe) -> int:
         """The most workers that share a node."""

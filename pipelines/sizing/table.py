@@ -44,7 +44,7 @@ def table(found: Estimate) -> str:
     rows = [["phase", *(title for title, _, _ in COLUMNS), "time"]]
     rows += [_row(found, phase) for phase in PHASES]
     rows.append(["peak, sum", *(_last(found, place, resource) for _, place, resource in COLUMNS), _all_time(found)])
-    lines += ["", *_aligned(rows), ""]
+    lines += ["", *aligned(rows), ""]
     lines.append(f"largest object  {size_text(found.largest_object.amount)}  {found.largest_object.what}")
     kept = sum(term.amount for term in found.kept)
     lines.append(f"in the store    {size_text(kept)}  {'; '.join(term.what for term in found.kept)}")
@@ -77,7 +77,8 @@ def _all_time(found: Estimate) -> str:
     return time_text(sum(use.total for use in found.uses if use.resource == "time" and use.phase not in beside))
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Lines of columns as wide as their widest cell, the first to the left and all others to the right."""
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]

@@ -7,7 +7,8 @@ from pipelines.sizing.terms import Term, Use, use
 from pipelines.sizing.training import validates_on_gpu
 from pipelines.sizing.work import Work
 
-GATHERED_BYTES = 2  # of an element, in bf16
+COMPUTING, BETWEEN_NODES = "computing", "weights and gradients between nodes, at least"
+"""Terms of the training."""
 
 
 def times(given: Inputs) -> list[Use]:
@@ -61,10 +62,10 @@ def _training(given: Inputs, work: Work) -> list[Term]:
     settings, speeds = given.recipe.training, given.layout.speeds
     one = speeds.gpu_tflops * 1e12 if given.on_gpu else speeds.cpu_gflops * 1e9 * settings.threads_per_worker
     flops = given.steps * settings.global_batch * work.trained(given.size, settings.gradient_checkpointing)
-    terms = [Term("computing", "samples x FLOPs / (W speed)", flops / (given.workers * one))]
+    terms = [Term(COMPUTING, "samples x FLOPs / (W speed)", flops / (given.workers * one))]
     if given.layout.nodes > 1:
         seconds = gathered_between_nodes(given) * given.steps / (speeds.network_gbit * 1e9 / 8)
-        terms.append(Term("weights and gradients between nodes, at least", "see docs/scaling.md", seconds))
+        terms.append(Term(BETWEEN_NODES, "see docs/scaling.md", seconds))
     return terms
 
 
@@ -72,9 +73,13 @@ def gathered_between_nodes(given: Inputs) -> float:
     """Bytes that one node must receive from the others in an optimizer step, at least: its own share is there already.
 
     Each micro-batch gathers every part forward, once more to recompute it, and once more backward, as far as gradients
-    reach; gradients of what is trained are reduced once (Rajbhandari et al., 2020, section 7.2.2, by part).
+    reach; gradients of what is trained are reduced once (Rajbhandari et al., 2020, section 7.2.2, by part). Where the
+    workers of a node hold all weights once more, only what an update has changed is gathered from elsewhere, once.
     """
     settings, nodes = given.recipe.training, given.layout.nodes
+    if 1 < settings.zero3.secondary_partition <= given.on_node:
+        elements_a_step = given.size.learning * (1 + settings.accumulation)
+        return given.weight_bytes * elements_a_step * (nodes - 1) / nodes
     elements = 0.0
     for part, gathers in given.size.gathers.items():
         again = settings.gradient_checkpointing and gathers > 1

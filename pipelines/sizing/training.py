@@ -10,6 +10,8 @@ from pipelines.sizing.baseline import CUDA_CONTEXT, CUDA_HOST, DATA_TASK, LIBRAR
 from pipelines.sizing.inputs import Inputs
 from pipelines.sizing.terms import ONCE, Phase, Place, Term, Use, use
 
+START_MODEL = "4 P n"
+"""Formula of what all nodes fetch before the first step."""
 SUB_GROUP = 1e9
 """Elements that DeepSpeed's optimizer steps over at a time (`sub_group_size`, its default)."""
 
@@ -82,7 +84,7 @@ def _train(given: Inputs) -> list[Use]:
             "train",
             "store",
             "down",
-            Term("the start model, one copy a node", "4 P n", whole * nodes),
+            Term("the start model, one copy a node", START_MODEL, whole * nodes),
             Term(
                 "shards, once an epoch", "data x epochs", (given.layout.data_bytes or 0) * given.recipe.training.epochs
             ),
@@ -107,6 +109,10 @@ def _states(given: Inputs) -> list[Term]:
         if live
         else None,
     ]
+    if zero3.secondary_partition > 1:
+        rows.append(
+            Term("weights once more in a node, its share", "b P / k", b * size.total / zero3.secondary_partition)
+        )
     if zero3.offload == "none" or not given.on_gpu:
         rows.insert(2, Term("optimizer, its share", "12 L / W", 12 * share))
     if zero3.offload == "all" and given.on_gpu:
@@ -182,8 +188,5 @@ def _parity(given: Inputs) -> int:
 
 
 def _shard_bytes(given: Inputs) -> float:
-    """Of a shard of `SAMPLES_PER_SHARD`; 0.2 MB a sample where nothing is known of the data."""
-    layout = given.layout
-    if layout.samples and layout.data_bytes:
-        return SAMPLES_PER_SHARD * layout.data_bytes / layout.samples
-    return SAMPLES_PER_SHARD * 0.2e6
+    """Of a shard of `SAMPLES_PER_SHARD`."""
+    return SAMPLES_PER_SHARD * given.layout.sample_bytes

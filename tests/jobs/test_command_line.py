@@ -92,6 +92,7 @@ LINES = (
     ),
     Line("make_shards", ("openmoji", "--output", "x", "--varaints", "3"), "--variants", ("openmoji",), "--output"),
     Line("plan", ("--nods", "2"), "--nodes", ("--nodes", "0"), "nodes is 0"),
+    Line("plan_cluster", ("--gpuz", "2"), "--gpus", ("--gpus", "12"), "gpus is 12; above machines.gpus-per-node, 8"),
     Line("submit", ("--addres", "x"), "--address", ("--address", "http://127.0.0.1:9"), "there is no command"),
     Line("make_parts", ("--outputt", "x"), "--output", ("dinov2-smal",), "did you mean 'dinov2-small'?"),
 )
