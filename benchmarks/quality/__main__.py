@@ -5,6 +5,7 @@
     python -m benchmarks.quality rival       the dense model trained on with another pruner, as long
     python -m benchmarks.quality ask         every row of the models' that is not stored yet
     python -m benchmarks.quality statistics  tables and picture, from stored answers alone
+    python -m benchmarks.quality sheet       what the models keep of one image, for two questions
     python -m benchmarks.quality all         one after the other
 
 Everything is resumable: maps, trainings and rows that are there are kept. docs/results.md says what was done.
@@ -20,9 +21,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.quality.experiment import Place, ask, train_dense, train_meteor, train_rival
-from benchmarks.quality.models import MODELS, VARIANTS
+from benchmarks.quality.experiment import Place, ask, scenes_for, train_dense, train_meteor, train_rival
+from benchmarks.quality.models import MODELS, VARIANTS, open_trained
 from benchmarks.quality.pictures import draw_curves
+from benchmarks.quality.sheet import draw_sheet
 from benchmarks.quality.sizes import SIZES
 from benchmarks.quality.statistics import summarise, table
 from benchmarks.results_file import RESULTS
@@ -33,7 +35,7 @@ RESULT = RESULTS / "quality.json"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("train", "prune", "rival", "ask", "statistics", "all"))
+    parser.add_argument("command", choices=("train", "prune", "rival", "ask", "statistics", "sheet", "all"))
     parser.add_argument("--size", choices=sorted(SIZES), default="full")
     parser.add_argument("--quick", action="store_true", help="the size `quick`, under names and a root of its own")
     parser.add_argument("--dense", default="dense-0", help="name of the dense model")
@@ -76,6 +78,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.anew:
             output.unlink(missing_ok=True)
         ask(place, size, names, output, options.pruners, options.questions, options.split)
+    if options.command == "sheet":
+        names = [options.dense, *(options.models or [options.meteor])]
+        models = [open_trained(place.model_folder(name), place.parts_of(size)) for name in names]
+        path = output.with_name(f"{output.stem}-kept.png")
+        draw_sheet(models, scenes_for(place, "validation", size.validation_images), path)
+        print(f"written: {path}")
     if options.command in ("statistics", "all", "ask"):
         report(output, output.with_suffix(".png"))
 

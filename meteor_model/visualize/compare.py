@@ -47,6 +47,7 @@ SECTIONS = {
     "trivial": "Without looking at the tokens",
     "projected": "Before the language model",
     "language": "Inside the language model: what its last layer still sees",
+    "trained": "Models that were trained with their pruning on",
     "": "Inside the towers",
 }
 
@@ -66,7 +67,7 @@ class Under:
     """One image under one pruner.
 
     Attributes:
-        pruner: its name.
+        pruner: its name; one that is no pruner's is that of a model which was trained with its pruning on.
         grids: what is kept of each grid; none where the pruner cannot run.
         answer: the model's.
         side: of the image that the towers see, in pixels, where it is not the model's usual one; else 0.
@@ -101,11 +102,27 @@ def look_under(
         keep: visual tokens in the last layer.
         settings: the pruner's own.
     """
-    before = model.config
     try:
-        config = with_pruner(before, pruner, keep, **settings)
+        config = with_pruner(model.config, pruner, keep, **settings)
     except ValueError as error:
         return Under(pruner, refusal=str(error))
+    return look_with(model, processor, image_3HW, prompt, config, pruner)
+
+
+@torch.no_grad()
+def look_with(
+    model: MeteorForConditionalGeneration,
+    processor: MeteorProcessor,
+    image_3HW: torch.Tensor,
+    prompt: str,
+    config: MeteorConfig,
+    name: str,
+) -> Under:
+    """What a configuration of the model keeps of an image that is asked about, and the answer, under a name.
+
+    The model is left as it was. Arguments are those of `look_under`.
+    """
+    before = model.config
     try:
         model.follow(config)
         processor.tokens_per_image = config.tokens_per_image
@@ -122,7 +139,7 @@ def look_under(
     panels = zip(tokens.visual_grids, tokens.visual_panels(left), strict=True)
     grids = tuple(Kept(name, panel.grid, panel.cells, panel.colour) for name, panel in panels)
     answer = processor.tokenizer.decode(ids_1L[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return Under(pruner, grids, answer.strip(), _other_side(before, config))
+    return Under(name, grids, answer.strip(), _other_side(before, config))
 
 
 def _other_side(before: MeteorConfig, after: MeteorConfig) -> int:
@@ -192,8 +209,8 @@ def _sections(found: Sequence[Under]) -> Mapping[str, list[Under]]:
     """Heading -> its pruners."""
     sections: dict[str, list[Under]] = {heading: [] for heading in SECTIONS.values()}
     for item in found:
-        entry = PRUNERS[item.pruner]
-        acts = "trivial" if entry.source == "trivial" else entry.acts
+        entry = PRUNERS.get(item.pruner)
+        acts = "trained" if entry is None else "trivial" if entry.source == "trivial" else entry.acts
         sections[next(heading for start, heading in SECTIONS.items() if acts.startswith(start))].append(item)
     return {heading: items for heading, items in sections.items() if items}
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import benchmarks.gpu
@@ -410,6 +411,9 @@ def test_the_whole_runs_by_the_gpus_command_and_asks_no_row_twice(tmp_path: Path
     assert "validation split" in (tmp_path / "models" / "meteor-0" / "README.md").read_text()
     benchmarks.gpu.main(command)
     assert json.loads(output.read_text()) == first
+    quality_main(["sheet", *sizes[2:], "--root", str(tmp_path), "--output", str(output)])
+    with Image.open(tmp_path / "quality-kept.png") as sheet:
+        assert sheet.height > 2 * sheet.width / 4, "one part a question"
 
 
 @pytest.mark.parametrize("pruner", ["average_pooling", "smaller_image"])
