@@ -26,7 +26,7 @@ UNTRAINED: tuple[tuple[str, int, dict[str, int]], ...] = (
     ("sparsevlm", 34, {}),
 )
 """Of the dense model: pruner, tokens and settings."""
-COARSE = "category"
+COARSE, COLUMNS = "category", 5
 
 
 def two_questions(questions: Sequence[Question]) -> tuple[Question, Question] | None:
@@ -50,19 +50,23 @@ def draw_sheet(models: Sequence[Trained], scenes: Scenes, path: Path) -> None:
     pixels = scenes.pixels([image])[0]
     sheets = []
     for question in questions:
-        found = [_untrained(models[0], pixels, question, *row) for row in UNTRAINED]
-        for trained in models[1:]:
-            config = trained.model.config
-            name = f"{trained.card['pruner']}, trained"
-            found.append(look_with(trained.model, trained.processor, pixels, question.prompt, config, name))
-        note = f"the answer is “{question.answer}”; in quotes what the model says; 34 of 144 visual tokens stay, or 36"
-        sheets.append(draw_pruners(pixels, question.prompt, note, found))
+        sections = {
+            "The dense model": [_untrained(models[0], pixels, question, *row) for row in UNTRAINED],
+            "Trained on with their pruning on": [_trained(model, pixels, question) for model in models[1:]],
+        }
+        note = f"the answer is “{question.answer}”; in quotes what the model says"
+        sheets.append(draw_pruners(pixels, question.prompt, note, sections, COLUMNS))
     whole = Image.new("RGB", (max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)), BACKGROUND)
     top = 0
     for sheet in sheets:
         whole.paste(sheet, (0, top))
         top += sheet.height
     whole.save(path)
+
+
+def _trained(trained: Trained, pixels: torch.Tensor, question: Question) -> Under:
+    name, config = trained.card["pruner"], trained.model.config
+    return look_with(trained.model, trained.processor, pixels, question.prompt, config, name)
 
 
 def _untrained(

@@ -54,7 +54,7 @@ RUNNING_JOB = (
     "print(next(job.submission_id for job in Jobs().list_jobs() if job.status == 'RUNNING'))"
 )
 PROMOTED = """\
-make register ARGS="promote --version 1 --to champion --max-unanswered 1 --least-questions 1"
+make register ARGS="promote --version 1 --to champion --force documentation"
 make register ARGS="promote --version 2 --to champion --force documentation"
 """
 RUN = "docs"
@@ -147,7 +147,7 @@ ROWS: tuple[Row, ...] = (
         replace=BUCKET,
     ),
     Row("python -m docs.tools.scenes"),
-    Row("python -m docs.tools.kept"),
+    Row("python -m docs.tools.kept", before='make parts ARGS="dinov2-small efficientnet-lite0"'),
     Row("python jobs/make_shards.py webdataset --output s3://bucket/shards --heldout 'val-*.tar'", replace=BUCKET),
     Row("python jobs/pretrain.py --data.manifest s3://bucket/mydata", also=MIXED, replace=BUCKET),
     Row(
@@ -217,7 +217,7 @@ ROWS: tuple[Row, ...] = (
         "--questions 2000",
         replace={**BUCKET, "2000": "8"},
     ),
-    Row('make register ARGS="compare champion budget-8 --output compared.json"'),
+    Row('make register ARGS="compare champion budget-8 --output compared.json"', replace={"budget-8": "budget-12_5"}),
     Row(
         'make register ARGS="rollback --alias champion"',
         before=PROMOTED,

@@ -28,7 +28,7 @@ from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.pruners.cost import solve_share
 from meteor_model.pruners.named import PRUNERS, with_pruner
 from meteor_model.pruners.spectra import singular_values
-from meteor_model.visualize.compare import Under, draw_pruners, look_under
+from meteor_model.visualize.compare import Under, draw_pruners, look_under, where_they_act
 from pipelines.data.sources.scenes import compose
 from pipelines.parts import default_parts_dir
 
@@ -88,7 +88,7 @@ def main() -> None:
         f"{KEEP} of 144 visual tokens stay (autoprune: on average); in quotes, what one small model answers. "
         "Last row: encoders apart, projectors not trained; meteor's stages 1 and 2."
     )
-    sheet = draw_pruners(pixels_3SS, f"One image under every pruner: {QUESTION}", note, list(found()))
+    sheet = draw_pruners(pixels_3SS, f"One image under every pruner: {QUESTION}", note, where_they_act(list(found())))
     sheet.quantize(COLOURS).save(PAGE, optimize=True)
 
 

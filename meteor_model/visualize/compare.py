@@ -47,7 +47,6 @@ SECTIONS = {
     "trivial": "Without looking at the tokens",
     "projected": "Before the language model",
     "language": "Inside the language model: what its last layer still sees",
-    "trained": "Models that were trained with their pruning on",
     "": "Inside the towers",
 }
 
@@ -67,7 +66,7 @@ class Under:
     """One image under one pruner.
 
     Attributes:
-        pruner: its name; one that is no pruner's is that of a model which was trained with its pruning on.
+        pruner: its name, or another one of the configuration.
         grids: what is kept of each grid; none where the pruner cannot run.
         answer: the model's.
         side: of the image that the towers see, in pixels, where it is not the model's usual one; else 0.
@@ -171,26 +170,29 @@ def explain_pruners(
         look_under(model, processor, image_3HW, prompt, name, most if name == "none" else keep) for name in PRUNERS
     ]
     note = f"{keep} of {most} visual tokens are to stay; in quotes what the model answers"
-    return draw_pruners(image_3HW, f"One image under every pruner: {prompt}", note, found)
+    return draw_pruners(image_3HW, f"One image under every pruner: {prompt}", note, where_they_act(found))
 
 
-def draw_pruners(image_3HW: torch.Tensor, title: str, note: str, found: Sequence[Under]) -> Image.Image:
-    """A sheet with a panel per pruner and grid, under headings that say where pruners act.
+def draw_pruners(
+    image_3HW: torch.Tensor, title: str, note: str, sections: Mapping[str, Sequence[Under]], columns: int = COLUMNS
+) -> Image.Image:
+    """A sheet with a panel per pruner and grid.
 
     Args:
         image_3HW: the image as it travelled, uint8.
         title: e.g. the question.
         note: a line below it.
-        found: pruners in the order in which they are drawn within their section.
+        sections: heading -> pruners in the order in which they are drawn.
+        columns: panels side by side.
 
     Raises:
         ValueError: without pruners, or for an image that is not uint8 (3, H, W).
     """
-    if not found:
+    if not any(sections.values()):
         raise ValueError("there is no pruner to draw: give at least one")
     picture = fit(picture_of(image_3HW), PANEL)
-    width = COLUMNS * (PANEL + GAP) - GAP
-    parts = [_section(picture, heading, rows, width) for heading, rows in _sections(found).items()]
+    width = columns * (PANEL + GAP) - GAP
+    parts = [_section(picture, heading, items, columns) for heading, items in sections.items()]
     lines = [*wrapped(title, TITLE_TEXT, width, most=1), *wrapped(note, NOTE_TEXT, width, most=2)]
     head = MARGIN + round((TITLE_TEXT + (len(lines) - 1) * NOTE_TEXT) * LEADING) + GAP
     height = head + sum(part.height + GAP for part in parts) + SWATCH + MARGIN
@@ -205,21 +207,21 @@ def draw_pruners(image_3HW: torch.Tensor, title: str, note: str, found: Sequence
     return sheet
 
 
-def _sections(found: Sequence[Under]) -> Mapping[str, list[Under]]:
-    """Heading -> its pruners."""
+def where_they_act(found: Sequence[Under]) -> Mapping[str, list[Under]]:
+    """Pruners under headings that say where they act."""
     sections: dict[str, list[Under]] = {heading: [] for heading in SECTIONS.values()}
     for item in found:
-        entry = PRUNERS.get(item.pruner)
-        acts = "trained" if entry is None else "trivial" if entry.source == "trivial" else entry.acts
+        entry = PRUNERS[item.pruner]
+        acts = "trivial" if entry.source == "trivial" else entry.acts
         sections[next(heading for start, heading in SECTIONS.items() if acts.startswith(start))].append(item)
     return {heading: items for heading, items in sections.items() if items}
 
 
-def _section(picture: Image.Image, heading: str, items: Sequence[Under], width: int) -> Image.Image:
+def _section(picture: Image.Image, heading: str, items: Sequence[Under], columns: int) -> Image.Image:
     """A heading over rows of panels; a pruner's grids stand in one row, side by side."""
-    rows: list[list[Under]] = [[]]
+    rows, width = list[list[Under]]([[]]), columns * (PANEL + GAP) - GAP
     for item in items:
-        if sum(max(1, len(other.grids)) for other in [*rows[-1], item]) > COLUMNS and rows[-1]:
+        if sum(max(1, len(other.grids)) for other in [*rows[-1], item]) > columns and rows[-1]:
             rows.append([])
         rows[-1].append(item)
     top = round(TEXT * LEADING) + 14

@@ -83,4 +83,4 @@ def test_every_pruner_has_its_panels_under_one_heading(
 
 def test_nothing_to_draw_is_refused() -> None:
     with pytest.raises(ValueError, match="there is no pruner to draw"):
-        draw_pruners(pixels(1)[0], "", "", [])
+        draw_pruners(pixels(1)[0], "", "", {"Nowhere": []})
