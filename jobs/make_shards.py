@@ -2,8 +2,8 @@
 """Make a dataset of shards in storage: `python jobs/make_shards.py {openmoji,scenes,llava,...} --output URL ...`.
 
 `openmoji`, `scenes` and `llava` write WebDataset shards and their manifest; `webdataset` writes a manifest for shards
-that are there already. The same command again writes nothing and says whether the shards are still the same; `--help`
-after a source shows its settings.
+that are there already, `tables` one for Parquet files and folders that the library `datasets` saved. The same command
+again writes nothing and says whether the shards are still the same; `--help` after a source shows its settings.
 """
 
 import sys
@@ -17,13 +17,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tyro
 
 from jobs.command_line import Job
-from pipelines.data.build import MakeResult, SharedImages, index_shards, make_shards
+from pipelines.data.build import MakeResult, make_shards
+from pipelines.data.indexing import SharedImages, Tars, index_shards
 from pipelines.data.shards import SAMPLES_PER_SHARD, ShardInfo
 from pipelines.data.sources import TRAIN
 from pipelines.data.sources.llava import Llava, LlavaSettings
 from pipelines.data.sources.openmoji import OpenMoji, OpenMojiSettings
 from pipelines.data.sources.scenes.source import Scenes, ScenesSettings
 from pipelines.data.survey import report_lines
+from pipelines.data.tables.columns import Columns
+from pipelines.data.tables.index import GLOBS, Tables
 from pipelines.io.console import say
 
 PROGRESS_EVERY_S = 2.0
@@ -87,11 +90,30 @@ class WebDatasetCommand:
     """Replace a manifest that is there."""
 
 
+@dataclass(frozen=True)
+class TablesCommand:
+    """Write a manifest for Parquet files or a folder that `datasets` saved; a row is a sample, a row group a shard."""
+
+    output: str
+    """Prefix of the files: s3://BUCKET/PREFIX or a folder; the manifest is written there."""
+    columns: Annotated[Columns, tyro.conf.arg(name="")]
+    """Which columns make a sample."""
+    pattern: tuple[str, ...] = GLOBS
+    """Which objects below the prefix are read (globs on the path below the prefix, one or the other)."""
+    heldout: str = ""
+    """Which of them are held out from training (a glob, for example 'data/validation-*'); none by default."""
+    shared_images: SharedImages = "stop"
+    """The same image in held-out and in other files, whatever its key: an error, or counted."""
+    overwrite: bool = False
+    """Replace a manifest that is there."""
+
+
 Command = (
     Annotated[OpenMojiCommand, tyro.conf.subcommand("openmoji")]
     | Annotated[ScenesCommand, tyro.conf.subcommand("scenes")]
     | Annotated[LlavaCommand, tyro.conf.subcommand("llava")]
     | Annotated[WebDatasetCommand, tyro.conf.subcommand("webdataset")]
+    | Annotated[TablesCommand, tyro.conf.subcommand("tables")]
 )
 
 
@@ -113,7 +135,7 @@ class Progress:
             say(f"  {info.path}: {self._samples:,} samples in {self._shards} shards, {rate:,.0f} samples/s")
 
 
-def execute(command: OpenMojiCommand | ScenesCommand | LlavaCommand | WebDatasetCommand) -> MakeResult:
+def execute(command: OpenMojiCommand | ScenesCommand | LlavaCommand | WebDatasetCommand | TablesCommand) -> MakeResult:
     """Do what the command says. Raises ValueError (of several kinds) with a message for the user."""
     match command:
         case OpenMojiCommand():
@@ -128,7 +150,16 @@ def execute(command: OpenMojiCommand | ScenesCommand | LlavaCommand | WebDataset
         case WebDatasetCommand():
             return index_shards(
                 command.output,
-                command.pattern,
+                Tars(command.pattern),
+                command.heldout,
+                command.overwrite,
+                Progress(),
+                shared_images=command.shared_images,
+            )
+        case TablesCommand():
+            return index_shards(
+                command.output,
+                Tables(command.columns, command.pattern),
                 command.heldout,
                 command.overwrite,
                 Progress(),
@@ -149,7 +180,7 @@ def summary(result: MakeResult) -> str:
     return "\n".join(lines)
 
 
-def run(command: OpenMojiCommand | ScenesCommand | LlavaCommand | WebDatasetCommand) -> None:
+def run(command: OpenMojiCommand | ScenesCommand | LlavaCommand | WebDatasetCommand | TablesCommand) -> None:
     """Do what the command says, and show what was made."""
     say(summary(execute(command)))
 

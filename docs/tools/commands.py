@@ -149,6 +149,16 @@ ROWS: tuple[Row, ...] = (
     Row("python -m docs.tools.scenes"),
     Row("python -m docs.tools.kept", before='make parts ARGS="dinov2-small efficientnet-lite0"'),
     Row("python jobs/make_shards.py webdataset --output s3://bucket/shards --heldout 'val-*.tar'", replace=BUCKET),
+    Row(
+        "python jobs/make_shards.py tables --output s3://bucket/hub --image-column image --caption-column text "
+        "--heldout 'data/validation-*'",
+        by="tests/pipelines/data/tables/test_index.py",
+    ),
+    Row(
+        "python jobs/make_shards.py tables --output s3://bucket/saved --conversations-column conversations "
+        "--heldout 'test/*'",
+        by="tests/pipelines/data/tables/test_index.py",
+    ),
     Row("python jobs/pretrain.py --data.manifest s3://bucket/mydata", also=MIXED, replace=BUCKET),
     Row(
         "python jobs/pretrain.py --data.manifest s3://bucket/mydata "

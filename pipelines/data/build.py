@@ -1,4 +1,4 @@
-"""Making a dataset: shards from a source, or a manifest for shards that are there already.
+"""Making a dataset: shards from a source.
 
 Idempotent: the manifest holds the settings it was made with. Asked again with the same ones, the shards are read and
 compared with it, and nothing is written; with other ones, the differences are named and nothing is touched unless told
@@ -6,16 +6,13 @@ to overwrite. While shards are written a marker lies in the prefix, so that what
 user's own files.
 """
 
-import fnmatch
 import json
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from pipelines.data.img2dataset import failed_downloads
 from pipelines.data.shards import (
     FORMAT_VERSION,
     SAMPLES_PER_SHARD,
@@ -27,20 +24,18 @@ from pipelines.data.shards import (
     load_manifest,
     manifest_url,
     save_manifest,
-    shard_info,
     write_shards,
 )
-from pipelines.data.sources import HELDOUT, SPLITS, TRAIN, Packed, Source
-from pipelines.data.survey import DIGESTS_NAME, SHARED, Survey, images_of, is_among, shared
-from pipelines.data.tar_format import parse_shard
+from pipelines.data.sources import TRAIN, Packed, Source
+from pipelines.data.survey import DIGESTS_NAME, Survey, images_of, is_among
 from pipelines.io import storage
-from pipelines.io.fingerprint import canonical_json, sha256_of_json
+from pipelines.io.fingerprint import canonical_json
 from pipelines.io.redact import redact
 from pipelines.io.storage_check import require_access
 
 MARKER_NAME = "_WRITING.json"
-INDEX_SOURCE = "webdataset"
-_ARCHIVE = re.compile(r"\.(tar(\.\w+)?|tgz|tzst|zip)$", re.IGNORECASE)
+INDEX_SOURCES = ("webdataset", "tables")
+"""Of manifests that were written for shards which were there already (`pipelines.data.indexing`)."""
 _SHOWN = 5  # shards listed in an error
 
 
@@ -57,8 +52,8 @@ class MakeResult:
     seconds: float
 
 
-def _say_nothing(info: ShardInfo) -> None:
-    return None
+def say_nothing(info: ShardInfo) -> None:
+    """Nobody wants to hear of the shards that are done."""
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
@@ -69,7 +64,7 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
 
 
-def _existing(url: str, spec: dict[str, Any], overwrite: bool) -> Manifest | None:
+def existing_manifest(url: str, spec: dict[str, Any], overwrite: bool) -> Manifest | None:
     """The manifest that is there; None where there is none (or an unreadable one that may be overwritten).
 
     Raises DatasetConflictError naming the differences when it was made with another spec and may not be overwritten.
@@ -92,7 +87,7 @@ def _existing(url: str, spec: dict[str, Any], overwrite: bool) -> Manifest | Non
 def _check_prefix_is_ours(url: str, existing: Manifest | None, overwrite: bool) -> None:
     """Refuse to write over, or among, shards that no run of make_shards left here."""
     root = dataset_url(url)
-    if existing is not None and existing.spec.get("source", {}).get("name") == INDEX_SOURCE:
+    if existing is not None and existing.spec.get("source", {}).get("name") in INDEX_SOURCES:
         raise DatasetConflictError(
             f"{root} holds shards that were indexed, not made here; those are never overwritten: choose another "
             "--output"
@@ -113,7 +108,7 @@ def make_shards(
     url: str,
     samples_per_shard: int = SAMPLES_PER_SHARD,
     overwrite: bool = False,
-    on_shard: Callable[[ShardInfo], None] = _say_nothing,
+    on_shard: Callable[[ShardInfo], None] = say_nothing,
     *,
     check: bool = True,
 ) -> MakeResult:
@@ -133,10 +128,10 @@ def make_shards(
             canonical_json({"format": FORMAT_VERSION, "samples_per_shard": samples_per_shard, "source": source.spec()})
         )
     )
-    existing = _existing(url, spec, overwrite)
+    existing = existing_manifest(url, spec, overwrite)
     if existing is not None and not overwrite:
         if check and (changed := check_shards(existing)):
-            raise _changed(existing, changed)
+            raise shards_changed(existing, changed)
         return MakeResult(existing, True, time.monotonic() - start)
     _check_prefix_is_ours(url, existing, overwrite)
     root = dataset_url(url)
@@ -172,96 +167,11 @@ def _surveyed(samples: Iterable[Packed], split: str, survey: Survey, left_out: C
         yield key, members
 
 
-def _changed(existing: Manifest, changed: Sequence[str]) -> DatasetConflictError:
+def shards_changed(existing: Manifest, changed: Sequence[str]) -> DatasetConflictError:
+    """The error for shards that are not those of the manifest, a line for each."""
     shown = "\n".join(f"  {line}" for line in changed[:_SHOWN])
     more = f"\n  ... and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
     return DatasetConflictError(
         f"{existing.url} is there, but {len(changed)} of its {len(existing.shards)} shards are not as it says:\n"
         f"{shown}{more}\nrestore them, or replace it with --overwrite"
     )
-
-
-SharedImages = Literal["stop", "count"]
-
-
-def index_shards(
-    url: str,
-    pattern: str = "*.tar",
-    heldout: str = "",
-    overwrite: bool = False,
-    on_shard: Callable[[ShardInfo], None] = _say_nothing,
-    *,
-    shared_images: SharedImages = "stop",
-) -> MakeResult:
-    """Write a manifest for the tars already below the prefix `url`, reading each whole; no shard is changed.
-
-    `pattern` and `heldout` are globs on the path below the prefix; shards that match `heldout` become that split, the
-    others train. All shards are read every time: a manifest that is there stays only where it says what was found.
-
-    Raises ShardError naming the prefix that holds no such file, or the shard that is no tar, is truncated or has a key
-    twice; ValueError for a `heldout` that matches no shard, and for an image in both splits (`shared_images` "count"
-    only counts them); NoSampleError; DatasetConflictError when another manifest is there; StorageError.
-    """
-    start = time.monotonic()
-    require_access(url)
-    root = dataset_url(url)
-    listed = storage.list_sizes(root)
-    sizes = {path: size for path, size in listed.items() if fnmatch.fnmatchcase(path, pattern)}
-    if not sizes:
-        raise ShardError(root, "missing", f"no object matches {pattern!r} here; is the prefix right, and not empty?")
-    splits = _splits(root, list(sizes), heldout)
-    settings = {"pattern": pattern, "heldout": heldout, "listing_sha256": sha256_of_json(sizes)}
-    spec = {"format": FORMAT_VERSION, "source": {"name": INDEX_SOURCE, "settings": settings}}
-    existing = _existing(url, spec, overwrite)
-    infos: list[ShardInfo] = []
-    survey = Survey()
-    others = sum(bool(_ARCHIVE.search(path)) for path in listed.keys() - sizes.keys())
-    left_out = Counter({"archive_outside_pattern": others})
-    for path, split in splits.items():
-        address = storage.join(root, path)
-        data = storage.read_bulk(address)
-        contents = parse_shard(data, address)
-        left_out.update(contents.ignored)
-        left_out.update(failed_downloads(root, path, listed, len(contents.samples)))
-        for key, members in contents.samples:
-            survey.add(split, key, members)
-        infos.append(shard_info(path, split, data, contents))
-        on_shard(infos[-1])
-    if existing is not None and not overwrite:
-        if changed := _replaced(existing, infos):
-            raise _changed(existing, changed)
-        return MakeResult(existing, True, time.monotonic() - start)
-    survey.require_samples(root)
-    report = survey.report(+left_out)
-    if both := shared(survey.digests(TRAIN), survey.digests(HELDOUT)):
-        if shared_images == "stop":
-            raise ValueError(
-                f"{root}: {both} images lie in shards that match --heldout {heldout!r} and in others: held-out scores "
-                "would be those of pictures that were trained on. Sort the shards by picture, or let them be counted "
-                "with --shared-images count"
-            )
-        report[SHARED] = {HELDOUT: both}
-    storage.write_bytes(storage.join(root, DIGESTS_NAME), survey.to_parquet(SPLITS))
-    return MakeResult(save_manifest(url, infos, spec, report), False, time.monotonic() - start)
-
-
-def _splits(root: str, paths: Sequence[str], heldout: str) -> dict[str, str]:
-    """The split of every shard. Raises ValueError where shards are to be held out and none is."""
-    splits = {path: HELDOUT if heldout and fnmatch.fnmatchcase(path, heldout) else TRAIN for path in paths}
-    if heldout and HELDOUT not in splits.values():
-        raise ValueError(
-            f"{root}: --heldout {heldout!r} matches none of the {len(paths)} shards, so all of them would be trained "
-            f"on; the glob is for the path below the prefix, and the first one is {paths[0]!r}"
-        )
-    return splits
-
-
-def _replaced(existing: Manifest, found: Sequence[ShardInfo]) -> list[str]:
-    """Shards that are no longer what the manifest says, a line for each."""
-    old = {info.path: info for info in existing.shards}
-    return [
-        f"{info.path}: {old[info.path].bytes} bytes with SHA-256 {old[info.path].sha256[:12]}... became {info.bytes} "
-        f"with {info.sha256[:12]}..."
-        for info in found
-        if info != old[info.path]
-    ]

@@ -42,6 +42,7 @@ Reason = Literal[
     "bad_json",
     "bad_conversation",
     "missing_caption",
+    "missing_image",
     "unread_content",
     "placeholder_missing",
     "placeholder_excess",
@@ -52,8 +53,8 @@ Reason = Literal[
 ]
 REASONS: tuple[str, ...] = get_args(Reason)
 
-# A member that no tar can hold (extensions are lower-case, without a slash): the sample's shard could not be used.
-_BAD_SHARD_MEMBER = "BAD/SHARD"
+# Begins a member that no tar can hold (extensions have no slash): the rest of its name is why there is no sample.
+_FAULT_MEMBER = "FAULT/"
 
 _ROLE_OF_SPEAKER: dict[str, Role] = {"human": "user", "gpt": "assistant", "system": "system"}
 _IMAGE_MEMBER = re.compile(rf"^(?:(\d{{1,6}})\.)?({'|'.join(IMAGE_EXTENSIONS)})$", re.IGNORECASE)
@@ -198,20 +199,21 @@ def check_placeholders(turns: Sequence[Turn], num_images: int) -> None:
         raise SampleError("placeholder_excess", detail)
 
 
-def bad_shard_members(detail: str) -> dict[str, bytes]:
-    """Members that stand for a sample whose shard cannot be used: `parse_sample` raises SampleError("bad_shard")."""
-    return {_BAD_SHARD_MEMBER: shown(detail, SHOWN_DETAIL).encode()}
+def faulty_members(reason: str, detail: str) -> dict[str, bytes]:
+    """Members that stand for a sample which could not be read: `parse_sample` raises SampleError of the reason."""
+    return {f"{_FAULT_MEMBER}{reason}": shown(detail, SHOWN_DETAIL).encode()}
 
 
 def parse_sample(key: str, members: Mapping[str, bytes]) -> RawSample:
     """The sample of one key from its members by extension.
 
     Members and fields that change nothing are passed over (`unread` names them). Raises SampleError with one of the
-    reasons missing_json, bad_json, bad_conversation, missing_caption, unread_content, placeholder_missing,
-    placeholder_excess, bad_shard. Images are not decoded here.
+    reasons missing_json, bad_json, bad_conversation, missing_caption, missing_image, unread_content,
+    placeholder_missing, placeholder_excess, or that of `faulty_members`. Images are not decoded here.
     """
-    if _BAD_SHARD_MEMBER in members:
-        raise SampleError("bad_shard", members[_BAD_SHARD_MEMBER].decode())
+    for name, detail in members.items():
+        if name.startswith(_FAULT_MEMBER):
+            raise SampleError(name.removeprefix(_FAULT_MEMBER), detail.decode())
     members = {name.lower(): data for name, data in members.items()}
     record = _record_of(key, members)
     if member := refused_member(members):
@@ -265,7 +267,9 @@ def _caption_turns(record: Mapping[str, Any], members: Mapping[str, bytes], num_
     """Question and caption of an image."""
     if (status := record.get("status")) not in (None, "success"):
         raise SampleError("missing_caption", f"img2dataset's status of the sample is {quoted(status)}")
-    if num_images != 1:
+    if not num_images:
+        raise SampleError("missing_image", "a caption without a conversation needs one image; found 0")
+    if num_images > 1:
         raise SampleError("missing_caption", f"a caption without a conversation needs one image; found {num_images}")
     caption: Any = record.get("caption")
     if CAPTION_EXTENSION in members:

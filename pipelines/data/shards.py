@@ -1,28 +1,31 @@
-"""WebDataset shards and their manifest: what a dataset in storage is, and how it is read without silent loss.
+"""Shards and their manifest: what a dataset in storage is, and how it is read without silent loss.
 
-A dataset is a prefix with tar shards (`train-000000.tar`, ...) and `manifest.parquet`, one row a shard: path, split,
-samples, bytes, sha256, members (extension -> count). The manifest is written last, so it is the commit mark: a prefix
+A dataset is a prefix with WebDataset tars (`train-000000.tar`, ...), or with tables whose row groups are its shards
+(`pipelines.data.tables`), and `manifest.parquet`, one row a shard: path, split, samples, bytes, sha256, members
+(extension -> count), row_group. The manifest is written last, so it is the commit mark: a prefix
 without one is unfinished. Every read checks length, checksum and sample count against it.
 """
 
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from math import inf
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from meteor_model.foreign import foreign, quoted
-from pipelines.data.schema import bad_shard_members
+from pipelines.data.schema import faulty_members
 from pipelines.data.survey import Report
+from pipelines.data.tables import row_group
+from pipelines.data.tables.row_group import Head, RowGroup
 from pipelines.data.tar_format import (
     Members,
-    ShardContents,
     ShardError,
     ShardUnreadableError,
     looks_like_tar,
@@ -30,6 +33,7 @@ from pipelines.data.tar_format import (
     parse_shard,
 )
 from pipelines.io import storage
+from pipelines.io.codec import decode
 from pipelines.io.fingerprint import canonical_json, sha256, sha256_of_json
 from pipelines.io.retry import RETRY_S, Backoff, retry
 
@@ -52,6 +56,7 @@ MANIFEST_SCHEMA = pa.schema(
         ("bytes", pa.int64()),
         ("sha256", pa.string()),
         ("members", pa.map_(pa.string(), pa.int64())),
+        ("row_group", pa.string()),
     ]
 )
 
@@ -61,7 +66,10 @@ MANIFEST_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One row of the manifest; `path` is relative to the manifest's folder, `members` counts extensions."""
+    """One row of the manifest; `path` is relative to the manifest's folder, `members` counts extensions.
+
+    `row_group` is empty for a tar; else a RowGroup as `pipelines.io.codec` writes it, and `path` ends in its number.
+    """
 
     path: str
     split: str
@@ -69,6 +77,16 @@ class ShardInfo:
     bytes: int
     sha256: str
     members: dict[str, int]
+    row_group: str = ""
+
+    @property
+    def file(self) -> str:
+        """The object that it is, or that it lies in. Raises ValueError for a row group without a number."""
+        return row_group.split_path(self.path)[0] if self.row_group else self.path
+
+    def parsed_group(self) -> RowGroup | None:
+        """The row group; None for a tar. Raises ValueError."""
+        return decode(RowGroup, self.row_group, self.file) if self.row_group else None
 
 
 @dataclass(frozen=True)
@@ -87,6 +105,9 @@ class Manifest:
     def sha256(self) -> str:
         """Identity of the data: hash of the spec and of all rows (not of the parquet file, whose bytes may vary)."""
         rows = [asdict(shard) for shard in self.shards]
+        for row in rows:
+            if not row["row_group"]:
+                del row["row_group"]  # tars had an identity before there were others
         return sha256_of_json({"spec": self.spec, "shards": rows})
 
     @property
@@ -118,9 +139,9 @@ def dataset_url(url: str) -> str:
 
 def shard_url(manifest: str, info: ShardInfo) -> str:
     """Address of a shard. Raises ShardError when the manifest's path would leave the dataset's folder."""
-    if info.path.startswith("/") or "\\" in info.path or ".." in info.path.split("/"):
+    if info.file.startswith("/") or "\\" in info.file or ".." in info.file.split("/"):
         raise ShardError(info.path, "refused_member", f"the path leaves the folder of {manifest_url(manifest)}")
-    return storage.join(dataset_url(manifest), info.path)
+    return storage.join(dataset_url(manifest), info.file)
 
 
 def save_manifest(
@@ -158,6 +179,8 @@ def load_manifest(url: str, retry_s: float = RETRY_S) -> Manifest:
     ):
         table = pq.read_table(io.BytesIO(data))
         spec = json.loads((table.schema.metadata or {})[SPEC_KEY])
+        if "row_group" not in table.column_names:  # of a manifest that is older than they are
+            table = table.append_column("row_group", pa.array([""] * len(table), pa.string()))
         rows = table.select(MANIFEST_SCHEMA.names).cast(MANIFEST_SCHEMA).to_pylist()
         report = json.loads((table.schema.metadata or {}).get(REPORT_KEY, b"{}"))
         return Manifest(address, tuple(map(_shard_of_row, rows)), dict(spec), dict(report))
@@ -168,7 +191,10 @@ def _shard_of_row(row: dict[str, Any]) -> ShardInfo:
         raise ValueError(f"a shard without {lacking[0]}")
     if row["samples"] < 0 or row["bytes"] < 0:
         raise ValueError(f"the shard {quoted(row['path'])} has {row['samples']} samples and {row['bytes']} bytes")
-    return ShardInfo(**{**row, "members": dict(row["members"])})
+    info = ShardInfo(**{**row, "members": dict(row["members"])})
+    if (group := info.parsed_group()) is not None and group.bytes != info.bytes:
+        raise ValueError(f"the row group {quoted(info.path)} has {group.bytes} bytes, not {info.bytes}")
+    return info
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -179,7 +205,7 @@ def _body_fault(shard: str, data: bytes, info: ShardInfo) -> ShardError | None:
     again = f"restore the shard, or {MAKE_ANEW}"
     if len(data) == info.bytes and sha256(data) == info.sha256:
         return None
-    if not looks_like_tar(data):
+    if not info.row_group and not looks_like_tar(data):
         return ShardError(shard, "not_a_tar", f"not a tar ({len(data)} bytes that start {data[:16]!r}); {again}")
     if len(data) < info.bytes:
         return ShardError(shard, "truncated", f"truncated: {len(data)} of {info.bytes} bytes; {again}")
@@ -202,19 +228,19 @@ def check_shards(manifest: Manifest) -> list[str]:
 
 def read_shard(
     manifest: str, info: ShardInfo, retry_s: float = RETRY_S, backoff: Backoff | None = None
-) -> list[tuple[str, dict[str, bytes]]]:
+) -> list[tuple[str, Members]]:
     """The samples of one shard, in order: (key, members by lower-case extension).
 
-    `manifest` is the manifest's URL or its prefix. The object is read whole and compared with the manifest. A fault of
-    storage is met by full re-reads until `retry_s` after the first one. A wrong body, and a missing object, may be a
-    fault on the wire or of a server that just starts: they are believed after AT_REST_READS reads, with the
-    pauses of `backoff` (None: the usual ones).
+    `manifest` is the manifest's URL or its prefix. What is read (a tar whole, of a table the columns of one row group)
+    is compared with the manifest. A fault of storage is met by full re-reads until `retry_s` after the first one. A
+    wrong body, and a missing object, may be a fault on the wire or of a server that just starts: they are believed
+    after AT_REST_READS reads, with the pauses of `backoff` (None: the usual ones).
 
     Raises ShardError naming the shard and the fault, ShardUnreadableError where storage failed for longer than
     `retry_s`; StorageError for a missing bucket or refused credentials.
     """
     url = shard_url(manifest, info)
-    data = retry(
+    body = retry(
         lambda: _verified_body(url, info, retry_s),
         url,
         retry_s=inf,
@@ -222,17 +248,27 @@ def read_shard(
         backoff=backoff,
         attempts=AT_REST_READS,
     )
-    samples = parse_shard(data, url).samples
+    if body.group is None:
+        samples = parse_shard(body.data, url).samples
+    else:
+        samples = row_group.decode(info.path, *body.group, body.data, storage.join(dataset_url(manifest), info.path))
     if len(samples) != info.samples:
         detail = f"{len(samples)} samples, but the manifest says {info.samples}; {MAKE_ANEW}"
         raise ShardError(url, "wrong_count", detail)
     return samples
 
 
-def _verified_body(url: str, info: ShardInfo, retry_s: float) -> bytes:
+class _Body(NamedTuple):
+    """The bytes of a shard; of a row group also what it is, and the head of its file."""
+
+    data: bytes
+    group: tuple[RowGroup, Head] | None = None
+
+
+def _verified_body(url: str, info: ShardInfo, retry_s: float) -> _Body:
     """The bytes of a shard, the ones that the manifest was written of. Raises ShardError, StorageError."""
     try:
-        data = storage.read_bulk(url, retry_s)
+        body = _body(url, info.parsed_group(), retry_s)
     except storage.ObjectMissingError as error:
         detail = f"missing, but the manifest lists it; restore it, or {MAKE_ANEW}"
         raise ShardError(url, "missing", detail) from error
@@ -242,14 +278,21 @@ def _verified_body(url: str, info: ShardInfo, retry_s: float) -> bytes:
             f"the same command again when storage answers: {error}"
         )
         raise ShardUnreadableError(url, "unreadable", detail) from error
-    if fault := _body_fault(url, data, info):
+    if fault := _body_fault(url, body.data, info):
         raise fault
-    return data
+    return body
+
+
+def _body(url: str, group: RowGroup | None, retry_s: float) -> _Body:
+    if group is None:
+        return _Body(storage.read_bulk(url, retry_s))
+    head, data = row_group.read(url, group, retry_s)
+    return _Body(data, (group, head))
 
 
 def fetch_shard(
     manifest: str, info: ShardInfo, retry_s: float = RETRY_S, bad_shards: BadShards = "fail"
-) -> list[tuple[str, dict[str, bytes]]]:
+) -> list[tuple[str, Members]]:
     """What a stream trains on: `read_shard`, and what becomes of a shard that is wrong at rest.
 
     "fail" raises its ShardError. "drop" gives `info.samples` samples in its place that `parse_sample` refuses with the
@@ -261,15 +304,18 @@ def fetch_shard(
     except ShardError as error:
         if bad_shards == "fail" or isinstance(error, ShardUnreadableError):
             raise
-        return [(f"{info.path}[{index}]", bad_shard_members(str(error))) for index in range(info.samples)]
+        return [(f"{info.path}[{index}]", faulty_members("bad_shard", str(error))) for index in range(info.samples)]
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def shard_info(path: str, split: str, data: bytes, contents: ShardContents) -> ShardInfo:
-    """The row of the manifest for the bytes of a shard."""
-    return ShardInfo(path, split, len(contents.samples), len(data), sha256(data), contents.member_counts())
+def shard_info(
+    path: str, split: str, data: bytes, samples: Sequence[tuple[str, Members]], group: str = ""
+) -> ShardInfo:
+    """The row of the manifest for the bytes of a shard and its samples; `group` is its `row_group`."""
+    members = Counter(extension for _, members in samples for extension in members)
+    return ShardInfo(path, split, len(samples), len(data), sha256(data), dict(sorted(members.items())), group)
 
 
 def write_shards(
@@ -297,7 +343,7 @@ def write_shards(
         path = f"{split}-{len(infos):06d}.tar"
         data = pack_shard(batch)
         storage.write_bytes(storage.join(url, path), data)
-        infos.append(shard_info(path, split, data, ShardContents(list(batch), {})))
+        infos.append(shard_info(path, split, data, batch))
         batch.clear()
         on_shard(infos[-1])
 

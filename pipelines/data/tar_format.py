@@ -29,6 +29,9 @@ ShardFault = Literal[
     "duplicate_key",
     "dotted_key",
     "refused_member",
+    "not_a_table",
+    "wrong_columns",
+    "too_large",
 ]
 
 _TAR_BLOCK = 512
@@ -73,10 +76,6 @@ class ShardContents:
 
     samples: list[tuple[str, dict[str, bytes]]]
     ignored: dict[str, int]
-
-    def member_counts(self) -> dict[str, int]:
-        """How often each member extension occurs."""
-        return dict(sorted(Counter(ext for _, members in self.samples for ext in members).items()))
 
 
 def looks_like_tar(data: bytes) -> bool:

@@ -28,10 +28,20 @@ _READ_OF_TURN = frozenset({"from", "value", "tags"})
 _READ_OF_CAPTION = frozenset({"caption", "status", "group"})
 
 
+def changes_meaning(name: str) -> bool:
+    """Whether a field of this name is never passed over, unless it is empty."""
+    return bool(_REFUSED_FIELD.match(name))
+
+
+def read_beside(captioned: bool) -> frozenset[str]:
+    """The fields of a record that are read beside its text and images."""
+    return (_READ_OF_CAPTION if captioned else _READ_FIELDS) - {"id", "caption", "conversations", "image", "images"}
+
+
 def refused_field(record: Mapping[str, Any]) -> str | None:
     """What of a record is not read although it changes the meaning, for people; None where there is nothing."""
     for name, value in record.items():
-        if _REFUSED_FIELD.match(name) and value:
+        if changes_meaning(name) and value:
             return f"the field {name!r} is not read; take it out, or leave the sample out"
     turns = record.get("conversations")
     for position, turn in enumerate(turns if isinstance(turns, list) else ()):

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from pipelines.io.addresses import split_s3
@@ -18,6 +19,7 @@ from pipelines.io.s3_client import PART_BYTES, WINDOW, bulk_client, part_limit_s
 from pipelines.io.storage_faults import TransientStorageError, code_of, retried
 
 _READ_BYTES = 256 * 2**10
+_BEHIND_THE_END = ("InvalidRange", "416")
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def _get_piece(url: str, start: int, tag: str | None = None) -> _Piece:
     try:
         answer = _get_range(url, start, PART_BYTES)
     except Exception as error:
-        if start == 0 and code_of(error) in ("InvalidRange", "416"):
+        if start == 0 and code_of(error) in _BEHIND_THE_END:
             return _Piece(b"", "", 0)  # an object without bytes has no first one
         raise
     if tag is not None and answer.get("ETag") != tag:
@@ -71,6 +73,29 @@ def _get_piece(url: str, start: int, tag: str | None = None) -> _Piece:
     stated = answer.get("ContentRange")
     total = int(stated.rpartition("/")[2]) if stated else int(answer["ContentLength"])
     return _Piece(read_body(answer), answer.get("ETag", ""), total)
+
+
+def download_range(url: str, start: int, count: int, retry_s: float = RETRY_S) -> bytes:
+    """Some bytes of an object, PART_BYTES a request and one after another; fewer where it ends before. Errors as above.
+
+    Whether the object was replaced between two requests is the caller's to see, by a checksum.
+    """
+    found = []
+    for place in range(start, start + count, PART_BYTES):
+        length = min(PART_BYTES, start + count - place)
+        found.append(retried(url, partial(_get_what_is_there, url, place, length), retry_s))
+        if len(found[-1]) < length:
+            break
+    return b"".join(found)
+
+
+def _get_what_is_there(url: str, start: int, count: int) -> bytes:
+    try:
+        return get_range(url, start, count)
+    except Exception as error:
+        if code_of(error) in _BEHIND_THE_END:
+            return b""
+        raise
 
 
 def get_range(url: str, start: int, count: int) -> bytes:

@@ -71,6 +71,23 @@ def pieces(url: str, retry_s: float = RETRY_S) -> Iterator[bytes]:
             yield piece
 
 
+def read_range(url: str, start: int, count: int, retry_s: float = RETRY_S) -> bytes:
+    """`count` bytes of an object or a file from `start` on, fewer where it ends before. Errors as read_bytes."""
+    if is_s3(url):
+        return ranged.download_range(url, start, count, retry_s)
+
+    def read(progress: Progress) -> bytes:
+        with local_path(url).open("rb") as source:
+            source.seek(start)
+            found: list[bytes] = []
+            for place in range(0, count, PART_BYTES):
+                found.append(source.read(min(PART_BYTES, count - place)))
+                progress.note()
+            return b"".join(found)
+
+    return retried(url, lambda: with_stall_limit(read, STALL_S), retry_s)
+
+
 def _pieces_of_disk(url: str, progress: Progress) -> Iterator[bytes]:
     with local_path(url).open("rb") as source:
         while piece := source.read(PART_BYTES):
@@ -274,6 +291,7 @@ __all__ = [
     "read_bulk",
     "read_bytes",
     "read_json",
+    "read_range",
     "retried",
     "split_s3",
     "storage_errors",

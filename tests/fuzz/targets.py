@@ -8,6 +8,7 @@ import random
 import tarfile
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -35,6 +36,10 @@ from pipelines.data.schema import Row, SampleError, parse_sample
 from pipelines.data.shards import MANIFEST_SCHEMA, SPEC_KEY, ShardError, load_manifest
 from pipelines.data.sources import SourceError
 from pipelines.data.sources.llava import Llava, LlavaSettings
+from pipelines.data.tables.columns import Columns
+from pipelines.data.tables.files import RangeFile
+from pipelines.data.tables.index import row_groups
+from pipelines.data.tables.row_group import decode
 from pipelines.data.tar_format import parse_shard
 from pipelines.inference.reading import read_request
 from tests.fuzz.mutate import Mutator, any_bytes, image_parts, json_tokens, one_of, request_images, tar_headers
@@ -131,6 +136,29 @@ def tar_seeds() -> tuple[bytes, ...]:
     return *made, _tar(tarfile.USTAR_FORMAT, "c", "d"), made[0] + _tar(tarfile.USTAR_FORMAT, "c", "d")
 
 
+_TALK = Columns(conversations_column="conversations", key_column="id")
+
+
+@cache
+def table_seeds() -> tuple[bytes, ...]:
+    """Parquet with and without dictionaries and compression, Arrow's streaming and its file format."""
+    image = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    turns = pa.list_(pa.struct([("from", pa.string()), ("value", pa.string()), ("tags", pa.list_(pa.string()))]))
+    files = [{"bytes": image_seeds()[6][:300], "path": "a.png"}]
+    rows = [{"id": n, "image": files if n % 3 else None, "conversations": _TURNS, "group": "g"} for n in range(9)]
+    schema = pa.schema([("id", pa.int64()), ("image", image), ("conversations", turns), ("group", pa.string())])
+    table = pa.Table.from_pylist(rows, schema=schema)
+    found = []
+    for options in ({"compression": "zstd"}, {"compression": "none", "use_dictionary": False, "store_schema": False}):
+        pq.write_table(table, buffer := io.BytesIO(), row_group_size=4, **options)
+        found.append(buffer.getvalue())
+    for kind in (pa.ipc.new_stream, pa.ipc.new_file):
+        with kind(buffer := io.BytesIO(), schema) as writer:
+            writer.write_table(table, max_chunksize=4)
+        found.append(buffer.getvalue())
+    return tuple(found)
+
+
 @cache
 def request_seeds() -> tuple[bytes, ...]:
     import base64
@@ -179,6 +207,16 @@ def read_tar(data: bytes) -> None:
     for key, members in contents.samples:
         pa.array([key, *members], pa.string())
     assert sum(len(body) for _, members in contents.samples for body in members.values()) <= len(data)
+
+
+def read_table(data: bytes) -> None:
+    """Keys and members fit the tables that carry them; a sample that is refused has a reason."""
+    file = RangeFile("fuzz", len(data), lambda start, count: data[start : start + count])
+    for number, (group, head, body) in enumerate(row_groups(file, _TALK)):
+        for key, members in decode(f"fuzz#{number}", group, head, body, "fuzz"):
+            pa.array([key, *members], pa.string())
+            with suppress(SampleError):
+                parse_sample(key, members)
 
 
 def read_record(data: bytes) -> None:
@@ -252,6 +290,7 @@ def _read_records(folder: Path) -> None:
 
 TARGETS: dict[str, Target] = {
     "tar": Target(tar_seeds, one_of((tar_headers, tar_headers, any_bytes)), read_tar, (ShardError,)),
+    "table": Target(table_seeds, any_bytes, read_table, (ShardError,)),
     "record": Target(record_seeds, one_of((json_tokens, json_tokens, any_bytes)), read_record, (SampleError,)),
     "records": Target(
         lambda: (b"[" + b", ".join(record_seeds()) + b"]", b"\n".join(record_seeds())),

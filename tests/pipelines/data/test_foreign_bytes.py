@@ -18,7 +18,7 @@ from pipelines.checkpoint.state import CheckpointError, TrainState
 from pipelines.compat.ray import parse_snapshot
 from pipelines.data.blocks import rows_to_table
 from pipelines.data.sample_id import NO_SAMPLE
-from pipelines.data.schema import Row, SampleError, bad_shard_members, parse_sample
+from pipelines.data.schema import Row, SampleError, faulty_members, parse_sample
 from pipelines.data.shards import MANIFEST_SCHEMA, SPEC_KEY, ShardError, load_manifest
 from pipelines.data.sources import SourceError
 from pipelines.data.sources.llava import Llava, LlavaSettings, parse_records
@@ -109,8 +109,8 @@ TURNS = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}]
         {LONG: b""},
         {f"n{number}": b"" for number in range(100_000)},
         {"json": json.dumps({"conversations": TURNS}).encode(), **{f"{2 * n}.jpg": b"" for n in range(50_000)}},
-        bad_shard_members(LONG),
-        bad_shard_members("\udc80\0"),
+        faulty_members("bad_shard", LONG),
+        faulty_members("bad_shard", "\udc80\0"),
     ],
     ids=["speaker", "member", "members", "images", "shard", "surrogates"],
 )

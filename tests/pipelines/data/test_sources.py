@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from jobs.make_shards import JOB
-from pipelines.data.build import MARKER_NAME, DatasetConflictError, index_shards, make_shards
+from pipelines.data.build import MARKER_NAME, DatasetConflictError, make_shards
+from pipelines.data.indexing import index_shards
 from pipelines.data.schema import build_members, parse_sample
 from pipelines.data.shards import ShardError, load_manifest, read_shard
 from pipelines.data.sources import HELDOUT, TRAIN, SourceError, split_of
