@@ -39,9 +39,10 @@ from pipelines.data.sources.llava import Llava, LlavaSettings
 from pipelines.data.tables.columns import Columns
 from pipelines.data.tables.files import RangeFile
 from pipelines.data.tables.index import row_groups
-from pipelines.data.tables.row_group import decode
+from pipelines.data.tables.row_group import RowGroup, decode
 from pipelines.data.tar_format import parse_shard
 from pipelines.inference.reading import read_request
+from pipelines.io.codec import encode
 from tests.fuzz.mutate import Mutator, any_bytes, image_parts, json_tokens, one_of, request_images, tar_headers
 from tests.meteor_model.builders import model, processor
 
@@ -174,9 +175,11 @@ def request_seeds() -> tuple[bytes, ...]:
 @cache
 def manifest_seeds() -> tuple[bytes, ...]:
     row = {"path": "a.tar", "split": "train", "samples": 9, "bytes": 9, "sha256": "0" * 64, "members": [("json", 9)]}
+    group = RowGroup("parquet", (99, 9), "0" * 64, ((4, 7), (20, 2)), _TALK)
+    rows = [{**row, "row_group": ""}, {**row, "path": "b.parquet#0", "row_group": encode(group)}]
     schema = MANIFEST_SCHEMA.with_metadata({SPEC_KEY: b'{"format": 1, "source": {"name": "x"}}'})
     buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist([row, {**row, "path": "b.tar"}], schema=schema), buffer)
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), buffer)
     return (buffer.getvalue(),)
 
 
