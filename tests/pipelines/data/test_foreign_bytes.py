@@ -254,7 +254,8 @@ def test_names_that_differ_in_such_bytes_stay_apart() -> None:
 
 
 def manifest_with(**changed: object) -> bytes:
-    row = {"path": "a.tar", "split": "train", "samples": 1, "bytes": 1, "sha256": "", "members": [], **changed}
+    row = {"path": "a.tar", "split": "train", "samples": 1, "bytes": 1, "sha256": "", "members": [], "row_group": ""}
+    row |= changed
     buffer = io.BytesIO()
     spec = str(row.pop("spec", "{}")).encode()
     pq.write_table(pa.Table.from_pylist([row], schema=MANIFEST_SCHEMA.with_metadata({SPEC_KEY: spec})), buffer)
@@ -270,6 +271,8 @@ def manifest_with(**changed: object) -> bytes:
         manifest_with(members=None),
         manifest_with(path=None),
         manifest_with(samples=-1),
+        manifest_with(row_group="{}"),
+        manifest_with(row_group=None),
         manifest_with(spec="[" * 100_000),
         manifest_with(spec="7"),
         manifest_with(spec="9" * 5000),
