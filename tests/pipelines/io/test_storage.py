@@ -8,6 +8,7 @@ import pytest
 from infra.processes import choose_port
 from pipelines.io import storage
 from pipelines.io.arrow import arrow_filesystem
+from pipelines.io.s3_client import PART_BYTES
 from pipelines.io.storage_check import require_access
 from tests.pipelines.s3_fixture import BUCKET, S3Server
 
@@ -45,6 +46,9 @@ def _round_trip(base: str) -> None:
     assert storage.exists(url)
     assert storage.read_bytes(url) == data
     assert storage.read_bulk(url) == data
+    assert storage.read_range(url, 1000, 5000) == data[1000:6000]
+    assert storage.read_range(url, len(data) - 3, 5000) == data[-3:]
+    assert storage.read_range(url, len(data) + 3, 5000) == storage.read_range(url, 7, 0) == b""
     storage.write_bytes(url, b"new")
     assert storage.read_bulk(url) == b"new"
     storage.write_json(storage.join(base, "deep/a.json"), {"b": 1, "ä": [2]})
@@ -94,6 +98,8 @@ def test_large_object_goes_in_parts(s3: S3Server, tmp_path: Path) -> None:
     storage.write_file(tmp_path / "large.bin", url)
     assert storage.list_sizes(f"s3://{BUCKET}/large") == {"large.bin": len(data)}
     assert storage.read_bulk(url) == data
+    first, count = PART_BYTES - 5, 2 * PART_BYTES + 9
+    assert storage.read_range(url, first, count) == data[first : first + count]
 
 
 @pytest.mark.stack
