@@ -23,6 +23,7 @@ from meteor_model.foreign import foreign, quoted
 from pipelines.data.schema import faulty_members
 from pipelines.data.survey import Report
 from pipelines.data.tables import row_group
+from pipelines.data.tables.footer import check_nesting
 from pipelines.data.tables.row_group import Head, RowGroup
 from pipelines.data.tar_format import (
     Members,
@@ -177,6 +178,7 @@ def load_manifest(url: str, retry_s: float = RETRY_S) -> Manifest:
     with foreign(
         lambda what: ShardError(address, "replaced", f"not a manifest of this format ({what}); make the shards anew")
     ):
+        check_nesting(data[-8 - int.from_bytes(data[-8:-4], "little") :])
         table = pq.read_table(io.BytesIO(data))
         spec = json.loads((table.schema.metadata or {})[SPEC_KEY])
         if "row_group" not in table.column_names:  # of a manifest that is older than they are

@@ -34,9 +34,10 @@ ShardFault = Literal[
     "too_large",
 ]
 
+MAX_NAME = 4096
+"""Characters of a key, or of a member's name: the longest path of Linux."""
 _TAR_BLOCK = 512
-_MAX_NAME = 4096  # characters, the longest path of Linux
-_MAX_HEADER_BYTES = 2**14  # of a long name or a pax header: a name of _MAX_NAME, and room to spare
+_MAX_HEADER_BYTES = 2**14  # of a long name or a pax header: a name of MAX_NAME, and room to spare
 _MAX_HEADERS = 16  # of one member: long name, long link, pax headers
 _MAX_DIGITS = 64  # in a row in a pax header; tarfile's time goes by their square
 _HEADER_TYPES = (
@@ -98,8 +99,8 @@ def _sort_entry(entry: tarfile.TarInfo, shard: str) -> tuple[str, str] | str:
     Bytes of a name that are no UTF-8 become `\xNN`: keys and extensions go into tables of text.
     """
     name = entry.name
-    if len(name) > _MAX_NAME:
-        detail = f"the member {quoted(name)} has a name of {len(name)} characters; the limit is {_MAX_NAME}"
+    if len(name) > MAX_NAME:
+        detail = f"the member {quoted(name)} has a name of {len(name)} characters; the limit is {MAX_NAME}"
         raise ShardError(shard, "refused_member", detail)
     if entry.isdir():
         return "directory"

@@ -58,9 +58,9 @@ def messages(file: RangeFile) -> Iterator[Extent]:
 
 
 def _message_at(file: RangeFile, at: int) -> _Message | None:
-    """The message at a byte; None at the end of the stream."""
+    """The message at a byte; None at the end-of-stream mark, without which the last batches may be missing."""
     if at == file.size:
-        return None
+        raise file.damaged("it ends without an end-of-stream mark")
     prefix = file.get((at, _PREFIX))
     length = int.from_bytes(prefix[4:], "little", signed=True)
     if prefix[:4] != CONTINUATION:

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from meteor_model.foreign import MAX_JSON_VALUES, JsonError, foreign, parse_json, quoted
 from pipelines.data.schema import SampleError, build_members, faulty_members
-from pipelines.data.tar_format import Members, ShardError
+from pipelines.data.tar_format import MAX_NAME, Members, ShardError
 from pipelines.data.unread import changes_meaning, read_beside
 from pipelines.io.validation import settings_class
 
@@ -97,11 +97,18 @@ class Columns:
             cells = _Cells(columns, index)
             key = f"{names}[{first + index}]"
             try:
-                if self.key_column and (found := cells.get(self.key_column, "bad_json")) is not None:
-                    key = str(found)
+                key = self._key(cells) or key
                 yield key, self.members(cells)
             except SampleError as fault:
                 yield key, faulty_members(fault.reason, fault.detail)
+
+    def _key(self, cells: _Cells) -> str:
+        """The key that the row gives itself; empty where it has none. Raises SampleError."""
+        value = cells.get(self.key_column, "bad_json") if self.key_column else None
+        key = "" if value is None else str(value)
+        if len(key) > MAX_NAME:
+            raise SampleError("bad_json", f"the key {quoted(key)} has {len(key)} characters; the limit is {MAX_NAME}")
+        return key
 
     def members(self, cells: _Cells) -> Members:
         """The members of a row. Raises SampleError."""

@@ -108,6 +108,8 @@ def _arrow_groups(file: RangeFile, columns: Columns) -> Iterator[tuple[RowGroup,
 
 def _head(file: RangeFile, kind: Format, extent: Extent) -> tuple[Any, str]:
     data = file.get(extent)
+    if kind == "parquet":
+        parquet.check_footer(data, file.name)
     return row_group.parse_head(kind, data, file.name), sha256(data)
 
 

@@ -277,8 +277,11 @@ def manifest_with(**changed: object) -> bytes:
         manifest_with(spec="7"),
         manifest_with(spec="9" * 5000),
     ],
-    ids=["empty", "marks", "cut", "no_members", "no_path", "negative", "deep_spec", "odd_spec", "endless_spec"],
-)
+    ids=[
+        "empty", "marks", "cut", "no_members", "no_path", "negative", "odd_group", "no_group", "deep_spec", "odd_spec",
+        "endless_spec",
+    ],
+)  # fmt: skip
 def test_a_file_that_is_no_manifest_is_named(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "manifest.parquet").write_bytes(data)
     with pytest.raises(ShardError, match="not a manifest of this format") as caught:

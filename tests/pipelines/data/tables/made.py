@@ -102,6 +102,23 @@ def parquet_bytes(made: pa.Table, rows: int, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
+def nested_footer(levels: int) -> bytes:
+    """A Parquet file of no rows whose one column has this many levels, by hand: pyarrow itself ends on deep ones."""
+
+    def element(children: int) -> bytes:
+        kind = b"\x15\x02\x25\x02" if not children else b"\x35\x02"  # type INT32 and repetition, or repetition
+        return kind + b"\x18\x01a" + (b"\x15\x02" if children else b"") + b"\0"
+
+    count = levels + 2  # the root and the leaf as well
+    schema = b"\xfc" + _varint(count) + element(1) * (count - 1) + element(0)
+    footer = b"\x15\x02\x19" + schema + b"\x16\0\x19\x0c\0"
+    return b"PAR1" + footer + len(footer).to_bytes(4, "little") + b"PAR1"
+
+
+def _varint(number: int) -> bytes:
+    return b"" if not number else bytes([number & 127 | (128 if number > 127 else 0)]) + _varint(number >> 7)
+
+
 def arrow_bytes(made: pa.Table, rows: int) -> bytes:
     buffer = io.BytesIO()
     with pa.ipc.new_stream(buffer, made.schema) as writer:

@@ -133,8 +133,12 @@ def test_keys_come_from_a_column_or_from_the_place() -> None:
     batch = pa.RecordBatch.from_pylist(
         [{"caption": "a", "image": b"1", "n": 7}, {"caption": "b", "image": b"2", "n": None}]
     )
+    texts = pa.RecordBatch.from_pylist([{"caption": "a", "image": b"1", "n": n} for n in ("k" * 4096, "", "k" * 4097)])
     named = Columns(caption_column="caption", key_column="n")
     assert [key for key, _ in named.samples(batch, "f#2", 64)] == ["7", "f#2[65]"]
+    assert [key for key, _ in named.samples(texts, "f#2")] == ["k" * 4096, "f#2[1]", "f#2[2]"]
+    with pytest.raises(SampleError, match="has 4097 characters; the limit is 4096"):
+        parse_sample("f#2[2]", list(named.samples(texts, "f#2"))[2][1])
     assert [key for key, _ in CAPTION.samples(batch.select(["caption", "image"]), "f#2", 64)] == ["f#2[64]", "f#2[65]"]
 
 

@@ -227,6 +227,8 @@ def test_a_key_that_is_there_twice_is_named(tmp_path: Path) -> None:
         (made.parquet_bytes(table(0, 2), 2)[:-20], "truncated"),
         (made.arrow_bytes(table(0, 2), 2)[:-40], "truncated"),
         (made.arrow_bytes(table(0, 2), 2)[:90], "truncated"),
+        (made.arrow_bytes(table(0, 2), 1)[:-8], "truncated"),
+        (made.nested_footer(100_000), "truncated"),
     ],
 )
 def test_a_file_that_is_no_table_is_named(tmp_path: Path, body: bytes, fault: str) -> None:
@@ -235,6 +237,14 @@ def test_a_file_that_is_no_table_is_named(tmp_path: Path, body: bytes, fault: st
         index_shards(str(tmp_path), CAPTIONS)
     assert caught.value.fault == fault
     assert storage.list_files(str(tmp_path)) == ["worse.parquet"]
+
+
+def test_fewer_rows_than_the_footer_says_are_named(tmp_path: Path) -> None:
+    body = made.parquet_bytes(table(0, 6), 6)
+    place = body.rindex(b"\x16\x0c")  # the last i64 that is 6: the rows of the row group
+    (tmp_path / "a.parquet").write_bytes(body[:place] + b"\x16\x0e" + body[place + 2 :])
+    with pytest.raises(ShardError, match=r"a\.parquet#0: .*they hold 6 rows, the footer says 7"):
+        index_shards(str(tmp_path), CAPTIONS)
 
 
 @pytest.mark.parametrize("options", [{"compression": "zstd"}, {"compression": "none", "use_dictionary": False}])
