@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help plan plan-cluster predict-shards serve setup lock up status down pretrain finetune sweep predict calibrate evaluate register shards parts visualize flops bench-prune bench-pruners bench-gpu bench-order bench-ranks bench-search bench-trials bench-serve bench-limits bench-start bench-data bench-packing bench-loss bench-quality train-scenes rehearsal \
+.PHONY: help plan plan-cluster predict-shards serve setup lock up status down pretrain finetune sweep predict calibrate evaluate register shards parts visualize flops bench-prune bench-pruners bench-gpu bench-order bench-ranks bench-search bench-trials bench-serve bench-limits bench-start bench-data bench-tables bench-packing bench-loss bench-quality train-scenes rehearsal \
   chaos check docs docs-check format fuzz test test-slow test-versions clean
 
 PYTHON ?= python3.11
@@ -152,6 +152,9 @@ bench-start: setup  ## Measure the time from submission to the first step, and f
 
 bench-data: setup $(PEERS_STAMP)  ## Measure our data stream beside webdataset and mosaicml-streaming (about 20 minutes, quiet cores); writes benchmarks/results/data.json
 	@$(PY) -m benchmarks.data --peers $(PEERS)/bin/python $(ARGS)
+
+bench-tables: setup  ## Measure what reading Parquet and Arrow files costs beside shards of the same samples (about 2 minutes); writes benchmarks/results/tables.json
+	@$(PY) -m benchmarks.data.tables $(ARGS)
 
 bench-quality: $(PARTS_STAMP)  ## Ask the trained models of benchmarks/models under every pruner; writes benchmarks/results/quality.json and quality.png
 	@$(PY) jobs/make_parts.py dinov2-small efficientnet-lite0

@@ -1,8 +1,10 @@
 """The data benchmark in small: our stream alone, and the arithmetic of its ratios."""
 
 import os
+from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import ray
 
@@ -11,6 +13,9 @@ from benchmarks.data.dataset import make_dataset, make_encoder, picture
 from benchmarks.data.ours import stream_pass
 from benchmarks.data.pace import WARM_UP, Pace
 from benchmarks.data.stages import stage_costs
+from benchmarks.data.tables import FORMS, TARS, make_forms, measure, over_tars, tasks_of
+from meteor_model.sample_encoder import load_sample_encoder
+from pipelines.data.stream import RowEncoder, encode_table
 
 ROOT = Path(__file__).parents[2]
 SAMPLES, SIZE, BATCH = 48, 32, 4
@@ -55,6 +60,29 @@ def test_every_stage_costs_something(folder: Path) -> None:
     costs = stage_costs(str(folder / "set"), folder, SIZE, BATCH)
     assert all(cost > 0 for cost in costs.values()), costs
     assert costs["encode"] > costs["copy to the object store"]
+
+
+def test_every_form_of_a_table_gives_the_rows_of_the_tars(folder: Path, tmp_path: Path) -> None:
+    manifests = make_forms(tmp_path, SAMPLES)
+    encoder = RowEncoder(partial(load_sample_encoder, folder), 0, 2048)  # type: ignore[arg-type]
+    rows = {
+        name: pa.concat_tables(
+            encode_table(table, encoder) for task in tasks_of(manifest, BATCH) for table in task()
+        ).combine_chunks()
+        for name, manifest in manifests.items()
+    }
+    assert len(rows[TARS]) == SAMPLES
+    assert all(found.equals(rows[TARS]) for found in rows.values())
+    (one,) = measure(manifests, encoder, BATCH, 1)
+    assert list(over_tars([one])) == list(FORMS)
+    assert all(cost > 0 for costs in one.values() for cost in costs.values())
+
+
+def test_a_form_is_compared_with_the_tars_of_its_round() -> None:
+    rounds = [
+        {TARS: {"read": read, "encode": 3.0}, "Parquet": {"read": 2.0, "encode": 2.0}} for read in (1.0, 2.0, 4.0)
+    ]
+    assert over_tars(rounds) == {"Parquet": {"read": [1.0, 0.5, 2.0], "read and encode": [0.8, 0.571, 1.0]}}
 
 
 def test_the_steady_part_begins_behind_the_warm_up() -> None:
