@@ -21,13 +21,14 @@ SHOWN: dict[str, tuple[str, str]] = {
     "divprune": ("#1a73e8", "DivPrune"),
     "cdpruner": ("#12b5cb", "CDPruner"),
     "visionzip": ("#7b1fa2", "VisionZip"),
+    "fastv": ("#fbbc9a", "FastV, layer 1"),
     "fastv(layer=2)": ("#e8710a", "FastV, layer 2"),
     "sparsevlm": ("#f9ab00", "SparseVLM"),
     "meteor_stage_3(layer=2)": ("#d93025", "METEOR's stage 3 alone, layer 2"),
     "trained average_pooling": ("#5f6368", "average pooling, trained"),
     "trained smaller_image": ("#202124", "smaller image, trained"),
     "trained meteor": ("#188038", "METEOR, stages 1 and 2, trained"),
-    "trained meteor, stage 3(layer=2)": ("#188038", "... with stage 3, layer 2"),
+    "trained meteor, stage 3(layer=2)": ("#81c995", "... with stage 3 behind them, layer 2"),
 }
 """Curves in this order: colour and name. Trained rows are stars: each is a model of its own."""
 

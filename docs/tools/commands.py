@@ -214,6 +214,7 @@ ROWS: tuple[Row, ...] = (
     Row('make train-scenes ARGS="--quick"', by="tests/benchmarks/test_quality.py"),
     Row("make bench-quality", by="tests/benchmarks/test_quality.py"),
     Row("python -m benchmarks.quality rival --pruners average_pooling", by="tests/benchmarks/test_quality.py"),
+    Row("python -m benchmarks.quality ask --size full --questions 1000", by="tests/benchmarks/test_quality.py"),
     Row("python -m benchmarks.quality statistics", by="tests/benchmarks/test_quality.py"),
     Row("python -m benchmarks.gpu train-scenes", by="tests/benchmarks/test_quality.py"),
     Row('make parts ARGS="reader-conv"', by="tests/pipelines/parts/test_reader_conv.py"),
@@ -227,11 +228,13 @@ ROWS: tuple[Row, ...] = (
         "--questions 2000",
         replace={**BUCKET, "2000": "8"},
     ),
-    Row('make register ARGS="compare champion budget-8 --output compared.json"', replace={"budget-8": "budget-12_5"}),
     Row(
-        'make register ARGS="rollback --alias champion"',
-        before=PROMOTED,
+        'make register ARGS="compare champion budget-8 --output compared.json"',
+        replace={"budget-8": "budget-12_5"},
+        before="python jobs/evaluate.py --model models:/meteor@budget-12_5 --manifest s3://meteor/docs/scenes "
+        "--part final --questions 8",
     ),
+    Row('make register ARGS="rollback --alias champion"', before=PROMOTED),
     Row('make register ARGS="parity --version 7"', replace={"7": "1"}),
     Row("from pipelines.registry.open import load_registered  # with this repository", before=PULLED, replace=MLFLOW),
     # Serve.
