@@ -1,7 +1,4 @@
-"""FLOPs of a model: one image and one prompt to the first token, or one step of training.
-
-Legend: T tokens of a sequence, C language model width.
-"""
+"""FLOPs of a model: one image and one prompt to the first token."""
 
 from __future__ import annotations
 
@@ -9,10 +6,10 @@ import torch
 
 from meteor_model.configuration_meteor import MeteorConfig
 from meteor_model.flops.counter import counted
-from meteor_model.flops.language import count_layers, count_stage3, full_mask, schedule_of
+from meteor_model.flops.language import count_layers, count_stage3, schedule_of
 from meteor_model.flops.on_meta import META, meta_model
 from meteor_model.flops.report import FlopReport
-from meteor_model.flops.vision import count_vision, encode, fuse, towers_of
+from meteor_model.flops.vision import count_vision
 
 TEXT_TOKENS = 40
 
@@ -39,23 +36,3 @@ def count_flops(config: MeteorConfig, text_tokens: int = TEXT_TOKENS) -> FlopRep
         decode_selection = count_stage3(model, text_tokens, schedule)
         _, lm_head = counted(model.lm_head, torch.empty(1, 1, config.text_config.hidden_size, device=META))
     return FlopReport(encoders, joint_projector, fusion, text_tokens, layers, decode_selection, lm_head)
-
-
-def count_training_flops(config: MeteorConfig, text_tokens: int = TEXT_TOKENS) -> int:
-    """FLOPs of forward and backward of one image and `text_tokens`, everything trainable, head on every token.
-
-    Stage 3 never trains, so the LLM sees every token that survives fusion.
-    """
-    model = meta_model(config).requires_grad_(True)
-    length, width = text_tokens + config.tokens_per_image, config.text_config.hidden_size
-
-    def vision() -> None:
-        features = [encode(encoder, config) for encoder in towers_of(model)]
-        fuse(model, features).sum().backward()
-
-    def llm() -> None:
-        embeds_1TC = torch.empty(1, length, width, device=META, requires_grad=True)
-        hidden_1TC = model.language_model(inputs_embeds=embeds_1TC, attention_mask=full_mask(length), use_cache=False)
-        model.lm_head(hidden_1TC.last_hidden_state).sum().backward()
-
-    return counted(vision)[1] + counted(llm)[1]

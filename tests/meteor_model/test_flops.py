@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional as F
 from transformers import GenerationConfig
 
 import benchmarks.flops as published
 from meteor_model.configuration_meteor import DecodePruning, EncodePruning, FusePruning, PruningConfig
-from meteor_model.flops import count_flops, count_training_flops, flop_counter
+from meteor_model.flops import count_flops, flop_counter
 from meteor_model.pruners.named import with_pruner
 from tests.meteor_model.builders import DENSE, config, model, pixels
 
@@ -135,25 +134,6 @@ def test_a_published_pruner_is_counted_by_its_prunings(
     with flop_counter() as counter:
         net.generate(input_ids, pixel_values=pixels(1), max_new_tokens=1, do_sample=False, pad_token_id=0)
     assert counter.get_total_flops() == all_of(report.total + report.lm_head)
-
-
-@pytest.mark.parametrize("pruning", [DENSE, replace(PRUNED, decode=DecodePruning(False))], ids=["dense", "pruned"])
-def test_training_flops_are_what_a_cpu_step_dispatches(pruning: PruningConfig) -> None:
-    net = model(pruning).train()
-    image_tokens = [net.config.image_token_id] * net.config.tokens_per_image
-    input_ids = torch.tensor([[*image_tokens, *range(10, 10 + TEXT)]])
-    with flop_counter() as counter:
-        logits = net(input_ids=input_ids, pixel_values=pixels(1)).logits
-        F.cross_entropy(logits[0], input_ids[0]).backward()
-    assert counter.get_total_flops() == count_training_flops(net.config, TEXT)
-
-
-def test_training_flops_equal_their_closed_form() -> None:
-    """Backward is twice forward, but for the first layers: nobody asks for the gradient of the pixels."""
-    length, first_layers = TEXT + 192, 2 * 64 * 192 * 64 * 2 + 2 * 256 * (3 * 16) * 32
-    forward = clip((64,) * 3) + pix2struct((64,) * 3) + convnext() + 3 * 2 * 64 * (64 * WIDTH + WIDTH * WIDTH)
-    forward += LAYERS * llm_layer(length, length) + 2 * length * WIDTH * 300
-    assert count_training_flops(config(DENSE), TEXT) == all_of(3 * forward - first_layers)
 
 
 def test_the_published_table_is_met_on_the_meta_device() -> None:
