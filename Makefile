@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help plan plan-cluster predict-shards serve setup lock up status down pretrain finetune sweep predict calibrate evaluate register shards parts visualize flops bench-prune bench-pruners bench-gpu bench-order bench-ranks bench-search bench-trials bench-serve bench-limits bench-start bench-data bench-tables bench-packing bench-loss bench-quality train-scenes rehearsal \
+.PHONY: help plan plan-cluster predict-shards serve setup lock up status down pretrain finetune sweep predict calibrate evaluate register shards parts visualize flops bench-prune bench-pruners bench-gpu bench-order bench-ranks bench-search bench-trials bench-serve bench-limits bench-train bench-start bench-data bench-tables bench-packing bench-loss bench-quality train-scenes rehearsal \
   chaos check docs docs-check format fuzz test test-slow test-versions clean
 
 PYTHON ?= python3.11
@@ -143,6 +143,9 @@ bench-trials: setup  ## Measure what a trial of a sweep costs with the towers' m
 
 bench-serve: setup  ## Measure serving with and without pruning and batching (about 10 minutes, quiet cores); writes benchmarks/results/serve.json
 	@$(PY) -m benchmarks.serve $(ARGS)
+
+bench-train: setup  ## Measure our training loop beside a bare DeepSpeed loop, and steps pruned and not (quiet cores); writes benchmarks/results/train.json
+	@$(PY) -m benchmarks.train $(ARGS)
 
 bench-limits: setup  ## Measure what an image, a text or a request at the limits costs (a few minutes); writes benchmarks/results/limits.json
 	@$(PY) -m benchmarks.limits $(ARGS)

@@ -261,5 +261,6 @@ ROWS: tuple[Row, ...] = (
     Row("make bench-data", by="tests/benchmarks/test_data.py"),
     Row("make bench-tables", by="tests/benchmarks/test_data.py"),
     Row("make bench-limits", also="--side 1024", slow=True),
+    Row("make bench-train", by="tests/benchmarks/test_train.py"),
     Row("make bench-serve", also="--rounds 1 --requests 2 --clients 2 --new-tokens 2", slow=True),
 )

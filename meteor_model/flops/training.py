@@ -4,7 +4,7 @@ Which products a backward pass has hangs on what learns. A frozen part has none 
 nothing that learns lies below it, it has no backward pass at all. So every part runs as it trains, on shape-only
 tensors, with a leaf in the place of what comes in, which asks for a gradient where the part below does.
 
-A tower and a projector cost the same for every image, whose tokens are counted behind each pruning as they are left. The
+A tower and a projector cost the same for every image, on the tokens that the prunings before them have left. The
 language model costs a T + b T^2 on a sequence of T tokens; both numbers follow from two lengths.
 
 Legend: N tokens of a tower, D its width, K visual tokens of one image, C language model width, T tokens of a sequence.

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from meteor_model.foreign import foreign, quoted
+from pipelines.checkpoint.throughput import Throughput
 from pipelines.data.ledger import Ledger
 from pipelines.data.sample_id import Int64s, SampleId
 
@@ -118,6 +119,8 @@ class TrainState:
     """By worker, since their number last changed: seconds that its steps waited for data."""
     own_seconds: tuple[float, ...] = ()
     """By worker: seconds of its steps without the wait for the other workers at their beginning."""
+    measured: Throughput = field(default_factory=Throughput)
+    """The steps behind the first few of every start, up to the last progress line (`pipelines.training.pace`)."""
     final: dict[str, float] = field(default_factory=dict)
     """Held-out metrics; after the last step alone."""
     losses_in_version_2: tuple[float, ...] = ()
@@ -178,8 +181,9 @@ class TrainState:
                 values["losses_in_version_2"] = losses
                 values["first_losses"], values["last_losses"] = losses[:SMOOTHED_STEPS], losses[-KEPT_LAST_LOSSES:]
             drops = tuple(DroppedSample.from_dict(drop) for drop in values.pop("dropped_samples"))
+            measured = Throughput(**values.pop("measured", {}))  # not in states of before 2026-12-01
             tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-            return cls(**{**values, **tuples, "dropped_samples": drops})
+            return cls(**{**values, **tuples, "dropped_samples": drops, "measured": measured})
 
 
 def _mean(values: tuple[float, ...]) -> float:

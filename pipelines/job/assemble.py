@@ -7,18 +7,23 @@ from functools import partial
 from typing import NamedTuple
 
 from meteor_model.collate import collate
+from meteor_model.configuration_meteor import MeteorConfig
+from meteor_model.flops import TrainingFlops
 from meteor_model.modeling_meteor import MeteorForConditionalGeneration
 from meteor_model.packing import collate_packed
-from pipelines.checkpoint.local import load_processor, load_sample_encoder
+from pipelines.checkpoint.local import load_processor, load_sample_encoder, local_copy
 from pipelines.config.recipe import Recipe
+from pipelines.config.settings import TrainingSettings
 from pipelines.data import shards
 from pipelines.data.mixture import make_plan
 from pipelines.data.order import StreamPlan
 from pipelines.data.stream import RowEncoder, build_stream, data_config, rows_from, rows_to
+from pipelines.io.console import say
 from pipelines.io.fingerprint import canonical_json, sha256
 from pipelines.io.pulse import mailbox_name
-from pipelines.io.run_folder import run_folder
+from pipelines.io.run_folder import RunFolder, run_folder
 from pipelines.sizing.limits import validation_limit_s
+from pipelines.sizing.work import training_flops
 from pipelines.tracking.metric_logger import MetricLogger
 from pipelines.training.batches import Packing, iterate_rows
 from pipelines.training.job import TrainingJob
@@ -101,7 +106,18 @@ def assemble_training(
         validation_limit_s=validation_limit_s(recipe) if training.validate_every_checkpoints else 0.0,
         log_validation=partial(_log_validation, metrics_run, url) if metrics_run else None,
         packing=Packing(partial(collate_packed, **made), data.max_length) if packed else None,
+        flops=_flops(url, training),
     )
+
+
+def _flops(url: str, training: TrainingSettings) -> TrainingFlops | None:
+    """FLOPs of training the run's start model; None, which is said, where they hang on the data."""
+    with local_copy(RunFolder(url).init, weights=False) as folder:
+        config = MeteorConfig.from_pretrained(folder)
+    if config.pruning.decode.enabled and config.pruning.decode.train:
+        say("  MFU is not measured: with pruning.decode.train the FLOPs of a sample are not known beforehand")
+        return None
+    return training_flops(config, training)
 
 
 class Heldout(NamedTuple):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from meteor_model.configuration_meteor import MeteorConfig
+from pipelines.checkpoint.throughput import speed_text
 from pipelines.config.recipe import Recipe
 from pipelines.data.survey import report_lines
 from pipelines.evaluation.scores import counted
@@ -86,6 +87,7 @@ def build_summary(
         "parity_precision": trained.parity.precision,
         "workers": {"data_seconds": list(state.data_seconds), "own_seconds": list(state.own_seconds)},
         "samples_per_s": state.samples_seen / state.step_seconds,
+        "speed": state.measured.metrics(),
         "wall_s": {**wall_s, "total": round(sum(wall_s.values()), 2)},
     }
 
@@ -149,6 +151,8 @@ def summary_text(summary: Mapping[str, Any], answers: Sequence[HeldoutAnswer] = 
     ]
     if pace := pace_text(summary):
         lines.insert(3, ("workers", pace))
+    if speed := speed_text(summary.get("speed", {})):  # none in a summary of before 2026-12-01, or of so few steps
+        lines.insert(3, ("speed", speed))
     if summary["exported_step"] != summary["steps"]:
         lines.insert(
             3, ("exported", f"the checkpoint of step {summary['exported_step']}, the best on held-out samples")

@@ -26,7 +26,7 @@ class Counts:
     def __init__(self, recipe: Recipe, text_tokens: int) -> None:
         self._config = model_config(recipe)
         self.size = model_size(recipe, self._config)
-        self._work = count_work(self._config, text_tokens, whole_head=recipe.training.loss_chunk is None)
+        self._work = count_work(self._config, recipe.training, text_tokens)
         self._activations: dict[int, Activations] = {}
 
     def estimate(self, recipe: Recipe, layout: Layout) -> Estimate:

@@ -61,7 +61,7 @@ def _training(given: Inputs, work: Work) -> list[Term]:
         return []
     settings, speeds = given.recipe.training, given.layout.speeds
     one = speeds.gpu_tflops * 1e12 if given.on_gpu else speeds.cpu_gflops * 1e9 * settings.threads_per_worker
-    flops = given.steps * settings.global_batch * work.trained(given.size, settings.gradient_checkpointing)
+    flops = given.steps * settings.global_batch * work.trained.hardware
     terms = [Term(COMPUTING, "samples x FLOPs / (W speed)", flops / (given.workers * one))]
     if given.layout.nodes > 1:
         seconds = gathered_between_nodes(given) * given.steps / (speeds.network_gbit * 1e9 / 8)
@@ -104,6 +104,6 @@ def validation_time(given: Inputs, work: Work) -> list[Term]:
         Term(
             "two losses of each sample",
             "2 M FLOPs / speed",
-            2 * given.recipe.data.heldout_samples * work.evaluated / one,
+            2 * given.recipe.data.heldout_samples * work.trained.forward / one,
         ),
     ]

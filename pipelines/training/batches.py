@@ -52,8 +52,8 @@ class MicroBatch:
     """Images of each of the B samples."""
     supervised: int
     """Tokens that the loss counts."""
-    tokens: int
-    """Tokens that are no padding, visual ones included."""
+    lengths: tuple[int, ...]
+    """Tokens of each sample, visual ones included; padding is in none."""
     cells: int
     """Places of the batch's B x T grid, padding included."""
     seen: int
@@ -66,6 +66,11 @@ class MicroBatch:
     """Samples in the batch of which a part was left out, because they are too long."""
     one_a_row: Callable[[], dict[str, Tensor]]
     """Makes the inputs of its first samples, one a row, as many as take no more places: of all unless it is packed."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are no padding."""
+        return sum(self.lengths)
 
 
 @dataclass(frozen=True)
@@ -247,7 +252,7 @@ def _counted(rows: Sequence[Row], inputs: dict[str, Tensor], one_a_row: Callable
         inputs,
         num_images=tuple(row.num_images for row in samples) or (0,),
         supervised=sum(int((np.asarray(row.labels)[1:] != IGNORE_INDEX).sum()) for row in samples),
-        tokens=sum(len(row.input_ids) for row in samples),
+        lengths=tuple(len(row.input_ids) for row in samples),
         cells=inputs["input_ids"].numel() if samples else 0,
         seen=len(samples),
         samples=tuple(row.sample for row in samples),

@@ -8,6 +8,7 @@ import ray.data
 import ray.train
 from transformers import PreTrainedModel
 
+from meteor_model.flops import TrainingFlops
 from pipelines.checkpoint.state import TrainState
 from pipelines.config.settings import SettingsError, TrainingSettings
 from pipelines.data.ledger import Ledger
@@ -85,6 +86,8 @@ class TrainingJob:
     """Told of every step on every worker (picklable); for audits."""
     packing: Packing | None = None
     """How samples share rows where `settings.batching` is "packed", else None."""
+    flops: TrainingFlops | None = None
+    """FLOPs of the model that is trained; None measures no utilisation."""
 
     def __post_init__(self) -> None:
         settings = self.settings

@@ -73,32 +73,6 @@ class MetricLogger(Protocol):
         """Send what is still buffered, within `deadline_s` seconds; what it returns is not used."""
 
 
-class _Throughput:
-    """Speed and padding since the last progress line."""
-
-    def __init__(self) -> None:
-        self.stats: Any = None
-        self._start = time.perf_counter()
-        self._samples = 0
-        self._tokens = 0
-        self._cells = 0
-
-    def add(self, counts: Counts) -> None:
-        self._samples += counts.seen
-        self._tokens += counts.tokens
-        self._cells += counts.cells
-
-    def rates(self) -> dict[str, float]:
-        elapsed = time.perf_counter() - self._start
-        speed = {
-            "samples_per_s": self._samples / elapsed,
-            "tokens_per_s": self._tokens / elapsed,
-            "padding_share": 1 - self._tokens / max(1, self._cells),
-        }
-        self._start, self._samples, self._tokens, self._cells = time.perf_counter(), 0, 0, 0
-        return {**speed, **self.stats.as_metrics()}
-
-
 @dataclasses.dataclass
 class Loop:
     """The optimizer steps of one worker, and what it knows about the training so far.
@@ -113,6 +87,7 @@ class Loop:
         logger: of rank 0; None logs nothing.
         observe: told of every step.
         pulse: of this process; the watchdog hears of every phase.
+        pace: how fast it goes, and the others.
     """
 
     settings: TrainingSettings
@@ -126,7 +101,7 @@ class Loop:
     pulse: Pulse = dataclasses.field(default_factory=Pulse)
     pace: Pace = dataclasses.field(default_factory=Pace)
     _new_drops: list[DroppedSample] = dataclasses.field(default_factory=list)
-    _throughput: _Throughput = dataclasses.field(default_factory=_Throughput)
+    _stats: Any = None
 
     def run(self, steps: Iterator[Sequence[MicroBatch]]) -> None:
         """Make every remaining step, with a progress line and a checkpoint as often as the settings say.
@@ -148,7 +123,7 @@ class Loop:
             loss = self._optimizer_step(members, counts)
             ended = time.perf_counter()
             self.pulse.step_took(ended - started)
-            self.pace.add(ready - started, together - ready, ended - started)
+            self.pace.add(members, counts, ready - started, together - ready, ended - started)
             self._count(loss, counts, ended - started)
             self.saver.trained(members, loss)
             step = self.state.step
@@ -190,7 +165,7 @@ class Loop:
             losses[index] = output.loss.detach().double() * divisor
             if index < len(members) - 1:
                 engine.step()
-        self._throughput.stats = output.pruning_stats
+        self._stats = output.pruning_stats
         total = losses.sum()
         self.pulse.mark(Phase.COLLECTIVE)
         torch.distributed.all_reduce(total)
@@ -234,7 +209,6 @@ class Loop:
             truncated=state.truncated + counts.truncated,
             step_seconds=state.step_seconds + seconds,
         )
-        self._throughput.add(counts)
         self._check_norm()
         self._check_drops()
 
@@ -289,7 +263,7 @@ class Loop:
             "loss": loss,
             "grad_norm": float(norm),
             **rates,
-            **self._throughput.rates(),
+            **self._stats.as_metrics(),
             "samples_seen": float(self.state.samples_seen),
             "samples_dropped": float(sum(self.state.dropped.values())),
             "samples_truncated": float(self.state.truncated),
@@ -342,10 +316,13 @@ def progress_line(state: TrainState, metrics: Mapping[str, float]) -> str:
     """One readable line about the step that was just made."""
     rates = [value for name, value in metrics.items() if name.startswith("learning_rate/")]
     truncated = f"  truncated {state.truncated}" if state.truncated else ""
+    utilisation = f"MFU {metrics['mfu']:.0%}  " if "mfu" in metrics else ""
+    if "workers/data_wait_share" in metrics:
+        utilisation += f"data wait {metrics['workers/data_wait_share']:.0%}  "
     return (
         f"step {state.step}/{state.total_steps}  loss {metrics['loss']:.4f}  lr {max(rates):.2e}  "
         f"grad {metrics['grad_norm']:.2f}  {metrics['samples_per_s']:.1f} samples/s  "
-        f"{metrics['tokens_per_s']:.0f} tokens/s  padding {metrics['padding_share']:.0%}  "
+        f"{metrics['tokens_per_s']:.0f} tokens/s  {utilisation}padding {metrics['padding_share']:.0%}  "
         f"visual tokens {metrics['visual_tokens/in']:.0f} in, {metrics['visual_tokens/fuse/kept']:.0f} kept  "
         f"dropped {metrics['samples_dropped']:.0f}{truncated}"
     )

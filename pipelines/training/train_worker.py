@@ -50,6 +50,8 @@ from pipelines.training.checkpoint_saver import CheckpointSaver
 from pipelines.training.heldout_loss import evaluate_heldout
 from pipelines.training.job import TrainingJob
 from pipelines.training.loop import Loop, last_sample
+from pipelines.training.pace import Device, Pace
+from pipelines.training.peak import peak_flops
 from pipelines.training.validation_turn import ValidationTurn
 from pipelines.training.worker import Worker
 
@@ -88,6 +90,7 @@ def train_worker(config: Mapping[str, Any]) -> None:
         logger,
         job.observe,
         pulse(),
+        Pace(None if job.flops is None else Device(job.flops, peak_flops(worker.device, weight_dtype(settings)))),
     )
     try:
         _steps(job, loop, rows)

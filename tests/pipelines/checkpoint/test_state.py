@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.checkpoint.state import CheckpointError, DroppedSample, TrainState
+from pipelines.checkpoint.throughput import Throughput
 from pipelines.data.sample_id import SampleId
 
 
@@ -27,7 +28,8 @@ def with_losses(before: TrainState, losses: list[float]) -> TrainState:
 @given(st.lists(st.floats(allow_nan=False), max_size=40))
 def test_state_keeps_every_bit(losses: list[float]) -> None:
     drop = DroppedSample(21, SampleId(0, 0, 2, 1, "key21"), "too_long", "600 tokens")
-    before = with_losses(state(dropped={"too_long": 1}, dropped_samples=(drop,)), losses)
+    measured = Throughput(seconds=0.1, samples=3, model_flops=1e15 / 3, peak_memory=2**33)
+    before = with_losses(state(dropped={"too_long": 1}, dropped_samples=(drop,), measured=measured), losses)
     assert TrainState.from_json(before.to_json(), "here") == before
     for part, found in ((losses[:10], before.loss_first), (losses[-10:], before.loss_last)):
         np.testing.assert_equal(found, sum(part) / len(part) if part else math.nan)
@@ -37,6 +39,12 @@ def test_a_state_from_before_truncation_has_none() -> None:
     values = json.loads(state().to_json())
     del values["truncated"]
     assert TrainState.from_json(json.dumps(values), "here").truncated == 0
+
+
+def test_a_state_from_before_speed_was_measured_has_measured_nothing() -> None:
+    values = json.loads(state().to_json())
+    del values["measured"]
+    assert TrainState.from_json(json.dumps(values), "here").measured.metrics() == {}
 
 
 def test_the_state_s_size_does_not_grow_with_the_steps() -> None:

@@ -71,8 +71,9 @@ def micro_batch(rank: int) -> MicroBatch:
     """The same as workers pass it on."""
     inputs = make_batch(rank)
     images = (1, 1) if rank == 0 else (0,)
-    cells = inputs["input_ids"].numel()
-    return MicroBatch(inputs, images, count(inputs), cells, cells, len(images), (), (), 0, lambda: inputs)
+    rows, length = inputs["input_ids"].shape
+    lengths, cells = (length,) * rows, rows * length
+    return MicroBatch(inputs, images, count(inputs), lengths, cells, len(images), (), (), 0, lambda: inputs)
 
 
 def count(batch: dict[str, Tensor]) -> int:

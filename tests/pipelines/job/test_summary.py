@@ -40,6 +40,16 @@ def test_dropped_truncated_and_left_out_are_said() -> None:
     assert "data s3://b/a/manifest.parquet: not read: 1,000 url" in lines
 
 
+def test_speed_is_one_line_with_what_was_measured() -> None:
+    speed = {"tokens_per_s": 1234.4, "workers/data_wait_share": 0.02, "workers/peak_memory_gb": 1.26}
+    lines = [" ".join(line.split()) for line in summary_text({**SUMMARY, "speed": speed}).splitlines()]
+    assert "speed 1234 tokens/s, 2% waiting for data, 1.3 GB a worker at most" in lines
+    counted = {**speed, "workers/tflops": 0.04567, "mfu": 0.31, "hfu": 0.402}
+    lines = [" ".join(line.split()) for line in summary_text({**SUMMARY, "speed": counted}).splitlines()]
+    assert any("1234 tokens/s, 0.0457 TFLOP/s a worker, MFU 31%, HFU 40%, 2% waiting" in line for line in lines)
+    assert len(lines) == len(summary_text({**SUMMARY, "speed": {}}).splitlines()) + 1
+
+
 def test_a_summary_from_before_is_shown() -> None:
     before = {name: value for name, value in SUMMARY.items() if name not in ("truncated", "data")}
     text = " ".join(summary_text(before).split())

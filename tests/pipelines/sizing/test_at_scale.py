@@ -11,6 +11,7 @@ import pytest
 from jobs.plan_cluster import JOB, scales
 from jobs.pretrain import JOB as PRETRAIN
 from jobs.recipes import recipe
+from meteor_model.flops import PassFlops
 from pipelines.config.recipe import Recipe
 from pipelines.sizing.activations import Activations
 from pipelines.sizing.at_scale import OFFLOADS, Scale, at_scale
@@ -25,7 +26,8 @@ from pipelines.sizing.times import gathered_between_nodes
 from pipelines.sizing.work import Work
 
 DATA = Layout(samples=558_000, data_bytes=558_000 * 200_000)
-WORK = Work({"towers": 9.4e12, "projector": 0.06e12, "llm": 8.3e12}, 17e12, 0.0134e12, 12.6e12, 40)
+FORWARD = 17_760 * 10**9
+WORK = Work(PassFlops(FORWARD, 2 * FORWARD, FORWARD), 17e12, 0.0134e12, 12.6e12, 40)
 
 
 @cache
@@ -131,7 +133,7 @@ def test_what_binds() -> None:
 def test_a_step_in_numbers() -> None:
     """512 GPUs, fine-tuning: FLOPs of a sample 4 times forward, a tenth of it to be read."""
     found = on("finetune", 512)
-    computing = 4 * 17.76e12 / 125e12
+    computing = 4 * FORWARD / 125e12
     assert found.waits["computing"] == pytest.approx(computing, rel=1e-6)
     assert found.step_s == pytest.approx(computing + found.waits["network"])
     assert found.read_bytes == 512 * 200_000

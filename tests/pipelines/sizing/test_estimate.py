@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs.recipes import recipe
+from meteor_model.flops import PassFlops
 from pipelines.config.recipe import Recipe
 from pipelines.config.settings import PARTS, LoraSettings, Part
 from pipelines.sizing.estimate import estimate
@@ -23,7 +24,7 @@ from pipelines.sizing.work import Work
 
 GB = 1e9
 DATA = 558_000
-WORK = Work({"towers": 9.4e12, "projector": 0.06e12, "llm": 8.3e12}, 17e12, 0.0134e12, 12.6e12, 40)
+WORK = Work(PassFlops(17_760 * 10**9, 8_420 * 10**9, 8_300 * 10**9), 17e12, 0.0134e12, 12.6e12, 40)
 
 
 @cache
@@ -83,14 +84,9 @@ def test_traffic_between_nodes(sizes: dict[str, ModelSize]) -> None:
     assert gathered_between_nodes(replace(made, layout=Layout(1, 16.0, DATA))) == 0
 
 
-def test_training_flops_by_part() -> None:
-    size = ModelSize(dict.fromkeys(PARTS, 1), {}, 1, frozenset({"projector"}))
-    work = Work({"towers": 100.0, "projector": 10.0, "llm": 1.0}, 0, 0, 0, 40)
-    assert work.trained(size, checkpointing=False) == 100 + 3 * 10 + 2 * 1
-    assert work.trained(size, checkpointing=True) == 100 + 4 * 10 + 3 * 1
-    everything = replace(size, trained=frozenset(PARTS))
-    assert work.trained(everything, checkpointing=False) == 3 * 111
-    assert replace(size, trained=frozenset[Part]({"llm"})).gathers == {"towers": 1, "projector": 1, "llm": 2}
+def test_gathers_by_what_learns() -> None:
+    size = ModelSize(dict.fromkeys(PARTS, 1), {}, 1, frozenset[Part]({"llm"}))
+    assert size.gathers == {"towers": 1, "projector": 1, "llm": 2}
 
 
 RESOURCES: tuple[tuple[Place, Resource], ...] = (

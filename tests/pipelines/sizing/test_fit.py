@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from jobs.recipes import recipe
+from meteor_model.flops import PassFlops
 from pipelines.config.recipe import Recipe
 from pipelines.config.settings import SettingsError
 from pipelines.sizing import cluster, fit
@@ -27,7 +28,7 @@ from pipelines.sizing.work import Work
 GB = 1e9
 GPU: tuple[Place, ...] = ("gpu",)
 LIVE = Activations(kept=8 * 10**9, forward=11 * 10**9, block=2 * 10**9, logits=6 * 10**9, no_grad=6 * 10**9)
-WORK = Work({"towers": 9.4e12, "projector": 0.06e12, "llm": 8.3e12}, 17e12, 0.0134e12, 12.6e12, 40)
+WORK = Work(PassFlops(17_760 * 10**9, 8_420 * 10**9, 8_300 * 10**9), 17e12, 0.0134e12, 12.6e12, 40)
 
 
 def node(name: str = "a", head: bool = True, **changes: Any) -> Node:

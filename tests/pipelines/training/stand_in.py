@@ -1,5 +1,6 @@
 """A tiny model with the forward interface of the real one, and a job that trains it on synthetic rows."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,8 @@ from transformers.utils import ModelOutput
 from meteor_model.collate import collate
 from meteor_model.language_head import LanguageHead
 from meteor_model.logits import supervised_rows
+from pipelines.checkpoint.state import TrainState
+from pipelines.checkpoint.throughput import Throughput
 from pipelines.config.settings import LearningRates, OptimizerSettings, TrainingSettings
 from pipelines.data.stream import data_config
 from pipelines.io import sealed
@@ -137,6 +140,13 @@ SETTINGS = TrainingSettings(
     cpus_per_worker=1.0,
 )
 TOTAL, SAMPLES, HELDOUT = 96, 93, 16
+
+
+def untimed(state: TrainState) -> TrainState:
+    """The state without what differs between two runs of one training: restarts, and how long everything took."""
+    return dataclasses.replace(
+        state, restarts=0, step_seconds=0.0, data_seconds=(), own_seconds=(), measured=Throughput()
+    )
 
 
 def write_init(root: Path, run_name: str) -> Path:

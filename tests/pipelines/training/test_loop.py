@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +13,14 @@ import pytest
 import torch
 
 from meteor_model.collate import collate
+from meteor_model.flops import PassFlops, TrainingFlops
 from pipelines.checkpoint.state import TrainState
 from pipelines.checkpoint.zero3 import parameter_groups
 from pipelines.data.schema import Row
 from pipelines.recovery.preemption import PreemptedError, Preemption
 from pipelines.training.batches import BatchReader, MicroBatch, Share
 from pipelines.training.loop import DivergedError, Loop, TooManyDroppedError
+from pipelines.training.pace import WARM_UP_STEPS, Device, Pace
 from pipelines.training.worker import Worker
 from tests.pipelines.training.rows import IMAGE_SIZE, PAD, make_row
 from tests.pipelines.training.stand_in import SAMPLES, SETTINGS, TOTAL, StandInConfig, StandInModel
@@ -153,6 +156,22 @@ def test_a_loss_in_chunks_is_the_plain_one_without_logits() -> None:
         losses[chunk] = loop.saver.losses
         assert loop.worker.engine.gave_logits == {chunk is None}
     assert losses[3] == pytest.approx(losses[None], rel=1e-5)
+
+
+@pytest.mark.usefixtures("alone")
+def test_utilisation_is_shown_and_logged_once_the_warm_up_is_behind(capsys: pytest.CaptureFixture[str]) -> None:
+    loop, batches = make_loop()
+    logged: list[Mapping[str, float]] = []
+    loop.logger = SimpleNamespace(log=lambda metrics, step: logged.append(metrics))
+    flops = TrainingFlops(PassFlops(10**6), PassFlops(10**6), PassFlops(10**6), PassFlops(0))
+    loop.pace = Pace(Device(flops, peak=1e9))
+    loop.run(batches)
+    lines = capsys.readouterr().out.splitlines()
+    assert not any("MFU" in line or "data wait" in line for line in lines[:WARM_UP_STEPS])
+    assert all(re.search(r" tokens/s  MFU \d+%  data wait \d+%  padding ", line) for line in lines[WARM_UP_STEPS:])
+    assert {"mfu", "hfu", "workers/tflops", "workers/peak_memory_gb"} <= logged[-1].keys()
+    assert logged[-1]["hfu"] > logged[-1]["mfu"], "padding is computed"
+    assert loop.state.measured.samples == loop.state.samples_seen - WARM_UP_STEPS * 16
 
 
 @pytest.mark.usefixtures("alone")

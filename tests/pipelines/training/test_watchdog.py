@@ -14,7 +14,7 @@ from pipelines.io.pulse import mailbox_name
 from pipelines.io.run_folder import run_folder
 from pipelines.training.loop import StepRecord
 from pipelines.training.trainer import TrainingResult, fit
-from tests.pipelines.training.stand_in import SETTINGS, make_job, write_init
+from tests.pipelines.training.stand_in import SETTINGS, make_job, untimed, write_init
 
 STUCK_AFTER_S = 10.0
 NOTICED_S = 4.0
@@ -64,10 +64,7 @@ def test_what_is_stopped_is_named_and_replaced_and_nothing_is_lost(
     assert all("state T (stopped)" in report.read_text() for report in reports)
     assert "loop.py" in reports[1].read_text(), "the stacks of the workers"
 
-    state, undisturbed = (
-        dataclasses.replace(one.checkpoint.state, step_seconds=0.0, restarts=0, data_seconds=(), own_seconds=())
-        for one in (result, whole)
-    )
+    state, undisturbed = (untimed(one.checkpoint.state) for one in (result, whole))
     assert state == undisturbed
     losses = [read_losses(run_folder(str(root), name), state) for name in ("stopped", "whole")]
     assert losses[0].tobytes() == losses[1].tobytes()
