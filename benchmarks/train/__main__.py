@@ -81,6 +81,7 @@ def _start_ray() -> None:
         address="local",
         num_cpus=4,
         object_store_memory=200 * 2**20,
+        _node_ip_address="127.0.0.1",
         include_dashboard=False,
         log_to_driver=False,
         logging_level="ERROR",

@@ -54,6 +54,10 @@ def measure_formats(batch: int, rounds: int) -> dict[str, Any]:
         dtype: Work(build(setup.pruned(), CPU, dtype), setup, batch, CPU) for dtype in (torch.float32, torch.bfloat16)
     }
     plain = work[torch.float32].train
-    calls = {"fp32": plain, "bf16": work[torch.bfloat16].train, "bf16_autocast": Autocast(plain)}
+    calls: dict[str, Callable[[], None]] = {
+        "fp32": plain,
+        "bf16": work[torch.bfloat16].train,
+        "bf16_autocast": Autocast(plain),
+    }
     spent, same = take_turns(calls, rounds, CPU), dict.fromkeys(calls, 1)
     return {"batch": batch, **{name: realised(spent, same, "fp32", name) for name in calls if name != "fp32"}}

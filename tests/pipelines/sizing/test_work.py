@@ -15,7 +15,7 @@ from pipelines.config.settings import (
     TrainingSettings,
 )
 from pipelines.sizing.work import count_work, training_flops
-from tests.meteor_model.builders import PRUNED, config
+from tests.meteor_model.builders import UNSOLVED, config
 
 EVERYTHING = TrainingSettings(optimizer=OptimizerSettings(learning_rates=LearningRates(1e-3, 1e-3, 1e-3)))
 PROJECTOR = replace(EVERYTHING, optimizer=OptimizerSettings(learning_rates=LearningRates(1e-3, None, None)))
@@ -27,7 +27,7 @@ ADAPTED = replace(
 
 
 def flops(settings: TrainingSettings) -> TrainingFlops:
-    return training_flops(config(PRUNED), settings)
+    return training_flops(config(UNSOLVED), settings)
 
 
 def test_what_is_frozen_has_no_gradients_of_weights() -> None:
@@ -52,5 +52,5 @@ def test_recomputation_and_a_sample_of_the_plan() -> None:
     recomputed = replace(PROJECTOR, gradient_checkpointing=True)
     found = flops(recomputed)
     assert found.llm_token.recomputed > 0 == flops(PROJECTOR).llm_token.recomputed
-    work = count_work(config(PRUNED), recomputed, text_tokens=16)
+    work = count_work(config(UNSOLVED), recomputed, text_tokens=16)
     assert work.trained == found.of(1, [16 + 24]), "stage 3 does not train, 24 tokens leave fusion"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -48,6 +48,7 @@ def test_micro_batch_without_samples_is_one_token_that_no_loss_counts() -> None:
     assert len(batch.inputs["pixel_values"]) == 0
 
 
+@settings(deadline=None)
 @given(st.integers(1, 24), st.data())
 def test_the_workers_share_every_micro_batch_of_a_step(per_step: int, data: st.DataObject) -> None:
     world = data.draw(st.integers(1, per_step))
@@ -92,6 +93,7 @@ def test_reader_refuses_other_rows_and_a_stream_that_ends() -> None:
         list(reader.read(iter([rows(20, 4)]), 16, TOTAL))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 4).flatmap(lambda count: st.lists(st.integers(1, 60), min_size=4 * count, max_size=4 * count)))
 def test_batches_by_length_never_pad_more(lengths: list[int]) -> None:
     members = [
