@@ -5,18 +5,20 @@
 2. pruning    a training step with METEOR's tokens beside two without pruning: speed-up in time and in FLOPs
 3. formats    a step of `tiny` in bf16 and under bf16 autocast beside fp32
 
-Everything is compared within a round, in turns; the median of the rounds counts. Writes benchmarks/results/train.json.
-See benchmarks/README.md.
+Everything is compared within a round, in turns; the median of the rounds counts. Writes benchmarks/results/train.json;
+parts that are left out (`--only`) stay there as they were. See benchmarks/README.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +45,7 @@ def measure_loop(workers: Sequence[int], steps: int, rounds: int) -> dict[str, A
             for number in workers:
                 made = []
                 for turn in range(rounds):
-                    other = bare(root, f"bare-{number}-{turn}", number, steps)
-                    made.append((ours(root, f"ours-{number}-{turn}", number, steps), other))
+                    made.append(_round(root, turn, number, steps))
                     print(number, made[-1], flush=True)
                 found[f"workers {number}"] = compared(made)
         finally:
@@ -52,25 +53,36 @@ def measure_loop(workers: Sequence[int], steps: int, rounds: int) -> dict[str, A
     return found
 
 
+def _round(root: Path, turn: int, workers: int, steps: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Both loops, ours' metrics first; who goes first changes from round to round."""
+    loops = {"ours": ours, "bare": bare}
+    order = sorted(loops, reverse=turn % 2 == 0)
+    found = {name: loops[name](root, f"{name}-{workers}-{turn}", workers, steps) for name in order}
+    return found["ours"], found["bare"]
+
+
 def compared(made: Sequence[tuple[dict[str, float], dict[str, float]]]) -> dict[str, Any]:
-    """Medians of our loop's metrics over the rounds, and of its speed over the bare loop's within each."""
-    ratios = [mine["samples_per_s"] / other["samples_per_s"] for mine, other in made]
-    names = (
-        "samples_per_s",
-        "tokens_per_s",
-        "workers/data_wait_share",
-        "workers/tflops",
-        "mfu",
-        "hfu",
-        "padding_share",
-    )
+    """Medians of both loops' metrics over the rounds, and of our speed over the bare loop's within each.
+
+    By wall-clock, and by the seconds that a worker computes for a step, in which whoever else uses the machine is not.
+    """
+    both = {"ours": [mine for mine, _ in made], "bare": [other for _, other in made]}
+    wall = [mine["wall_samples_per_s"] / other["wall_samples_per_s"] for mine, other in made]
+    cpu = [other["cpu_s_per_step"] / mine["cpu_s_per_step"] for mine, other in made]
     return {
-        "ours": {name: round(statistics.median(mine[name] for mine, _ in made), 4) for name in names},
-        "bare_samples_per_s": round(statistics.median(other["samples_per_s"] for _, other in made), 2),
-        "ours_over_bare": round(statistics.median(ratios), 3),
-        "ours_over_bare_range": [round(min(ratios), 3), round(max(ratios), 3)],
+        **{name: _medians(metrics) for name, metrics in both.items()},
+        "ours_over_bare": _spread(wall),
+        "ours_over_bare_by_cpu": _spread(cpu),
         "rounds": len(made),
     }
+
+
+def _medians(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: round(statistics.median(one[name] for one in metrics), 4) for name in metrics[0]}
+
+
+def _spread(ratios: Sequence[float]) -> dict[str, float]:
+    return {name: round(of(ratios), 3) for name, of in (("median", statistics.median), ("min", min), ("max", max))}
 
 
 def _start_ray() -> None:
@@ -96,20 +108,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=32, help="of both loops, warm-up included")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--only", nargs="+", choices=("loop", "pruning", "formats"))
+    parser.add_argument("--beside", default="", help="what else runs on the machine; kept with the results")
     parser.add_argument("--output", type=Path, default=RESULTS / "train.json")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    chosen, start = options.only or ("loop", "pruning", "formats"), time.perf_counter()
-    results: dict[str, Any] = {"hardware": hardware(CPU, torch.float32)}
-    if "loop" in chosen:
-        results["loop"] = measure_loop(options.workers, options.steps, options.rounds)
-    if "pruning" in chosen:
-        setup = tiny_setup() if options.tiny else cpu_setup()
-        results["pruning"] = measure_pruning(setup, 1, options.rounds)
-    if "formats" in chosen:
-        results["formats"] = measure_formats(FORMATS_BATCH, options.rounds)
-    results["minutes"] = round((time.perf_counter() - start) / 60, 1)
-    write_results(options.output, results)
+    setup = tiny_setup() if options.tiny else cpu_setup()
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "loop": partial(measure_loop, options.workers, options.steps, options.rounds),
+        "pruning": partial(measure_pruning, setup, 1, options.rounds),
+        "formats": partial(measure_formats, FORMATS_BATCH, options.rounds),
+    }
+    results = json.loads(options.output.read_text()) if options.output.is_file() else {}
+    for part in options.only or parts:
+        start, machine = time.perf_counter(), {**hardware(CPU, torch.float32), "beside": options.beside}
+        found = parts[part]()
+        results[part] = {"hardware": machine, **found, "minutes": round((time.perf_counter() - start) / 60, 1)}
+        write_results(options.output, results)
 
 
 if __name__ == "__main__":

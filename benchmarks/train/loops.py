@@ -1,7 +1,8 @@
 """The same training twice: by `pipelines.training` on Ray Train, and by a loop around DeepSpeed that does nothing else.
 
-Both train the recipe `tiny` with the same ZeRO-3, optimizer, samples and micro-batches; the steps behind the warm-up
-are timed on both sides by the same clock, and checkpoints on neither.
+Both train the recipe `tiny` with the same ZeRO-3, optimizer, samples and micro-batches. One stopwatch reads the clock
+after the last step of the warm-up and after the last step of all, so whatever is done between two steps counts on both
+sides: waiting for data, counting, progress lines. There are no checkpoints in that time, and no MLflow.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,42 @@ from pipelines.io.run_folder import run_folder
 from pipelines.sizing.work import training_flops
 from pipelines.training.batches import BatchReader, MicroBatch, Share, iterate_rows
 from pipelines.training.job import TrainingJob
+from pipelines.training.loop import StepRecord
 from pipelines.training.pace import WARM_UP_STEPS
 from pipelines.training.trainer import fit
+
+
+@dataclass(frozen=True)
+class Stopwatch:
+    """Worker 0's clocks after the last step of the warm-up and after the last of all, in files: both loops read it so.
+
+    Attributes:
+        folder: of the files.
+        steps: of the training.
+    """
+
+    folder: Path
+    steps: int
+
+    def __call__(self, record: StepRecord) -> None:
+        """Our loop's observer (`TrainingJob.observe`)."""
+        if record.rank == 0:
+            self.read(record.step)
+
+    def read(self, step: int) -> None:
+        """Optimizer step `step` (from 1) is made."""
+        if step in (WARM_UP_STEPS, self.steps):
+            self._file(step).write_text(json.dumps([time.perf_counter(), time.process_time()]))
+
+    def metrics(self, samples_a_step: int) -> dict[str, float]:
+        """Samples per second of wall-clock, and seconds that worker 0 computed for each step."""
+        readings = [json.loads(self._file(step).read_text()) for step in (WARM_UP_STEPS, self.steps)]
+        wall_s, cpu_s = (end - start for start, end in zip(*readings, strict=True))
+        made = self.steps - WARM_UP_STEPS
+        return {"wall_samples_per_s": made * samples_a_step / wall_s, "cpu_s_per_step": cpu_s / made}
+
+    def _file(self, step: int) -> Path:
+        return self.folder / f"clocks-{step}.json"
 
 
 def settings_of(workers: int) -> TrainingSettings:
@@ -63,8 +98,8 @@ def write_start(root: Path, run_name: str) -> Path:
 
 
 def ours(root: Path, run_name: str, workers: int, steps: int) -> dict[str, float]:
-    """Metrics of `steps` steps of the project's own training; Ray must be initialised."""
-    write_start(root, run_name)
+    """The stopwatch's metrics of `steps` steps of the project's own training, and its own; Ray must be initialised."""
+    watch = Stopwatch(write_start(root, run_name).parent, steps)
     settings, config = settings_of(workers), model_config()
     tokens, rows = config.tokens_per_image, steps * settings.global_batch
     job = TrainingJob(
@@ -82,24 +117,28 @@ def ours(root: Path, run_name: str, workers: int, steps: int) -> dict[str, float
         data_config=data_config(),
         recipe={"name": "bench-train"},
         recipe_hash="bench-train",
+        observe=watch,
         flops=training_flops(config, settings),
     )
-    return fit(job).checkpoint.state.measured.metrics()
+    measured = fit(job).checkpoint.state.measured.metrics()
+    return {**measured, **watch.metrics(settings.global_batch)}
 
 
 def bare(root: Path, run_name: str, workers: int, steps: int) -> dict[str, float]:
-    """Samples per second of as many steps by DeepSpeed alone, in processes of its own."""
+    """The stopwatch's metrics of as many steps by DeepSpeed alone, in processes of its own."""
     folder = write_start(root, run_name)
-    spawn(_bare_worker, (workers, steps, folder), nprocs=workers)
-    seconds: float = json.loads((folder / "seconds.json").read_text())
-    return {"samples_per_s": (steps - WARM_UP_STEPS) * settings_of(workers).global_batch / seconds}
+    watch = Stopwatch(folder.parent, steps)
+    spawn(_bare_worker, (workers, watch, folder), nprocs=workers)
+    return watch.metrics(settings_of(workers).global_batch)
 
 
-def _bare_worker(rank: int, workers: int, steps: int, folder: Path) -> None:
+def _bare_worker(rank: int, workers: int, watch: Stopwatch, folder: Path) -> None:
     torch.set_num_threads(1)
     ignore_deprecated_collectives()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(workers), LOCAL_RANK=str(rank))
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=workers)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder.parent}/group", rank=rank, world_size=workers
+    )
     deepspeed = import_deepspeed(uses_gpu=False)
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     settings = settings_of(workers)
@@ -107,22 +146,19 @@ def _bare_worker(rank: int, workers: int, steps: int, folder: Path) -> None:
     model = load_sharded(MeteorForConditionalGeneration, folder, config, torch.float32, uses_gpu=False)
     optimizer = adamw(parameter_groups(model, settings.optimizer), settings)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
-    batches = _batches(rank, settings, steps, model.config)
-    started = 0.0
-    for step, members in enumerate(batches):
-        if step == WARM_UP_STEPS:
-            started = time.perf_counter()
+    batches = bare_batches(rank, settings, watch.steps, model.config)
+    for step, members in enumerate(batches, start=1):
         for batch in members:
             loss = engine(**batch.inputs).loss
             engine.backward(loss)
             engine.step()
         loss.item()
-    if rank == 0:
-        (folder / "seconds.json").write_text(json.dumps(time.perf_counter() - started))
+        if rank == 0:
+            watch.read(step)
     torch.distributed.destroy_process_group()
 
 
-def _batches(rank: int, settings: TrainingSettings, steps: int, config: MeteorConfig) -> list[list[MicroBatch]]:
+def bare_batches(rank: int, settings: TrainingSettings, steps: int, config: MeteorConfig) -> list[list[MicroBatch]]:
     """The micro-batches of every step of one worker, made before its clock runs."""
     rows = samples(steps * settings.global_batch, config.tokens_per_image)
     share = Share(rank, settings.workers, settings.micro_batches_per_step)

@@ -1,7 +1,11 @@
-"""Training steps in one process, in turns: what pruning saves of them, and what other number formats do."""
+"""Training steps in one process, in turns: what pruning saves of them, and what other number formats do.
+
+Seconds are the process's own, on one thread: what else runs on the machine is not in them.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,7 +32,7 @@ def measure_pruning(setup: Setup, batch: int, rounds: int) -> dict[str, Any]:
     }
     calls = {name: Work(model, setup, batch, CPU).train for name, model in models.items()}
     flops = {name: train_flops(config, setup.text_tokens) for name, config in configs.items()}
-    spent = take_turns(calls, rounds, CPU)
+    spent = take_turns(calls, rounds, CPU, clock=time.process_time)
     return {
         "batch": batch,
         "tokens_into_llm": {name: config.tokens_per_image for name, config in configs.items()},
@@ -59,5 +63,5 @@ def measure_formats(batch: int, rounds: int) -> dict[str, Any]:
         "bf16": work[torch.bfloat16].train,
         "bf16_autocast": Autocast(plain),
     }
-    spent, same = take_turns(calls, rounds, CPU), dict.fromkeys(calls, 1)
+    spent, same = take_turns(calls, rounds, CPU, clock=time.process_time), dict.fromkeys(calls, 1)
     return {"batch": batch, **{name: realised(spent, same, "fp32", name) for name in calls if name != "fp32"}}

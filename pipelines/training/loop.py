@@ -121,10 +121,11 @@ class Loop:
             together = time.perf_counter()
             self._new_drops += [sample for batch in members for sample in batch.dropped]
             loss = self._optimizer_step(members, counts)
+            norm = float(self.worker.engine.get_global_grad_norm())  # waits for a GPU, which is still at its update
             ended = time.perf_counter()
             self.pulse.step_took(ended - started)
             self.pace.add(members, counts, ready - started, together - ready, ended - started)
-            self._count(loss, counts, ended - started)
+            self._count(loss, norm, counts, ended - started)
             self.saver.trained(members, loss)
             step = self.state.step
             if self.observe is not None:
@@ -133,7 +134,7 @@ class Loop:
                     StepRecord(step, self.state.total_steps, self.worker.rank, self.worker.world, loss, trained)
                 )
             if step == 1 or step % settings.log_every_steps == 0 or self.state.done:
-                self._log(loss)
+                self._log(loss, norm)
             notice = self.preemption.agree(*counts.votes)
             if self.state.done:
                 continue
@@ -195,7 +196,7 @@ class Loop:
             "them, or lower the learning rates or optimizer.clip_norm, and start under another run name"
         )
 
-    def _count(self, loss: float, counts: Counts, seconds: float) -> None:
+    def _count(self, loss: float, norm: float, counts: Counts, seconds: float) -> None:
         state = self.state
         dropped = {reason: state.dropped.get(reason, 0) + number for reason, number in counts.dropped.items()}
         self.state = dataclasses.replace(
@@ -209,12 +210,11 @@ class Loop:
             truncated=state.truncated + counts.truncated,
             step_seconds=state.step_seconds + seconds,
         )
-        self._check_norm()
+        self._check_norm(norm)
         self._check_drops()
 
-    def _check_norm(self) -> None:
+    def _check_norm(self, norm: float) -> None:
         """A finite loss may have a gradient that is not: nothing of such a step is saved."""
-        norm = float(self.worker.engine.get_global_grad_norm())
         if not math.isfinite(norm):
             raise DivergedError(
                 f"the gradient of step {self.state.step} has the norm {norm}; nothing of that step was saved, and the "
@@ -253,15 +253,14 @@ class Loop:
         listed = sorted({*self.state.dropped_samples, *itertools.chain.from_iterable(everywhere)})
         self.state = dataclasses.replace(self.state, dropped_samples=tuple(listed[:MAX_LISTED_DROPS]))
 
-    def _log(self, loss: float) -> None:
-        norm = self.worker.engine.get_global_grad_norm()
+    def _log(self, loss: float, norm: float) -> None:
         self.state = self.pace.share(self.state, self.worker)
         if self.worker.rank != 0:
             return
         rates = {f"learning_rate/{group['part']}": group["lr"] for group in self.worker.engine.optimizer.param_groups}
         metrics = {
             "loss": loss,
-            "grad_norm": float(norm),
+            "grad_norm": norm,
             **rates,
             **self._stats.as_metrics(),
             "samples_seen": float(self.state.samples_seen),
