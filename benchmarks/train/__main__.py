@@ -12,6 +12,7 @@ parts that are left out (`--only`) stay there as they were. See benchmarks/READM
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -35,22 +36,18 @@ ROOT = Path(__file__).resolve().parents[2]
 FORMATS_BATCH = 16
 
 
-def measure_loop(workers: Sequence[int], steps: int, rounds: int) -> dict[str, Any]:
-    """Part 1: samples a second of both loops by round, and ours over the bare one's."""
-    found: dict[str, Any] = {"steps": steps}
+def measure_loop(workers: int, steps: int, rounds: int) -> dict[str, Any]:
+    """Part 1: how fast both loops are on so many workers."""
     with tempfile.TemporaryDirectory(prefix="meteor-train-") as name:
-        root = Path(name)
         _start_ray()
         try:
-            for number in workers:
-                made = []
-                for turn in range(rounds):
-                    made.append(_round(root, turn, number, steps))
-                    print(number, made[-1], flush=True)
-                found[f"workers {number}"] = compared(made)
+            made = []
+            for turn in range(rounds):
+                made.append(_round(Path(name), turn, workers, steps))
+                print(workers, made[-1], flush=True)
         finally:
             ray.shutdown()
-    return found
+    return {"steps": steps, **compared(made)}
 
 
 def _round(root: Path, turn: int, workers: int, steps: int) -> tuple[dict[str, float], dict[str, float]]:
@@ -113,15 +110,17 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     setup = tiny_setup() if options.tiny else cpu_setup()
-    parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "loop": partial(measure_loop, options.workers, options.steps, options.rounds),
-        "pruning": partial(measure_pruning, setup, 1, options.rounds),
-        "formats": partial(measure_formats, FORMATS_BATCH, options.rounds),
+    parts: dict[str, dict[str, Callable[[], dict[str, Any]]]] = {
+        "loop": {
+            f"loop, {n} workers": partial(measure_loop, n, options.steps, options.rounds) for n in options.workers
+        },
+        "pruning": {"pruning": partial(measure_pruning, setup, 1, options.rounds)},
+        "formats": {"formats": partial(measure_formats, FORMATS_BATCH, options.rounds)},
     }
     results = json.loads(options.output.read_text()) if options.output.is_file() else {}
-    for part in options.only or parts:
+    for part, measure in itertools.chain.from_iterable(parts[name].items() for name in options.only or parts):
         start, machine = time.perf_counter(), {**hardware(CPU, torch.float32), "beside": options.beside}
-        found = parts[part]()
+        found = measure()
         results[part] = {"hardware": machine, **found, "minutes": round((time.perf_counter() - start) / 60, 1)}
         write_results(options.output, results)
 

@@ -68,13 +68,14 @@ def test_steps_take_turns_and_pruning_saves_flops() -> None:
 @pytest.mark.stack
 def test_both_loops_run_and_parts_left_out_stay(tmp_path: Path) -> None:
     output = tmp_path / "train.json"
-    output.write_text(json.dumps({"formats": {"kept": True}, "loop": {"replaced": False}}))
+    output.write_text(json.dumps({"formats": {"kept": True}, "loop, 1 workers": {"replaced": False}}))
     arguments = ["--only", "loop", "--workers", "1", "--rounds", "1", "--steps", "4", "--beside", "tests"]
     main([*arguments, "--output", str(output)])
     results = json.loads(output.read_text())
     assert results["formats"] == {"kept": True}
-    assert results["loop"]["hardware"]["beside"] == "tests"
-    found = results["loop"]["workers 1"]
+    found = results["loop, 1 workers"]
+    assert found["hardware"]["beside"] == "tests"
+    assert "replaced" not in found
     assert found["ours_over_bare"]["median"] > 0
     ours = found["ours"]
     assert 0 < ours["mfu"] < ours["hfu"], "padding is computed"
