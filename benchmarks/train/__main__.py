@@ -18,7 +18,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,18 +36,22 @@ ROOT = Path(__file__).resolve().parents[2]
 FORMATS_BATCH = 16
 
 
-def measure_loop(workers: int, steps: int, rounds: int) -> dict[str, Any]:
-    """Part 1: how fast both loops are on so many workers."""
+def measure_loop(workers: int, steps: int, rounds: int) -> Iterator[dict[str, Any]]:
+    """Part 1: how fast both loops are on so many workers; after every round, of all rounds so far."""
     with tempfile.TemporaryDirectory(prefix="meteor-train-") as name:
         _start_ray()
         try:
             made = []
             for turn in range(rounds):
                 made.append(_round(Path(name), turn, workers, steps))
-                print(workers, made[-1], flush=True)
+                yield {"steps": steps, **compared(made)}
         finally:
             ray.shutdown()
-    return {"steps": steps, **compared(made)}
+
+
+def once(measure: Callable[..., dict[str, Any]], *arguments: Any) -> Iterator[dict[str, Any]]:
+    """A part whose rounds are too short to be kept one by one."""
+    yield measure(*arguments)
 
 
 def _round(root: Path, turn: int, workers: int, steps: int) -> tuple[dict[str, float], dict[str, float]]:
@@ -110,19 +114,19 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     setup = tiny_setup() if options.tiny else cpu_setup()
-    parts: dict[str, dict[str, Callable[[], dict[str, Any]]]] = {
+    parts: dict[str, dict[str, Callable[[], Iterator[dict[str, Any]]]]] = {
         "loop": {
             f"loop, {n} workers": partial(measure_loop, n, options.steps, options.rounds) for n in options.workers
         },
-        "pruning": {"pruning": partial(measure_pruning, setup, 1, options.rounds)},
-        "formats": {"formats": partial(measure_formats, FORMATS_BATCH, options.rounds)},
+        "pruning": {"pruning": partial(once, measure_pruning, setup, 1, options.rounds)},
+        "formats": {"formats": partial(once, measure_formats, FORMATS_BATCH, options.rounds)},
     }
     results = json.loads(options.output.read_text()) if options.output.is_file() else {}
     for part, measure in itertools.chain.from_iterable(parts[name].items() for name in options.only or parts):
         start, machine = time.perf_counter(), {**hardware(CPU, torch.float32), "beside": options.beside}
-        found = measure()
-        results[part] = {"hardware": machine, **found, "minutes": round((time.perf_counter() - start) / 60, 1)}
-        write_results(options.output, results)
+        for found in measure():
+            results[part] = {"hardware": machine, **found, "minutes": round((time.perf_counter() - start) / 60, 1)}
+            write_results(options.output, results)
 
 
 if __name__ == "__main__":

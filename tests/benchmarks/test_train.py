@@ -41,12 +41,13 @@ def test_the_stopwatch_counts_the_steps_behind_the_warm_up_on_worker_0(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watch, now = Stopwatch(tmp_path, steps=6), iter((10.0, 30.0))
-    clocks = SimpleNamespace(perf_counter=lambda: next(now), process_time=lambda: 1.0)
+    clocks = SimpleNamespace(perf_counter=lambda: next(now), process_time=lambda: 1.0, thread_time=lambda: 0.5)
     monkeypatch.setattr("benchmarks.train.loops.time", clocks)
     for step in range(1, 7):
         for rank in (0, 1):
             watch(StepRecord(step, 6, rank, 2, 0.0, ()))
-    assert watch.metrics(samples_a_step=32) == {"wall_samples_per_s": 4 * 32 / 20.0, "cpu_s_per_step": 0.0}
+    computed = {"cpu_s_per_step": 0.0, "loop_thread_cpu_s_per_step": 0.0}
+    assert watch.metrics(samples_a_step=32) == {"wall_samples_per_s": 4 * 32 / 20.0, **computed}
 
 
 def test_the_bare_loop_gets_every_sample_once_in_the_same_steps() -> None:
