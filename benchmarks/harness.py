@@ -196,7 +196,7 @@ PARTS = {
 def train_flops(config: MeteorConfig, text_tokens: int) -> int:
     """FLOPs of forward and backward of one image and `text_tokens`, everything trainable, without stage 3."""
     counted = count_training(meta_model(config).requires_grad_(True))
-    return counted.of(1, [text_tokens + config.tokens_per_image]).model
+    return counted.of(1, [text_tokens + config.tokens_per_image], text_tokens).model
 
 
 def count_work(setup: Setup) -> dict[str, dict[str, int]]:

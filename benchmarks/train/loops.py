@@ -62,7 +62,7 @@ class Stopwatch:
             self._file(step).write_text(json.dumps([time.perf_counter(), time.process_time(), time.thread_time()]))
 
     def metrics(self, samples_a_step: int) -> dict[str, float]:
-        """Samples per second of wall-clock; seconds that worker 0 computed for each step, and the thread of its loop alone."""
+        """Samples per second of wall-clock; seconds that worker 0, and its loop's own thread, computed for a step."""
         readings = [json.loads(self._file(step).read_text()) for step in (WARM_UP_STEPS, self.steps)]
         wall_s, cpu_s, main_s = (end - start for start, end in zip(*readings, strict=True))
         made = self.steps - WARM_UP_STEPS

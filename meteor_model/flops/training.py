@@ -5,7 +5,8 @@ nothing that learns lies below it, it has no backward pass at all. So every part
 tensors, with a leaf in the place of what comes in, which asks for a gradient where the part below does.
 
 A tower and a projector cost the same for every image, on the tokens that the prunings before them have left. The
-language model costs a T + b T^2 on a sequence of T tokens; both numbers follow from two lengths.
+language model costs a T + b T^2 on a sequence of T tokens; both numbers follow from two lengths. Its head costs the
+same for every token that it runs on: all of them, or, where the loss is taken in chunks, those that are supervised.
 
 Legend: N tokens of a tower, D its width, K visual tokens of one image, C language model width, T tokens of a sequence.
 """
@@ -69,32 +70,45 @@ class TrainingFlops:
     Attributes:
         towers: of an image, all towers.
         projector: of an image, with the scores of stage 2.
-        llm_token: of each token of a sequence, head included.
+        llm_token: of each token of a sequence, without the head.
         llm_pair: of each pair of its tokens, T^2 in a sequence of T: causal attention counts its full square.
+        head: of each token that the head runs on.
+        whole_head: whether it runs on every token, as the plain loss has it, or on supervised ones (`loss_chunk`).
     """
 
     towers: PassFlops
     projector: PassFlops
     llm_token: PassFlops
     llm_pair: PassFlops
+    head: PassFlops
+    whole_head: bool = True
 
-    def by_part(self, images: int, tokens: int, pairs: int) -> dict[str, PassFlops]:
-        """FLOPs of each part for so many images, and sequences with so many tokens and pairs together."""
-        llm = self.llm_token * tokens + self.llm_pair * pairs
+    def by_part(self, images: int, lengths: Sequence[int], supervised: int) -> dict[str, PassFlops]:
+        """FLOPs of each part for so many images, and sequences of these lengths with so many supervised tokens."""
+        tokens, pairs = sum(lengths), sum(length * length for length in lengths)
+        named = tokens if self.whole_head else supervised
+        llm = self.llm_token * tokens + self.llm_pair * pairs + self.head * named
         return {"towers": self.towers * images, "projector": self.projector * images, "llm": llm}
 
-    def of(self, images: int, lengths: Sequence[int]) -> PassFlops:
-        """FLOPs of all parts for so many images in sequences of these lengths, visual tokens included."""
-        parts = self.by_part(images, sum(lengths), sum(length * length for length in lengths))
+    def of(self, images: int, lengths: Sequence[int], supervised: int) -> PassFlops:
+        """FLOPs of all parts for so many images in sequences of these lengths, visual tokens included.
+
+        Args:
+            images: of all sequences.
+            lengths: of the sequences, visual tokens included.
+            supervised: tokens of all sequences that the loss counts.
+        """
+        parts = self.by_part(images, lengths, supervised)
         return parts["towers"] + parts["projector"] + parts["llm"]
 
 
-def count_training(model: MeteorForConditionalGeneration) -> TrainingFlops:
+def count_training(model: MeteorForConditionalGeneration, *, whole_head: bool = True) -> TrainingFlops:
     """FLOPs of training `model` as it stands.
 
     Args:
         model: on the meta device (`meta_model`). What learns is what requires a gradient, adapters included; blocks
             recompute where activation checkpointing is enabled.
+        whole_head: see `TrainingFlops`.
 
     Raises:
         ValueError: where stage 3 prunes in training: what it keeps, and so what the layers above cost, is known batch
@@ -108,13 +122,13 @@ def count_training(model: MeteorForConditionalGeneration) -> TrainingFlops:
         # Blocks recompute in training mode alone: the difference is what they do.
         again = [backward for _, backward in _passes(model.train())]
         parts = [replace(one, recomputed=more - one.backward) for one, more in zip(parts, again, strict=True)]
-    towers, projector, short, long = parts
+    towers, projector, short, long, head = parts
     token, pair = zip(*map(_coefficients, astuple(short), astuple(long)), strict=True)
-    return TrainingFlops(towers, projector, PassFlops(*token), PassFlops(*pair))
+    return TrainingFlops(towers, projector, PassFlops(*token), PassFlops(*pair), head, whole_head)
 
 
 def _passes(model: MeteorForConditionalGeneration) -> list[tuple[int, int]]:
-    """Forward and backward FLOPs of the towers, the projector, and the LLM on `LENGTH` and twice as many tokens."""
+    """Forward and backward FLOPs: towers, projector, LLM on `LENGTH` and on twice as many tokens, head on one."""
     encoded, towers = [], (0, 0)
     for encoder in towers_of(model):
         (tokens, attention), spent = _counted(partial(encode, encoder, model.config), lambda result: result[0].hidden)
@@ -122,17 +136,22 @@ def _passes(model: MeteorForConditionalGeneration) -> list[tuple[int, int]]:
         towers = (towers[0] + spent[0], towers[1] + spent[1])
     visual_1KC, projector = _counted(partial(fuse, model, encoded), lambda result: result)
     learns = visual_1KC.requires_grad or any(one.requires_grad for one in model.get_input_embeddings().parameters())
-    embeds = [_leaf(visual_1KC.new_empty(1, length, visual_1KC.shape[2]), learns) for length in (LENGTH, 2 * LENGTH)]
-    llm = [_counted(partial(_logits, model, embeds_1TC), lambda result: result)[1] for embeds_1TC in embeds]
-    return [towers, projector, *llm]
+    width, llm = visual_1KC.shape[2], []
+    for length in (LENGTH, 2 * LENGTH):
+        embeds_1TC = _leaf(visual_1KC.new_empty(1, length, width), learns)
+        hidden_1TC, spent = _counted(partial(_decode, model, embeds_1TC), lambda result: result)
+        llm.append(spent)
+    hidden_11C = _leaf(hidden_1TC.new_empty(1, 1, width), hidden_1TC.requires_grad)
+    _, head = _counted(partial(model.lm_head, hidden_11C), lambda result: result)
+    return [towers, projector, *llm, head]
 
 
-def _logits(model: MeteorForConditionalGeneration, embeds_1TC: Tensor) -> Tensor:
-    output = model.language_model(
-        inputs_embeds=embeds_1TC, attention_mask=full_mask(embeds_1TC.shape[1]), use_cache=False
-    )
-    logits_1TV: Tensor = model.lm_head(output.last_hidden_state)
-    return logits_1TV
+def _decode(model: MeteorForConditionalGeneration, embeds_1TC: Tensor) -> Tensor:
+    mask_1T = full_mask(embeds_1TC.shape[1])
+    hidden_1TC: Tensor = model.language_model(
+        inputs_embeds=embeds_1TC, attention_mask=mask_1T, use_cache=False
+    ).last_hidden_state
+    return hidden_1TC
 
 
 def _leaf(hidden: Tensor, learns: bool) -> Tensor:

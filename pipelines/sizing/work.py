@@ -34,11 +34,11 @@ class Work:
 
 
 def count_work(config: MeteorConfig, training: TrainingSettings, text_tokens: int) -> Work:
-    """FLOPs of one image and `text_tokens`."""
+    """FLOPs of one image and `text_tokens`, all of which are supervised."""
     pruning = config.pruning
     report = count_flops(config, text_tokens)
     whole = config.with_pruning(replace(pruning, decode=replace(pruning.decode, enabled=False)), None)
-    trained = training_flops(whole, training).of(1, [text_tokens + config.tokens_per_image])
+    trained = training_flops(whole, training).of(1, [text_tokens + config.tokens_per_image], text_tokens)
     dense = config.with_pruning(replace(pruning, encode=replace(pruning.encode, enabled=False)), None)
     side = config.image_size
     pixels = torch.empty(1, 3, side, side, dtype=torch.uint8, device=META)
@@ -62,4 +62,4 @@ def training_flops(config: MeteorConfig, training: TrainingSettings) -> Training
     parameter_groups(model, training.optimizer, training.lora.rank is not None)
     if training.gradient_checkpointing:
         checkpoint_activations(model)
-    return count_training(model)
+    return count_training(model, whole_head=training.loss_chunk is None)

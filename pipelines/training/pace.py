@@ -110,7 +110,9 @@ def step_flops(flops: TrainingFlops, batch: MicroBatch) -> tuple[int, int]:
     a blank one.
     """
     images, (rows, length) = sum(batch.num_images), batch.inputs["input_ids"].shape
-    return flops.of(images, batch.lengths).model, flops.of(max(1, images), [length] * rows).hardware
+    asked = flops.of(images, batch.lengths, batch.supervised)
+    computed = flops.of(max(1, images), [length] * rows, batch.supervised)
+    return asked.model, computed.hardware
 
 
 def _peak_memory(device: torch.device) -> int:

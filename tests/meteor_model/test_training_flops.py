@@ -56,6 +56,11 @@ def batch(net: MeteorForConditionalGeneration, texts: Collection[int]) -> dict[s
     return {"input_ids": ids, "attention_mask": mask, "labels": labels, "pixel_values": pixels(len(rows))}
 
 
+def supervised(inputs: dict[str, torch.Tensor]) -> int:
+    """Tokens that the loss counts."""
+    return int((inputs["labels"][:, 1:] != -100).sum())
+
+
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 @pytest.mark.parametrize("recomputes", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("learns", LEARNS, ids=lambda parts: "+".join(sorted(parts)))
@@ -70,11 +75,27 @@ def test_the_count_is_what_a_real_step_dispatches(pruning: str, learns: Collecti
         net(**inputs)
     with flop_counter() as step:
         net(**inputs).loss.backward()
-    found = count(pruning, frozenset(learns), recomputes).of(2, [length] * rows)
+    found = count(pruning, frozenset(learns), recomputes).of(2, [length] * rows, supervised(inputs))
     tables = rotary(length) * (1 - rows)
     assert forward.get_total_flops() == found.forward + tables
     assert step.get_total_flops() == found.hardware + tables
     assert (found.recomputed > 0) == recomputes, "gradients reach the LLM's blocks in every case"
+
+
+@pytest.mark.parametrize("learns", [ALL, {"projector"}], ids=["all", "projector"])
+def test_a_loss_in_chunks_runs_the_head_on_supervised_tokens_alone(learns: Collection[str]) -> None:
+    net = model(PRUNED)
+    prepared(net, learns, recomputes=False)
+    inputs = batch(net, (10, 23))
+    rows, length = inputs["input_ids"].shape
+    with flop_counter() as step:
+        net(**inputs, loss_chunk=7).loss.backward()
+    whole = count("pruned", frozenset(learns))
+    found = replace(whole, whole_head=False).of(2, [length] * rows, supervised(inputs))
+    assert step.get_total_flops() == found.hardware + rotary(length) * (1 - rows)
+    assert whole.of(2, [length] * rows, 1).model - found.model == whole.head.model * (
+        rows * length - supervised(inputs)
+    )
 
 
 def test_all_parts_learning_cost_their_closed_form() -> None:
@@ -84,7 +105,8 @@ def test_all_parts_learning_cost_their_closed_form() -> None:
     assert found.towers == PassFlops(report.encoding, 2 * report.encoding - first_layers)
     assert found.projector == PassFlops(report.projection, 2 * report.projection)
     pairs = 4 * 128 * 4  # two products of width 128 in each of 4 layers
-    layers = 4 * 2 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 320) + 2 * 128 * 300
+    layers, head = 4 * 2 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 320), 2 * 128 * 300
+    assert found.head == PassFlops(head, 2 * head)
     assert found.llm_pair == PassFlops(pairs, 2 * pairs)
     assert found.llm_token.forward == pytest.approx(layers, rel=1e-3), "a rotary table may come by a product"
     assert found.llm_token.backward == 2 * layers
@@ -97,18 +119,21 @@ def test_frozen_parts_have_the_products_that_gradients_pass_through_alone() -> N
     first_inputs = 3 * 2 * 64 * 64 * 128  # nobody asks for the gradient of a frozen tower's output
     assert projector.projector == PassFlops(per_image, 2 * per_image - first_inputs)
     assert projector.llm_token.backward * 2 == everything.llm_token.backward, "no gradients of weights"
+    assert projector.head == PassFlops(everything.head.forward, everything.head.forward)
     assert projector.llm_pair == everything.llm_pair, "attention has no weights of its own"
     llm = count("dense", frozenset({"llm"}))
     assert (llm.towers.backward, llm.projector.backward) == (0, 0)
-    assert (llm.llm_token, llm.llm_pair) == (everything.llm_token, everything.llm_pair)
+    assert (llm.llm_token, llm.llm_pair, llm.head) == (everything.llm_token, everything.llm_pair, everything.head)
 
 
 def test_recomputing_adds_to_hardware_flops_and_not_to_model_flops() -> None:
     kept, again = count("pruned", ALL), count("pruned", ALL, True)
     images, lengths = 3, [40, 50]
-    assert again.of(images, lengths).model == kept.of(images, lengths).model == kept.of(images, lengths).hardware
-    parts = again.by_part(3, 90, 40**2 + 50**2)
-    assert sum(part.hardware for part in parts.values()) == again.of(images, lengths).hardware
+    one, other = again.of(images, lengths, 20), kept.of(images, lengths, 20)
+    assert one.model == other.model == other.hardware
+    parts = again.by_part(images, lengths, 20)
+    assert sum(part.hardware for part in parts.values()) == one.hardware
+    assert again.head.recomputed == 0
     assert parts["projector"].recomputed == 0, "it is no block"
     for name in ("towers", "llm"):
         assert 0 < parts[name].recomputed < parts[name].forward, "embeddings, last products of a block and the head"

@@ -53,4 +53,12 @@ def test_recomputation_and_a_sample_of_the_plan() -> None:
     found = flops(recomputed)
     assert found.llm_token.recomputed > 0 == flops(PROJECTOR).llm_token.recomputed
     work = count_work(config(UNSOLVED), recomputed, text_tokens=16)
-    assert work.trained == found.of(1, [16 + 24]), "stage 3 does not train, 24 tokens leave fusion"
+    assert work.trained == found.of(1, [16 + 24], 16), "stage 3 does not train, 24 tokens leave fusion"
+
+
+def test_a_loss_in_chunks_runs_the_head_on_the_text() -> None:
+    chunked = replace(PROJECTOR, loss_chunk=1024)
+    found = flops(chunked)
+    assert (flops(PROJECTOR).whole_head, found.whole_head) == (True, False)
+    plain, fewer = (count_work(config(UNSOLVED), training, text_tokens=16) for training in (PROJECTOR, chunked))
+    assert plain.trained.model - fewer.trained.model == 24 * found.head.model > 0

@@ -163,7 +163,7 @@ def test_utilisation_is_shown_and_logged_once_the_warm_up_is_behind(capsys: pyte
     loop, batches = make_loop()
     logged: list[Mapping[str, float]] = []
     loop.logger = SimpleNamespace(log=lambda metrics, step: logged.append(metrics))
-    flops = TrainingFlops(PassFlops(10**6), PassFlops(10**6), PassFlops(10**6), PassFlops(0))
+    flops = TrainingFlops(PassFlops(10**6), PassFlops(10**6), PassFlops(10**6), PassFlops(0), PassFlops(0))
     loop.pace = Pace(Device(flops, peak=1e9))
     loop.run(batches)
     lines = capsys.readouterr().out.splitlines()

@@ -16,8 +16,8 @@ from pipelines.training.batches import Counts, MicroBatch
 from pipelines.training.pace import WARM_UP_STEPS, Device, Pace, _added, evenness, slowest, spread, step_flops
 from pipelines.training.worker import Worker
 
-#: An image costs 100 + 200 + 30, a token 1 + 2 + 1, a pair of tokens 1 + 2.
-FLOPS = TrainingFlops(PassFlops(90), PassFlops(10, 200, 30), PassFlops(1, 2, 1), PassFlops(1, 2))
+#: An image costs 100 + 200 + 30, a token 1 + 2 + 1, a pair of tokens 1 + 2, and a head is there in one test.
+FLOPS = TrainingFlops(PassFlops(90), PassFlops(10, 200, 30), PassFlops(1, 2, 1), PassFlops(1, 2), PassFlops())
 
 
 def test_figures_of_workers_of_different_speed() -> None:
@@ -59,6 +59,13 @@ def test_samples_count_at_their_own_length_and_the_device_at_the_longest() -> No
 def test_a_packed_row_is_computed_as_one_sequence() -> None:
     packed = dataclasses.replace(micro_batch((10,), (2,)), lengths=(4, 6))
     assert step_flops(FLOPS, packed) == (2 * 300 + 3 * 10 + 3 * (16 + 36), 2 * 330 + 4 * 10 + 3 * 100)
+
+
+def test_the_head_counts_on_padding_too_or_on_supervised_tokens_alone() -> None:
+    head = dataclasses.replace(TrainingFlops(*[PassFlops()] * 5), head=PassFlops(5, 10))
+    batch = dataclasses.replace(micro_batch((4, 10), (1, 2)), supervised=3)
+    assert step_flops(head, batch) == (15 * 14, 15 * 20)
+    assert step_flops(dataclasses.replace(head, whole_head=False), batch) == (15 * 3, 15 * 3)
 
 
 @pytest.fixture
