@@ -77,7 +77,7 @@ OF_METEOR = set().union(*SELECTION.values()) - {"surprise", "keep_columns"}
 _ENTRY = {
     "encode_pruned": "encode",
     "encode_looking": "encode",
-    "_prune_input": "encode",
+    "cut": "encode",
     "encode_images": "fuse",
     "decode_pruned": "decode",
 }
