@@ -32,6 +32,7 @@ ALLOWED: dict[str, str] = {
     "pipelines/calibration/job.py::_in_a_task::ray.get": "reads under data.read_patience_s, computes; a person waits",
     "pipelines/calibration/measure.py::measure_plan::measured.iter_rows": "the same",
     "pipelines/inference/batch.py::_answer_parts::written.iter_rows": "the same, with a progress line for every part",
+    "pipelines/data/tables/parquet.py::group_tables::file.iter_batches": "decodes bytes that have been fetched",
     "pipelines/io/bulk.py::_in_parts::future.result": "of a future that is done",
     "pipelines/io/ranged.py::_taken::future.result": "its requests have limits, and their repetitions an end",
     "pipelines/parts/reader_conv.py::_fit::ahead.result": "composes images in a thread of this process; a person waits",
