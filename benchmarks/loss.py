@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.clocks import peak_memory
 from benchmarks.harness import SPECIAL_IDS
-from benchmarks.packing import IMAGE, take_turns
+from benchmarks.packing import IMAGE, take_valued_turns
 from benchmarks.results_file import RESULTS, hardware, write_results
 from jobs.recipes import recipe
 from meteor_model.architectures import build_config
@@ -89,7 +89,7 @@ def _probe(work: Callable[[], float], results: Connection) -> None:
 def measure_step(precision: str, peaks: Mapping[str, float], rounds: int) -> dict[str, Any]:
     """Part 1 in one number format."""
     model, inputs = workload(precision)
-    spent, losses = take_turns({str(chunk): partial(train, model, inputs, chunk) for chunk in CHUNKS}, rounds)
+    spent, losses = take_valued_turns({str(chunk): partial(train, model, inputs, chunk) for chunk in CHUNKS}, rounds)
     found: dict[str, Any] = {}
     for name, seconds in spent.items():
         ratios = [one / plain for one, plain in zip(seconds, spent["None"], strict=True)]

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.clocks import take_turns
 from benchmarks.harness import SPECIAL_IDS
 from benchmarks.results_file import RESULTS, hardware, write_results
 from jobs.recipes import recipe
@@ -128,25 +129,23 @@ def train(model: MeteorForConditionalGeneration, batches: Sequence[Mapping[str, 
     return total
 
 
-def take_turns(
+def take_valued_turns(
     calls: Mapping[str, Callable[[], float]], rounds: int
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
     """CPU seconds of every call in every round, in turns, after one that is thrown away; and what they return."""
-    spent: dict[str, list[float]] = {name: [] for name in calls}
     values: dict[str, float] = {}
-    for turn in range(-1, rounds):
-        for name, call in calls.items():
-            start = time.process_time()
-            values[name] = call()
-            if turn >= 0:
-                spent[name].append(time.process_time() - start)
-    return spent, values
+
+    def keep(name: str) -> None:
+        values[name] = calls[name]()
+
+    kept = {name: partial(keep, name) for name in calls}
+    return take_turns(kept, rounds, torch.device("cpu"), clock=time.process_time), values
 
 
 def compared(batches: Mapping[str, Sequence[Mapping[str, torch.Tensor]]], tokens: int, rounds: int) -> dict[str, Any]:
     """Tokens a second of every way to batch the same samples, and how much faster than the second each is."""
     model = tiny_model(recipe("pretrain", "tiny").pruning.fuse.keep)
-    spent, losses = take_turns({name: partial(train, model, own) for name, own in batches.items()}, rounds)
+    spent, losses = take_valued_turns({name: partial(train, model, own) for name, own in batches.items()}, rounds)
     base = list(batches)[-2]
     found: dict[str, Any] = {"rounds": rounds, "tokens": tokens, "against": base}
     for name, seconds in spent.items():

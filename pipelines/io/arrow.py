@@ -19,6 +19,7 @@ from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileSystemHandler, Fi
 from pipelines.io import ranged, storage
 from pipelines.io.addresses import S3_SCHEME, is_s3, local_path, split_s3
 from pipelines.io.s3_client import PART_BYTES, s3_client
+from pipelines.io.seekable import SeekableFile
 from pipelines.io.storage_faults import retried
 
 RETRY_S = 300.0
@@ -131,26 +132,12 @@ def _url(path: str) -> str:
     return f"{S3_SCHEME}{path}"
 
 
-class _Reader(io.RawIOBase):
+class _Reader(SeekableFile):
     """An object, read by ranges."""
 
     def __init__(self, url: str, size: int) -> None:
-        super().__init__()
-        self._url, self._size, self._at = url, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        self._at = base + offset
-        return self._at
+        super().__init__(size)
+        self._url = url
 
     def readinto(self, buffer: Any) -> int:
         count = min(len(buffer), max(0, self._size - self._at))

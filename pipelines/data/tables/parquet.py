@@ -27,6 +27,7 @@ from pipelines.data.tables.files import (
 )
 from pipelines.data.tables.footer import check_nesting
 from pipelines.data.tar_format import ShardError
+from pipelines.io.seekable import SeekableFile
 
 MAGIC = b"PAR1"
 _TAIL = 8  # length of the footer, and magic
@@ -110,28 +111,13 @@ def _first_byte(chunk: Any) -> int:
     return min(pages, int(dictionary)) if dictionary else pages
 
 
-class _Extents(io.RawIOBase):
+class _Extents(SeekableFile):
     """A file of which some extents are there; reading anything else is an error."""
 
     def __init__(self, extents: Sequence[Extent], data: bytes) -> None:
-        super().__init__()
+        super().__init__(max(map(sum, extents)))
         self._extents = extents
         self._data = pa.py_buffer(data)
-        self._at = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        end = max(map(sum, self._extents))
-        self._at = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: end}[whence] + offset
-        return self._at
 
     def read_buffer(self, count: int) -> pa.Buffer:
         """The next bytes without a copy; pyarrow asks for this where a file has it."""
